@@ -1,0 +1,28 @@
+"""Local and Global Logit Adjustments for long-tailed learning, in PyTorch.
+
+The modules compose the paper: :class:`ClassGrouper` (section 3.2), :class:`CLALogitAdjuster`
+(Eqs. 4 to 6), :class:`AAWWeighter` (Eqs. 7 and 8), :class:`LGLALoss` (Eq. 9) and
+:class:`GroupConvExperts` (section 4.4). :mod:`lgla_losses.functional` holds the equations.
+"""
+
+from lgla_losses import functional
+from lgla_losses.adjustment import CLALogitAdjuster
+from lgla_losses.counts import count_classes
+from lgla_losses.experts import GroupConvExperts
+from lgla_losses.grouping import ClassGrouper
+from lgla_losses.loss import LGLALoss
+from lgla_losses.output import ExpertOutput
+from lgla_losses.weighting import AAWWeighter
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AAWWeighter",
+    "CLALogitAdjuster",
+    "ClassGrouper",
+    "ExpertOutput",
+    "GroupConvExperts",
+    "LGLALoss",
+    "count_classes",
+    "functional",
+]

@@ -1,0 +1,33 @@
+"""Constant tensors that travel with a module but never lose precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+from torch import Tensor, nn
+
+
+class ConstantBuffers(nn.Module):
+    """A module whose own buffers follow ``.to(device)`` but ignore ``.half()`` and its kin.
+
+    Mixed-precision training casts whole models; class counts or margins rounded to sixteen
+    bits would silently change the loss.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        buffers, self._buffers = self._buffers, {}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers = {
+            name: None if buffer is None else _move(buffer, fn) for name, buffer in buffers.items()
+        }
+        return self
+
+
+def _move(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    try:
+        moved = fn(buffer)
+    except TypeError:
+        # Apple's MPS has no float64; float32 is the full precision there.
+        return fn(buffer.float())
+    return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)

@@ -1,0 +1,118 @@
+"""Argument checks shared by the modules: every error says expected, got and the way out."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from numbers import Real
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor
+
+
+def describe(value: object) -> str:
+    """A short text of what came, for the "got" part of an error."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def positive_int(name: str, value: SupportsIndex, way_out: str) -> int:
+    """``value`` as an int of at least 1; booleans and floats are refused."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an integer >= 1, got {describe(value)}; {way_out}")
+    number = operator.index(value)
+    if number < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {number}; {way_out}")
+    return number
+
+
+def finite_float(name: str, value: float, *, low: float, high: float, expected: str) -> float:
+    """``value`` as a float in the closed interval; ``expected`` says which, and the way out."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    number = float(value)
+    if not (math.isfinite(number) and low <= number <= high):
+        raise ValueError(f"{name}: expected {expected}, got {number}")
+    return number
+
+
+def positive_float(name: str, value: float, way_out: str) -> float:
+    """``value`` as a positive, finite float."""
+    expected = f"a positive, finite number ({way_out})"
+    number = finite_float(name, value, low=0.0, high=math.inf, expected=expected)
+    if number == 0.0:
+        raise ValueError(f"{name}: expected {expected}, got {number}")
+    return number
+
+
+def floating_tensor(name: str, value: object, shape: str) -> Tensor:
+    """``value`` if it is a real floating-point tensor with as many dimensions as ``shape`` names."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor {shape}, got {describe(value)}")
+    if value.dim() != shape.count(",") + 1:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
+    return value
+
+
+def target_tensor(target: object, num_samples: int | None = None) -> Tensor:
+    """``target`` if it is int64 ``[N]``; its values are not read."""
+    if not isinstance(target, Tensor):
+        raise TypeError(
+            f"target: expected an int64 tensor [N] of class indices, got {describe(target)}; "
+            "wrap it in torch.as_tensor(target)"
+        )
+    if target.dtype != torch.int64:
+        raise TypeError(
+            f"target: expected an int64 tensor [N] of class indices, got {target.dtype}; "
+            "integer labels of another type convert with target.long()"
+        )
+    if target.dim() != 1 or (num_samples is not None and target.shape[0] != num_samples):
+        size = "N" if num_samples is None else str(num_samples)
+        raise ValueError(
+            f"target: expected shape [{size}], one class index a sample, "
+            f"got {list(target.shape)}; flatten it, or check the batch dimension"
+        )
+    return target
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    """All tensors given lie on one device."""
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(
+            f"expected all tensors on one device, got {where}; move the inputs with .to(device), "
+            "and the loss module itself as well"
+        )
+
+
+def values_readable(tensor: Tensor, validate_args: bool | None) -> bool:
+    """Whether checks may read values: ``None`` means on the CPU and outside a compiler."""
+    if validate_args is None:
+        return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return validate_args
+
+
+def target_values(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
+    """Every target is a class index or ``ignore_index``; reads the values."""
+    wrong = (target < 0) | (target >= num_classes)
+    if ignore_index is not None:
+        wrong &= target != ignore_index
+    if wrong.any():
+        position = int(wrong.nonzero()[0])
+        ignored = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+        raise ValueError(
+            f"target: expected class indices 0..{num_classes - 1}{ignored}, "
+            f"got {int(target[position])} at position {position}; "
+            "labels that start at 1 need target - 1"
+        )
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    """``value`` if it is one of the allowed words."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value

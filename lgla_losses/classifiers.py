@@ -1,0 +1,76 @@
+"""K classifiers, one an expert, as one batched matrix product."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lgla_losses.functional import compute_dtype
+
+
+class ExpertClassifiers(nn.Module):
+    r"""The last layer :math:`W_k` of every expert (section 3.1).
+
+    Cosine: :math:`v_k^j = s \cos(W_k^j, f_k)`, without bias, as in the authors' code. Linear:
+    :math:`v_k^j = W_k^j \cdot f_k + b_k^j`.
+
+    Args:
+        num_experts: ``K``.
+        num_features: ``d``.
+        num_classes: ``C``.
+        scale: the factor ``s`` of cosine classifiers; None for linear ones.
+        like: a tensor whose dtype and device the parameters take; None for torch's defaults.
+
+    Shape:
+        - features: ``[N, K, d]``
+        - output: ``[N, K, C]``, a permuted view of ``[K, N, C]``
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        num_features: int,
+        num_classes: int,
+        scale: float | None,
+        like: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        new = torch.empty if like is None else like.detach().new_empty
+        self.weight = nn.Parameter(new((num_experts, num_classes, num_features)))
+        self.bias = nn.Parameter(new((num_experts, num_classes))) if scale is None else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Linear: as :class:`torch.nn.Linear`. Cosine: centres of length 1, uniform directions."""
+        with torch.no_grad():
+            if self.bias is None:
+                self.weight.copy_(F.normalize(self.weight.normal_(), dim=-1))
+            else:
+                bound = 1 / math.sqrt(self.weight.shape[-1])
+                self.weight.uniform_(-bound, bound)
+                self.bias.uniform_(-bound, bound)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits of every expert from its own features."""
+        weight: Tensor = self.weight
+        if self.scale is not None:
+            features, weight = self.scale * _directions(features), _directions(weight)
+        rows, columns = features.transpose(0, 1), weight.transpose(1, 2)
+        if self.bias is None:
+            return torch.bmm(rows, columns).transpose(0, 1)
+        return torch.baddbmm(self.bias[:, None], rows, columns).transpose(0, 1)
+
+    def extra_repr(self) -> str:
+        """Configuration shown by ``repr``."""
+        num_experts, num_classes, num_features = self.weight.shape
+        kind = "linear" if self.scale is None else f"cosine, scale={self.scale}"
+        return f"{num_experts} x {num_features} -> {num_classes}, {kind}"
+
+
+def _directions(vectors: Tensor) -> Tensor:
+    # Half precision would lose the length, and its guard against 0, to underflow.
+    return F.normalize(vectors.to(compute_dtype(vectors.dtype)), dim=-1).to(vectors.dtype)

@@ -1,0 +1,205 @@
+"""K experts on a shared backbone (Fig. 3, section 4.4)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor, nn
+
+from lgla_losses.checks import describe, one_of, positive_float, positive_int
+from lgla_losses.classifiers import ExpertClassifiers
+from lgla_losses.output import ExpertOutput
+from lgla_losses.stacking import run_stacked, stack_modules, unstack_module
+
+CLASSIFIERS = ("cosine", "linear")
+LAYOUTS = ("grouped", "independent")
+
+
+class GroupConvExperts(nn.Module):
+    """K copies of a network's last stage with a classifier each, on shared features.
+
+    ``layout="grouped"`` runs the copies as one, their parameters stacked under
+    ``torch.func.vmap``, which makes K-fold grouped convolutions of theirs;
+    ``layout="independent"`` runs K modules. Both are the same function, forward and backward. The
+    paper's group convolution (section 4.4) is the same function too, unless channels leak between
+    experts, as through the shortcuts of the authors' released ResNet-32; here they never do.
+
+    Source: Tao et al., ICCV 2023, Fig. 3 and section 4.4.
+
+    Args:
+        stage: what every expert has for itself: a module, copied K times, or a factory of
+            modules, called K times. None puts the classifiers on the shared features.
+        num_experts: number of experts ``K``.
+        num_classes: number of classes ``C``.
+        num_features: features ``d`` that the stage gives after pooling. None reads them off its
+            last layer; required without a stage.
+        classifier: ``"cosine"`` or ``"linear"`` (with bias).
+        scale: factor of cosine logits, as for :class:`LGLALoss`; linear classifiers have none.
+        layout: ``"grouped"`` or ``"independent"``.
+        reset: initialise every copy of a module afresh, by ``reset_parameters()`` of its layers
+            and then ``init_fn``; False keeps the weights, as of a pretrained network.
+        init_fn: applied to every layer of every copy, as by :meth:`torch.nn.Module.apply`.
+
+    Attributes:
+        stage: the stacked module, a ``ModuleList`` of K modules, or None.
+        classifiers: the K classifiers.
+
+    Raises:
+        TypeError: ``stage`` is neither a module nor a factory of modules.
+        ValueError: a number is out of range, a layer cannot be initialised or cannot run grouped,
+            or the stage's output is not ``[N, d]`` or ``[N, d, H, W]``.
+
+    Shape:
+        - shared features: ``[N, ...]``, whatever the stage takes
+        - output: an :class:`ExpertOutput` of logits ``[N, K, C]``, features ``[N, K, d]`` and
+          weight ``[K, C, d]``; a 4-D stage output is average-pooled
+
+    Example:
+        >>> stage = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU())
+        >>> experts = GroupConvExperts(stage, num_experts=3, num_classes=10)
+        >>> output = experts(torch.randn(8, 16, 12, 12))
+        >>> output.logits.shape, output.ensemble().shape
+        (torch.Size([8, 3, 10]), torch.Size([8, 10]))
+    """
+
+    def __init__(
+        self,
+        stage: nn.Module | Callable[[], nn.Module] | None,
+        num_experts: SupportsIndex,
+        num_classes: SupportsIndex,
+        *,
+        num_features: SupportsIndex | None = None,
+        classifier: str = "cosine",
+        scale: float = 30.0,
+        layout: str = "grouped",
+        reset: bool = True,
+        init_fn: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = positive_int("num_experts", num_experts, "the paper uses 3")
+        num_classes = positive_int("num_classes", num_classes, "give the number of classes")
+        one_of("classifier", classifier, CLASSIFIERS)
+        self.layout = one_of("layout", layout, LAYOUTS)
+        scale = positive_float("scale", scale, "the paper's code uses 30")
+
+        copies = _make_copies(stage, self.num_experts, reset, init_fn)
+        if num_features is None:
+            num_features = _features_of(copies)
+        self.stage: nn.Module | None = _arrange(copies, self.layout)
+        self.classifiers = ExpertClassifiers(
+            self.num_experts,
+            positive_int("num_features", num_features, "give the width of the stage's output"),
+            num_classes,
+            scale if classifier == "cosine" else None,
+            like=next(self.parameters(), None),
+        )
+
+    def forward(self, shared: Tensor) -> ExpertOutput:
+        """Logits, features and class centres of every expert."""
+        if self.stage is None:
+            features = _pool(shared)[:, None].expand(-1, self.num_experts, -1)
+        elif isinstance(self.stage, nn.ModuleList):
+            features = torch.stack([_pool(expert(shared)) for expert in self.stage], dim=1)
+        else:
+            features = _pool(run_stacked(self.stage, self.num_experts, shared), leading=2).transpose(0, 1)
+        weight = self.classifiers.weight
+        if features.shape[-1] != weight.shape[-1]:
+            raise ValueError(
+                f"num_features: expected the width of the stage's output, {features.shape[-1]}, "
+                f"got {weight.shape[-1]}; pass num_features={features.shape[-1]}"
+            )
+        return ExpertOutput(self.classifiers(features), features, weight)
+
+    def to_independent(self) -> GroupConvExperts:
+        """The same function as K independent modules; new ones that share nothing with these."""
+        return self._converted("independent")
+
+    def to_grouped(self) -> GroupConvExperts:
+        """The same function as one stacked module; a new one that shares nothing with these."""
+        return self._converted("grouped")
+
+    def _converted(self, layout: str) -> GroupConvExperts:
+        twin = copy.deepcopy(self)
+        if twin.layout != layout:
+            twin.layout = layout
+            if isinstance(twin.stage, nn.ModuleList):
+                twin.stage = stack_modules(list(twin.stage))
+            elif twin.stage is not None:
+                twin.stage = nn.ModuleList(unstack_module(twin.stage, self.num_experts))
+        return twin
+
+    def extra_repr(self) -> str:
+        """Configuration shown by ``repr``."""
+        return f"num_experts={self.num_experts}, layout={self.layout!r}"
+
+
+def _make_copies(
+    stage: nn.Module | Callable[[], nn.Module] | None,
+    num_experts: int,
+    reset: bool,
+    init_fn: Callable[[nn.Module], None] | None,
+) -> list[nn.Module]:
+    if stage is None:
+        return []
+    if isinstance(stage, nn.Module):
+        copies = [copy.deepcopy(stage) for _ in range(num_experts)]
+        if reset:
+            for expert in copies:
+                _reset(expert, can_init=init_fn is not None)
+    elif callable(stage):
+        copies = [stage() for _ in range(num_experts)]
+    else:
+        raise TypeError(f"stage: expected a module, a factory of modules or None, got {describe(stage)}")
+    for expert in copies:
+        if not isinstance(expert, nn.Module):
+            raise TypeError(f"stage: expected a factory of torch.nn.Module, got {describe(expert)} from it")
+        if init_fn is not None:
+            expert.apply(init_fn)
+    return copies
+
+
+def _reset(module: nn.Module, can_init: bool) -> None:
+    for path, layer in module.named_modules():
+        reset_parameters = getattr(layer, "reset_parameters", None)
+        if callable(reset_parameters):
+            reset_parameters()
+        elif not can_init and next(layer.parameters(recurse=False), None) is not None:
+            raise ValueError(
+                f"stage: layer {path!r} of type {type(layer).__name__} has parameters but no "
+                "reset_parameters() to initialise them afresh; pass a factory as stage, init_fn=, or "
+                "reset=False to keep the weights"
+            )
+
+
+def _arrange(copies: list[nn.Module], layout: str) -> nn.Module | None:
+    if not copies:
+        return None
+    return nn.ModuleList(copies) if layout == "independent" else stack_modules(copies)
+
+
+def _features_of(copies: list[nn.Module]) -> int:
+    """Width of the last layer that says one."""
+    for layer in reversed(list(copies[0].modules()) if copies else []):
+        for attribute in ("out_channels", "out_features", "num_features", "num_channels"):
+            width = getattr(layer, attribute, None)
+            if isinstance(width, int):
+                return width
+    raise ValueError(
+        "num_features: expected the width of the stage's output, got None, and no layer says it; "
+        "pass num_features="
+    )
+
+
+def _pool(features: Tensor, leading: int = 1) -> Tensor:
+    """``[N, d]`` of ``[N, d]`` or ``[N, d, H, W]``, behind ``leading`` dimensions."""
+    if features.dim() == leading + 3:
+        return features.mean(dim=(-2, -1))
+    if features.dim() != leading + 1:
+        raise ValueError(
+            "stage: expected an output [N, d] or [N, d, H, W] for every expert, "
+            f"got {['N', *features.shape[leading:]]}; end the stage with a pooling of its own"
+        )
+    return features

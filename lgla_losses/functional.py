@@ -1,0 +1,256 @@
+"""The paper's equations as pure functions, in the paper's order.
+
+Symbols: ``N`` samples, ``K`` experts, ``G = K - 1`` groups, ``C`` classes, ``d`` features. Local
+experts come first, head group first; the global expert is the last. The functions check no
+arguments: the modules around them do.
+
+Source of every equation: Tao et al., "Local and Global Logit Adjustments for Long-Tailed
+Learning", ICCV 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lgla_losses.partition import partition_sorted
+
+__all__ = [
+    "aaw_statistics",
+    "aaw_weights",
+    "angles_from_features",
+    "angles_from_logits",
+    "cla_margin",
+    "cla_table",
+    "compute_dtype",
+    "implied_prior",
+    "lgla_loss",
+    "log_prior_table",
+    "partition_classes",
+    "target_groups",
+]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The arithmetic for inputs of ``dtype``: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def partition_classes(class_counts: Tensor, num_groups: int) -> Tensor:
+    r"""Assign every class to one of ``G`` groups of equal sample mass (section 3.2).
+
+    The classes are sorted by count, descending, ties by class index, and cut into ``G`` non-empty
+    contiguous groups that minimise :math:`\sum_g (\sum_{j \in C_g} n_j)^2`, exactly.
+
+    Args:
+        class_counts: positive samples per class, int64 or float64 ``[C]`` on the CPU.
+        num_groups: ``G``, at most ``C``.
+
+    Returns:
+        Group of every class, 0 for the head, int64 ``[C]``.
+    """
+    order = torch.argsort(class_counts, descending=True, stable=True)
+    cuts = partition_sorted(class_counts[order].numpy(), num_groups)
+    group_of_rank = torch.zeros_like(order)
+    group_of_rank[cuts] = 1
+    return torch.empty_like(order).scatter_(0, order, group_of_rank.cumsum(0))
+
+
+def log_prior_table(class_counts: Tensor, num_experts: int, tau: float = 1.0) -> Tensor:
+    r"""The same :math:`\tau \log(n_j / n_{max})` for every expert: float64 ``[K, C]``.
+
+    ``tau=1`` is balanced softmax (Ren et al., 2020), other values logit adjustment (Menon et
+    al., 2021), ``tau=0`` plain softmax.
+    """
+    return (tau * _log_prior(class_counts)).repeat(num_experts, 1)
+
+
+def cla_table(class_counts: Tensor, group_index: Tensor, tau: float) -> Tensor:
+    r"""The adjustments :math:`T(k, j)` of Eq. 4, shifted by a constant per expert.
+
+    :math:`\log(n_j / n_{max})` for the classes of group k and 0 for the others, for the local
+    experts; :math:`\tau \log(n_j / n_{max})` for the global one. Softmax cannot see the shift.
+
+    Args:
+        class_counts: positive samples per class ``[C]``.
+        group_index: group of every class, int64 ``[C]``.
+        tau: strength of the global adjustment.
+
+    Returns:
+        float64 ``[K, C]`` with maximum 0.
+    """
+    log_prior = _log_prior(class_counts)
+    num_groups = int(group_index.max()) + 1
+    own_group = group_index == torch.arange(num_groups, device=group_index.device)[:, None]
+    return torch.cat([torch.where(own_group, log_prior, 0.0), tau * log_prior[None]])
+
+
+def _log_prior(class_counts: Tensor) -> Tensor:
+    counts = class_counts.double()
+    # A difference of logarithms: the quotient of the extremes could underflow.
+    return counts.log() - counts.max().log()
+
+
+def cla_margin(table: Tensor, target: Tensor) -> Tensor:
+    r"""The margins :math:`M(y_i, j, k) = T(k, j) - T(k, y_i)` of Eq. 6.
+
+    Args:
+        table: adjustments ``[K, C]``.
+        target: class indices ``[N]``.
+
+    Returns:
+        ``[N, K, C]``; positive where the boundary moves towards the target's side, that is where
+        the sample must win by more.
+    """
+    return table - table[:, target].T.unsqueeze(-1)
+
+
+def implied_prior(table: Tensor, class_counts: Tensor, fusion: Tensor) -> Tensor:
+    r"""The class prior under which fused logits are log-likelihood plus log prior.
+
+    Expert k learns :math:`v_k = \log p(x|j) + \log n_j - T(k, j)` up to a constant, so logits fused
+    with weights :math:`f_k` carry the prior
+    :math:`\propto \exp \sum_k f_k (\log n_j - T(k, j))`. (Our derivation, not the paper's.)
+
+    Args:
+        table: adjustments ``[K, C]``.
+        class_counts: samples per class ``[C]``.
+        fusion: weights of the experts ``[K]``, summing to 1.
+
+    Returns:
+        Probabilities ``[C]`` in the table's dtype.
+    """
+    log_prior = class_counts.to(table.dtype).log() - table
+    return torch.softmax(fusion.to(table.dtype) @ log_prior, dim=0)
+
+
+def angles_from_features(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    r"""The angles :math:`\theta_k^{y_i}` of Eq. 7 between features and their class centres.
+
+    Args:
+        features: inputs of the classifiers ``[N, K, d]``.
+        weight: class centres ``[K, C, d]``.
+        target: class indices ``[N]``.
+
+    Returns:
+        Radians ``[N, K]``, detached, in float32, or float64 where the inputs are.
+    """
+    dtype = compute_dtype(torch.promote_types(features.dtype, weight.dtype))
+    centres = weight.detach()[:, target].transpose(0, 1)
+    cosine = F.cosine_similarity(features.detach().to(dtype), centres.to(dtype), dim=-1)
+    return cosine.clamp(-1.0, 1.0).acos()
+
+
+def angles_from_logits(logits: Tensor | Sequence[Tensor], target: Tensor, scale: float) -> Tensor:
+    r"""The angles of Eq. 7 read off cosine logits, :math:`v = s \cos\theta`.
+
+    Args:
+        logits: ``[N, K, C]``, or ``K`` tensors ``[N, C]``.
+        target: class indices ``[N]``.
+        scale: the factor ``s`` of the cosine classifier.
+
+    Returns:
+        Radians ``[N, K]``, detached, in float32, or float64 where the logits are. A cosine that
+        rounds beyond 1 is clamped.
+    """
+    own = torch.cat([v.detach().gather(1, target[:, None]) for v in expert_logits(logits)], dim=1)
+    return (own.to(compute_dtype(own.dtype)) / scale).clamp(-1.0, 1.0).acos()
+
+
+def expert_logits(logits: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """The logits as ``K`` tensors ``[N, C]``: views of a stacked tensor."""
+    return logits.unbind(1) if isinstance(logits, Tensor) else logits
+
+
+def target_groups(target: Tensor, group_index: Tensor, ignore_index: int) -> Tensor:
+    """Group of every sample's label ``[N]``; -1 for ignored samples."""
+    ignored = target == ignore_index
+    return torch.where(ignored, -1, group_index[torch.where(ignored, 0, target)])
+
+
+def aaw_statistics(angles: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    r"""What a batch contributes to the reference angles of section 3.3.
+
+    Sums over batches or ranks may be added before they are divided.
+
+    Args:
+        angles: radians ``[N, K]``.
+        group: group of every sample ``[N]``, -1 for ignored ones.
+        num_groups: ``G``.
+
+    Returns:
+        ``[G, K + 1]``: for each group the sum of every expert's angles over its samples, and in
+        the last column their number. In float64, so that references of a million samples keep
+        the digits of their angles.
+    """
+    # Apple's MPS has no float64.
+    dtype = torch.float32 if angles.device.type == "mps" else torch.float64
+    rows = torch.cat([angles.detach().to(dtype), angles.new_ones((len(angles), 1), dtype=dtype)], dim=1)
+    # One more row takes the ignored samples, whatever their angles hold.
+    sums = rows.new_zeros((num_groups + 1, rows.shape[1]))
+    return sums.index_add(0, torch.where(group < 0, num_groups, group), rows)[:num_groups]
+
+
+def aaw_weights(angles: Tensor, group: Tensor, statistics: Tensor) -> Tensor:
+    r"""The weights :math:`g(\theta, \theta^{ref}) = 1 + \max(0, \theta - \theta^{ref})` of Eq. 8.
+
+    The reference of a sample is, for every expert, the mean angle over the samples whose label
+    lies in the same group as its own.
+
+    Args:
+        angles: radians ``[N, K]``.
+        group: group of every sample ``[N]``, -1 for ignored ones.
+        statistics: from :func:`aaw_statistics`, ``[G, K + 1]``.
+
+    Returns:
+        ``[N, K]`` in the angles' dtype, detached: 0 for ignored samples, else within
+        :math:`[1, 1 + \pi]`.
+    """
+    references = statistics[:, :-1] / statistics[:, -1:].clamp(min=1.0)
+    excess = (angles.detach() - references[group.clamp(min=0)]).clamp(min=0.0)
+    return torch.where(group[:, None] < 0, 0.0, 1.0 + excess).to(angles.dtype)
+
+
+def lgla_loss(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    table: Tensor,
+    weights: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Eq. 9 for every sample: weighted adjusted cross entropy, summed over the experts.
+
+    .. math:: -\sum_k w_{ik} \log \frac{\exp(v_{ik}^{y_i} + T(k, y_i))}{\sum_j \exp(v_{ik}^j + T(k, j))}
+
+    Plain differentiable PyTorch: the yardstick for every other backend.
+
+    Args:
+        logits: ``[N, K, C]``, or ``K`` tensors ``[N, C]``.
+        target: class indices ``[N]``.
+        table: adjustments ``[K, C]``.
+        weights: constants ``[N, K]``, or None for ones.
+        ignore_index: target of samples that count nothing.
+        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`, of ``v + T``.
+
+    Returns:
+        ``[N]`` in float32, or float64 for float64 logits; 0 for ignored samples.
+    """
+    losses = []
+    for expert, adjustment in zip(expert_logits(logits), table, strict=True):
+        dtype = compute_dtype(expert.dtype)
+        losses.append(
+            F.cross_entropy(
+                expert.to(dtype) + adjustment.to(dtype),
+                target,
+                ignore_index=ignore_index,
+                reduction="none",
+                label_smoothing=label_smoothing,
+            )
+        )
+    loss = torch.stack(losses, dim=1)
+    return (loss if weights is None else weights.to(loss.dtype) * loss).sum(dim=1)

@@ -1,0 +1,155 @@
+"""Groups of classes with equal sample mass (section 3.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lgla_losses.buffers import ConstantBuffers
+from lgla_losses.checks import positive_int, target_tensor, target_values, values_readable
+from lgla_losses.counts import ArrayLike, as_class_counts
+from lgla_losses.functional import partition_classes
+
+
+class ClassGrouper(ConstantBuffers):
+    r"""Divides the classes into groups :math:`C_1, \dots, C_{K-1}` of equal sample mass.
+
+    The classes are sorted by count, descending, ties by class index, and cut into non-empty
+    contiguous groups that minimise the sum of squared group masses, whose unconstrained optimum
+    is equal masses; among equal optima the lexicographically smallest cuts are taken. Exact at
+    every size.
+
+    Source: Tao et al., ICCV 2023, section 3.2.
+
+    Args:
+        class_counts: samples per class :math:`n_j` ``[C]``, positive and finite: a list, an array
+            or a tensor of integers or floats.
+        num_groups: number of groups ``G = K - 1``, at most ``C``.
+
+    Attributes:
+        class_counts: the counts ``[C]``, int64, or float64 where floats were given.
+        group_index: group of every class, int64 ``[C]``, 0 for the head.
+        group_sizes: classes per group, int64 ``[G]``.
+        group_masses: samples per group ``[G]``, in the dtype of the counts.
+
+    Raises:
+        TypeError: counts are not numbers, or ``num_groups`` is not an integer.
+        ValueError: counts are empty, not 1-D, not positive or not finite, or there are fewer
+            classes than groups.
+
+    Shape:
+        - target: int64 ``[N]``
+        - output: int64 ``[N]``, the group of each sample
+
+    Example:
+        >>> grouper = ClassGrouper([500, 300, 150, 50], num_groups=2)
+        >>> grouper.group_index
+        tensor([0, 1, 1, 1])
+        >>> grouper.group_masses
+        tensor([500, 500])
+    """
+
+    class_counts: Tensor
+    group_index: Tensor
+    group_sizes: Tensor
+    group_masses: Tensor
+
+    def __init__(self, class_counts: ArrayLike, num_groups: int) -> None:
+        super().__init__()
+        counts = as_class_counts(class_counts)
+        num_groups = positive_int("num_groups", num_groups, "it is the number of local experts, K - 1")
+        if num_groups > len(counts):
+            raise ValueError(
+                f"num_groups: expected at most one group a class, {len(counts)} here, got {num_groups}; "
+                "use fewer experts"
+            )
+        self._register(counts, partition_classes(counts, num_groups))
+
+    @classmethod
+    def from_groups(cls, class_counts: ArrayLike, group_index: ArrayLike) -> ClassGrouper:
+        """Take the caller's own groups, many / medium / few-shot classes for example.
+
+        Args:
+            class_counts: samples per class ``[C]``.
+            group_index: group of every class ``[C]``, integers ``0..G-1``, 0 for the head; every
+                group holds a class.
+
+        Raises:
+            TypeError: the groups are not integers.
+            ValueError: there is not one group a class, or a group below the largest is empty.
+        """
+        counts = as_class_counts(class_counts)
+        index = torch.as_tensor(group_index).cpu()
+        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            raise TypeError(f"group_index: expected integers 0..G-1, got {index.dtype}")
+        if index.shape != counts.shape:
+            raise ValueError(
+                f"group_index: expected one group for each of {len(counts)} classes, shape [{len(counts)}], "
+                f"got {list(index.shape)}"
+            )
+        present = torch.unique(index).tolist()
+        if present != list(range(len(present))):
+            raise ValueError(
+                "group_index: expected groups 0..G-1 with a class in each, "
+                f"got groups {present}; number them without gaps from 0, the head"
+            )
+        grouper = cls.__new__(cls)
+        ConstantBuffers.__init__(grouper)
+        grouper._register(counts, index.to(torch.int64, copy=True))
+        return grouper
+
+    def _register(self, counts: Tensor, index: Tensor) -> None:
+        num_groups = int(index.max()) + 1
+        self.register_buffer("class_counts", counts)
+        self.register_buffer("group_index", index)
+        self.register_buffer("group_sizes", torch.bincount(index, minlength=num_groups))
+        self.register_buffer("group_masses", counts.new_zeros(num_groups).index_add_(0, index, counts))
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes ``C``."""
+        return self.class_counts.shape[0]
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups ``G``."""
+        return self.group_sizes.shape[0]
+
+    @property
+    def imbalance_factor(self) -> float:
+        """Count of the largest class over that of the smallest (IF, section 4.1)."""
+        return float(self.class_counts.max()) / float(self.class_counts.min())
+
+    def forward(self, target: Tensor) -> Tensor:
+        """Group of each sample ``[N]``; targets out of range raise on the CPU."""
+        target = target_tensor(target)
+        if values_readable(target, None):
+            target_values(target, self.num_classes)
+        return self.group_index[target]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Copying float counts into an integer buffer would truncate them.
+        for name in ("class_counts", "group_masses"):
+            loaded = state_dict.get(prefix + name)
+            if isinstance(loaded, Tensor):
+                self._buffers[name] = getattr(self, name).to(loaded.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Configuration shown by ``repr``."""
+        return (
+            f"num_classes={self.num_classes}, num_groups={self.num_groups}, "
+            f"imbalance_factor={self.imbalance_factor:.4g}"
+        )
+
+
+def check_grouper(grouper: object) -> ClassGrouper:
+    """``grouper`` if it is a :class:`ClassGrouper`."""
+    if not isinstance(grouper, ClassGrouper):
+        raise TypeError(
+            f"grouper: expected a ClassGrouper, got {type(grouper).__name__}; "
+            "ClassGrouper(class_counts, num_groups) makes one"
+        )
+    return grouper

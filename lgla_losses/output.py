@@ -1,0 +1,96 @@
+"""What K experts give, and how they are fused into one prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lgla_losses.checks import describe, floating_tensor, values_readable
+from lgla_losses.functional import compute_dtype
+
+#: Logits of K experts: ``[N, K, C]``, or K tensors ``[N, C]``.
+ExpertLogits: TypeAlias = "Tensor | Sequence[Tensor]"
+
+
+class ExpertOutput(NamedTuple):
+    """The output of K experts on a batch; what :class:`LGLALoss` takes.
+
+    Attributes:
+        logits: unadjusted logits ``[N, K, C]``.
+        features: inputs of the experts' classifiers ``[N, K, d]``.
+        weight: weights of the classifiers ``[K, C, d]``, the class centres of Eq. 7.
+    """
+
+    logits: Tensor
+    features: Tensor
+    weight: Tensor
+
+    def ensemble(self, fusion: Tensor | Sequence[float] | None = None) -> Tensor:
+        """Fuse the experts into one prediction: the mean of their logits (section 1, Fig. 6).
+
+        Args:
+            fusion: one non-negative weight an expert ``[K]``, divided by their sum; None for
+                equal weights.
+
+        Returns:
+            ``[N, C]`` in the logits' dtype.
+
+        Raises:
+            ValueError: a weight is negative or not finite, all are zero, or there are not K.
+        """
+        if fusion is None:
+            return self.logits.mean(dim=1)
+        dtype = compute_dtype(self.logits.dtype)
+        weights = normalized_fusion(fusion, self.logits.shape[1]).to(self.logits.device, dtype)
+        return (self.logits.to(dtype) * weights[:, None]).sum(dim=1).to(self.logits.dtype)
+
+
+def normalized_fusion(fusion: Tensor | Sequence[float] | None, num_experts: int) -> Tensor:
+    """The fusion weights ``[K]`` divided by their sum; equal ones for None."""
+    if fusion is None:
+        return torch.full((num_experts,), 1.0 / num_experts, dtype=torch.float64)
+    weights = torch.as_tensor(fusion)
+    if weights.shape != (num_experts,):
+        raise ValueError(
+            f"fusion: expected one weight for each of {num_experts} experts, shape [{num_experts}], "
+            f"got shape {list(weights.shape)}"
+        )
+    weights = weights.to(compute_dtype(weights.dtype))
+    if values_readable(weights, None) and not (
+        weights.isfinite().all() and (weights >= 0).all() and (weights > 0).any()
+    ):
+        raise ValueError(
+            "fusion: expected finite, non-negative weights of which one is positive, "
+            f"got {weights.tolist()}; softmax(weights) makes such ones"
+        )
+    return weights / weights.sum()
+
+
+def check_logits(logits: object, num_experts: int, num_classes: int) -> ExpertLogits:
+    """``logits`` if they are floating-point ``[N, K, C]`` or K tensors ``[N, C]``."""
+    if isinstance(logits, Sequence) and not isinstance(logits, str):
+        experts = [floating_tensor(f"logits[{k}]", v, "[N, C]") for k, v in enumerate(logits)]
+        got = f"{len(experts)} tensors of shapes {[list(v.shape) for v in experts]}"
+        kinds = {(v.shape, v.dtype, v.device) for v in experts}
+        if len(experts) != num_experts or len(kinds) != 1 or experts[0].shape[1] != num_classes:
+            raise ValueError(
+                f"logits: expected {num_experts} tensors [N, {num_classes}] of one dtype and device, "
+                f"one an expert, got {got}; num_experts and class_counts fix their number and width"
+            )
+        return experts
+    shape = f"[N, {num_experts}, {num_classes}]"
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"logits: expected an ExpertOutput, a tensor {shape} or {num_experts} tensors "
+            f"[N, {num_classes}], got {describe(logits)}"
+        )
+    floating_tensor("logits", logits, "[N, K, C]")
+    if logits.shape[1:] != (num_experts, num_classes):
+        raise ValueError(
+            f"logits: expected shape {shape}, got {list(logits.shape)}; experts lie on dimension 1, "
+            "so K heads are stacked by torch.stack(heads, dim=1) or passed as a list"
+        )
+    return logits

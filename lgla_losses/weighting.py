@@ -1,0 +1,98 @@
+"""Adaptive angular weights: more weight on hard samples (section 3.3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from lgla_losses import functional
+from lgla_losses.checks import floating_tensor, same_device, target_tensor, target_values, values_readable
+from lgla_losses.collectives import ranks_to_sync, sum_over_ranks
+from lgla_losses.grouping import ClassGrouper, check_grouper
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class AAWWeighter(nn.Module):
+    r"""Weights every sample by how far its angle exceeds the mean angle of its group.
+
+    .. math:: g = 1 + \max(0, \theta_k^{y_i} - \theta_k^{ref})
+
+    There is one reference per (expert, group): the batch mean of that expert's angles over the
+    samples whose own label lies in the group, for the global expert too. This is how the authors'
+    released code settles what the paper leaves open. A group absent from the batch changes
+    nothing, ignored targets have weight 0 and enter no mean, and no gradient flows.
+
+    Under an initialised ``torch.distributed``, with ``sync`` and gradients enabled, the means are
+    over the global batch, so R ranks equal one process; one collective of ``(K + 1)(K - 1)``
+    numbers. Without gradients it never communicates.
+
+    Source: Tao et al., ICCV 2023, Eqs. 7 and 8.
+
+    Args:
+        grouper: the groups of the classes.
+        ignore_index: target of samples that count nothing.
+        sync: take the means over all ranks of a distributed job.
+        process_group: the ranks to take them over; None means all.
+
+    Raises:
+        TypeError: angles or targets are of a wrong type.
+        ValueError: their shapes or devices do not fit, or a target is out of range (read on the
+            CPU only).
+
+    Shape:
+        - angles: radians ``[N, K]``
+        - target: int64 ``[N]``
+        - output: ``[N, K]`` in float32, or float64 for float64 angles
+
+    Example:
+        >>> import torch
+        >>> weighter = AAWWeighter(ClassGrouper([100, 10], num_groups=1))
+        >>> weighter(torch.tensor([[0.5], [1.5]]), torch.tensor([0, 1]))
+        tensor([[1.0000],
+                [1.5000]])
+    """
+
+    def __init__(
+        self,
+        grouper: ClassGrouper,
+        *,
+        ignore_index: int = -100,
+        sync: bool = True,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.grouper = check_grouper(grouper)
+        self.ignore_index = ignore_index
+        self.sync = sync
+        self.process_group = process_group
+
+    def statistics(self, angles: Tensor, target: Tensor) -> Tensor:
+        """Sums of angles ``[G, K]`` beside the number of samples ``[G, 1]``, over all ranks.
+
+        Their quotient is the reference angles; they serve logging, and the number of samples
+        in the global batch needs no second collective.
+        """
+        group = functional.target_groups(target, self.grouper.group_index, self.ignore_index)
+        local = functional.aaw_statistics(angles, group, self.grouper.num_groups)
+        num_ranks = ranks_to_sync(self.sync, self.process_group)
+        return sum_over_ranks(local, num_ranks, self.process_group)
+
+    def forward(self, angles: Tensor, target: Tensor, statistics: Tensor | None = None) -> Tensor:
+        """Eq. 8; ``statistics`` from the method of that name saves computing them again."""
+        floating_tensor("angles", angles, "[N, K]")
+        target_tensor(target, num_samples=angles.shape[0])
+        same_device(angles=angles, target=target, grouper=self.grouper.group_index)
+        if values_readable(target, None):
+            target_values(target, self.grouper.num_classes, self.ignore_index)
+        angles = angles.to(functional.compute_dtype(angles.dtype))
+        if statistics is None:
+            statistics = self.statistics(angles, target)
+        group = functional.target_groups(target, self.grouper.group_index, self.ignore_index)
+        return functional.aaw_weights(angles, group, statistics)
+
+    def extra_repr(self) -> str:
+        """Configuration shown by ``repr``."""
+        return f"ignore_index={self.ignore_index}, sync={self.sync}"
