@@ -52,7 +52,7 @@ def normalized_fusion(fusion: Tensor | Sequence[float] | None, num_experts: int)
     """The fusion weights ``[K]`` divided by their sum; equal ones for None."""
     if fusion is None:
         return torch.full((num_experts,), 1.0 / num_experts, dtype=torch.float64)
-    weights = torch.as_tensor(fusion)
+    weights = fusion if isinstance(fusion, Tensor) else torch.as_tensor(fusion, dtype=torch.float64)
     if weights.shape != (num_experts,):
         raise ValueError(
             f"fusion: expected one weight for each of {num_experts} experts, shape [{num_experts}], "

@@ -1,0 +1,222 @@
+"""Train LGLA beside its baselines on real long-tailed images: scikit-learn's handwritten digits.
+
+Prints a table and draws a picture. Run it with --help for what can be changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+NUM_CLASSES = 10
+LARGEST_CLASS = 120
+TEST_PER_CLASS = 50
+
+#: Name, number of experts and arguments of the loss: the rows of the paper's Table 5.
+METHODS: dict[str, tuple[int, dict[str, Any]]] = {
+    "Softmax": (1, {"adjustment": "softmax", "aaw": False}),
+    "Softmax x3": (3, {"adjustment": "softmax", "aaw": False}),
+    "BALMS x3": (3, {"adjustment": "balanced", "aaw": False}),
+    "CLA": (3, {"adjustment": "lgla", "aaw": False}),
+    "LGLA": (3, {"adjustment": "lgla", "aaw": True}),
+}
+COLORS = ["#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00"]  # Okabe and Ito, colour-blind safe
+
+
+class Split(NamedTuple):
+    """A long-tailed training set and a balanced test set of images ``[N, 1, 8, 8]``."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+class DigitsNet(nn.Module):
+    """A shared convolution and K grouped experts with cosine classifiers."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()
+        )
+        self.experts = GroupConvExperts(DigitsStage, num_experts, NUM_CLASSES)
+
+    def forward(self, images: Tensor) -> ExpertOutput:
+        """What every expert makes of the images."""
+        output: ExpertOutput = self.experts(self.trunk(images))
+        return output
+
+
+class DigitsStage(nn.Module):
+    """A residual block that halves the resolution; every expert has one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(32, 64, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1, bias=False),
+            nn.BatchNorm2d(64),
+        )
+        self.shortcut = nn.Conv2d(32, 64, 1, stride=2, bias=False)
+
+    def forward(self, shared: Tensor) -> Tensor:
+        """Features ``[N, 64, 4, 4]``."""
+        return torch.relu(self.body(shared) + self.shortcut(shared))
+
+
+def long_tailed_counts(imbalance: float) -> list[int]:
+    """Exponentially falling counts: digit 0 is the most frequent."""
+    rank = np.arange(NUM_CLASSES) / (NUM_CLASSES - 1)
+    return [max(1, int(n)) for n in LARGEST_CLASS * imbalance**-rank]
+
+
+def long_tailed_digits(class_counts: list[int], seed: int, device: str) -> Split:
+    """Draw a balanced test set, then as many training images of every class as it is allowed."""
+    digits = load_digits()
+    images = torch.tensor(digits.images[:, None] / 16, dtype=torch.float32)
+    labels = torch.tensor(digits.target)
+    generator = np.random.default_rng(seed)
+    train, test = [], []
+    for digit, count in enumerate(class_counts):
+        index = generator.permutation(np.flatnonzero(digits.target == digit))
+        test.append(index[:TEST_PER_CLASS])
+        train.append(index[TEST_PER_CLASS : TEST_PER_CLASS + count])
+    split = [(images[i], labels[i]) for i in (np.concatenate(train), np.concatenate(test))]
+    return Split(*(tensor.to(device) for pair in split for tensor in pair))
+
+
+def train(method: str, split: Split, class_counts: list[int], epochs: int, on_epoch: Callable[[], None]) -> Tensor:
+    """Train one method; accuracy per class of the ensemble and of each expert, ``[1 + K, C]``."""
+    num_experts, arguments = METHODS[method]
+    device = split.train_images.device
+    model = DigitsNet(num_experts).to(device)
+    criterion = LGLALoss(class_counts, num_experts, **arguments).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
+        model.train()
+        for batch in torch.randperm(len(split.train_labels), device=device).split(64):
+            optimizer.zero_grad()
+            criterion(model(split.train_images[batch]), split.train_labels[batch]).backward()
+            optimizer.step()
+        schedule.step()
+        on_epoch()
+
+    model.eval()
+    with torch.no_grad():
+        output = model(split.test_images)
+    predictions = torch.cat([output.ensemble()[:, None], output.logits], dim=1).argmax(-1)
+    correct = (predictions == split.test_labels[:, None]).float().cpu()
+    per_class = [correct[split.test_labels.cpu() == digit].mean(0) for digit in range(NUM_CLASSES)]
+    return torch.stack(per_class, dim=1)
+
+
+def shot_columns(class_counts: list[int]) -> dict[str, Tensor]:
+    """Which classes every column of the table averages (many > 100, few < 20 training images)."""
+    counts = torch.tensor(class_counts)
+    return {
+        "balanced": counts > 0,
+        "many": counts > 100,
+        "medium": (counts >= 20) & (counts <= 100),
+        "few": counts < 20,
+        "3 rarest": torch.arange(NUM_CLASSES) >= NUM_CLASSES - 3,
+    }
+
+
+def print_table(accuracy: dict[str, Tensor], class_counts: list[int], title: str) -> None:
+    """Mean and standard deviation over the seeds, in percent."""
+    table = Table(title=title)
+    table.add_column("method")
+    columns = shot_columns(class_counts)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for method, per_class in accuracy.items():
+        cells = []
+        for members in columns.values():
+            scores = 100 * per_class[:, 0, members].mean(-1)
+            cells.append(f"{scores.mean():.1f} ± {scores.std():.1f}" if members.any() else "-")
+        table.add_row(method, *cells)
+    Console(width=80).print(table)
+
+
+def draw(accuracy: dict[str, Tensor], class_counts: list[int], path: Path) -> None:
+    """Class frequencies by group, accuracy by method, and what each expert is good at."""
+    group = LGLALoss(class_counts).grouper.group_index
+    digits = np.arange(NUM_CLASSES)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    for g, name in enumerate(("head group", "tail group")):
+        mass = int(torch.tensor(class_counts)[group == g].sum())
+        own = digits[group == g]
+        left.bar(own, np.array(class_counts)[own], color=COLORS[1 + g], label=f"{name}, {mass} images")
+    left.set(title="Training images", ylabel="images", yscale="log")
+    for (method, per_class), color in zip(accuracy.items(), COLORS, strict=True):
+        mean = 100 * per_class[:, 0].mean(0)
+        middle.plot(digits, mean, "o-", color=color, label=method, markersize=4)
+    middle.set(title="Accuracy of each method", ylabel="accuracy (%)")
+    experts = ("ensemble", "local expert, head group", "local expert, tail group", "global expert")
+    for k, (name, color) in enumerate(zip(experts, COLORS, strict=False)):
+        mean = 100 * accuracy["LGLA"][:, k].mean(0)
+        right.plot(digits, mean, "o-", color=color, label=name, markersize=4, linewidth=3 if k == 0 else 1.5)
+    right.set(title="LGLA: what each expert is good at", ylabel="accuracy (%)")
+    for axes in (left, middle, right):
+        axes.set_xticks(digits, [f"{j}" for j in digits])
+        axes.set_xlabel("digit, from the most to the least frequent")
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train every method on every seed and report the last epoch."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--imbalance", type=float, default=50.0, help="largest over smallest class (default 50)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
+    parser.add_argument("--epochs", type=int, default=60, help="epochs a run (default 60)")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+    parser.add_argument("--output", type=Path, default=Path("quickstart.png"), help="the picture")
+    options = parser.parse_args(arguments)
+    if options.imbalance < 1 or options.seeds < 1 or options.epochs < 1:
+        parser.error("--imbalance, --seeds and --epochs must be at least 1")
+
+    class_counts = long_tailed_counts(options.imbalance)
+    accuracy: dict[str, list[Tensor]] = {method: [] for method in METHODS}
+    steps = options.seeds * len(METHODS) * options.epochs
+    with tqdm(total=steps, unit="epoch", mininterval=0.1 if sys.stderr.isatty() else 10.0) as bar:
+        for seed in range(options.seeds):
+            split = long_tailed_digits(class_counts, seed, options.device)
+            for method, results in accuracy.items():
+                torch.manual_seed(seed)
+                bar.set_description(f"{method}, seed {seed}")
+                results.append(train(method, split, class_counts, options.epochs, bar.update))
+    stacked = {method: torch.stack(results) for method, results in accuracy.items()}
+    title = (
+        f"Accuracy (%) on long-tailed digits, {class_counts[0]} to {class_counts[-1]} images a class, "
+        f"last epoch, {options.seeds} seeds"
+    )
+    print_table(stacked, class_counts, title)
+    draw(stacked, class_counts, options.output)
+    print(f"picture: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+import os
+
+import hypothesis
+import pytest
+import torch
+
+# The same examples in every run: a failure seen once is seen again.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+#: The only tolerances of the suite, by dtype of the result.
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-10, "atol": 1e-10},
+    torch.float32: {"rtol": 2e-5, "atol": 2e-5},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+    torch.float16: {"rtol": 3e-3, "atol": 3e-3},
+}
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def close():
+    """Assert equality within the one tolerance of the result's dtype."""
+
+    def check(actual, expected, dtype=None):
+        expected = torch.as_tensor(expected, dtype=torch.float64)
+        tolerance = TOLERANCE[dtype or actual.dtype]
+        torch.testing.assert_close(actual.detach().double().cpu(), expected.detach().cpu(), **tolerance)
+
+    return check
