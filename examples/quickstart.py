@@ -54,9 +54,7 @@ class DigitsNet(nn.Module):
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()
-        )
+        self.trunk = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
         self.experts = GroupConvExperts(DigitsStage, num_experts, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> ExpertOutput:
@@ -105,7 +103,9 @@ def long_tailed_digits(class_counts: list[int], seed: int, device: str) -> Split
     return Split(*(tensor.to(device) for pair in split for tensor in pair))
 
 
-def train(method: str, split: Split, class_counts: list[int], epochs: int, on_epoch: Callable[[], None]) -> Tensor:
+def train(
+    method: str, split: Split, class_counts: list[int], epochs: int, on_epoch: Callable[[], None]
+) -> Tensor:
     """Train one method; accuracy per class of the ensemble and of each expert, ``[1 + K, C]``."""
     num_experts, arguments = METHODS[method]
     device = split.train_images.device
@@ -189,7 +189,9 @@ def draw(accuracy: dict[str, Tensor], class_counts: list[int], path: Path) -> No
 def main(arguments: list[str] | None = None) -> None:
     """Train every method on every seed and report the last epoch."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--imbalance", type=float, default=50.0, help="largest over smallest class (default 50)")
+    parser.add_argument(
+        "--imbalance", type=float, default=50.0, help="largest over smallest class (default 50)"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
     parser.add_argument("--epochs", type=int, default=60, help="epochs a run (default 60)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")

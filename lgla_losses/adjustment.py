@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -60,10 +61,11 @@ class CLALogitAdjuster(ConstantBuffers):
     tau: Tensor | None
 
     def __init__(self, grouper: ClassGrouper, tau: float | None = None) -> None:
+        check_grouper(grouper)
         if tau is None:
-            tau = 1.25 * check_grouper(grouper).num_groups
-        tau = finite_float("tau", tau, low=0.0, high=float("inf"), expected="a finite number >= 0")
-        table = functional.cla_table(check_grouper(grouper).class_counts, grouper.group_index, tau)
+            tau = 1.25 * grouper.num_groups
+        tau = check_tau(tau)
+        table = functional.cla_table(grouper.class_counts, grouper.group_index, tau)
         self._register(grouper, table, torch.tensor(tau, dtype=torch.float64))
 
     @classmethod
@@ -143,3 +145,8 @@ class CLALogitAdjuster(ConstantBuffers):
         """Configuration shown by ``repr``."""
         tau = "" if self.tau is None else f", tau={float(self.tau):.4g}"
         return f"num_experts={self.num_experts}{tau}"
+
+
+def check_tau(tau: float) -> float:
+    """``tau`` if it is finite and at least 0."""
+    return finite_float("tau", tau, low=0.0, high=math.inf, expected="a finite number >= 0")

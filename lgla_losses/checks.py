@@ -19,11 +19,16 @@ def describe(value: object) -> str:
     return f"{value!r} of type {type(value).__name__}"
 
 
-def positive_int(name: str, value: SupportsIndex, way_out: str) -> int:
-    """``value`` as an int of at least 1; booleans and floats are refused."""
+def integer(name: str, value: SupportsIndex, way_out: str) -> int:
+    """``value`` as an int; booleans and floats are refused."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected an integer >= 1, got {describe(value)}; {way_out}")
-    number = operator.index(value)
+        raise TypeError(f"{name}: expected an integer, got {describe(value)}; {way_out}")
+    return operator.index(value)
+
+
+def positive_int(name: str, value: SupportsIndex, way_out: str) -> int:
+    """``value`` as an int of at least 1."""
+    number = integer(name, value, way_out)
     if number < 1:
         raise ValueError(f"{name}: expected an integer >= 1, got {number}; {way_out}")
     return number
@@ -114,5 +119,6 @@ def target_values(target: Tensor, num_classes: int, ignore_index: int | None = N
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     """``value`` if it is one of the allowed words."""
     if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {describe(value)}")
     return value

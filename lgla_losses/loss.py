@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lgla_losses import functional
-from lgla_losses.adjustment import CLALogitAdjuster
+from lgla_losses.adjustment import CLALogitAdjuster, check_tau
 from lgla_losses.checks import (
     finite_float,
     floating_tensor,
+    integer,
     one_of,
     positive_float,
     positive_int,
@@ -129,7 +130,7 @@ class LGLALoss(nn.Module):
         self.scale = None if scale is None else positive_float("scale", scale, "None means a linear head")
         self.adjustment = adjustment if isinstance(adjustment, str) else "table"
         self.reduction = one_of("reduction", reduction, REDUCTIONS)
-        self.ignore_index = ignore_index
+        self.ignore_index = integer("ignore_index", ignore_index, "as in torch.nn.CrossEntropyLoss")
         self.label_smoothing = finite_float(
             "label_smoothing", label_smoothing, low=0.0, high=1.0, expected="a number in 0..1"
         )
@@ -340,6 +341,6 @@ def _make_adjuster(
         return CLALogitAdjuster.from_table(grouper, adjustment)
     if adjustment == "lgla":
         return CLALogitAdjuster(grouper, tau)
-    strength = {"softmax": 0.0, "balanced": 1.0, "logit": 1.0 if tau is None else tau}[adjustment]
+    strength = {"softmax": 0.0, "balanced": 1.0, "logit": 1.0 if tau is None else check_tau(tau)}[adjustment]
     table = functional.log_prior_table(grouper.class_counts, num_experts, strength)
     return CLALogitAdjuster.from_table(grouper, table)

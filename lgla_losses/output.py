@@ -74,8 +74,12 @@ def check_logits(logits: object, num_experts: int, num_classes: int) -> ExpertLo
     if isinstance(logits, Sequence) and not isinstance(logits, str):
         experts = [floating_tensor(f"logits[{k}]", v, "[N, C]") for k, v in enumerate(logits)]
         got = f"{len(experts)} tensors of shapes {[list(v.shape) for v in experts]}"
-        kinds = {(v.shape, v.dtype, v.device) for v in experts}
-        if len(experts) != num_experts or len(kinds) != 1 or experts[0].shape[1] != num_classes:
+        # No set of shapes: hashing a dynamic size would make torch.compile specialise on it.
+        alike = all(
+            (v.shape, v.dtype, v.device) == (experts[0].shape, experts[0].dtype, experts[0].device)
+            for v in experts
+        )
+        if len(experts) != num_experts or not alike or experts[0].shape[1] != num_classes:
             raise ValueError(
                 f"logits: expected {num_experts} tensors [N, {num_classes}] of one dtype and device, "
                 f"one an expert, got {got}; num_experts and class_counts fix their number and width"

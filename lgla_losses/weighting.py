@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from lgla_losses import functional
-from lgla_losses.checks import floating_tensor, same_device, target_tensor, target_values, values_readable
+from lgla_losses.checks import (
+    floating_tensor,
+    integer,
+    same_device,
+    target_tensor,
+    target_values,
+    values_readable,
+)
 from lgla_losses.collectives import ranks_to_sync, sum_over_ranks
 from lgla_losses.grouping import ClassGrouper, check_grouper
 
@@ -65,7 +72,7 @@ class AAWWeighter(nn.Module):
     ) -> None:
         super().__init__()
         self.grouper = check_grouper(grouper)
-        self.ignore_index = ignore_index
+        self.ignore_index = integer("ignore_index", ignore_index, "as in torch.nn.CrossEntropyLoss")
         self.sync = sync
         self.process_group = process_group
 

@@ -71,7 +71,7 @@ def test_sign_of_each_margin(case):
 
 @given(adjusters())
 def test_tau_zero_turns_the_global_adjustment_off(case):
-    counts, _, _, adjuster = case
+    *_, adjuster = case
     assert (CLALogitAdjuster(adjuster.grouper, tau=0.0).table[-1] == 0).all()
 
 
@@ -93,7 +93,9 @@ def test_implied_prior_with_any_fusion(case, fusion):
     ]  # fmt: skip
     peak = max(exponents)
     expected = torch.tensor([math.exp(e - peak) for e in exponents], dtype=torch.float64)
-    torch.testing.assert_close(adjuster.implied_prior(fusion), expected / expected.sum(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        adjuster.implied_prior(fusion), expected / expected.sum(), rtol=1e-9, atol=1e-12
+    )
 
 
 @given(adjusters())

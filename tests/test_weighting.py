@@ -124,7 +124,5 @@ def test_angles_of_low_precision_features_are_taken_in_float32():
 
 
 def test_a_zero_feature_has_a_finite_angle():
-    angles = functional.angles_from_features(
-        torch.zeros(1, 2, 3), torch.randn(2, 4, 3), torch.tensor([1])
-    )
+    angles = functional.angles_from_features(torch.zeros(1, 2, 3), torch.randn(2, 4, 3), torch.tensor([1]))
     assert angles.tolist() == [[pytest.approx(math.pi / 2)] * 2]

@@ -1,0 +1,124 @@
+"""One rank of tests/test_distributed.py: compares its part of a job with one process."""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from lgla_losses import AAWWeighter, ClassGrouper, GroupConvExperts, LGLALoss
+
+COUNTS = [40, 9, 5, 1]
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def shares(world_size):
+    """Uneven, with an empty batch, ignored samples and groups missing on some ranks."""
+    target = torch.tensor([0, 0, 0, 1, 2, 3, -100, 0, 2, 1, 1])
+    logits = 60 * torch.rand(len(target), 3, 4, dtype=torch.float64) - 30
+    sizes = {2: [3, 8], 4: [3, 0, 5, 3]}[world_size]
+    return logits, target, sizes
+
+
+def check_loss_and_gradients(rank, world_size, aaw, reduction):
+    logits, target, sizes = shares(world_size)
+    whole = logits.clone().requires_grad_()
+    expected = LGLALoss(COUNTS, aaw=aaw, reduction=reduction, sync=False)(whole, target)
+    expected.sum().backward()
+    mine = logits.split(sizes)[rank].clone().requires_grad_()
+    loss = LGLALoss(COUNTS, aaw=aaw, reduction=reduction)(mine, target.split(sizes)[rank])
+    loss.sum().backward()
+    gradient = mine.grad
+    if reduction == "none":
+        torch.testing.assert_close(loss, expected.split(sizes)[rank], **CLOSE)
+    else:
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        if reduction == "mean":  # what DDP does to losses and gradients
+            total, gradient = total / world_size, gradient / world_size
+        torch.testing.assert_close(total, expected.detach(), **CLOSE)
+    torch.testing.assert_close(gradient, whole.grad.split(sizes)[rank], **CLOSE)
+
+
+def check_ddp(rank, world_size):
+    """A model under DDP gets the gradients of the whole batch."""
+    torch.manual_seed(1)
+    _, target, sizes = shares(world_size)
+    images = torch.randn(len(target), 2, 5, 5, dtype=torch.float64)
+    experts = GroupConvExperts(lambda: torch.nn.Conv2d(2, 4, 3), 3, 4).double()
+    single = GroupConvExperts(lambda: torch.nn.Conv2d(2, 4, 3), 3, 4).double()
+    single.load_state_dict(experts.state_dict())
+    LGLALoss(COUNTS, sync=False)(single(images), target).backward()
+    parallel = DistributedDataParallel(experts)
+    LGLALoss(COUNTS)(parallel(images.split(sizes)[rank]), target.split(sizes)[rank]).backward()
+    for actual, expected in zip(experts.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, **CLOSE)
+
+
+def check_collectives(rank, world_size):
+    """One a step, of (K + 1)(K - 1) numbers; none without gradients or without sync."""
+    sizes = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor, *args, **kwargs):
+        sizes.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        logits, target, split = shares(world_size)
+        inputs = (logits.split(split)[rank], target.split(split)[rank])
+        LGLALoss(COUNTS)(*inputs)
+        assert sizes == [8], sizes
+        LGLALoss(COUNTS, aaw=False)(*inputs)
+        assert sizes == [8, 1], sizes
+        LGLALoss(COUNTS, sync=False)(*inputs)
+        AAWWeighter(ClassGrouper(COUNTS, 2), sync=False)(inputs[0][..., 0].abs() / 30, inputs[1])
+        with torch.no_grad():
+            if rank == 0:  # validation on one rank must wait for nobody
+                LGLALoss(COUNTS)(*inputs)
+        assert sizes == [8, 1], sizes
+    finally:
+        dist.all_reduce = all_reduce
+
+
+def check_group(rank, world_size):
+    """process_group limits the batch to some of the ranks."""
+    group = dist.new_group([0, 1])
+    if rank > 1:
+        return
+    logits, target, _ = shares(world_size)
+    parts = [(logits[:4], target[:4]), (logits[4:], target[4:])]
+    mine = LGLALoss(COUNTS, process_group=group)(*parts[rank])
+    dist.all_reduce(mine, group=group)
+    torch.testing.assert_close(mine / 2, LGLALoss(COUNTS, sync=False)(logits, target), **CLOSE)
+
+
+def check_compile(rank, world_size):
+    logits, target, sizes = shares(world_size)
+    inputs = (logits.split(sizes)[rank], target.split(sizes)[rank])
+    criterion = LGLALoss(COUNTS)
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), criterion(*inputs), **CLOSE)
+
+
+def main(rank, world_size, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    for aaw in (True, False):
+        for reduction in ("mean", "sum", "none"):
+            check_loss_and_gradients(rank, world_size, aaw, reduction)
+    check_ddp(rank, world_size)
+    check_collectives(rank, world_size)
+    check_group(rank, world_size)
+    check_compile(rank, world_size)
+    dist.barrier()
+    dist.destroy_process_group()
+    print(f"rank {rank} agrees", flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,233 @@
+"""Every wrong input raises: the argument's name, what was expected, what came, the way out."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lgla_losses import (
+    AAWWeighter,
+    CLALogitAdjuster,
+    ClassGrouper,
+    ExpertOutput,
+    GroupConvExperts,
+    LGLALoss,
+    count_classes,
+)
+
+COUNTS = [40, 9, 5, 1]
+LOGITS = torch.zeros(2, 3, 4)
+TARGET = torch.tensor([0, 3])
+META = torch.device("meta")
+
+
+def criterion(**options):
+    return LGLALoss(COUNTS, **options)
+
+
+def experts(stage=nn.Conv2d(2, 4, 3), num_experts=3, num_classes=4, **options):  # noqa: B008
+    return GroupConvExperts(stage, num_experts, num_classes, **options)
+
+
+class NoReset(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x * self.scale[:, None, None]
+
+
+#: What is called, the error, and words that its message must hold in this order.
+CASES = {
+    # class counts
+    "empty counts": (lambda: ClassGrouper([], 1), ValueError, "class_counts", "1-D", "[0]", "count_classes"),
+    "zero count": (lambda: ClassGrouper([3, 0, 1], 2), ValueError, "class_counts", "positive", "0 for class 1", "leave"),
+    "negative count": (lambda: ClassGrouper([3, -2], 2), ValueError, "class_counts", "positive", "-2 for class 1"),
+    "NaN count": (lambda: ClassGrouper([3, math.nan], 2), ValueError, "class_counts", "finite", "nan for class 1"),
+    "infinite count": (lambda: ClassGrouper([3, math.inf], 2), ValueError, "class_counts", "finite", "inf"),
+    "2-D counts": (lambda: ClassGrouper([[3, 2]], 1), ValueError, "class_counts", "1-D", "[1, 2]"),
+    "ragged counts": (lambda: ClassGrouper([[3], [2, 1]], 1), ValueError, "class_counts", "1-D", "uneven"),
+    "scalar counts": (lambda: ClassGrouper(7, 1), ValueError, "class_counts", "1-D", "[]"),
+    "text counts": (lambda: ClassGrouper(["3", "2"], 1), TypeError, "class_counts", "integers or floats", "count_classes"),
+    "boolean counts": (lambda: ClassGrouper([True, True], 1), TypeError, "class_counts", "integers or floats", "bool"),
+    "complex counts": (lambda: ClassGrouper([1 + 2j], 1), TypeError, "class_counts", "complex"),
+    "object counts": (lambda: ClassGrouper([None, 1], 1), TypeError, "class_counts", "object"),
+    "huge counts": (lambda: ClassGrouper(np.array([2**63], np.uint64), 1), ValueError, "class_counts", "2**63", "floats"),
+    "no counts": (lambda: LGLALoss(), TypeError, "class_counts", "None", "grouper"),
+    # groups
+    "more groups than classes": (lambda: ClassGrouper([3, 2], 3), ValueError, "num_groups", "2", "got 3", "fewer"),
+    "no groups": (lambda: ClassGrouper([3, 2], 0), ValueError, "num_groups", ">= 1", "got 0"),
+    "float groups": (lambda: ClassGrouper([3, 2], 2.0), TypeError, "num_groups", "integer", "2.0", "float"),
+    "boolean groups": (lambda: ClassGrouper([3, 2], True), TypeError, "num_groups", "integer", "bool"),
+    "gap in groups": (lambda: ClassGrouper.from_groups([3, 2], [0, 2]), ValueError, "group_index", "0..G-1", "[0, 2]"),
+    "groups of another length": (lambda: ClassGrouper.from_groups([3, 2], [0]), ValueError, "group_index", "[2]", "[1]"),
+    "float group index": (lambda: ClassGrouper.from_groups([3, 2], [0.0, 1.0]), TypeError, "group_index", "float"),
+    "no grouper": (lambda: CLALogitAdjuster([3, 2]), TypeError, "grouper", "ClassGrouper", "list"),
+    "no grouper for weights": (lambda: AAWWeighter(None), TypeError, "grouper", "ClassGrouper", "NoneType"),
+    "target out of range of groups": (lambda: ClassGrouper(COUNTS, 2)(torch.tensor([-1])), ValueError, "target", "0..3", "-1"),
+    # labels
+    "label out of range": (lambda: count_classes([0, 4], 4), ValueError, "labels", "0..3", "got 4", "num_classes"),
+    "negative label": (lambda: count_classes([0, -1], 4), ValueError, "labels", "0..3", "got -1"),
+    "float labels": (lambda: count_classes([0.0, 1.0], 4), TypeError, "labels", "integer", "float64"),
+    "2-D labels": (lambda: count_classes([[0], [1]], 4), ValueError, "labels", "1-D", "[2, 1]"),
+    "no classes": (lambda: count_classes([0], 0), ValueError, "num_classes", "got 0"),
+    "data set without labels": (
+        lambda: count_classes(torch.utils.data.TensorDataset(TARGET), 4), TypeError, "labels", "targets", "TensorDataset",
+    ),
+    # experts and adjustment
+    "one expert with LGLA": (lambda: criterion(num_experts=1), ValueError, "num_experts", "at least 2", "got 1", "softmax"),
+    "one expert with AAW": (lambda: criterion(num_experts=1, adjustment="softmax"), ValueError, "num_experts", "aaw=False"),
+    "no expert": (lambda: criterion(num_experts=0), ValueError, "num_experts", ">= 1", "got 0"),
+    "float experts": (lambda: criterion(num_experts=3.0), TypeError, "num_experts", "integer", "float"),
+    "too many experts": (lambda: criterion(num_experts=6), ValueError, "num_experts", "5", "4 classes", "got 6", "fewer"),
+    "conflicting experts": (
+        lambda: LGLALoss(grouper=ClassGrouper(COUNTS, 2), num_experts=4), ValueError, "num_experts", "4", "3", "drop",
+    ),
+    "table of other experts": (
+        lambda: criterion(num_experts=2, adjustment=torch.zeros(3, 4)), ValueError, "num_experts", "2", "3",
+    ),
+    "counts and grouper": (lambda: criterion(grouper=ClassGrouper(COUNTS, 2)), ValueError, "grouper", "both", "drop"),
+    "unknown adjustment": (lambda: criterion(adjustment="focal"), ValueError, "adjustment", "'lgla'", "'focal'"),
+    "adjustment of a wrong type": (lambda: criterion(adjustment=3), TypeError, "adjustment", "'lgla'", "3", "int"),
+    "table of other classes": (lambda: criterion(adjustment=torch.zeros(3, 5)), ValueError, "adjustment", "4]", "[3, 5]"),
+    "1-D table": (lambda: criterion(adjustment=torch.zeros(3)), ValueError, "adjustment", "[K, C]", "[3]"),
+    "integer table": (
+        lambda: criterion(adjustment=torch.zeros(3, 4, dtype=torch.int64)), TypeError, "adjustment", "floating", "int64",
+    ),
+    "NaN table": (lambda: criterion(adjustment=torch.full((3, 4), math.nan)), ValueError, "adjustment", "finite", "NaN"),
+    "negative tau": (lambda: criterion(tau=-1.0), ValueError, "tau", ">= 0", "-1.0"),
+    "NaN tau": (lambda: criterion(tau=math.nan), ValueError, "tau", "finite", "nan"),
+    "negative tau of logit adjustment": (lambda: criterion(tau=-1.0, adjustment="logit"), ValueError, "tau", "-1.0"),
+    "text tau": (lambda: criterion(tau="2.5"), TypeError, "tau", "number", "'2.5'"),
+    # other options
+    "zero scale": (lambda: criterion(scale=0.0), ValueError, "scale", "positive", "None", "0.0"),
+    "negative scale": (lambda: criterion(scale=-30.0), ValueError, "scale", "positive", "-30.0"),
+    "infinite scale": (lambda: criterion(scale=math.inf), ValueError, "scale", "finite", "inf"),
+    "text scale": (lambda: criterion(scale="30"), TypeError, "scale", "positive", "'30'"),
+    "unknown reduction": (lambda: criterion(reduction="avg"), ValueError, "reduction", "'mean'", "'avg'"),
+    "no reduction": (lambda: criterion(reduction=None), TypeError, "reduction", "'mean'", "None"),
+    "unknown backend": (lambda: criterion(backend="cuda"), ValueError, "backend", "'reference'", "'cuda'"),
+    "smoothing above one": (lambda: criterion(label_smoothing=1.5), ValueError, "label_smoothing", "0..1", "1.5"),
+    "float ignore_index": (lambda: criterion(ignore_index=0.5), TypeError, "ignore_index", "integer", "0.5"),
+    # logits
+    "2-D logits": (lambda: criterion()(LOGITS[:, 0], TARGET), ValueError, "logits", "[N, K, C]", "[2, 4]"),
+    "other experts": (lambda: criterion()(LOGITS[:, :2], TARGET), ValueError, "logits", "[N, 3, 4]", "[2, 2, 4]", "stack"),
+    "other classes": (lambda: criterion()(torch.zeros(2, 3, 5), TARGET), ValueError, "logits", "[N, 3, 4]", "[2, 3, 5]"),
+    "integer logits": (lambda: criterion()(LOGITS.long(), TARGET), TypeError, "logits", "floating", "int64"),
+    "array of logits": (lambda: criterion()(LOGITS.numpy(), TARGET), TypeError, "logits", "[N, 3, 4]", "ndarray"),
+    "short list": (lambda: criterion()([LOGITS[:, 0]], TARGET), ValueError, "logits", "3 tensors", "1 tensors"),
+    "empty list": (lambda: criterion()([], TARGET), ValueError, "logits", "3 tensors", "0 tensors"),
+    "uneven list": (
+        lambda: criterion()([LOGITS[:, 0], LOGITS[:, 0], LOGITS[:1, 0]], TARGET), ValueError, "logits", "[2, 4]", "[1, 4]",
+    ),
+    "list of arrays": (lambda: criterion()([LOGITS.numpy()] * 3, TARGET), TypeError, "logits[0]", "floating", "array"),
+    "NaN logits": (lambda: criterion()(LOGITS * math.nan, TARGET), ValueError, "logits", "NaN", "expert 0", "validate_args"),
+    "infinite logits": (lambda: criterion()(LOGITS + math.inf, TARGET), ValueError, "logits", "+inf", "expert 0"),
+    "-inf on the target": (lambda: criterion()(LOGITS - math.inf, TARGET), ValueError, "logits", "-inf", "expert 0"),
+    "logits to adjust": (lambda: CLALogitAdjuster(ClassGrouper(COUNTS, 2))(LOGITS[0]), ValueError, "logits", "[3, 4]"),
+    # targets
+    "float target": (lambda: criterion()(LOGITS, TARGET.float()), TypeError, "target", "int64", "float32", "long()"),
+    "int32 target": (lambda: criterion()(LOGITS, TARGET.int()), TypeError, "target", "int64", "int32", "long()"),
+    "list target": (lambda: criterion()(LOGITS, [0, 3]), TypeError, "target", "int64", "[0, 3]", "as_tensor"),
+    "2-D target": (lambda: criterion()(LOGITS, TARGET[:, None]), ValueError, "target", "[2]", "[2, 1]", "flatten"),
+    "short target": (lambda: criterion()(LOGITS, TARGET[:1]), ValueError, "target", "[2]", "[1]"),
+    "target too large": (lambda: criterion()(LOGITS, TARGET + 1), ValueError, "target", "0..3", "-100", "got 4 at position 1"),
+    "negative target": (lambda: criterion()(LOGITS, TARGET - 1), ValueError, "target", "0..3", "got -1 at position 0"),
+    "margin out of range": (
+        lambda: CLALogitAdjuster(ClassGrouper(COUNTS, 2)).margin(TARGET + 1), ValueError, "target", "0..3", "got 4",
+    ),
+    # features, weights, devices, normalizer
+    "linear head without features": (
+        lambda: criterion(scale=None)(LOGITS, TARGET), ValueError, "features", "weight", "linear", "aaw=False",
+    ),
+    "features alone": (
+        lambda: criterion()(LOGITS, TARGET, features=torch.zeros(2, 3, 5)), ValueError, "features, weight", "both", "one",
+    ),
+    "features of another width": (
+        lambda: criterion()(LOGITS, TARGET, features=torch.zeros(2, 3, 5), weight=torch.zeros(3, 4, 6)),
+        ValueError, "features, weight", "[2, 3, d]", "[2, 3, 5]", "[3, 4, 6]",
+    ),
+    "weight of other classes": (
+        lambda: criterion()(LOGITS, TARGET, features=torch.zeros(2, 3, 5), weight=torch.zeros(3, 5, 5)),
+        ValueError, "features, weight", "[3, 4, d]", "[3, 5, 5]",
+    ),
+    "2-D features": (
+        lambda: criterion()(LOGITS, TARGET, features=torch.zeros(2, 5), weight=torch.zeros(3, 4, 5)),
+        ValueError, "features", "[N, K, d]", "[2, 5]",
+    ),
+    "features beside an output": (
+        lambda: criterion()(ExpertOutput(LOGITS, LOGITS, LOGITS), TARGET, features=LOGITS), ValueError, "features", "none",
+    ),
+    "mixed devices": (lambda: criterion()(LOGITS, TARGET.to(META)), ValueError, "logits on cpu", "target on meta", ".to("),
+    "criterion elsewhere": (
+        lambda: criterion()(LOGITS.to(META), TARGET.to(META)), ValueError, "logits on meta", "criterion on cpu", "itself",
+    ),
+    "angles elsewhere": (
+        lambda: AAWWeighter(ClassGrouper(COUNTS, 2))(LOGITS[..., 0].to(META), TARGET), ValueError, "angles on meta",
+    ),
+    "normalizer of a sum": (
+        lambda: criterion(reduction="sum")(LOGITS, TARGET, normalizer=2), ValueError, "normalizer", "'sum'", "mean",
+    ),
+    "3-D angles": (lambda: AAWWeighter(ClassGrouper(COUNTS, 2))(LOGITS, TARGET), ValueError, "angles", "[N, K]", "[2, 3, 4]"),
+    # fusion
+    "negative fusion": (
+        lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble([1, -1, 1]), ValueError, "fusion", "non-negative", "-1.0",
+    ),
+    "zero fusion": (lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble([0, 0, 0]), ValueError, "fusion", "positive"),
+    "short fusion": (lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble([1, 1]), ValueError, "fusion", "3 experts", "[2]"),
+    "NaN fusion": (
+        lambda: CLALogitAdjuster(ClassGrouper(COUNTS, 2)).implied_prior([1, math.nan, 1]), ValueError, "fusion", "finite",
+    ),
+    # GroupConvExperts
+    "stage of a wrong type": (lambda: experts(stage=3), TypeError, "stage", "module", "3"),
+    "factory of a wrong type": (lambda: experts(stage=lambda: 3), TypeError, "stage", "Module", "3"),
+    "unlike factory": (
+        lambda: experts(stage=lambda: nn.Linear(2, int(torch.randint(3, 10**6, ())))), ValueError, "stage", "alike", "independent",
+    ),
+    "unknown layout": (lambda: experts(layout="fast"), ValueError, "layout", "'grouped'", "'fast'"),
+    "unknown classifier": (lambda: experts(classifier="mlp"), ValueError, "classifier", "'cosine'", "'mlp'"),
+    "zero scale of experts": (lambda: experts(scale=0.0), ValueError, "scale", "positive", "0.0"),
+    "no classes for experts": (lambda: experts(num_classes=0), ValueError, "num_classes", "got 0"),
+    "no experts": (lambda: experts(num_experts=0), ValueError, "num_experts", "got 0"),
+    "no features": (lambda: experts(stage=None), ValueError, "num_features", "None"),
+    "unknown features": (lambda: experts(stage=nn.ReLU()), ValueError, "num_features", "no layer"),
+    "wrong features": (
+        lambda: experts(num_features=5)(torch.zeros(2, 2, 5, 5)), ValueError, "num_features", "4", "got 5", "num_features=4",
+    ),
+    "layer without reset": (
+        lambda: experts(stage=nn.Sequential(nn.Conv2d(2, 4, 3), NoReset())),
+        ValueError, "stage", "'1'", "NoReset", "factory", "init_fn=", "reset=False",
+    ),
+    "3-D stage output": (
+        lambda: experts(stage=nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(2)))(torch.zeros(2, 2, 5, 5)),
+        ValueError, "stage", "[N, d]", "9", "pooling",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_error_names_the_argument_what_came_and_the_way_out(name):
+    call, error, *words = CASES[name]
+    with pytest.raises(error) as caught:
+        call()
+    assert caught.type is error
+    message = str(caught.value)
+    assert re.search(".*".join(map(re.escape, words)), message, re.DOTALL), message
+
+
+@pytest.mark.parametrize("name", ["target too large", "NaN logits"])
+def test_values_are_read_only_on_request(name):
+    """validate_args=False leaves them to PyTorch."""
+    inputs = {"target too large": (LOGITS, TARGET + 1), "NaN logits": (LOGITS * math.nan, TARGET)}[name]
+    with pytest.raises(ValueError, match="expected"):
+        criterion(validate_args=True)(*inputs)
+    unchecked = criterion(validate_args=False, aaw=False)
+    if name == "NaN logits":
+        assert unchecked(*inputs).isnan()
+    else:
+        with pytest.raises(IndexError):
+            unchecked(*inputs)

@@ -1,0 +1,80 @@
+"""torch.compile sees whole graphs, and new batch sizes compile nothing anew."""
+
+import pytest
+import torch
+from torch import nn
+
+from lgla_losses import AAWWeighter, CLALogitAdjuster, ClassGrouper, GroupConvExperts, LGLALoss
+
+COUNTS = [40, 9, 5, 1]
+#: aot_eager traces and differentiates whole graphs without generating code: enough for most checks.
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+def batch(num_samples, num_experts=3):
+    logits = 60 * torch.rand(num_samples, num_experts, 4, dtype=torch.float64) - 30
+    target = torch.arange(num_samples) % 4
+    target[num_samples // 2] = -100
+    return logits.requires_grad_(), target
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("form", ["tensor", "list", "features"])
+def test_criterion_compiles_with_a_dynamic_batch(backend, form, reduction):
+    criterion = LGLALoss(COUNTS, label_smoothing=0.1, reduction=reduction)
+    compiled = torch.compile(criterion, fullgraph=True, dynamic=True, backend=backend)
+    weight = torch.randn(3, 4, 6, dtype=torch.float64)
+    for step, num_samples in enumerate((8, 5, 13)):
+        results = []
+        for function in (criterion, compiled):
+            torch.manual_seed(num_samples)
+            logits, target = batch(num_samples)
+            output = (
+                [v.detach().clone().requires_grad_() for v in logits.unbind(1)] if form == "list" else logits
+            )
+            features = torch.randn(num_samples, 3, 6, dtype=torch.float64)
+            inputs = {"features": features, "weight": weight} if form == "features" else {}
+            with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+                loss = function(output, target, **inputs)
+            loss.sum().backward()
+            results.append((loss.detach(), [v.grad for v in (output if form == "list" else [output])]))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_compile(backend):
+    grouper = ClassGrouper(COUNTS, 2)
+    angles, target = torch.rand(6, 3), torch.arange(6) % 4
+    for module, inputs in (
+        (grouper, (target,)),
+        (CLALogitAdjuster(grouper), (torch.randn(6, 3, 4),)),
+        (AAWWeighter(grouper), (angles, target)),
+    ):
+        compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
+        torch.testing.assert_close(compiled(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["grouped", "independent"])
+def test_a_whole_step_compiles(backend, layout):
+    stage = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    experts = GroupConvExperts(stage, 3, 4, layout=layout)
+    criterion = LGLALoss(COUNTS)
+
+    def step(images, target):
+        return criterion(experts(images), target)
+
+    images, target = torch.randn(8, 2, 6, 6), torch.arange(8) % 4
+    losses = []
+    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
+        experts.zero_grad()
+        loss = function(images, target)
+        loss.backward()
+        losses.append((loss.detach(), [p.grad.clone() for p in experts.parameters()]))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)

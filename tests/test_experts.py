@@ -1,0 +1,316 @@
+"""Experts on shared features: one function in two layouts."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss
+
+
+class Residual(nn.Module):
+    """A residual block whose shortcut is projected, or strided and zero-padded (ResNet option A)."""
+
+    def __init__(self, inputs, outputs, stride, norm, shortcut):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=True)
+        self.norm2 = norm(outputs)
+        self.stride, self.padding = stride, (outputs - inputs) // 2
+        self.project = nn.Conv2d(inputs, outputs, 1, stride) if shortcut == "projection" else None
+
+    def forward(self, x):
+        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        if self.project is not None:
+            return F.relu(y + self.project(x))
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.relu(y + F.pad(x, (0, 0, 0, 0, self.padding, self.padding)))
+
+
+class Pooling(nn.Module):
+    """Layers that see channels, space and functions of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(8))
+        self.squeeze = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 2, 1), nn.SiLU(), nn.Conv2d(2, 8, 1)
+        )
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.cat([F.max_pool2d(x, 2), F.avg_pool2d(x, 2)], dim=1)
+        x = x * self.squeeze(x).sigmoid() * self.gate[:, None, None]
+        return self.fc(F.adaptive_max_pool2d(x, 1).flatten(1))
+
+    def reset_parameters(self):
+        nn.init.normal_(self.gate)
+
+
+def group_norm(channels):
+    return nn.GroupNorm(2, channels)
+
+
+STAGES = {
+    "conv": lambda: nn.Conv2d(4, 6, 3),
+    "grouped and dilated conv": lambda: nn.Conv2d(4, 8, 3, groups=2, dilation=2, padding="same"),
+    "batch norm, projection": lambda: Residual(4, 8, 2, nn.BatchNorm2d, "projection"),
+    "batch norm, zero padding": lambda: Residual(4, 8, 2, nn.BatchNorm2d, "padding"),
+    "group norm, zero padding": lambda: Residual(4, 8, 2, group_norm, "padding"),
+    "two blocks": lambda: nn.Sequential(
+        Residual(4, 8, 2, nn.BatchNorm2d, "padding"), Residual(8, 8, 1, nn.BatchNorm2d, "padding")
+    ),
+    "pooling, activations, concatenation": Pooling,
+    "no batch statistics": lambda: nn.Sequential(
+        nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6, track_running_stats=False), nn.ReLU()
+    ),
+    "no parameters": lambda: nn.MaxPool2d(2),
+}  # fmt: skip
+
+
+def twins(name, classifier="cosine", device="cpu"):
+    """The same experts in both layouts, in float64."""
+    options = {"num_features": {"no parameters": 4, "two blocks": 8}.get(name)}
+    grouped = GroupConvExperts(STAGES[name], 3, 7, classifier=classifier, **options)
+    grouped = grouped.to(device, torch.float64)
+    return grouped, grouped.to_independent()
+
+
+def assert_same(actual, expected):
+    """To 1e-10 of the largest entry; a bias before a batch norm has a gradient of rounding alone."""
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max().clamp(min=1e-3)
+
+
+@pytest.mark.parametrize("classifier", ["cosine", "linear"])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", STAGES)
+def test_grouped_equals_independent_forward_and_backward(name, train, classifier, device):
+    grouped, independent = (m.train(train) for m in twins(name, classifier, device))
+    inputs = torch.randn(5, 4, 8, 8, dtype=torch.float64, device=device)
+    gradients = []
+    outputs = []
+    for module in (grouped, independent):
+        shared = inputs.clone().requires_grad_()
+        output = module(shared)
+        torch.manual_seed(1)
+        sum((t * torch.randn(t.shape, dtype=t.dtype, device=device)).sum() for t in output[:2]).backward()
+        outputs.append(output)
+        gradients.append(shared.grad)
+    for actual, expected in zip(*outputs, strict=True):
+        assert_same(actual, expected)
+    assert_same(*gradients)
+    assert_same(grouped.classifiers.weight.grad, independent.classifiers.weight.grad)
+    for name, parameter in grouped.stage.named_parameters():
+        copies = [expert.get_parameter(name).grad for expert in independent.stage]
+        assert_same(parameter.grad, torch.stack(copies))
+    for name, buffer in grouped.stage.named_buffers():
+        assert_same(buffer.double(), torch.stack([e.get_buffer(name) for e in independent.stage]).double())
+
+
+def test_an_experts_channels_reach_no_other_expert():
+    """The authors' zero-padded shortcut leaks across experts at the second stage."""
+    grouped, _ = twins("two blocks")
+    shared = torch.randn(5, 4, 8, 8, dtype=torch.float64)
+    grouped(shared).logits[:, 1].sum().backward()
+    for name, parameter in grouped.named_parameters():
+        assert (parameter.grad[[0, 2]] == 0).all(), name
+        assert (parameter.grad[1] != 0).any(), name
+
+
+def test_layouts_convert_into_each_other_and_share_nothing():
+    grouped, independent = twins("batch norm, projection")
+    grouped.stage.conv1.weight.requires_grad_(False)
+    independent = grouped.eval().to_independent()
+    back = independent.to_grouped()
+    assert (grouped.layout, independent.layout, back.layout) == ("grouped", "independent", "grouped")
+    assert not back.training
+    assert not back.stage.conv1.weight.requires_grad
+    assert back.state_dict().keys() == grouped.state_dict().keys()
+    for name, tensor in grouped.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor)
+    pointers = [
+        {t.untyped_storage().data_ptr() for t in module.state_dict().values()}
+        for module in (grouped, independent, back, grouped.to_grouped(), independent.to_independent())
+    ]
+    assert sum(map(len, pointers)) == len(set().union(*pointers))
+
+
+def test_tied_parameters_stay_tied():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(4, 4, 3, padding=1)
+            self.second = nn.Conv2d(4, 4, 3, padding=1)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    grouped = GroupConvExperts(Tied, 3, 7).double()
+    independent = grouped.to_independent()
+    assert grouped.stage.second.weight is grouped.stage.first.weight
+    assert independent.stage[2].second.weight is independent.stage[2].first.weight
+    shared = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    assert_same(grouped(shared).logits, independent(shared).logits)
+
+
+def test_random_layers_draw_independently_per_expert(device):
+    experts = GroupConvExperts(lambda: nn.Dropout(0.5), 3, 7, num_features=64).to(device)
+    features = experts(torch.ones(16, 64, device=device)).features
+    kept = features != 0
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert 0.3 < (kept[:, a] == kept[:, b]).double().mean() < 0.7
+
+
+@pytest.mark.parametrize("layout", ["grouped", "independent"])
+def test_every_expert_is_initialised_as_its_ungrouped_self(layout):
+    """The authors' ResNet-50 used the K-fold fan-out."""
+    experts = GroupConvExperts(nn.Conv2d(64, 128, 3), 3, 7, layout=layout).to_grouped()
+    weight = experts.stage.weight
+    bound = 1 / (64 * 9) ** 0.5
+    for k in range(3):
+        assert 0.95 * bound < weight[k].abs().max() <= bound
+        assert weight[k].std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert not torch.equal(weight[0], weight[1])
+
+
+def test_reset_false_keeps_pretrained_weights_and_the_module_is_left_alone():
+    stage = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))
+    stage[1].running_mean.fill_(3.0)
+    before = copy.deepcopy(stage.state_dict())
+    for reset in (True, False):
+        experts = GroupConvExperts(stage, 3, 7, reset=reset)
+        experts(torch.randn(2, 4, 8, 8))
+        same = torch.equal(experts.stage[0].weight, stage[0].weight.expand(3, -1, -1, -1, -1))
+        assert same != reset
+        for name, tensor in before.items():
+            assert torch.equal(stage.state_dict()[name], tensor)
+
+
+def test_factory_and_init_fn_initialise_every_expert():
+    calls = []
+
+    def factory():
+        calls.append(len(calls))
+        return nn.Conv2d(1, 2, 1).requires_grad_(False).apply(lambda m: m.weight.fill_(len(calls)))
+
+    experts = GroupConvExperts(factory, 3, 7)
+    assert experts.stage.weight.flatten(1).tolist() == [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]
+
+    def init_fn(layer):
+        if isinstance(layer, nn.Conv2d):
+            nn.init.constant_(layer.weight, 0.5)
+
+    experts = GroupConvExperts(nn.Conv2d(1, 2, 1), 3, 7, init_fn=init_fn)
+    assert (experts.stage.weight == 0.5).all()
+
+
+def test_classifiers_without_a_stage():
+    for shared in (torch.randn(5, 9), torch.randn(5, 9, 4, 4)):
+        output = GroupConvExperts(None, 3, 7, num_features=9)(shared)
+        pooled = shared if shared.dim() == 2 else shared.mean((2, 3))
+        assert output.logits.shape == (5, 3, 7)
+        assert torch.equal(output.features, pooled[:, None].expand(5, 3, 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_classifiers_are_cosine_or_linear(dtype, device, close):
+    features = torch.randn(5, 9, device=device)
+    for classifier in ("cosine", "linear"):
+        experts = GroupConvExperts(None, 3, 7, num_features=9, classifier=classifier, scale=20.0)
+        experts = experts.to(device, dtype)
+        output = experts(features.to(dtype))
+        weight = experts.classifiers.weight.double()
+        f = features.to(dtype).double()
+        if classifier == "cosine":
+            expected = 20 * F.normalize(f, dim=1) @ F.normalize(weight, dim=2).mT
+        else:
+            expected = f @ weight.mT + experts.classifiers.bias.double()[:, None]
+        assert output.logits.dtype == dtype
+        assert output.weight is experts.classifiers.weight
+        # Half precision rounds directions before their product.
+        close(output.logits / 20, expected.transpose(0, 1) / 20)
+
+
+def test_a_zero_feature_gives_finite_cosine_logits_and_gradients_in_half_precision():
+    experts = GroupConvExperts(None, 3, 7, num_features=9).half()
+    shared = torch.zeros(2, 9, dtype=torch.float16, requires_grad=True)
+    logits = experts(shared).logits
+    logits.float().sum().backward()
+    assert (logits == 0).all()
+    assert experts.classifiers.weight.grad.isfinite().all()
+
+
+def test_ensemble_is_the_mean_or_a_weighted_mean_of_the_logits(close):
+    output = ExpertOutput(torch.randn(5, 3, 7, dtype=torch.float64), torch.empty(0), torch.empty(0))
+    close(output.ensemble(), output.logits.mean(1))
+    close(output.ensemble([2, 2, 2]), output.logits.mean(1))
+    for fusion in ([1, 0, 3], torch.tensor([1.0, 0.0, 3.0])):
+        close(output.ensemble(fusion), 0.25 * output.logits[:, 0] + 0.75 * output.logits[:, 2])
+    assert output._replace(logits=output.logits.bfloat16()).ensemble([1, 2, 3]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layout", ["grouped", "independent"])
+def test_state_dict_deepcopy_and_pickle(layout):
+    source = GroupConvExperts(STAGES["two blocks"], 3, 7, num_features=8, layout=layout).eval()
+    shared = torch.randn(2, 4, 8, 8)
+    expected = source(shared).logits
+    loaded = GroupConvExperts(STAGES["two blocks"], 3, 7, num_features=8, layout=layout).eval()
+    loaded.load_state_dict(source.state_dict())
+    assert torch.equal(loaded(shared).logits, expected)
+    assert torch.equal(copy.deepcopy(source)(shared).logits, expected)
+    experts = GroupConvExperts(nn.Conv2d(4, 6, 3), 3, 7, layout=layout)
+    assert torch.equal(pickle.loads(pickle.dumps(experts))(shared).logits, experts(shared).logits)
+
+
+@pytest.mark.parametrize("layout", ["grouped", "independent"])
+def test_autocast_trains(layout, device):
+    experts = GroupConvExperts(STAGES["batch norm, projection"], 3, 7, layout=layout).to(device)
+    criterion = LGLALoss([9, 8, 7, 6, 5, 4, 3]).to(device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        output = experts(torch.randn(6, 4, 8, 8, device=device))
+        loss = criterion(output, torch.arange(6, device=device))
+    loss.backward()
+    assert output.logits.dtype == torch.bfloat16
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in experts.parameters())
+
+
+def test_training_lowers_the_loss(device):
+    torch.manual_seed(0)
+    images, labels = torch.randn(32, 4, 8, 8, device=device), torch.arange(32, device=device) % 4
+    experts = GroupConvExperts(STAGES["batch norm, projection"], 3, 4).to(device)
+    criterion = LGLALoss([100, 30, 10, 3]).to(device)
+    optimizer = torch.optim.SGD(experts.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = criterion(experts(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    assert (experts.eval()(images).ensemble().argmax(1) == labels).double().mean() > 0.9
+
+
+def test_layers_without_a_rule_are_named(recwarn):
+    """BatchNorm with momentum=None reads a value; an RNN has no batching rule."""
+    cumulative = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Sequential(nn.BatchNorm2d(6, momentum=None)))
+    with pytest.raises(ValueError, match=r"layer '1\.0' of type BatchNorm2d cannot run grouped.*independent"):
+        GroupConvExperts(cumulative, 3, 7)(torch.randn(2, 4, 8, 8))
+    assert GroupConvExperts(cumulative, 3, 7, layout="independent")(torch.randn(2, 4, 8, 8)).logits.shape == (
+        2,
+        3,
+        7,
+    )
+    with pytest.raises(ValueError, match=r"layer '' of type GRU cannot run grouped"):
+        GroupConvExperts(nn.GRU(4, 6), 3, 7, num_features=6)(torch.randn(2, 4))
+
+
+def test_an_error_of_the_users_own_stage_is_passed_on():
+    with pytest.raises(RuntimeError, match="to have 4 channels, but got 5"):
+        GroupConvExperts(nn.Conv2d(4, 6, 3), 3, 7)(torch.randn(2, 5, 8, 8))
