@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench dist clean
 .SECONDARY:
 
 demo: $(VENV)/.examples    ## train LGLA beside its baselines on long-tailed digits
@@ -22,6 +22,11 @@ lint: $(VENV)/.dev         ## style and types
 
 bench: $(VENV)/.bench      ## what grouped experts cost against independent ones
 	$(RUN) benchmarks/expert_layouts.py
+
+dist: $(VENV)/.dev         ## the wheel and the source archive, checked for upload
+	rm -rf dist
+	$(RUN) -m build
+	$(RUN) -m twine check --strict dist/*
 
 $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing lgla-losses[$*] and PyTorch into $(VENV), about a minute ..."

@@ -26,6 +26,7 @@ __all__ = [
     "cla_margin",
     "cla_table",
     "compute_dtype",
+    "expert_logits",
     "implied_prior",
     "lgla_loss",
     "log_prior_table",

@@ -89,7 +89,7 @@ class ClassGrouper(ConstantBuffers):
                 f"group_index: expected one group for each of {len(counts)} classes, shape [{len(counts)}], "
                 f"got {list(index.shape)}"
             )
-        present = torch.unique(index).tolist()
+        present = index.unique().tolist()
         if present != list(range(len(present))):
             raise ValueError(
                 "group_index: expected groups 0..G-1 with a class in each, "

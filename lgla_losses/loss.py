@@ -116,9 +116,11 @@ class LGLALoss(nn.Module):
         super().__init__()
         if not isinstance(adjustment, Tensor):
             one_of("adjustment", adjustment, ADJUSTMENTS)
-        num_experts = _number_of_experts(num_experts, grouper, adjustment, aaw)
+        self.adjustment = "table" if isinstance(adjustment, Tensor) else adjustment
+        needs_groups = aaw or self.adjustment == "lgla"
+        num_experts = _number_of_experts(num_experts, grouper, adjustment, needs_groups)
         if grouper is None:
-            grouper = _group_classes(class_counts, num_experts, needed=aaw or adjustment == "lgla")
+            grouper = _group_classes(class_counts, num_experts, needs_groups)
         elif class_counts is not None:
             raise ValueError("grouper: expected class_counts or a grouper, got both; drop class_counts")
         self.adjuster = _make_adjuster(grouper, num_experts, adjustment, tau)
@@ -128,7 +130,6 @@ class LGLALoss(nn.Module):
             else None
         )
         self.scale = None if scale is None else positive_float("scale", scale, "None means a linear head")
-        self.adjustment = adjustment if isinstance(adjustment, str) else "table"
         self.reduction = one_of("reduction", reduction, REDUCTIONS)
         self.ignore_index = integer("ignore_index", ignore_index, "as in torch.nn.CrossEntropyLoss")
         self.label_smoothing = finite_float(
@@ -298,7 +299,10 @@ class LGLALoss(nn.Module):
 
 
 def _number_of_experts(
-    num_experts: SupportsIndex | None, grouper: ClassGrouper | None, adjustment: str | Tensor, aaw: bool
+    num_experts: SupportsIndex | None,
+    grouper: ClassGrouper | None,
+    adjustment: str | Tensor,
+    needs_groups: bool,
 ) -> int:
     """K, from whichever arguments fix it; those that disagree raise."""
     fixed = {}
@@ -312,7 +316,7 @@ def _number_of_experts(
         got = ", ".join(f"{number} from {name}" for name, number in fixed.items())
         raise ValueError(f"num_experts: expected one number of experts, got {got}; drop num_experts")
     number = next(iter(fixed.values()), 3)
-    if number == 1 and (aaw or adjustment == "lgla"):
+    if number == 1 and needs_groups:
         raise ValueError(
             f"num_experts: expected at least 2 for adjustment='lgla' or aaw=True, got {number}; "
             "one expert goes with adjustment='softmax', 'balanced' or 'logit' and aaw=False"
@@ -320,13 +324,13 @@ def _number_of_experts(
     return number
 
 
-def _group_classes(class_counts: ArrayLike | None, num_experts: int, needed: bool) -> ClassGrouper:
+def _group_classes(class_counts: ArrayLike | None, num_experts: int, needs_groups: bool) -> ClassGrouper:
     """One group a local expert; without need of groups as many as the classes allow."""
     if class_counts is None:
         raise TypeError("class_counts: expected samples per class [C], got None; or pass a grouper")
     counts = as_class_counts(class_counts)
     num_groups = num_experts - 1
-    if needed and num_groups > len(counts):
+    if needs_groups and num_groups > len(counts):
         raise ValueError(
             f"num_experts: expected at most C + 1 = {len(counts) + 1} for {len(counts)} classes, as each "
             f"local expert owns a group of classes, got {num_experts}; use fewer experts"

@@ -1,0 +1,113 @@
+"""The public surface, pinned: a change here is a change of the contract."""
+
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lgla_losses
+from lgla_losses import functional
+
+SIGNATURES = {
+    "count_classes": "labels, num_classes",
+    "ClassGrouper": "class_counts, num_groups",
+    "ClassGrouper.from_groups": "class_counts, group_index",
+    "ClassGrouper.forward": "self, target",
+    "CLALogitAdjuster": "grouper, tau=None",
+    "CLALogitAdjuster.from_table": "grouper, table",
+    "CLALogitAdjuster.forward": "self, logits",
+    "CLALogitAdjuster.margin": "self, target",
+    "CLALogitAdjuster.implied_prior": "self, fusion=None",
+    "AAWWeighter": "grouper, *, ignore_index=-100, sync=True, process_group=None",
+    "AAWWeighter.forward": "self, angles, target, statistics=None",
+    "AAWWeighter.statistics": "self, angles, target",
+    "LGLALoss": "class_counts=None, num_experts=None, tau=None, *, grouper=None, aaw=True, scale=30.0, "
+    "adjustment='lgla', reduction='mean', ignore_index=-100, label_smoothing=0.0, sync=True, "
+    "process_group=None, validate_args=None, backend='auto'",
+    "LGLALoss.forward": "self, output, target, *, features=None, weight=None, normalizer=None",
+    "ExpertOutput": "logits, features, weight",
+    "ExpertOutput.ensemble": "self, fusion=None",
+    "GroupConvExperts": "stage, num_experts, num_classes, *, num_features=None, classifier='cosine', "
+    "scale=30.0, layout='grouped', reset=True, init_fn=None",
+    "GroupConvExperts.forward": "self, shared",
+    "GroupConvExperts.to_independent": "self",
+    "GroupConvExperts.to_grouped": "self",
+}
+
+
+def parameters(value):
+    signature = inspect.signature(value)
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(bare))[1:-1]
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name):
+    value = lgla_losses
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert parameters(value) == SIGNATURES[name]
+
+
+def test_all_is_sorted_and_complete():
+    assert lgla_losses.__all__ == sorted(lgla_losses.__all__)
+    assert {name.split(".")[0] for name in SIGNATURES} | {"functional"} == set(lgla_losses.__all__)
+    public = {
+        name
+        for name, value in vars(functional).items()
+        if inspect.isfunction(value) and value.__module__ == functional.__name__ and name[0] != "_"
+    }
+    assert functional.__all__ == sorted(public)
+
+
+def test_every_public_name_is_documented_and_annotated():
+    values = [getattr(lgla_losses, name) for name in lgla_losses.__all__ if name != "functional"]
+    values += [getattr(functional, name) for name in functional.__all__]
+    for value in values:
+        assert value.__doc__, value
+        function = value if inspect.isfunction(value) else value.__init__
+        if value is not lgla_losses.ExpertOutput:
+            missing = set(inspect.signature(function).parameters) - set(function.__annotations__) - {"self"}
+            assert not missing, (value, missing)
+
+
+def test_experts_of_the_paper_by_default():
+    criterion = lgla_losses.LGLALoss([5, 4, 3])
+    assert criterion.num_experts == 3
+    assert float(criterion.adjuster.tau) == 2.5
+
+
+def test_import_takes_torch_and_numpy_only():
+    """No import of the core may reach for an extra."""
+    code = """
+import sys
+
+class OnlyTheCore:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"sklearn", "tqdm", "rich", "matplotlib", "triton", "torchvision"}:
+            raise ImportError(f"{name} is no dependency of the core")
+
+sys.meta_path.insert(0, OnlyTheCore())
+import lgla_losses
+lgla_losses.LGLALoss([5, 4, 3])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_modules_hold_no_assert():
+    """An assert vanishes under python -O; errors are ValueError or TypeError."""
+    for module in pkgutil.iter_modules(lgla_losses.__path__, "lgla_losses."):
+        source = inspect.getsource(importlib.import_module(module.name))
+        assert "\n    assert " not in source, module.name
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_backends_agree(backend):
+    logits = 30 * torch.rand(4, 3, 5, dtype=torch.float64)
+    criterion = lgla_losses.LGLALoss([9, 7, 5, 3, 1], backend=backend)
+    reference = lgla_losses.LGLALoss([9, 7, 5, 3, 1], backend="reference")
+    assert torch.equal(criterion(logits, torch.arange(4)), reference(logits, torch.arange(4)))

@@ -1,0 +1,67 @@
+"""The demo: what a newcomer runs first."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, encoding="utf-8", check=False
+    )
+
+
+def test_a_table_and_a_picture_without_a_terminal(tmp_path):
+    picture = tmp_path / "picture.png"
+    result = run("--seeds", "2", "--epochs", "1", "--imbalance", "20", "--output", str(picture))
+    assert result.returncode == 0, result.stderr
+    for method in ("Softmax", "Softmax x3", "BALMS x3", "CLA", "LGLA"):
+        row = next(line for line in result.stdout.splitlines() if line.startswith(f"│ {method} "))
+        assert row.count("±") == 5
+    assert max(map(len, result.stdout.splitlines())) <= max(80, len(f"picture: {picture}"))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "100%" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "at least 1"),
+        (["--imbalance", "0.5"], "at least 1"),
+        (["--output", "/nowhere/at/all.png"], "no folder /nowhere/at"),
+        (["--device", "abacus"], "--device abacus: "),
+        (["--device", "cuda:99"], "--device cuda:99: "),
+    ],
+)
+def test_wrong_arguments_end_before_any_training(arguments, message):
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_lgla_gains_on_the_rarest_classes(device):
+    """What the demo is there to show, on seeds that its table does not use."""
+    spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
+    quickstart = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(quickstart)
+    counts = quickstart.long_tailed_counts(50.0)
+    assert (counts[0], counts[-1]) == (150, 3)
+    scores = {"Softmax": [], "LGLA": []}
+    for seed in (100, 101, 102):
+        split = quickstart.long_tailed_digits(counts, seed, device)
+        for method, results in scores.items():
+            torch.manual_seed(seed)
+            per_class = quickstart.train(method, split, counts, 50, lambda: None)
+            assert per_class.shape == (1 + quickstart.METHODS[method][0], 10)
+            results.append(per_class[0])
+    gain = torch.stack(scores["LGLA"]).mean(0) - torch.stack(scores["Softmax"]).mean(0)
+    assert gain.mean() > 0.04
+    assert gain[-3:].mean() > 0.12

@@ -1,0 +1,45 @@
+"""README: its example runs as shown, its commands exist, its figures are those of the records."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_drop_in_example_runs_and_learns():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["loss"].isfinite()
+    assert (names["prediction"] == names["labels"]).double().mean() > 0.5
+    assert names["prediction"].shape == torch.Size([143])
+    assert len([line for line in example.splitlines() if line.strip() and line[0] != "#"]) <= 20
+
+
+def test_every_make_command_is_a_target():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    commands = re.findall(
+        r"(?:^|`)make ([\w-]+)", README + (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    assert {"demo", "test"} <= set(commands)
+    assert set(commands) <= set(targets)
+
+
+def test_links_lead_to_files():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("https://") or (ROOT / link).is_file(), link
+
+
+def test_the_demos_table_is_the_recorded_one():
+    assert (ROOT / "benchmarks" / "results" / "quickstart_cpu.txt").read_text().strip() in README
+
+
+def test_the_cost_of_the_layouts_is_the_recorded_one():
+    record = json.loads((ROOT / "benchmarks" / "results" / "expert_layouts_cpu.json").read_text())
+    for row in record["rows"]:
+        low, median, high = (f"{ms:.0f}" for ms in row["ms_quartiles"])
+        assert f"| {row['batch']} | {row['layout']} | {median} ({low} to {high}) |" in README
