@@ -28,6 +28,18 @@ def test_partition_is_the_first_of_the_optimal_ones(counts, data):
     assert grouper.group_index.tolist() == reference.group_index(counts, num_groups)
 
 
+@pytest.mark.parametrize(
+    ("counts", "num_groups"),
+    [
+        ([10**16 + n for n in (972, 9, 3, 1, 1, 1)], 5),
+        ([10**17 + n for n in (9, 7, 7, 1, 0, 0, 0)], 4),
+        ([10**17 + n for n in (7, 3, 2, 2, 1, 1, 1)], 5),
+    ],
+)
+def test_partition_tells_costs_apart_that_float64_cannot(counts, num_groups):
+    assert ClassGrouper(counts, num_groups).group_index.tolist() == reference.group_index(counts, num_groups)
+
+
 @pytest.mark.parametrize("kind", ["pareto", "ties", "floats", "dominant"])
 def test_partition_equals_a_quadratic_programme(kind):
     """Sizes at which brute force is out of reach and the search has several levels."""
