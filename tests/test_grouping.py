@@ -113,6 +113,8 @@ def test_attributes():
     grouper = ClassGrouper([500, 300, 150, 50], 2)
     assert (grouper.num_classes, grouper.num_groups, grouper.imbalance_factor) == (4, 2, 10.0)
     assert grouper.class_counts.tolist() == [500, 300, 150, 50]
+    assert grouper.class_counts.dtype == torch.int64
+    assert ClassGrouper([0.5, 0.5], 1).class_counts.dtype == torch.float64
     assert grouper.group_index.dtype == torch.int64
     assert grouper.group_index.tolist() == [0, 1, 1, 1]
     assert grouper.group_sizes.tolist() == [1, 3]
