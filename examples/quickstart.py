@@ -200,14 +200,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     parser.add_argument("--output", type=Path, default=Path("quickstart.png"), help="the picture")
     options = parser.parse_args(arguments)
-    if options.imbalance < 1 or options.seeds < 1 or options.epochs < 1:
+    if not 1 <= options.imbalance < np.inf or options.seeds < 1 or options.epochs < 1:
         parser.error("--imbalance, --seeds and --epochs must be at least 1")
     try:
-        torch.zeros(1, device=options.device)
+        torch.zeros(1, device=options.device).cpu()
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {options.device}: {error}")
     if not options.output.absolute().parent.is_dir():
         parser.error(f"--output: there is no folder {options.output.parent}")
+    if options.output.suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--output: expected a .png, .pdf or .svg file, got {options.output}")
 
     class_counts = long_tailed_counts(options.imbalance)
     accuracy: dict[str, list[Tensor]] = {method: [] for method in METHODS}

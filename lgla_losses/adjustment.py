@@ -143,7 +143,7 @@ class CLALogitAdjuster(ConstantBuffers):
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""
-        tau = "" if self.tau is None else f", tau={float(self.tau):.4g}"
+        tau = "" if self.tau is None or self.tau.is_meta else f", tau={float(self.tau):.4g}"
         return f"num_experts={self.num_experts}{tau}"
 
 

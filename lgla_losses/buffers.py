@@ -16,12 +16,7 @@ class ConstantBuffers(nn.Module):
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        buffers, self._buffers = self._buffers, {}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._buffers = {
-            name: None if buffer is None else _move(buffer, fn) for name, buffer in buffers.items()
-        }
-        return self
+        return super()._apply(lambda t: _move(t, fn), recurse)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _move(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:

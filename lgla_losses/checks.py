@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import reprlib
 from collections.abc import Sequence
 from numbers import Real
 from typing import SupportsIndex
@@ -16,14 +17,17 @@ def describe(value: object) -> str:
     """A short text of what came, for the "got" part of an error."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
-    return f"{value!r} of type {type(value).__name__}"
+    return f"{reprlib.repr(value)} of type {type(value).__name__}"
 
 
 def integer(name: str, value: SupportsIndex, way_out: str) -> int:
     """``value`` as an int; booleans and floats are refused."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected an integer, got {describe(value)}; {way_out}")
-    return operator.index(value)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {describe(value)}; {way_out}") from None
 
 
 def positive_int(name: str, value: SupportsIndex, way_out: str) -> int:
@@ -118,7 +122,7 @@ def target_values(target: Tensor, num_classes: int, ignore_index: int | None = N
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     """``value`` if it is one of the allowed words."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         error = ValueError if isinstance(value, str) else TypeError
         raise error(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {describe(value)}")
     return value

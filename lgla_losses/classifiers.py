@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lgla_losses.functional import compute_dtype
+from lgla_losses.functional import compute_dtype, unit_vectors
 
 
 class ExpertClassifiers(nn.Module):
@@ -48,7 +47,7 @@ class ExpertClassifiers(nn.Module):
         """Linear: as :class:`torch.nn.Linear`. Cosine: centres of length 1, uniform directions."""
         with torch.no_grad():
             if self.bias is None:
-                self.weight.copy_(F.normalize(self.weight.normal_(), dim=-1))
+                self.weight.copy_(unit_vectors(self.weight.normal_()))
             else:
                 bound = 1 / math.sqrt(self.weight.shape[-1])
                 self.weight.uniform_(-bound, bound)
@@ -72,5 +71,5 @@ class ExpertClassifiers(nn.Module):
 
 
 def _directions(vectors: Tensor) -> Tensor:
-    # Half precision would lose the length, and its guard against 0, to underflow.
-    return F.normalize(vectors.to(compute_dtype(vectors.dtype)), dim=-1).to(vectors.dtype)
+    # The squares of half-precision numbers would over- or underflow.
+    return unit_vectors(vectors.to(compute_dtype(vectors.dtype))).to(vectors.dtype)

@@ -17,9 +17,15 @@ def ranks_to_sync(sync: bool, process_group: ProcessGroup | None) -> int:
 
     Without gradients, as in validation on one rank, nothing may wait for other ranks.
     """
-    if sync and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
-        return dist.get_world_size(process_group)
-    return 1
+    if not (sync and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
+        return 1
+    num_ranks = dist.get_world_size(process_group)
+    if num_ranks < 1:
+        raise ValueError(
+            f"process_group: expected a group that holds this rank, got one without rank {dist.get_rank()}; "
+            "give every rank the group it trains in, or sync=False"
+        )
+    return num_ranks
 
 
 def sum_over_ranks(values: Tensor, num_ranks: int, process_group: ProcessGroup | None) -> Tensor:

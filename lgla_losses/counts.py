@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -67,12 +68,12 @@ def _label_array(labels: ArrayLike | Dataset[Any]) -> npt.NDArray[Any]:
             f"labels: expected a data set with an attribute targets or labels, got {type(labels).__name__}; "
             "pass the labels themselves: count_classes([y for _, y in dataset], num_classes)"
         )
-    return _to_numpy("labels", labels)
+    return to_numpy("labels", labels)
 
 
 def as_class_counts(class_counts: ArrayLike) -> Tensor:
     """``class_counts`` as a new CPU tensor ``[C]``, int64 or float64, positive and finite."""
-    array = _to_numpy("class_counts", class_counts)
+    array = to_numpy("class_counts", class_counts)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(
             "class_counts: expected a non-empty 1-D vector [C] of samples per class, "
@@ -97,10 +98,17 @@ def as_class_counts(class_counts: ArrayLike) -> Tensor:
             f"({int(wrong.sum())} such of {exact.size}); leave classes without samples out of the label "
             "space, or give them a small positive count"
         )
+    total = sum(exact.tolist())
+    if not math.isfinite(total) or (exact.dtype == np.int64 and total >= 2**63):
+        raise ValueError(
+            f"class_counts: expected counts whose sum fits {exact.dtype}, got a sum of {total:.3g}; "
+            "divide all counts by the same number"
+        )
     return torch.from_numpy(exact)
 
 
-def _to_numpy(name: str, values: Any) -> npt.NDArray[Any]:
+def to_numpy(name: str, values: Any) -> npt.NDArray[Any]:
+    """``values`` as an array, from a list, an array or a tensor on any device."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         # NumPy has no bfloat16; every half-precision number is a float32.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
-from typing import SupportsIndex
+from typing import Self, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lgla_losses.checks import describe, one_of, positive_float, positive_int
 from lgla_losses.classifiers import ExpertClassifiers
 from lgla_losses.output import ExpertOutput
-from lgla_losses.stacking import run_stacked, stack_modules, unstack_module
+from lgla_losses.stacking import apply_per_copy, run_stacked, stack_modules, unstack_module
 
 CLASSIFIERS = ("cosine", "linear")
 LAYOUTS = ("grouped", "independent")
@@ -26,6 +28,11 @@ class GroupConvExperts(nn.Module):
     ``layout="independent"`` runs K modules. Both are the same function, forward and backward. The
     paper's group convolution (section 4.4) is the same function too, unless channels leak between
     experts, as through the shortcuts of the authors' released ResNet-32; here they never do.
+
+    The parameters of the grouped layout carry a leading expert dimension. Initialise them through a factory
+    or ``init_fn``, which see every copy by itself; ``experts.apply(init)`` would take the stack's fan for a
+    layer's. Filters by dimension, as of weight decay, should count one dimension less. Under
+    ``torch.compile`` a grouped batch norm is compiled anew for every batch size.
 
     Source: Tao et al., ICCV 2023, Fig. 3 and section 4.4.
 
@@ -41,7 +48,8 @@ class GroupConvExperts(nn.Module):
         layout: ``"grouped"`` or ``"independent"``.
         reset: initialise every copy of a module afresh, by ``reset_parameters()`` of its layers
             and then ``init_fn``; False keeps the weights, as of a pretrained network.
-        init_fn: applied to every layer of every copy, as by :meth:`torch.nn.Module.apply`.
+        init_fn: applied to every layer of every copy, as by :meth:`torch.nn.Module.apply`; needed
+            where a layer with parameters has no ``reset_parameters()``.
 
     Attributes:
         stage: the stacked module, a ``ModuleList`` of K modules, or None.
@@ -50,7 +58,7 @@ class GroupConvExperts(nn.Module):
     Raises:
         TypeError: ``stage`` is neither a module nor a factory of modules.
         ValueError: a number is out of range, a layer cannot be initialised or cannot run grouped,
-            or the stage's output is not ``[N, d]`` or ``[N, d, H, W]``.
+            the stage writes into its input, or its output is not ``[N, d]`` or ``[N, d, H, W]``.
 
     Shape:
         - shared features: ``[N, ...]``, whatever the stage takes
@@ -99,12 +107,18 @@ class GroupConvExperts(nn.Module):
 
     def forward(self, shared: Tensor) -> ExpertOutput:
         """Logits, features and class centres of every expert."""
+        version = _version(shared)
         if self.stage is None:
             features = _pool(shared)[:, None].expand(-1, self.num_experts, -1)
         elif isinstance(self.stage, nn.ModuleList):
             features = torch.stack([_pool(expert(shared)) for expert in self.stage], dim=1)
         else:
             features = _pool(run_stacked(self.stage, self.num_experts, shared), leading=2).transpose(0, 1)
+        if _version(shared) != version:
+            raise ValueError(
+                "stage: expected a stage that leaves its input, which the experts share, alone, got one that "
+                "wrote into it; set inplace=False on its first layer, or make it the trunk's last"
+            )
         weight = self.classifiers.weight
         if features.shape[-1] != weight.shape[-1]:
             raise ValueError(
@@ -112,6 +126,10 @@ class GroupConvExperts(nn.Module):
                 f"got {weight.shape[-1]}; pass num_features={features.shape[-1]}"
             )
         return ExpertOutput(self.classifiers(features), features, weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        twin = super()._apply(lambda t: apply_per_copy(t, fn), recurse)  # type: ignore[no-untyped-call]
+        return cast(Self, twin)
 
     def to_independent(self) -> GroupConvExperts:
         """The same function as K independent modules; new ones that share nothing with these."""
@@ -146,32 +164,61 @@ def _make_copies(
         return []
     if isinstance(stage, nn.Module):
         copies = [copy.deepcopy(stage) for _ in range(num_experts)]
-        if reset:
-            for expert in copies:
-                _reset(expert, can_init=init_fn is not None)
     elif callable(stage):
         copies = [stage() for _ in range(num_experts)]
     else:
         raise TypeError(f"stage: expected a module, a factory of modules or None, got {describe(stage)}")
+    if init_fn is not None and not reset:
+        raise ValueError("init_fn: expected None with reset=False, which keeps the weights, got a function")
+    _check_copies(copies)
     for expert in copies:
-        if not isinstance(expert, nn.Module):
-            raise TypeError(f"stage: expected a factory of torch.nn.Module, got {describe(expert)} from it")
+        unset = _reset(expert) if isinstance(stage, nn.Module) and reset else {}
         if init_fn is not None:
             expert.apply(init_fn)
+        for path, parameter in unset.items():
+            if parameter.isnan().any():
+                layer = type(expert.get_submodule(path.rpartition(".")[0])).__name__
+                raise ValueError(
+                    f"stage: parameter {path!r} of a {layer} is initialised by no reset_parameters(); "
+                    "pass a factory as stage, an init_fn= that sets it, or reset=False to keep the weights"
+                )
     return copies
 
 
-def _reset(module: nn.Module, can_init: bool) -> None:
-    for path, layer in module.named_modules():
+def _check_copies(copies: list[nn.Module]) -> None:
+    for expert in copies:
+        if not isinstance(expert, nn.Module):
+            raise TypeError(f"stage: expected a factory of torch.nn.Module, got {describe(expert)} from it")
+        if any(is_lazy(parameter) for parameter in expert.parameters()):
+            raise ValueError(
+                "stage: expected parameters of known shapes, got a lazy module; run a batch through it"
+            )
+    identities = [id(module) for expert in copies for module in expert.modules()]
+    identities += [id(parameter) for expert in copies for parameter in expert.parameters()]
+    if len(identities) != len(set(identities)):
+        raise ValueError(
+            "stage: expected a factory that makes a new module at every call, got parts shared between "
+            "calls; build the layers inside it"
+        )
+
+
+def _reset(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Initialise children before their parents; the parameters that nothing set, marked by NaN."""
+    unset = {}
+    for path, layer in reversed(list(module.named_modules())):
         reset_parameters = getattr(layer, "reset_parameters", None)
         if callable(reset_parameters):
             reset_parameters()
-        elif not can_init and next(layer.parameters(recurse=False), None) is not None:
-            raise ValueError(
-                f"stage: layer {path!r} of type {type(layer).__name__} has parameters but no "
-                "reset_parameters() to initialise them afresh; pass a factory as stage, init_fn=, or "
-                "reset=False to keep the weights"
-            )
+            continue
+        for name, parameter in layer.named_parameters(path, recurse=False):
+            nn.init.constant_(parameter, math.nan)
+            unset[name] = parameter
+    return unset
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts writes into a tensor, where they are counted."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def _arrange(copies: list[nn.Module], layout: str) -> nn.Module | None:
@@ -195,6 +242,8 @@ def _features_of(copies: list[nn.Module]) -> int:
 
 def _pool(features: Tensor, leading: int = 1) -> Tensor:
     """``[N, d]`` of ``[N, d]`` or ``[N, d, H, W]``, behind ``leading`` dimensions."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"stage: expected an output [N, d] or [N, d, H, W], got {type(features).__name__}")
     if features.dim() == leading + 3:
         return features.mean(dim=(-2, -1))
     if features.dim() != leading + 1:

@@ -32,12 +32,19 @@ __all__ = [
     "log_prior_table",
     "partition_classes",
     "target_groups",
+    "unit_vectors",
+    "widest_dtype",
 ]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The arithmetic for inputs of ``dtype``: float64 for float64, else float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's MPS, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def partition_classes(class_counts: Tensor, num_groups: int) -> Tensor:
@@ -141,8 +148,14 @@ def angles_from_features(features: Tensor, weight: Tensor, target: Tensor) -> Te
     """
     dtype = compute_dtype(torch.promote_types(features.dtype, weight.dtype))
     centres = weight.detach()[:, target].transpose(0, 1)
-    cosine = F.cosine_similarity(features.detach().to(dtype), centres.to(dtype), dim=-1)
+    cosine = (unit_vectors(features.detach().to(dtype)) * unit_vectors(centres.to(dtype))).sum(dim=-1)
     return cosine.clamp(-1.0, 1.0).acos()
+
+
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """The vectors divided by their lengths; zero, with a gradient of zero, for a vector of zeros."""
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / torch.where(length == 0, torch.inf, length)
 
 
 def angles_from_logits(logits: Tensor | Sequence[Tensor], target: Tensor, scale: float) -> Tensor:
@@ -187,9 +200,9 @@ def aaw_statistics(angles: Tensor, group: Tensor, num_groups: int) -> Tensor:
         the last column their number. In float64, so that references of a million samples keep
         the digits of their angles.
     """
-    # Apple's MPS has no float64.
-    dtype = torch.float32 if angles.device.type == "mps" else torch.float64
-    rows = torch.cat([angles.detach().to(dtype), angles.new_ones((len(angles), 1), dtype=dtype)], dim=1)
+    dtype = widest_dtype(angles.device)
+    ones = angles.new_ones((angles.shape[0], 1), dtype=dtype)
+    rows = torch.cat([angles.detach().to(dtype), ones], dim=1)
     # One more row takes the ignored samples, whatever their angles hold.
     sums = rows.new_zeros((num_groups + 1, rows.shape[1]))
     return sums.index_add(0, torch.where(group < 0, num_groups, group), rows)[:num_groups]

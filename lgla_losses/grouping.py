@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lgla_losses.buffers import ConstantBuffers
 from lgla_losses.checks import positive_int, target_tensor, target_values, values_readable
-from lgla_losses.counts import ArrayLike, as_class_counts
+from lgla_losses.counts import ArrayLike, as_class_counts, to_numpy
 from lgla_losses.functional import partition_classes
 
 
@@ -81,15 +82,15 @@ class ClassGrouper(ConstantBuffers):
             ValueError: there is not one group a class, or a group below the largest is empty.
         """
         counts = as_class_counts(class_counts)
-        index = torch.as_tensor(group_index).cpu()
-        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-            raise TypeError(f"group_index: expected integers 0..G-1, got {index.dtype}")
-        if index.shape != counts.shape:
+        index = to_numpy("group_index", group_index)
+        if index.shape != tuple(counts.shape):
             raise ValueError(
                 f"group_index: expected one group for each of {len(counts)} classes, shape [{len(counts)}], "
                 f"got {list(index.shape)}"
             )
-        present = index.unique().tolist()
+        if not np.issubdtype(index.dtype, np.integer):
+            raise TypeError(f"group_index: expected integers 0..G-1, got {index.dtype}")
+        present = np.unique(index).tolist()
         if present != list(range(len(present))):
             raise ValueError(
                 "group_index: expected groups 0..G-1 with a class in each, "
@@ -97,7 +98,7 @@ class ClassGrouper(ConstantBuffers):
             )
         grouper = cls.__new__(cls)
         ConstantBuffers.__init__(grouper)
-        grouper._register(counts, index.to(torch.int64, copy=True))
+        grouper._register(counts, torch.from_numpy(index.astype(np.int64)))
         return grouper
 
     def _register(self, counts: Tensor, index: Tensor) -> None:
@@ -134,14 +135,15 @@ class ClassGrouper(ConstantBuffers):
         for name in ("class_counts", "group_masses"):
             loaded = state_dict.get(prefix + name)
             if isinstance(loaded, Tensor):
-                self._buffers[name] = getattr(self, name).to(loaded.dtype)
+                dtype = torch.float64 if loaded.is_floating_point() else torch.int64
+                self._buffers[name] = getattr(self, name).to(dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""
+        sizes = f"num_classes={self.num_classes}, num_groups={self.num_groups}"
         return (
-            f"num_classes={self.num_classes}, num_groups={self.num_groups}, "
-            f"imbalance_factor={self.imbalance_factor:.4g}"
+            sizes if self.class_counts.is_meta else f"{sizes}, imbalance_factor={self.imbalance_factor:.4g}"
         )
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from lgla_losses import functional
 from lgla_losses.adjustment import CLALogitAdjuster, check_tau
 from lgla_losses.checks import (
+    describe,
     finite_float,
     floating_tensor,
-    integer,
     one_of,
     positive_float,
     positive_int,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 ADJUSTMENTS = ("lgla", "softmax", "balanced", "logit")
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "fused", "triton")
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -77,7 +77,8 @@ class LGLALoss(nn.Module):
 
     Attributes:
         adjuster: the :class:`CLALogitAdjuster`.
-        weighter: the :class:`AAWWeighter`, or None without ``aaw``.
+        weighter: the :class:`AAWWeighter`; it stands by without ``aaw``.
+        ignore_index: as given.
 
     Raises:
         TypeError: an argument is of a wrong type.
@@ -124,22 +125,27 @@ class LGLALoss(nn.Module):
         elif class_counts is not None:
             raise ValueError("grouper: expected class_counts or a grouper, got both; drop class_counts")
         self.adjuster = _make_adjuster(grouper, num_experts, adjustment, tau)
-        self.weighter = (
-            AAWWeighter(grouper, ignore_index=ignore_index, sync=sync, process_group=process_group)
-            if aaw
-            else None
+        self.aaw = aaw
+        self.weighter = AAWWeighter(
+            grouper,
+            ignore_index=ignore_index,
+            sync=sync,
+            process_group=process_group,
+            validate_args=validate_args,
         )
         self.scale = None if scale is None else positive_float("scale", scale, "None means a linear head")
         self.reduction = one_of("reduction", reduction, REDUCTIONS)
-        self.ignore_index = integer("ignore_index", ignore_index, "as in torch.nn.CrossEntropyLoss")
         self.label_smoothing = finite_float(
             "label_smoothing", label_smoothing, low=0.0, high=1.0, expected="a number in 0..1"
         )
-        self.sync = sync
-        self.process_group = process_group
         self.validate_args = validate_args
-        self.backend = one_of("backend", backend, BACKENDS)
+        self.backend = _runnable_backend(backend)
         self._warned_of_scale = False
+
+    @property
+    def ignore_index(self) -> int:
+        """Target of samples that count nothing."""
+        return self.weighter.ignore_index
 
     @property
     def grouper(self) -> ClassGrouper:
@@ -186,7 +192,7 @@ class LGLALoss(nn.Module):
             self._check_values(logits, target, from_logits=features is None)
 
         statistics = weights = None
-        if self.weighter is not None:
+        if self.aaw:
             angles = self._angles(logits, target, features, weight)
             statistics = self.weighter.statistics(angles, target)
             weights = self.weighter(angles, target, statistics)
@@ -203,7 +209,9 @@ class LGLALoss(nn.Module):
         if self.reduction == "sum":
             return losses.sum()
         if normalizer is None:
-            normalizer = self._samples_per_rank(target, statistics).to(losses.dtype)
+            normalizer = self._samples_per_rank(target, statistics, losses.dtype)
+        elif isinstance(normalizer, Tensor):
+            normalizer = normalizer.to(losses.dtype)
         return losses.sum() / normalizer
 
     def _angles(
@@ -221,15 +229,15 @@ class LGLALoss(nn.Module):
             )
         return functional.angles_from_logits(logits, target, self.scale)
 
-    def _samples_per_rank(self, target: Tensor, statistics: Tensor | None) -> Tensor:
+    def _samples_per_rank(self, target: Tensor, statistics: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Samples not ignored over the ranks, divided by their number; at least 1 over it."""
-        num_ranks = ranks_to_sync(self.sync, self.process_group)
+        group = self.weighter.process_group
+        num_ranks = ranks_to_sync(self.weighter.sync, group)
         if statistics is None:
-            count = (target != self.ignore_index).sum()
-            count = sum_over_ranks(count, num_ranks, self.process_group)
+            count = sum_over_ranks((target != self.ignore_index).sum(), num_ranks, group)
         else:
             count = statistics[:, -1].sum()
-        return count.clamp(min=1) / num_ranks
+        return count.clamp(min=1).to(dtype) / num_ranks
 
     def _check_inputs(
         self,
@@ -255,11 +263,23 @@ class LGLALoss(nn.Module):
         same_device(
             logits=logits, target=target, features=features, weight=weight, criterion=self.adjuster.table
         )
-        if normalizer is not None and self.reduction != "mean":
+        if normalizer is not None:
+            self._check_normalizer(normalizer)
+
+    def _check_normalizer(self, normalizer: float | Tensor) -> None:
+        if self.reduction != "mean":
             raise ValueError(
-                f"normalizer: expected None with reduction={self.reduction!r}, got {normalizer!r}; "
+                f"normalizer: expected None with reduction={self.reduction!r}, got {describe(normalizer)}; "
                 "it is the divisor of reduction='mean'"
             )
+        if not isinstance(normalizer, Tensor):
+            positive_float("normalizer", normalizer, "the number of samples to divide by")
+        elif normalizer.dim() > 0 or normalizer.is_complex():
+            raise ValueError(
+                f"normalizer: expected a number or a real scalar tensor, got {describe(normalizer)}"
+            )
+        elif values_readable(normalizer, self.validate_args):
+            positive_float("normalizer", normalizer.item(), "the number of samples to divide by")
 
     def _check_values(self, logits: ExpertLogits, target: Tensor, from_logits: bool) -> None:
         target_values(target, self.num_classes, self.ignore_index)
@@ -276,7 +296,7 @@ class LGLALoss(nn.Module):
                     "lower the learning rate, clip gradients, or look for a division by zero upstream "
                     "(validate_args=False skips this check)"
                 )
-            if from_logits and self.weighter is not None and self.scale is not None:
+            if from_logits and self.aaw and self.scale is not None:
                 self._warn_of_scale(own)
 
     def _warn_of_scale(self, target_logits: Tensor) -> None:
@@ -293,7 +313,7 @@ class LGLALoss(nn.Module):
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""
         return (
-            f"adjustment={self.adjustment!r}, aaw={self.weighter is not None}, scale={self.scale}, "
+            f"adjustment={self.adjustment!r}, aaw={self.aaw}, scale={self.scale}, "
             f"reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, backend={self.backend!r}"
         )
 
@@ -336,6 +356,16 @@ def _group_classes(class_counts: ArrayLike | None, num_experts: int, needs_group
             f"local expert owns a group of classes, got {num_experts}; use fewer experts"
         )
     return ClassGrouper(counts, max(1, min(num_groups, len(counts))))
+
+
+def _runnable_backend(backend: str) -> str:
+    one_of("backend", backend, BACKENDS)
+    if backend in ("fused", "triton"):
+        raise ValueError(
+            f"backend: expected one that can run, got {backend!r}, which is not part of this version; "
+            "use 'auto' or 'reference'"
+        )
+    return backend
 
 
 def _make_adjuster(

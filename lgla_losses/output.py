@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lgla_losses.checks import describe, floating_tensor, values_readable
-from lgla_losses.functional import compute_dtype
+from lgla_losses.functional import compute_dtype, widest_dtype
 
 #: Logits of K experts: ``[N, K, C]``, or K tensors ``[N, C]``.
 ExpertLogits: TypeAlias = "Tensor | Sequence[Tensor]"
@@ -45,20 +45,27 @@ class ExpertOutput(NamedTuple):
             return self.logits.mean(dim=1)
         dtype = compute_dtype(self.logits.dtype)
         weights = normalized_fusion(fusion, self.logits.shape[1]).to(self.logits.device, dtype)
-        return (self.logits.to(dtype) * weights[:, None]).sum(dim=1).to(self.logits.dtype)
+        # An expert without weight takes no part, even where it masks a class with -inf.
+        weighted = torch.where(weights[:, None] == 0, 0.0, self.logits.to(dtype) * weights[:, None])
+        return weighted.sum(dim=1).to(self.logits.dtype)
 
 
 def normalized_fusion(fusion: Tensor | Sequence[float] | None, num_experts: int) -> Tensor:
     """The fusion weights ``[K]`` divided by their sum; equal ones for None."""
     if fusion is None:
         return torch.full((num_experts,), 1.0 / num_experts, dtype=torch.float64)
-    weights = fusion if isinstance(fusion, Tensor) else torch.as_tensor(fusion, dtype=torch.float64)
+    try:
+        weights = fusion if isinstance(fusion, Tensor) else torch.as_tensor(fusion, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"fusion: expected {num_experts} real numbers, got {describe(fusion)}") from error
+    if weights.is_complex():
+        raise TypeError(f"fusion: expected {num_experts} real numbers, got {weights.dtype}")
     if weights.shape != (num_experts,):
         raise ValueError(
             f"fusion: expected one weight for each of {num_experts} experts, shape [{num_experts}], "
             f"got shape {list(weights.shape)}"
         )
-    weights = weights.to(compute_dtype(weights.dtype))
+    weights = weights.to(widest_dtype(weights.device))
     if values_readable(weights, None) and not (
         weights.isfinite().all() and (weights >= 0).all() and (weights > 0).any()
     ):

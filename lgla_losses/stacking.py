@@ -17,20 +17,55 @@ from torch.func import functional_call, vmap
 
 
 def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:
-    """A new module with the copies' parameters and buffers stacked on a new first dimension."""
-    try:
-        slots = {id(first): rest for first, *rest in zip(*(list(_tensors(m)) for m in copies), strict=True)}
-        return _rebuild(copies[0], lambda t: torch.stack([t, *slots[id(t)]]))
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            "stage: expected a factory whose modules are alike, got different parameters from call to call; "
-            f"use layout='independent' for experts of different shapes ({error})"
-        ) from error
+    """A new module with the copies' parameters and buffers stacked on a new first dimension.
+
+    Raises:
+        ValueError: the copies differ in more than the values of their tensors.
+    """
+    for layers in zip(*(expert.named_modules() for expert in copies), strict=False):
+        first, *others = (_configuration(layer) for _, layer in layers)
+        if any(other != first for other in others):
+            path, layer = layers[0]
+            raise ValueError(
+                f"stage: expected experts that are alike, got layers {path!r} of type {type(layer).__name__} "
+                "that differ in type, options or parameters; use layout='independent'"
+            )
+    slots = {id(first): rest for first, *rest in zip(*(_tensors(e) for e in copies), strict=True)}
+    return _rebuild(copies[0], lambda t: torch.stack([t, *slots[id(t)]]))
+
+
+def _configuration(layer: nn.Module) -> tuple[object, ...]:
+    """What must agree between copies for one of them to stand for all."""
+    plain = (bool, int, float, str, type(None))
+    options = {
+        name: value
+        for name, value in vars(layer).items()
+        if isinstance(value, plain)
+        or (isinstance(value, tuple) and all(isinstance(entry, plain) for entry in value))
+    }
+    tensors = [
+        (name, tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad))
+        for name, tensor in (*layer._parameters.items(), *layer._buffers.items())
+    ]
+    return type(layer), options, tensors, list(layer._modules)
 
 
 def unstack_module(stacked: nn.Module, num_experts: int) -> list[nn.Module]:
     """New modules, one for every entry of the first dimension; nothing is shared."""
     return [_rebuild(stacked, lambda t, k=k: t[k].clone()) for k in range(num_experts)]  # type: ignore[misc]
+
+
+def apply_per_copy(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """``fn`` of a stacked tensor, as :meth:`torch.nn.Module.to` applies it.
+
+    A stack of 4-D weights is 5-D and has no channels_last format, though each copy has.
+    """
+    try:
+        return fn(tensor)
+    except RuntimeError:
+        if tensor.dim() != 5:
+            raise
+        return torch.stack([fn(entry) for entry in tensor.unbind()])
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

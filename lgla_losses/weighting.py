@@ -43,11 +43,12 @@ class AAWWeighter(nn.Module):
         ignore_index: target of samples that count nothing.
         sync: take the means over all ranks of a distributed job.
         process_group: the ranks to take them over; None means all.
+        validate_args: check values, as in :class:`LGLALoss`.
 
     Raises:
         TypeError: angles or targets are of a wrong type.
-        ValueError: their shapes or devices do not fit, or a target is out of range (read on the
-            CPU only).
+        ValueError: their shapes or devices do not fit, a target is out of range or an angle not
+            finite, or this rank is not in ``process_group``.
 
     Shape:
         - angles: radians ``[N, K]``
@@ -69,12 +70,14 @@ class AAWWeighter(nn.Module):
         ignore_index: int = -100,
         sync: bool = True,
         process_group: ProcessGroup | None = None,
+        validate_args: bool | None = None,
     ) -> None:
         super().__init__()
         self.grouper = check_grouper(grouper)
         self.ignore_index = integer("ignore_index", ignore_index, "as in torch.nn.CrossEntropyLoss")
         self.sync = sync
         self.process_group = process_group
+        self.validate_args = validate_args
 
     def statistics(self, angles: Tensor, target: Tensor) -> Tensor:
         """Sums of angles ``[G, K]`` beside the number of samples ``[G, 1]``, over all ranks.
@@ -92,8 +95,13 @@ class AAWWeighter(nn.Module):
         floating_tensor("angles", angles, "[N, K]")
         target_tensor(target, num_samples=angles.shape[0])
         same_device(angles=angles, target=target, grouper=self.grouper.group_index)
-        if values_readable(target, None):
+        if values_readable(target, self.validate_args):
             target_values(target, self.grouper.num_classes, self.ignore_index)
+            if not angles[target != self.ignore_index].isfinite().all():
+                raise ValueError(
+                    "angles: expected finite radians, got NaN or infinity; look for them in the features and "
+                    "class weights that the angles come from"
+                )
         angles = angles.to(functional.compute_dtype(angles.dtype))
         if statistics is None:
             statistics = self.statistics(angles, target)

@@ -3,6 +3,7 @@
 import os
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -86,9 +87,14 @@ def check_collectives(rank, world_size):
 def check_group(rank, world_size):
     """process_group limits the batch to some of the ranks."""
     group = dist.new_group([0, 1])
+    others = dist.new_group([world_size - 1])
+    logits, target, _ = shares(world_size)
+    if rank != world_size - 1:  # its world size is -1 here, which would turn the loss around
+        for aaw in (True, False):
+            with pytest.raises(ValueError, match="process_group"):
+                LGLALoss(COUNTS, aaw=aaw, process_group=others)(logits, target)
     if rank > 1:
         return
-    logits, target, _ = shares(world_size)
     parts = [(logits[:4], target[:4]), (logits[4:], target[4:])]
     mine = LGLALoss(COUNTS, process_group=group)(*parts[rank])
     dist.all_reduce(mine, group=group)

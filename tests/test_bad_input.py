@@ -1,5 +1,7 @@
 """Every wrong input raises: the argument's name, what was expected, what came, the way out."""
 
+import functools
+import itertools
 import math
 import re
 
@@ -30,6 +32,10 @@ def criterion(**options):
 
 def experts(stage=nn.Conv2d(2, 4, 3), num_experts=3, num_classes=4, **options):  # noqa: B008
     return GroupConvExperts(stage, num_experts, num_classes, **options)
+
+
+def another_activation(activations):
+    return nn.Sequential(nn.Conv2d(2, 4, 3), next(activations))
 
 
 class NoReset(nn.Module):
@@ -70,6 +76,11 @@ CASES = {
     "no grouper for weights": (lambda: AAWWeighter(None), TypeError, "grouper", "ClassGrouper", "NoneType"),
     "target out of range of groups": (lambda: ClassGrouper(COUNTS, 2)(torch.tensor([-1])), ValueError, "target", "0..3", "-1"),
     # labels
+    "no group index": (lambda: ClassGrouper.from_groups([3, 2], None), ValueError, "group_index", "[2]", "[]"),
+    "text group index": (lambda: ClassGrouper.from_groups([3, 2], ["a", "b"]), TypeError, "group_index", "0..G-1"),
+    "tensor of groups": (lambda: ClassGrouper([3, 2], torch.tensor(2.0)), TypeError, "num_groups", "integer", "float32"),
+    "overflowing counts": (lambda: ClassGrouper([2**62] * 3, 1), ValueError, "class_counts", "sum", "int64", "divide"),
+    "overflowing float counts": (lambda: ClassGrouper([1e308] * 4, 1), ValueError, "class_counts", "sum", "inf", "divide"),
     "label out of range": (lambda: count_classes([0, 4], 4), ValueError, "labels", "0..3", "got 4", "num_classes"),
     "negative label": (lambda: count_classes([0, -1], 4), ValueError, "labels", "0..3", "got -1"),
     "float labels": (lambda: count_classes([0.0, 1.0], 4), TypeError, "labels", "integer", "float64"),
@@ -110,6 +121,9 @@ CASES = {
     "text scale": (lambda: criterion(scale="30"), TypeError, "scale", "positive", "'30'"),
     "unknown reduction": (lambda: criterion(reduction="avg"), ValueError, "reduction", "'mean'", "'avg'"),
     "no reduction": (lambda: criterion(reduction=None), TypeError, "reduction", "'mean'", "None"),
+    "array of adjustments": (lambda: criterion(adjustment=np.zeros((3, 4))), TypeError, "adjustment", "'lgla'", "array"),
+    "fused backend": (lambda: criterion(backend="fused"), ValueError, "backend", "'fused'", "not part", "'reference'"),
+    "triton backend": (lambda: criterion(backend="triton"), ValueError, "backend", "'triton'", "not part", "'reference'"),
     "unknown backend": (lambda: criterion(backend="cuda"), ValueError, "backend", "'reference'", "'cuda'"),
     "smoothing above one": (lambda: criterion(label_smoothing=1.5), ValueError, "label_smoothing", "0..1", "1.5"),
     "float ignore_index": (lambda: criterion(ignore_index=0.5), TypeError, "ignore_index", "integer", "0.5"),
@@ -172,10 +186,33 @@ CASES = {
     "normalizer of a sum": (
         lambda: criterion(reduction="sum")(LOGITS, TARGET, normalizer=2), ValueError, "normalizer", "'sum'", "mean",
     ),
+    "zero normalizer": (lambda: criterion()(LOGITS, TARGET, normalizer=0), ValueError, "normalizer", "positive", "0.0"),
+    "NaN normalizer": (
+        lambda: criterion()(LOGITS, TARGET, normalizer=torch.tensor(math.nan)), ValueError, "normalizer", "positive", "nan",
+    ),
+    "text normalizer": (lambda: criterion()(LOGITS, TARGET, normalizer="3"), TypeError, "normalizer", "positive", "'3'"),
+    "1-D normalizer": (
+        lambda: criterion()(LOGITS, TARGET, normalizer=torch.ones(2)), ValueError, "normalizer", "scalar", "[2]",
+    ),
+    "NaN features": (
+        lambda: criterion()(LOGITS, TARGET, features=torch.full((2, 3, 5), math.nan), weight=torch.ones(3, 4, 5)),
+        ValueError, "angles", "finite", "features",
+    ),
+    "infinite weight": (
+        lambda: criterion()(LOGITS, TARGET, features=torch.ones(2, 3, 5), weight=torch.full((3, 4, 5), math.inf)),
+        ValueError, "angles", "finite", "class weights",
+    ),
+    "NaN angles": (
+        lambda: AAWWeighter(ClassGrouper(COUNTS, 2))(LOGITS[..., 0] * math.nan, TARGET), ValueError, "angles", "NaN",
+    ),
     "3-D angles": (lambda: AAWWeighter(ClassGrouper(COUNTS, 2))(LOGITS, TARGET), ValueError, "angles", "[N, K]", "[2, 3, 4]"),
     # fusion
     "negative fusion": (
         lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble([1, -1, 1]), ValueError, "fusion", "non-negative", "-1.0",
+    ),
+    "text fusion": (lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble(["a", "b", "c"]), TypeError, "fusion", "3 real"),
+    "complex fusion": (
+        lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble(torch.ones(3) * 1j), TypeError, "fusion", "real", "complex",
     ),
     "zero fusion": (lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble([0, 0, 0]), ValueError, "fusion", "positive"),
     "short fusion": (lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble([1, 1]), ValueError, "fusion", "3 experts", "[2]"),
@@ -187,6 +224,33 @@ CASES = {
     "factory of a wrong type": (lambda: experts(stage=lambda: 3), TypeError, "stage", "Module", "3"),
     "unlike factory": (
         lambda: experts(stage=lambda: nn.Linear(2, int(torch.randint(3, 10**6, ())))), ValueError, "stage", "alike", "independent",
+    ),
+    "factory of other options": (
+        lambda: experts(stage=lambda: nn.Conv2d(2, 4, 3, stride=int(torch.randint(1, 10**6, ())))),
+        ValueError, "stage", "alike", "Conv2d", "independent",
+    ),
+    "factory of other layers": (
+        lambda: experts(stage=functools.partial(another_activation, iter([nn.ReLU(), nn.Tanh(), nn.SiLU()]))),
+        ValueError, "stage", "alike", "'1'", "ReLU", "independent",
+    ),
+    "factory of one module": (
+        lambda: experts(stage=functools.partial(next, itertools.repeat(nn.Conv2d(2, 4, 3)))), ValueError, "stage", "new module", "shared", "inside",
+    ),
+    "lazy stage": (lambda: experts(stage=nn.LazyConv2d(4, 3)), ValueError, "stage", "lazy", "batch"),
+    "init_fn for kept weights": (
+        lambda: experts(reset=False, init_fn=lambda _: None), ValueError, "init_fn", "reset=False", "keeps",
+    ),
+    "init_fn that leaves a layer out": (
+        lambda: experts(stage=nn.Sequential(nn.Conv2d(2, 4, 3), NoReset()), init_fn=lambda _: None),
+        ValueError, "stage", "'1.scale'", "NoReset",
+    ),
+    "stage that writes into its input": (
+        lambda: experts(stage=nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(2, 4, 3)))(torch.zeros(2, 2, 5, 5)),
+        ValueError, "stage", "input", "wrote", "inplace=False",
+    ),
+    "stage of two outputs": (
+        lambda: experts(stage=nn.LSTM(2, 4), num_features=4, layout="independent")(torch.zeros(2, 2)),
+        TypeError, "stage", "[N, d]", "tuple",
     ),
     "unknown layout": (lambda: experts(layout="fast"), ValueError, "layout", "'grouped'", "'fast'"),
     "unknown classifier": (lambda: experts(classifier="mlp"), ValueError, "classifier", "'cosine'", "'mlp'"),
@@ -200,7 +264,7 @@ CASES = {
     ),
     "layer without reset": (
         lambda: experts(stage=nn.Sequential(nn.Conv2d(2, 4, 3), NoReset())),
-        ValueError, "stage", "'1'", "NoReset", "factory", "init_fn=", "reset=False",
+        ValueError, "stage", "'1.scale'", "NoReset", "factory", "init_fn=", "reset=False",
     ),
     "3-D stage output": (
         lambda: experts(stage=nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(2)))(torch.zeros(2, 2, 5, 5)),

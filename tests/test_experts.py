@@ -1,7 +1,9 @@
 """Experts on shared features: one function in two layouts."""
 
 import copy
+import importlib.util
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,6 +179,76 @@ def test_every_expert_is_initialised_as_its_ungrouped_self(layout):
     assert not torch.equal(weight[0], weight[1])
 
 
+def test_a_block_initialises_after_its_layers():
+    """Residual blocks that zero their last norm do so in their own reset_parameters()."""
+
+    class ZeroNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(4)
+            self.reset_parameters()
+
+        def reset_parameters(self):
+            nn.init.zeros_(self.norm.weight)
+
+        def forward(self, x):
+            return self.norm(x)
+
+    for stage in (ZeroNorm, ZeroNorm()):
+        assert (GroupConvExperts(stage, 3, 7).stage.norm.weight == 0).all()
+
+
+def test_classifiers_follow_the_stage():
+    experts = GroupConvExperts(lambda: nn.Conv2d(4, 6, 3, device="meta", dtype=torch.float64), 3, 7)
+    assert experts.classifiers.weight.dtype == torch.float64
+    assert experts.classifiers.weight.is_meta
+
+
+def test_channels_last_and_casts_reach_every_copy():
+    grouped, independent = twins("batch norm, projection")
+    shared = torch.randn(2, 4, 8, 8, dtype=torch.float64).to(memory_format=torch.channels_last)
+    expected = independent.eval()(shared).logits
+    grouped = grouped.eval().to(memory_format=torch.channels_last)
+    assert_same(grouped(shared).logits, expected)
+    assert grouped.half().stage.conv1.weight.dtype == torch.float16
+
+
+def test_experts_that_came_to_differ_are_not_stacked():
+    _, independent = twins("batch norm, projection")
+    independent.stage[1].eval()
+    with pytest.raises(ValueError, match=r"alike.*independent"):
+        independent.to_grouped()
+
+
+@pytest.mark.parametrize("layout", ["grouped", "independent"])
+def test_nothing_is_written_into_the_callers_tensors(layout):
+    experts = GroupConvExperts(STAGES["batch norm, projection"], 3, 7, layout=layout)
+    shared = torch.randn(2, 4, 8, 8)
+    before = shared.clone()
+    output = experts(shared)
+    kept = [t.clone() for t in output]
+    output.ensemble([1, 2, 3]).sum().backward()
+    assert torch.equal(shared, before)
+    assert all(torch.equal(*pair) for pair in zip(output, kept, strict=True))
+
+
+@pytest.mark.slow
+def test_the_per_expert_stages_of_resnet32_are_exact():
+    """Twenty convolutions and batch norms deep, in train mode."""
+    path = Path(__file__).parents[1] / "benchmarks" / "expert_layouts.py"
+    spec = importlib.util.spec_from_file_location("expert_layouts", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    grouped = GroupConvExperts(benchmark.resnet32_stages, 3, 100).double()
+    independent = grouped.to_independent()
+    shared = torch.randn(4, 16, 32, 32, dtype=torch.float64)
+    target, criterion = torch.arange(4), LGLALoss(list(range(100, 0, -1)))
+    for module in (grouped, independent):
+        criterion(module(shared), target).backward()
+    for name, parameter in grouped.stage.named_parameters():
+        assert_same(parameter.grad, torch.stack([e.get_parameter(name).grad for e in independent.stage]))
+
+
 def test_reset_false_keeps_pretrained_weights_and_the_module_is_left_alone():
     stage = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))
     stage[1].running_mean.fill_(3.0)
@@ -241,7 +313,8 @@ def test_a_zero_feature_gives_finite_cosine_logits_and_gradients_in_half_precisi
     logits = experts(shared).logits
     logits.float().sum().backward()
     assert (logits == 0).all()
-    assert experts.classifiers.weight.grad.isfinite().all()
+    for gradient in (experts.classifiers.weight.grad, shared.grad):
+        assert gradient.isfinite().all()
 
 
 def test_ensemble_is_the_mean_or_a_weighted_mean_of_the_logits(close):
@@ -250,7 +323,21 @@ def test_ensemble_is_the_mean_or_a_weighted_mean_of_the_logits(close):
     close(output.ensemble([2, 2, 2]), output.logits.mean(1))
     for fusion in ([1, 0, 3], torch.tensor([1.0, 0.0, 3.0])):
         close(output.ensemble(fusion), 0.25 * output.logits[:, 0] + 0.75 * output.logits[:, 2])
-    assert output._replace(logits=output.logits.bfloat16()).ensemble([1, 2, 3]).dtype == torch.bfloat16
+    assert torch.equal(output.ensemble(torch.full((3,), 3e38)), output.ensemble([1, 1, 1]))
+
+
+def test_low_precision_is_fused_in_float32():
+    output = ExpertOutput(30 * torch.randn(64, 3, 7).bfloat16(), torch.empty(0), torch.empty(0))
+    expected = output._replace(logits=output.logits.float()).ensemble([1, 2, 3]).bfloat16()
+    assert torch.equal(output.ensemble([1, 2, 3]), expected)
+
+
+def test_an_expert_without_weight_may_mask_classes():
+    logits = torch.randn(4, 3, 5)
+    logits[:, 1, 3] = -torch.inf
+    output = ExpertOutput(logits, logits, logits)
+    torch.testing.assert_close(output.ensemble([1, 0, 1]), logits[:, [0, 2]].mean(1))
+    assert (output.ensemble([1, 1, 1])[:, 3] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("layout", ["grouped", "independent"])

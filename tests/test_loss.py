@@ -32,7 +32,7 @@ def expected_losses(criterion, logits, target, angles=None):
             for sample, y in zip(logits.double(), target.tolist(), strict=True)
         ]
     weights = [[1.0] * criterion.num_experts] * len(target)
-    if criterion.weighter is not None:
+    if criterion.aaw:
         weights = reference.weights(angles, target.tolist(), groups)
     table = criterion.adjuster.table.tolist()
     smoothing = criterion.label_smoothing
@@ -238,6 +238,74 @@ def test_normalizer_makes_gradient_accumulation_exact_without_aaw(close):
     close(criterion(logits, target, normalizer=torch.tensor(10.0)), criterion(logits, target))
 
 
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("aaw", [True, False])
+def test_the_number_of_samples_survives_any_default_dtype(default, aaw, close):
+    """An int divided by an int takes the default dtype; 70,000 is infinite in float16."""
+    logits, target = cosine_logits(1, 3, 6, torch.float32).expand(70_000, 3, 6), torch.full((70_000,), 2)
+    expected = LGLALoss(COUNTS, aaw=aaw)(logits[:1], target[:1])
+    try:
+        torch.set_default_dtype(default)
+        loss = LGLALoss(COUNTS, aaw=aaw)(logits, target)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loss.dtype == torch.float32
+    close(loss, expected)
+
+
+def test_a_float64_normalizer_leaves_the_loss_in_float32():
+    logits, target = cosine_logits(4, 3, 6, torch.float32), torch.arange(4)
+    normalizer = torch.tensor(4.0, dtype=torch.float64)
+    assert LGLALoss(COUNTS)(logits, target, normalizer=normalizer).dtype == torch.float32
+
+
+@pytest.mark.parametrize("inputs", ["logits", "list", "output"])
+def test_no_value_is_read_off_the_cpu(inputs):
+    """Meta tensors have none: a step that passes here never waits for a GPU."""
+    criterion = LGLALoss(COUNTS, label_smoothing=0.1).to("meta")
+    assert "num_classes=6" in repr(criterion)
+    logits = cosine_logits(5, 3, 6, torch.float32, "meta").requires_grad_()
+    features, weight = torch.zeros(5, 3, 8, device="meta"), torch.zeros(3, 6, 8, device="meta")
+    output = {
+        "logits": logits,
+        "list": list(logits.unbind(1)),
+        "output": ExpertOutput(logits, features, weight),
+    }
+    loss = criterion(output[inputs], torch.zeros(5, dtype=torch.int64, device="meta"))
+    loss.backward()
+    assert logits.grad.shape == logits.shape
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_is_captured_in_a_cuda_graph(close):
+    criterion = LGLALoss(COUNTS).cuda()
+    logits = cosine_logits(8, 3, 6, torch.float32, "cuda").requires_grad_()
+    target = torch.arange(8, device="cuda") % 6
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            logits.grad = None
+            criterion(logits, target).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    logits.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = criterion(logits, target)
+        loss.backward()
+    with torch.no_grad():
+        logits.copy_(cosine_logits(8, 3, 6, torch.float32, "cuda"))
+    graph.replay()
+    close(loss, expected_losses(criterion.cpu(), logits.detach().cpu(), target.cpu()).mean())
+
+
+def test_vmap_takes_the_loss_of_single_samples(close):
+    """Per-sample gradients: no value may be read with validate_args=False."""
+    criterion = LGLALoss(COUNTS, validate_args=False)
+    logits, target = cosine_logits(4, 3, 6), torch.arange(4)
+    losses = torch.func.vmap(lambda v, y: criterion(v[None], y[None]))(logits, target)
+    close(losses, [criterion(v[None], y[None]).item() for v, y in zip(logits, target, strict=True)])
+
+
 def test_a_table_of_ones_own(close):
     table = torch.randn(2, 6)
     criterion = LGLALoss(COUNTS, adjustment=table, aaw=False)
@@ -286,6 +354,25 @@ def test_deepcopy_pickle_and_state_dict_keep_the_loss():
         assert torch.equal(other.adjuster.implied_prior(), source.adjuster.implied_prior())
         assert float(other.adjuster.tau) == 3.3
         assert other.adjuster.grouper is other.weighter.grouper
+
+
+def test_state_dict_with_aaw_loads_without():
+    source, other = LGLALoss(COUNTS), LGLALoss([1, 2, 3, 4, 5, 6], aaw=False)
+    other.load_state_dict(source.state_dict())
+    assert torch.equal(other.adjuster.table, source.adjuster.table)
+
+
+def test_a_failed_move_leaves_the_loss_as_it_was():
+    criterion = LGLALoss(COUNTS)
+    before = {name: t.clone() for name, t in criterion.state_dict().items()}
+
+    def fail(_):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        criterion._apply(fail)
+    assert criterion.state_dict().keys() == before.keys()
+    assert all(torch.equal(t, before[name]) for name, t in criterion.state_dict().items())
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])

@@ -1,5 +1,6 @@
 """The public surface, pinned: a change here is a change of the contract."""
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -7,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import lgla_losses
 from lgla_losses import functional
@@ -22,7 +22,7 @@ SIGNATURES = {
     "CLALogitAdjuster.forward": "self, logits",
     "CLALogitAdjuster.margin": "self, target",
     "CLALogitAdjuster.implied_prior": "self, fusion=None",
-    "AAWWeighter": "grouper, *, ignore_index=-100, sync=True, process_group=None",
+    "AAWWeighter": "grouper, *, ignore_index=-100, sync=True, process_group=None, validate_args=None",
     "AAWWeighter.forward": "self, angles, target, statistics=None",
     "AAWWeighter.statistics": "self, angles, target",
     "LGLALoss": "class_counts=None, num_experts=None, tau=None, *, grouper=None, aaw=True, scale=30.0, "
@@ -102,13 +102,5 @@ lgla_losses.LGLALoss([5, 4, 3])
 def test_modules_hold_no_assert():
     """An assert vanishes under python -O; errors are ValueError or TypeError."""
     for module in pkgutil.iter_modules(lgla_losses.__path__, "lgla_losses."):
-        source = inspect.getsource(importlib.import_module(module.name))
-        assert "\n    assert " not in source, module.name
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_backends_agree(backend):
-    logits = 30 * torch.rand(4, 3, 5, dtype=torch.float64)
-    criterion = lgla_losses.LGLALoss([9, 7, 5, 3, 1], backend=backend)
-    reference = lgla_losses.LGLALoss([9, 7, 5, 3, 1], backend="reference")
-    assert torch.equal(criterion(logits, torch.arange(4)), reference(logits, torch.arange(4)))
+        tree = ast.parse(inspect.getsource(importlib.import_module(module.name)))
+        assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree)), module.name

@@ -34,7 +34,10 @@ def test_a_table_and_a_picture_without_a_terminal(tmp_path):
     [
         (["--seeds", "0"], "at least 1"),
         (["--imbalance", "0.5"], "at least 1"),
+        (["--imbalance", "nan"], "at least 1"),
         (["--output", "/nowhere/at/all.png"], "no folder /nowhere/at"),
+        (["--output", "picture.xyz"], "expected a .png"),
+        (["--device", "meta"], "--device meta: "),
         (["--device", "abacus"], "--device abacus: "),
         (["--device", "cuda:99"], "--device cuda:99: "),
     ],
