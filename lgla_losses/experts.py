@@ -107,6 +107,8 @@ class GroupConvExperts(nn.Module):
 
     def forward(self, shared: Tensor) -> ExpertOutput:
         """Logits, features and class centres of every expert."""
+        if not isinstance(shared, Tensor):
+            raise TypeError(f"shared: expected a tensor [N, ...] of shared features, got {describe(shared)}")
         version = _version(shared)
         if self.stage is None:
             features = _pool(shared)[:, None].expand(-1, self.num_experts, -1)

@@ -297,14 +297,14 @@ class LGLALoss(nn.Module):
                     "(validate_args=False skips this check)"
                 )
             if from_logits and self.aaw and self.scale is not None:
-                self._warn_of_scale(own)
+                self._warn_of_scale(own, self.scale)
 
-    def _warn_of_scale(self, target_logits: Tensor) -> None:
-        if self._warned_of_scale or not bool((target_logits > 1.05 * (self.scale or 0.0)).any()):
+    def _warn_of_scale(self, target_logits: Tensor, scale: float) -> None:
+        if self._warned_of_scale or not (target_logits > 1.05 * scale).any():
             return
         self._warned_of_scale = True
         warnings.warn(
-            f"a target logit of {float(target_logits.max()):.4g} exceeds scale={self.scale}: these are no "
+            f"a target logit of {float(target_logits.max()):.4g} exceeds scale={scale}: these are no "
             "cosine logits, so their angles, and with them the adaptive angular weights, are wrong; with "
             "a linear head set scale=None and pass features and weight",
             stacklevel=6,

@@ -248,6 +248,7 @@ CASES = {
         lambda: experts(stage=nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(2, 4, 3)))(torch.zeros(2, 2, 5, 5)),
         ValueError, "stage", "input", "wrote", "inplace=False",
     ),
+    "shared features of a wrong type": (lambda: experts()([1.0]), TypeError, "shared", "tensor", "[1.0]"),
     "stage of two outputs": (
         lambda: experts(stage=nn.LSTM(2, 4), num_features=4, layout="independent")(torch.zeros(2, 2)),
         TypeError, "stage", "[N, d]", "tuple",
