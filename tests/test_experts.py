@@ -1,13 +1,12 @@
 """Experts on shared features: one function in two layouts."""
 
 import copy
-import importlib.util
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scripts import load
 from torch import nn
 
 from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss
@@ -235,11 +234,7 @@ def test_nothing_is_written_into_the_callers_tensors(layout):
 @pytest.mark.slow
 def test_the_per_expert_stages_of_resnet32_are_exact():
     """Twenty convolutions and batch norms deep, in train mode."""
-    path = Path(__file__).parents[1] / "benchmarks" / "expert_layouts.py"
-    spec = importlib.util.spec_from_file_location("expert_layouts", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    grouped = GroupConvExperts(benchmark.resnet32_stages, 3, 100).double()
+    grouped = GroupConvExperts(load("examples/resnet32.py").expert_stages, 3, 100).double()
     independent = grouped.to_independent()
     shared = torch.randn(4, 16, 32, 32, dtype=torch.float64)
     target, criterion = torch.arange(4), LGLALoss(list(range(100, 0, -1)))

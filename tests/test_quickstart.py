@@ -1,19 +1,20 @@
 """The demo: what a newcomer runs first."""
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
+from scripts import ROOT, load
 
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, encoding="utf-8", check=False
+        [sys.executable, ROOT / "examples" / "quickstart.py", *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
     )
 
 
@@ -52,9 +53,7 @@ def test_wrong_arguments_end_before_any_training(arguments, message):
 @pytest.mark.slow
 def test_lgla_gains_on_the_rarest_classes(device):
     """What the demo is there to show, on seeds that its table does not use."""
-    spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
-    quickstart = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(quickstart)
+    quickstart = load("examples/quickstart.py")
     counts = quickstart.long_tailed_counts(50.0)
     assert (counts[0], counts[-1]) == (150, 3)
     scores = {"Softmax": [], "LGLA": []}

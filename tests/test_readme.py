@@ -2,11 +2,10 @@
 
 import json
 import re
-from pathlib import Path
 
 import torch
+from scripts import ROOT
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 

@@ -1,0 +1,129 @@
+"""The paper's ResNet-32 for CIFAR: one trunk, K experts, three ways to lay them out.
+
+The stem and the first stage are shared, the second and third belong to each expert at full width.
+``grouped`` and ``independent`` are the same function. ``grouped-leaky`` is the network of the authors'
+released code, which zero-pads the shortcuts of all experts' channels at once, so that they slide
+from one expert into its neighbours.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lgla_losses import ExpertOutput, GroupConvExperts
+from lgla_losses.classifiers import ExpertClassifiers
+
+LAYOUTS = ("grouped", "independent", "grouped-leaky")
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut that strides and zero-pads (option A of He et al., 2016).
+
+    Args:
+        inputs: channels that come in, of all groups together.
+        outputs: channels that go out, of all groups together.
+        stride: of the first convolution and the shortcut.
+        groups: experts that lie side by side in the channels.
+
+    Shape:
+        - input: ``[N, inputs, H, W]``
+        - output: ``[N, outputs, H / stride, W / stride]``
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, groups: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, groups=groups, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride = stride
+        # Half of the new channels before the old ones, half behind: of each expert's where groups
+        # is 1, of all experts' together where it is not, which is the leak.
+        self.padding = (outputs - inputs) // 2
+        for conv in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(conv.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's feature map."""
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        return F.relu(y + F.pad(shortcut, (0, 0, 0, 0, self.padding, self.padding)))
+
+
+def make_stage(inputs: int, outputs: int, stride: int, groups: int = 1) -> nn.Sequential:
+    """Five blocks, the first of which strides; widths are those of one expert."""
+    widths = [inputs, *[outputs] * 5]
+    blocks = [
+        BasicBlock(groups * widths[i], groups * outputs, stride if i == 0 else 1, groups) for i in range(5)
+    ]
+    return nn.Sequential(*blocks)
+
+
+def expert_stages(groups: int = 1) -> nn.Sequential:
+    """The second and third stage: what every expert has for itself."""
+    return nn.Sequential(make_stage(16, 32, 2, groups), make_stage(32, 64, 2, groups))
+
+
+class LeakyExperts(nn.Module):
+    """K experts side by side in the channels, with the shortcuts of the authors' released code.
+
+    Between the stages 2 and 3 the middle one of three experts gets 16 channels from each neighbour.
+
+    Shape:
+        - shared features: ``[N, 16, H, W]``
+        - output: as of :class:`GroupConvExperts`
+    """
+
+    def __init__(self, num_experts: int, num_classes: int, scale: float) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.stage = expert_stages(groups=num_experts)
+        self.classifiers = ExpertClassifiers(num_experts, 64, num_classes, scale)
+
+    def forward(self, shared: Tensor) -> ExpertOutput:
+        """Logits, features and class centres of every expert."""
+        maps = self.stage(shared.repeat(1, self.num_experts, 1, 1))
+        features = maps.mean(dim=(2, 3)).unflatten(1, (self.num_experts, 64))
+        return ExpertOutput(self.classifiers(features), features, self.classifiers.weight)
+
+
+class ResNet32(nn.Module):
+    """ResNet-32 with K experts and cosine classifiers (section 4.2).
+
+    Args:
+        num_classes: number of classes ``C``.
+        num_experts: number of experts ``K``.
+        layout: ``"grouped"``, ``"independent"`` or ``"grouped-leaky"``.
+        scale: factor of the cosine logits.
+
+    Raises:
+        ValueError: an unknown layout.
+
+    Shape:
+        - images: ``[N, 3, 32, 32]``
+        - output: an :class:`ExpertOutput` of logits ``[N, K, C]``
+    """
+
+    def __init__(
+        self, num_classes: int, num_experts: int = 3, layout: str = "grouped", scale: float = 30.0
+    ) -> None:
+        super().__init__()
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+        stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(stem.weight)
+        self.trunk = nn.Sequential(stem, nn.BatchNorm2d(16), nn.ReLU(), make_stage(16, 16, 1))
+        make = (
+            LeakyExperts
+            if layout == "grouped-leaky"
+            else partial(GroupConvExperts, expert_stages, layout=layout)
+        )
+        self.experts = make(num_experts, num_classes, scale=scale)
+
+    def forward(self, images: Tensor) -> ExpertOutput:
+        """What every expert makes of the images."""
+        output: ExpertOutput = self.experts(self.trunk(images))
+        return output
