@@ -105,8 +105,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 128])
-    parser.add_argument("--output", type=Path, default=RESULTS / "expert_layouts_cpu.json")
+    parser.add_argument("--output", type=Path, help="default: results/expert_layouts_DEVICE.json")
     options = parser.parse_args()
+    output = options.output or RESULTS / f"expert_layouts_{torch.device(options.device).type}.json"
 
     table = Table(title="ResNet-32, K = 3: forward + backward of the experts, ms")
     for column in ("batch", "layout", "lower quartile", "median", "upper quartile"):
@@ -127,8 +128,8 @@ def main() -> None:
         "repeats": options.repeats,
         "rows": rows,
     }
-    options.output.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"record: {options.output}")
+    output.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"record: {output}")
 
 
 if __name__ == "__main__":

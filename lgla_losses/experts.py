@@ -195,12 +195,11 @@ def _check_copies(copies: list[nn.Module]) -> None:
             raise ValueError(
                 "stage: expected parameters of known shapes, got a lazy module; run a batch through it"
             )
-    identities = [id(module) for expert in copies for module in expert.modules()]
-    identities += [id(parameter) for expert in copies for parameter in expert.parameters()]
+    identities = [id(tensor) for expert in copies for tensor in (*expert.parameters(), *expert.buffers())]
     if len(identities) != len(set(identities)):
         raise ValueError(
-            "stage: expected a factory that makes a new module at every call, got parts shared between "
-            "calls; build the layers inside it"
+            "stage: expected a factory that makes a new module at every call, got parameters or buffers "
+            "shared between calls; build the layers inside it"
         )
 
 
