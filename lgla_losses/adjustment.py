@@ -34,8 +34,9 @@ class CLALogitAdjuster(ConstantBuffers):
 
     Args:
         grouper: the groups; ``K = num_groups + 1``.
-        tau: strength of the global adjustment, at least 0. None means ``1.25 * (K - 1)``: the
-            paper's 2.5 at K = 3, scaled so that other K are corrected alike.
+        tau: strength of the global adjustment, at least 0. None means ``1.25 * (K - 1)``, the
+            paper's 2.5 at K = 3 in proportion to the number of local experts; the ensemble is
+            uniform at ``K - 1`` and leans to the tail above (see :meth:`implied_prior`).
 
     Attributes:
         table: the adjustments, float64 ``[K, C]`` with maximum 0.

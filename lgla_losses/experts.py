@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Self, SupportsIndex, cast
 
 import torch
@@ -58,7 +59,8 @@ class GroupConvExperts(nn.Module):
     Raises:
         TypeError: ``stage`` is neither a module nor a factory of modules.
         ValueError: a number is out of range, a layer cannot be initialised or cannot run grouped,
-            the stage writes into its input, or its output is not ``[N, d]`` or ``[N, d, H, W]``.
+            the stage writes into its input (seen in eager mode only), or its output is not
+            ``[N, d]`` or ``[N, d, H, W]``.
 
     Shape:
         - shared features: ``[N, ...]``, whatever the stage takes
@@ -130,8 +132,8 @@ class GroupConvExperts(nn.Module):
         return ExpertOutput(self.classifiers(features), features, weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        twin = super()._apply(lambda t: apply_per_copy(t, fn), recurse)  # type: ignore[no-untyped-call]
-        return cast(Self, twin)
+        per_copy = partial(apply_per_copy, fn=fn) if self.layout == "grouped" else fn
+        return cast(Self, super()._apply(per_copy, recurse))  # type: ignore[no-untyped-call]
 
     def to_independent(self) -> GroupConvExperts:
         """The same function as K independent modules; new ones that share nothing with these."""
@@ -174,16 +176,13 @@ def _make_copies(
         raise ValueError("init_fn: expected None with reset=False, which keeps the weights, got a function")
     _check_copies(copies)
     for expert in copies:
-        unset = _reset(expert) if isinstance(stage, nn.Module) and reset else {}
+        marked = isinstance(stage, nn.Module) and reset
+        if marked:
+            _reset(expert)
         if init_fn is not None:
             expert.apply(init_fn)
-        for path, parameter in unset.items():
-            if parameter.isnan().any():
-                layer = type(expert.get_submodule(path.rpartition(".")[0])).__name__
-                raise ValueError(
-                    f"stage: parameter {path!r} of a {layer} is initialised by no reset_parameters(); "
-                    "pass a factory as stage, an init_fn= that sets it, or reset=False to keep the weights"
-                )
+        if marked:
+            _check_initialised(expert)
     return copies
 
 
@@ -195,30 +194,42 @@ def _check_copies(copies: list[nn.Module]) -> None:
             raise ValueError(
                 "stage: expected parameters of known shapes, got a lazy module; run a batch through it"
             )
-    identities = [id(tensor) for expert in copies for tensor in (*expert.parameters(), *expert.buffers())]
-    if len(identities) != len(set(identities)):
+    memory = [{_memory(t) for t in (*expert.parameters(), *expert.buffers())} for expert in copies]
+    if len(set().union(*memory)) != sum(map(len, memory)):
         raise ValueError(
             "stage: expected a factory that makes a new module at every call, got parameters or buffers "
             "shared between calls; build the layers inside it"
         )
 
 
-def _reset(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Initialise children before their parents; the parameters that nothing set, marked by NaN."""
-    unset = {}
-    for path, layer in reversed(list(module.named_modules())):
+def _memory(tensor: Tensor) -> int:
+    """Where a tensor lies; one without memory by its identity."""
+    return (0 if tensor.is_meta else tensor.untyped_storage().data_ptr()) or id(tensor)
+
+
+def _reset(module: nn.Module) -> None:
+    """Initialise children before their parents; NaN marks the parameters that nothing sets."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            nn.init.constant_(parameter, math.nan)
+    for layer in reversed(list(module.modules())):
         reset_parameters = getattr(layer, "reset_parameters", None)
         if callable(reset_parameters):
             reset_parameters()
-            continue
-        for name, parameter in layer.named_parameters(path, recurse=False):
-            nn.init.constant_(parameter, math.nan)
-            unset[name] = parameter
-    return unset
+
+
+def _check_initialised(module: nn.Module) -> None:
+    for path, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not parameter.is_meta and parameter.isnan().any():
+            layer = type(module.get_submodule(path.rpartition(".")[0])).__name__
+            raise ValueError(
+                f"stage: parameter {path!r} of a {layer} is initialised by no reset_parameters(); "
+                "pass a factory as stage, an init_fn= that sets it, or reset=False to keep the weights"
+            )
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts writes into a tensor, where they are counted."""
+    """Counts writes into a tensor; compilers and inference mode do not count them."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 

@@ -153,7 +153,7 @@ def angles_from_features(features: Tensor, weight: Tensor, target: Tensor) -> Te
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:
-    """The vectors divided by their lengths; zero, with a gradient of zero, for a vector of zeros."""
+    """The vectors divided by their lengths; zero, with zero gradient, where the length rounds to 0."""
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / torch.where(length == 0, torch.inf, length)
 

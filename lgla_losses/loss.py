@@ -46,7 +46,9 @@ class LGLALoss(nn.Module):
     K experts on a shared backbone all learn from every sample. The margins of the K - 1 local
     experts make each excel on one group of classes, those of the global expert make it excel on
     the inversely long-tailed distribution, and samples harder than their group's mean weigh more.
-    For inference average the experts' unadjusted logits: :meth:`ExpertOutput.ensemble`.
+    For inference average the experts' unadjusted logits: :meth:`ExpertOutput.ensemble`. The loss is a
+    sum over the experts: expect about K times a single model's. A loaded ``state_dict`` brings its own
+    class counts and adjustments.
 
     Source: Tao et al., ICCV 2023, Eq. 9.
 
@@ -178,8 +180,9 @@ class LGLALoss(nn.Module):
             target: class indices ``[N]``.
             features: inputs of the classifiers ``[N, K, d]``, where ``output`` is logits.
             weight: weights of the classifiers ``[K, C, d]``, where ``output`` is logits.
-            normalizer: divisor for ``"mean"`` instead of the number of samples, as for gradient
-                accumulation.
+            normalizer: divisor for ``"mean"``, taken as it is, instead of the number of samples. For
+                gradient accumulation the samples of all micro-batches, under DDP divided by the number
+                of ranks; exact without ``aaw``, whose references are those of each micro-batch.
         """
         if isinstance(output, ExpertOutput):
             if features is not None or weight is not None:

@@ -46,8 +46,8 @@ class ExpertOutput(NamedTuple):
         dtype = compute_dtype(self.logits.dtype)
         weights = normalized_fusion(fusion, self.logits.shape[1]).to(self.logits.device, dtype)
         # An expert without weight takes no part, even where it masks a class with -inf.
-        weighted = torch.where(weights[:, None] == 0, 0.0, self.logits.to(dtype) * weights[:, None])
-        return weighted.sum(dim=1).to(self.logits.dtype)
+        logits = torch.where(weights[:, None] == 0, 0.0, self.logits.to(dtype))
+        return (logits * weights[:, None]).sum(dim=1).to(self.logits.dtype)
 
 
 def normalized_fusion(fusion: Tensor | Sequence[float] | None, num_experts: int) -> Tensor:

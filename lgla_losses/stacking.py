@@ -9,11 +9,32 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.overrides import TorchFunctionMode
+
+MATRIX_PRODUCTS = {
+    F.linear,
+    F.scaled_dot_product_attention,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.matmul,
+    torch.bmm,
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+}
+MODULE_INTERNALS = frozenset(vars(nn.Module()))
+BATCH_NORMS = {F.batch_norm, F.instance_norm}
 
 
 def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:
@@ -22,7 +43,7 @@ def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:
     Raises:
         ValueError: the copies differ in more than the values of their tensors.
     """
-    for layers in zip(*(expert.named_modules() for expert in copies), strict=False):
+    for layers in zip(*(e.named_modules(remove_duplicate=False) for e in copies), strict=False):
         first, *others = (_configuration(layer) for _, layer in layers)
         if any(other != first for other in others):
             path, layer = layers[0]
@@ -30,24 +51,37 @@ def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:
                 f"stage: expected experts that are alike, got layers {path!r} of type {type(layer).__name__} "
                 "that differ in type, options or parameters; use layout='independent'"
             )
-    slots = {id(first): rest for first, *rest in zip(*(_tensors(e) for e in copies), strict=True)}
+    tensors = [list(_tensors(expert)) for expert in copies]
+    if len(set(map(len, tensors))) > 1:
+        raise ValueError(
+            "stage: expected experts that are alike, got parameters tied in some and not in others; "
+            "use layout='independent'"
+        )
+    slots = {id(first): rest for first, *rest in zip(*tensors, strict=True)}
     return _rebuild(copies[0], lambda t: torch.stack([t, *slots[id(t)]]))
 
 
 def _configuration(layer: nn.Module) -> tuple[object, ...]:
     """What must agree between copies for one of them to stand for all."""
-    plain = (bool, int, float, str, type(None))
-    options = {
-        name: value
-        for name, value in vars(layer).items()
-        if isinstance(value, plain)
-        or (isinstance(value, tuple) and all(isinstance(entry, plain) for entry in value))
-    }
+    own = {name: value for name, value in vars(layer).items() if name not in MODULE_INTERNALS}
+    options = {name: _option(value) for name, value in own.items()}
     tensors = [
         (name, tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad))
         for name, tensor in (*layer._parameters.items(), *layer._buffers.items())
     ]
-    return type(layer), options, tensors, list(layer._modules)
+    # By name: parametrizations make a class of their own for every module.
+    return type(layer).__qualname__, layer.training, options, tensors, list(layer._modules)
+
+
+def _option(value: object) -> object:
+    """Something to compare by; objects of unknown kinds by their type alone."""
+    if isinstance(value, bool | int | float | str | torch.dtype | torch.device | None):
+        return value
+    if isinstance(value, tuple | list):
+        return [_option(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _option(entry) for name, entry in value.items()}
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def unstack_module(stacked: nn.Module, num_experts: int) -> list[nn.Module]:
@@ -98,7 +132,8 @@ def run_stacked(stacked: nn.Module, num_experts: int, inputs: Tensor) -> Tensor:
     buffers = dict(stacked.named_buffers())
 
     def one_copy(_: Tensor, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-        return functional_call(stacked, (parameters, buffers), (inputs,))  # type: ignore[no-any-return]
+        with _autocast(inputs.device.type):
+            return functional_call(stacked, (parameters, buffers), (inputs,))  # type: ignore[no-any-return]
 
     # The index gives vmap its size also where a stage has no parameters.
     index = torch.arange(num_experts, device=inputs.device)
@@ -112,6 +147,42 @@ def run_stacked(stacked: nn.Module, num_experts: int, inputs: Tensor) -> Tensor:
             f"stage: layer {path!r} of type {type(layer).__name__} cannot run grouped ({error}); "
             "use layout='independent'"
         ) from error
+
+
+def _autocast(device_type: str) -> AbstractContextManager[object]:
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return _AutocastUnderVmap(torch.get_autocast_dtype(device_type))
+
+
+class _AutocastUnderVmap(TorchFunctionMode):
+    """Casts what autocast no longer sees once vmap has unfolded it.
+
+    Convolutions and matrix products take low precision; batch norms, whose unfolded form takes no mixed
+    one, float32, and give back what they got.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in MATRIX_PRODUCTS:
+            args = tuple(_cast(value, self.dtype) for value in args)
+            kwargs = {name: _cast(value, self.dtype) for name, value in kwargs.items()}
+        elif func in BATCH_NORMS:
+            inputs, *rest = args or (kwargs.pop("input"),)
+            return _cast(func(_cast(inputs, torch.float32), *rest, **kwargs), inputs.dtype)
+        return func(*args, **kwargs)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors, but no float64, which autocast leaves alone, in ``dtype``."""
+    is_castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(dtype) if is_castable else value
 
 
 def _runs_alone(

@@ -212,6 +212,69 @@ def test_channels_last_and_casts_reach_every_copy():
     assert grouped.half().stage.conv1.weight.dtype == torch.float16
 
 
+class Option(nn.Module):
+    """A convolution and something that is no parameter."""
+
+    def __init__(self, option):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.option = option
+
+    def forward(self, x):
+        return self.option(self.conv(x)) if callable(self.option) else self.conv(x)
+
+
+@pytest.mark.parametrize(
+    "options", [(F.relu, torch.tanh, F.silu), ([0, 0], [1, 0], [0, 0]), ({"a": 1}, {"a": 1}, {"a": 2})]
+)
+def test_experts_of_other_options_are_not_stacked(options):
+    factory = iter([Option(option) for option in options])
+    with pytest.raises(ValueError, match=r"alike.*'' of type Option.*independent"):
+        GroupConvExperts(lambda: next(factory), 3, 7)
+
+
+def test_layers_behind_a_shared_one_are_compared_too():
+    relu = nn.ReLU()
+    factory = iter([nn.Sequential(nn.Linear(4, 4), relu, last) for last in (relu, nn.Tanh(), nn.Tanh())])
+    with pytest.raises(ValueError, match=r"alike.*'2'.*independent"):
+        GroupConvExperts(lambda: next(factory), 3, 7)
+
+
+def test_parametrized_layers_can_be_grouped():
+    """Every parametrized module has a class of its own."""
+
+    def factory():
+        linear = nn.Linear(4, 4)
+        nn.utils.parametrize.register_parametrization(linear, "weight", nn.Softplus())
+        return nn.Sequential(linear)
+
+    grouped = GroupConvExperts(factory, 3, 7).double()
+    shared = torch.randn(2, 4, dtype=torch.float64)
+    assert_same(grouped(shared).logits, grouped.to_independent()(shared).logits)
+
+
+def test_experts_that_share_memory_are_refused():
+    source = nn.Conv2d(4, 4, 1).state_dict()
+
+    def factory():
+        conv = nn.Conv2d(4, 4, 1)
+        conv.load_state_dict(source, assign=True)
+        return conv
+
+    with pytest.raises(ValueError, match="shared between calls"):
+        GroupConvExperts(factory, 3, 7, layout="independent")
+
+
+def test_a_parameter_that_no_reset_sets_is_named():
+    class Scaled(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.extra = nn.Parameter(torch.randn(4))
+
+    with pytest.raises(ValueError, match=r"'extra' of a Scaled is initialised by no reset_parameters"):
+        GroupConvExperts(Scaled(), 3, 7)
+
+
 def test_experts_that_came_to_differ_are_not_stacked():
     _, independent = twins("batch norm, projection")
     independent.stage[1].eval()
@@ -333,6 +396,9 @@ def test_an_expert_without_weight_may_mask_classes():
     output = ExpertOutput(logits, logits, logits)
     torch.testing.assert_close(output.ensemble([1, 0, 1]), logits[:, [0, 2]].mean(1))
     assert (output.ensemble([1, 1, 1])[:, 3] == -torch.inf).all()
+    fusion = torch.tensor([1.0, 0.0, 1.0], requires_grad=True)
+    output.ensemble(fusion).sum().backward()
+    assert fusion.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("layout", ["grouped", "independent"])
@@ -348,15 +414,32 @@ def test_state_dict_deepcopy_and_pickle(layout):
     assert torch.equal(pickle.loads(pickle.dumps(experts))(shared).logits, experts(shared).logits)
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("from_autocast", [True, False])
+@pytest.mark.parametrize("name", ["batch norm, projection", "group norm, zero padding", "linear"])
 @pytest.mark.parametrize("layout", ["grouped", "independent"])
-def test_autocast_trains(layout, device):
-    experts = GroupConvExperts(STAGES["batch norm, projection"], 3, 7, layout=layout).to(device)
+def test_autocast_trains(layout, name, from_autocast, low, device):
+    """Inside vmap autocast on a CPU sees no convolution; the stage must run in low precision all the same."""
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            seen.append(x.dtype)
+            return x
+
+    body = (lambda: nn.Linear(8, 8)) if name == "linear" else STAGES[name]
+    experts = GroupConvExperts(lambda: nn.Sequential(body(), Spy()), 3, 7, num_features=8, layout=layout)
     criterion = LGLALoss([9, 8, 7, 6, 5, 4, 3]).to(device)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        output = experts(torch.randn(6, 4, 8, 8, device=device))
+    experts.to(device)
+    shared = torch.randn(6, 8, device=device) if name == "linear" else torch.randn(6, 4, 8, 8, device=device)
+    with torch.autocast(device, dtype=low):
+        output = experts(shared.to(low) if from_autocast else shared)
         loss = criterion(output, torch.arange(6, device=device))
     loss.backward()
-    assert output.logits.dtype == torch.bfloat16
+    assert loss.isfinite()
+    assert output.logits.dtype == low
+    if not name.startswith("group norm"):  # autocast itself runs it in float32
+        assert set(seen) == {low}
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in experts.parameters())
 
 

@@ -10,12 +10,15 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_drop_in_example_runs_and_learns():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, own_heads = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(compile(example, "README.md", "exec"), names)
     assert names["loss"].isfinite()
     assert (names["prediction"] == names["labels"]).double().mean() > 0.5
     assert names["prediction"].shape == torch.Size([143])
+    exec(compile(own_heads, "README.md", "exec"), names)
+    assert names["loss"].isfinite()
+    assert names["prediction"].shape == torch.Size([16])
     assert len([line for line in example.splitlines() if line.strip() and line[0] != "#"]) <= 20
 
 
