@@ -78,3 +78,18 @@ def test_a_whole_step_compiles(backend, layout):
         loss.backward()
         losses.append((loss.detach(), [p.grad.clone() for p in experts.parameters()]))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="2.6 cannot trace the casts of the grouped layout")
+@pytest.mark.parametrize("layout", ["grouped", "independent"])
+def test_a_step_under_autocast_compiles(layout):
+    stage = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    experts, criterion = GroupConvExperts(stage, 3, 4, layout=layout), LGLALoss(COUNTS)
+
+    def step(images, target):
+        with torch.autocast("cpu", torch.bfloat16):
+            return criterion(experts(images), target)
+
+    images, target = torch.randn(8, 2, 6, 6), torch.arange(8) % 4
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(images, target)
+    torch.testing.assert_close(compiled, step(images, target), rtol=1e-2, atol=1e-2)
