@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss
+from lgla_losses import ClassGrouper, ExpertOutput, GroupConvExperts, LGLALoss
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -163,7 +163,7 @@ def print_table(accuracy: dict[str, Tensor], class_counts: list[int], title: str
 
 def draw(accuracy: dict[str, Tensor], class_counts: list[int], path: Path) -> None:
     """Class frequencies by group, accuracy by method, and what each expert is good at."""
-    group = LGLALoss(class_counts).grouper.group_index
+    group = ClassGrouper(class_counts, num_groups=2).group_index
     digits = np.arange(NUM_CLASSES)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     for g, name in enumerate(("head group", "tail group")):

@@ -1,8 +1,8 @@
 """K copies of a module as one: parameters stacked, run together under ``torch.func.vmap``.
 
 A stacked module looks like one copy, with a leading expert dimension on every parameter and
-buffer. vmap turns its convolutions into K-fold grouped ones and knows the rule of every other
-layer, so no layer needs code of its own, and channels of one expert cannot reach another.
+buffer. vmap turns its convolutions into K-fold grouped ones and has rules for the other layers, so
+none needs code of its own but for autocast's casts, and channels of one expert cannot reach another.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
+#: What :class:`_AutocastUnderVmap` runs in low precision, and what in float32.
 MATRIX_PRODUCTS = {
     F.linear,
     F.scaled_dot_product_attention,
@@ -33,8 +34,10 @@ MATRIX_PRODUCTS = {
     torch.conv_transpose2d,
     torch.conv_transpose3d,
 }
-MODULE_INTERNALS = frozenset(vars(nn.Module()))
 BATCH_NORMS = {F.batch_norm, F.instance_norm}
+
+#: Attributes that every module has; the others are its options.
+MODULE_INTERNALS = frozenset(vars(nn.Module()))
 
 
 def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:

@@ -10,7 +10,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
-#: The only tolerances of the suite, by dtype of the result.
+#: What a result may differ by from float64 truth, by its dtype.
 TOLERANCE = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-10},
     torch.float32: {"rtol": 2e-5, "atol": 2e-5},

@@ -1,4 +1,4 @@
-"""Loads the scripts of examples/ and benchmarks/, which are no packages."""
+"""Loads the scripts of examples/, which is no package."""
 
 import importlib.util
 from pathlib import Path
