@@ -7,6 +7,7 @@ The modules compose the paper: :class:`ClassGrouper` (section 3.2), :class:`CLAL
 
 from lgla_losses import functional
 from lgla_losses.adjustment import CLALogitAdjuster
+from lgla_losses.backbone import split_backbone
 from lgla_losses.counts import count_classes
 from lgla_losses.experts import GroupConvExperts
 from lgla_losses.grouping import ClassGrouper
@@ -25,4 +26,5 @@ __all__ = [
     "LGLALoss",
     "count_classes",
     "functional",
+    "split_backbone",
 ]

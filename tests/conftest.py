@@ -3,6 +3,7 @@ import os
 import hypothesis
 import pytest
 import torch
+import torchvision_shim  # noqa: F401
 
 # The same examples in every run: a failure seen once is seen again.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
