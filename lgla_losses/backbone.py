@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from difflib import get_close_matches
@@ -41,6 +41,16 @@ class BackbonePart(fx.GraphModule):
         width: int | None = self.meta.get("num_features")
         return width
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, (*super().__reduce__(), self.meta)
+
+
+def _unpickle(rebuild: Callable[..., fx.GraphModule], arguments: Any, meta: dict[str, Any]) -> BackbonePart:
+    plain = rebuild(*arguments)
+    part = BackbonePart(plain, plain.graph)
+    part.meta.update(meta)
+    return part
+
 
 def split_backbone(
     model: nn.Module, at: str, *, head: str | None = "auto"
@@ -52,10 +62,11 @@ def split_backbone(
     stage as the network has them; the tokens of a transformers encoder, which has no pooling, are
     averaged where its ``attention_mask`` is 1.
 
-    Trunk and stage hold the network's modules, not copies, and keep its weights. For experts that begin afresh
-    as the network itself does, pass a factory: ``GroupConvExperts(lambda: split_backbone(make(), at)[1], ...)``.
+    Trunk and stage hold the network's modules, not copies, and keep its weights. For experts that begin
+    afresh as the network itself does, make the stage anew for each of them:
+    ``GroupConvExperts(lambda: split_backbone(make_network(), at)[1], ...)``.
 
-    Source: the split of Fig. 3 and section 4.2; the authors' code begins the stage of ResNet-50 at ``"layer3"``.
+    Source: Fig. 3 and section 4.2; the authors' code begins the stage of ResNet-50 at ``"layer3"``.
 
     Args:
         model: a network that takes one tensor and returns one, as of torchvision or timm, or a text
@@ -65,9 +76,9 @@ def split_backbone(
             whatever its name; None says that there is none.
 
     Returns:
-        ``(trunk, stage)``. ``trunk(images)``, or ``trunk(input_ids, attention_mask)``, gives what the stage takes:
-        a tensor, or a tuple where it takes several values; ``experts(trunk(...))`` works with both. The
-        keys of their ``state_dict`` are the network's.
+        ``(trunk, stage)``. ``trunk(images)``, or ``trunk(input_ids, attention_mask)``, gives what the stage
+        takes: a tensor, or a tuple where it takes several values; ``experts(trunk(...))`` works with
+        both. The keys of their ``state_dict`` are the network's.
 
     Raises:
         TypeError: ``model`` is no module, or a path no string.
@@ -77,8 +88,8 @@ def split_backbone(
     Example:
         >>> from lgla_losses import GroupConvExperts
         >>> network = nn.Sequential(
-        ...     nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        ...     nn.Linear(16, 1000),
+        ...     *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3)),
+        ...     *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 1000)),
         ... )
         >>> trunk, stage = split_backbone(network, "2")
         >>> experts = GroupConvExperts(stage, num_experts=3, num_classes=10, reset=False)
@@ -115,13 +126,13 @@ def _split_text_encoder(model: Any, at: str, head: str | None) -> tuple[Backbone
     encoder = model.base_model
     if encoder.main_input_name != "input_ids":
         raise ValueError(
-            f"model: expected a text encoder where the model is of transformers, got a {type(model).__name__}, "
+            f"model: expected a text encoder where it is of transformers, got a {type(model).__name__}, "
             f"which takes {encoder.main_input_name}; torchvision and timm have networks for images"
         )
     if head not in ("auto", None):
         raise ValueError(
-            "head: expected 'auto' or None where the model is of transformers, whose encoder is taken without "
-            f"its heads, got {head!r}"
+            "head: expected 'auto' or None where the model is of transformers, whose encoder is taken "
+            f"without its heads, got {head!r}"
         )
     if isinstance(at, str) and encoder is not model:
         at = at.removeprefix(f"{model.base_model_prefix}.")
@@ -177,8 +188,8 @@ def _check_path(name: str, model: nn.Module, path: str) -> None:
         if part not in children:
             near = get_close_matches(path, [p for p, _ in model.named_modules()], n=1)
             raise ValueError(
-                f"{name}: expected the path of a module of {type(model).__name__}, got {path!r}; "
-                f"{known or 'the network'} has {', '.join(known + child for child in children) or 'no modules'}"
+                f"{name}: expected the path of a module of {type(model).__name__}, got {path!r}; there "
+                f"{'are ' + ', '.join(known + child for child in children) if children else 'is none below'}"
                 + (f"; did you mean {near[0]!r}?" if near else "")
             )
         parent, known = children[part], f"{known}{part}."
@@ -216,18 +227,19 @@ class _Tracer(fx.Tracer):
     """Opens the given modules and no others."""
 
     def __init__(self, opened: Iterable[str] = (), leaves: Iterable[ModuleType] = ()) -> None:
-        super().__init__(autowrap_modules=(math, *leaves))
+        super().__init__(autowrap_modules=(math, *leaves))  # type: ignore[arg-type]
         self.opened = opened
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.opened
 
     def create_arg(self, a: Any) -> Any:
-        # fx would call the constructor of a configuration at every run, and lose what it was given since.
+        # fx would make a configuration anew at every run, and lose what was set on it.
         if is_dataclass(a) and not isinstance(a, type):
-            name = self.get_fresh_qualname("_value")
-            setattr(self.root, name, _Value(a))
-            return self.create_node("call_module", name, (), {})
+            known = {id(m.value): path for path, m in self.root.named_children() if isinstance(m, _Value)}
+            path = known.get(id(a)) or f"_value_{len(known)}"
+            setattr(self.root, path, _Value(a))
+            return self.create_node("call_module", path, (), {})
         return super().create_arg(a)
 
 
@@ -242,9 +254,9 @@ def _trace(root: Network, opened: set[str], leaves: Iterable[ModuleType] = ()) -
         except Exception as error:  # of whatever kind: it is the network's code that runs
             names = ", ".join(type(module).__name__ for module in modules.values())
             raise ValueError(
-                "model: expected code that torch.fx can trace in the modules around the split point and the "
-                f"classifier ({names}), got {type(error).__name__}: {error}; split elsewhere, or write trunk and "
-                "stage as modules of your own"
+                "model: expected code that torch.fx can trace in the modules around the split point and "
+                f"the classifier ({names}), got {type(error).__name__}: {error}; split elsewhere, or write "
+                "trunk and stage as modules of your own"
             ) from error
     _leave_mode_open(*graphs)
     root.add_module("_mode", _Mode())
@@ -278,8 +290,8 @@ def _leave_mode_open(train: fx.Graph, evaluation: fx.Graph) -> None:
         if not same_length or not alike or (node.op, node.target, spec) != (twin.op, twin.target, other_spec):
             raise ValueError(
                 "model: expected the same calls in train and in eval mode around the split point and the "
-                f"classifier, got others from {node.name!r} on, as of an auxiliary classifier; switch that off, "
-                "or write trunk and stage as modules of your own"
+                f"classifier, got others from {node.name!r} on, as of an auxiliary classifier; switch that "
+                "off, or write trunk and stage as modules of your own"
             )
         if any(reads_mode):
             if mode is None:
@@ -303,7 +315,7 @@ def _output(graph: fx.Graph) -> fx.Node:
     node = next(reversed(graph.nodes)).args[0]
     if not isinstance(node, fx.Node):
         raise ValueError(
-            f"model: expected a network that returns one tensor, got one that returns a {type(node).__name__}; "
+            f"model: expected a network that returns one tensor, got one that returns {describe(node)}; "
             "wrap it in a module that picks the tensor"
         )
     return node
@@ -312,18 +324,18 @@ def _output(graph: fx.Graph) -> fx.Node:
 def _call_of(graph: fx.Graph, name: str, path: str) -> fx.Node:
     """The first call of a module."""
     target = f"model.{path}"
-    call = next((n for n in graph.nodes if n.op == "call_module" and n.target == target), None)
-    if call is None:
+    calls: list[fx.Node] = [n for n in graph.nodes if n.op == "call_module" and n.target == target]
+    if not calls:
         called = sorted(
             str(n.target).removeprefix("model.")
             for n in graph.nodes
             if n.op == "call_module" and str(n.target).startswith("model.")
         )
         raise ValueError(
-            f"{name}: expected a module that the network's forward calls, got {path!r}, which it does not; it "
-            f"calls {', '.join(called)}"
+            f"{name}: expected a module that the network's forward calls, got {path!r}, which it does not; "
+            f"it calls {', '.join(called)}"
         )
-    return call
+    return calls[0]
 
 
 def _find_classifier(graph: fx.Graph, root: Network) -> fx.Node | None:
@@ -339,9 +351,9 @@ def _find_classifier(graph: fx.Graph, root: Network) -> fx.Node | None:
         node = node.all_input_nodes[0]
     if getattr(root.model, "num_classes", 0):
         raise ValueError(
-            f"head: cannot tell the classifier of {type(root.model).__name__}, whose output is no linear layer's "
-            f"but {node.name!r}; pass its path as head=, or head=None if there is none, or remove it first "
-            "(timm: model.reset_classifier(0))"
+            f"head: expected a network whose output is a linear layer's, got {type(root.model).__name__}, "
+            f"where it is that of {node.name.removeprefix('model_')!r}; pass the classifier's path as head=, or "
+            "head=None if there is none, or remove it first (timm: model.reset_classifier(0))"
         )
     return None
 
@@ -360,34 +372,34 @@ def _divide(
     stage.update(node for node in nodes if not stage.isdisjoint(node.all_input_nodes))
     if features not in stage:
         raise ValueError(
-            f"at: expected a module before the classifier, got {at!r}, on which the features do not depend; for "
-            "classifiers alone on shared features pass GroupConvExperts stage=None"
+            f"at: expected a module before the classifier, got {at!r}, on which the features do not depend; "
+            "for classifiers alone on shared features pass GroupConvExperts stage=None"
         )
-    # Parameters and values that the stage alone reads go with it.
+    # Parameters that the stage alone reads go with it; the mode and configurations are read by either part.
     sources = [node for node in nodes if not node.all_input_nodes and node.op != "placeholder"]
     stage.update(node for node in sources if stage.issuperset(alive.intersection(node.users)))
+    either = {node for node in sources if node.op == "call_module"}
     crossing = dict.fromkeys(
         value
         for node in (start, *nodes)
         if node in stage
         for value in node.all_input_nodes
-        if value not in stage
+        if value not in stage | either
     )
     trunk = _part(root, [], [node for node in nodes if node not in stage], list(crossing))
-    experts = _part(root, list(crossing), [node for node in nodes if node in stage], [features])
+    experts = _part(root, list(crossing), [node for node in nodes if node in stage | either], [features])
     experts.meta["num_features"] = num_features
     return trunk, experts
 
 
-def _part(
-    root: Network, inputs: list[fx.Node], nodes: list[fx.Node], outputs: list[fx.Node]
-) -> BackbonePart:
+def _part(root: Network, inputs: list[fx.Node], nodes: list[fx.Node], outputs: list[fx.Node]) -> BackbonePart:
     """A module of some nodes of a graph, its paths those of the network."""
     graph = fx.Graph(tracer_cls=_Tracer)
     copies = {node: graph.placeholder(node.name) for node in inputs}
     attributes: dict[str, Any] = {}
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].type = None  # annotations that are strings cannot be pickled
         if node.op in ("call_module", "get_attr"):
             path = str(node.target).removeprefix("model.")
             attributes[path] = _Mode() if path == "_mode" else operator.attrgetter(str(node.target))(root)

@@ -53,6 +53,16 @@ class ExpertClassifiers(nn.Module):
                 self.weight.uniform_(-bound, bound)
                 self.bias.uniform_(-bound, bound)
 
+    def only(self, expert: int) -> ExpertClassifiers:
+        """The classifier of one expert, ``K = 1``; a new module."""
+        _, num_classes, num_features = self.weight.shape
+        single = ExpertClassifiers(1, num_features, num_classes, self.scale, like=self.weight)
+        one = slice(expert, expert + 1)
+        single.load_state_dict({name: tensor[one] for name, tensor in self.state_dict().items()})
+        for name, parameter in single.named_parameters():
+            parameter.requires_grad_(self.get_parameter(name).requires_grad)
+        return single
+
     def forward(self, features: Tensor) -> Tensor:
         """Logits of every expert from its own features."""
         weight: Tensor = self.weight

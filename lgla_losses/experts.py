@@ -6,19 +6,30 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Self, SupportsIndex, cast
+from typing import Any, Self, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lgla_losses.checks import describe, one_of, positive_float, positive_int
+from lgla_losses.checks import describe, integer, one_of, positive_float, positive_int
 from lgla_losses.classifiers import ExpertClassifiers
 from lgla_losses.output import ExpertOutput
-from lgla_losses.stacking import apply_per_copy, run_stacked, stack_modules, unstack_module
+from lgla_losses.stacking import (
+    apply_per_copy,
+    check_runs_together,
+    run_separately,
+    run_together,
+    stack_modules,
+    unstack_module,
+)
 
 CLASSIFIERS = ("cosine", "linear")
 LAYOUTS = ("grouped", "independent")
+
+#: Devices where stacked copies run together unless told otherwise: many small kernels cost more there than
+#: large ones. On a CPU they run one after another, which measured faster (benchmarks/expert_layouts.py).
+TOGETHER_ON = ("cuda",)
 
 
 class GroupConvExperts(nn.Module):
@@ -99,6 +110,8 @@ class GroupConvExperts(nn.Module):
         if num_features is None:
             num_features = _features_of(copies)
         self.stage: nn.Module | None = _arrange(copies, self.layout)
+        self.together: bool | None = None
+        self._checked = False
         self.classifiers = ExpertClassifiers(
             self.num_experts,
             positive_int("num_features", num_features, "give the width of the stage's output"),
@@ -107,18 +120,18 @@ class GroupConvExperts(nn.Module):
             like=next(self.parameters(), None),
         )
 
-    def forward(self, shared: Tensor) -> ExpertOutput:
+    def forward(self, shared: Tensor | tuple[Any, ...]) -> ExpertOutput:
         """Logits, features and class centres of every expert."""
-        if not isinstance(shared, Tensor):
-            raise TypeError(f"shared: expected a tensor [N, ...] of shared features, got {describe(shared)}")
-        version = _version(shared)
-        if self.stage is None:
-            features = _pool(shared)[:, None].expand(-1, self.num_experts, -1)
-        elif isinstance(self.stage, nn.ModuleList):
-            features = torch.stack([_pool(expert(shared)) for expert in self.stage], dim=1)
-        else:
-            features = _pool(run_stacked(self.stage, self.num_experts, shared), leading=2).transpose(0, 1)
-        if _version(shared) != version:
+        inputs = shared if isinstance(shared, tuple) else (shared,)
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        if not tensors or (self.stage is None and len(inputs) > 1):
+            raise TypeError(
+                "shared: expected a tensor [N, ...] of shared features, or a tuple of what the stage takes, "
+                f"got {describe(shared)}"
+            )
+        versions = [_version(tensor) for tensor in tensors]
+        features = self._features(inputs, tensors[0].device.type)
+        if [_version(tensor) for tensor in tensors] != versions:
             raise ValueError(
                 "stage: expected a stage that leaves its input, which the experts share, alone, got one that "
                 "wrote into it; set inplace=False on its first layer, or make it the trunk's last"
@@ -131,6 +144,29 @@ class GroupConvExperts(nn.Module):
             )
         return ExpertOutput(self.classifiers(features), features, weight)
 
+    def _features(self, inputs: tuple[Any, ...], device_type: str) -> Tensor:
+        """Pooled outputs of the stages ``[N, K, d]``."""
+        if self.stage is None:
+            return _pool(inputs[0])[:, None].expand(-1, self.num_experts, -1)
+        if isinstance(self.stage, nn.ModuleList):
+            outputs = [expert(*inputs) for expert in self.stage]
+        elif self._runs_together(device_type):
+            maps = run_together(self.stage, self.num_experts, inputs)
+            return _pool(maps, leading=2).transpose(0, 1)
+        else:
+            if not self._checked and not torch.compiler.is_compiling():
+                # What fails on a GPU should fail here too, not after the move.
+                check_runs_together(self.stage, self.num_experts, inputs)
+                self._checked = True
+            outputs = run_separately(self.stage, self.num_experts, inputs)
+        return torch.stack([_pool(output) for output in outputs], dim=1)
+
+    def _runs_together(self, device_type: str) -> bool:
+        if self.together is not None:
+            return self.together
+        # Compilers and exporters see through a loop; vmap would fix the batch size for them.
+        return device_type in TOGETHER_ON and not torch.compiler.is_compiling()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         per_copy = partial(apply_per_copy, fn=fn) if self.layout == "grouped" else fn
         return cast(Self, super()._apply(per_copy, recurse))  # type: ignore[no-untyped-call]
@@ -142,6 +178,25 @@ class GroupConvExperts(nn.Module):
     def to_grouped(self) -> GroupConvExperts:
         """The same function as one stacked module; a new one that shares nothing with these."""
         return self._converted("grouped")
+
+    def extract(self, expert: SupportsIndex) -> Expert:
+        """One expert as a module by itself; a new one that shares nothing with these.
+
+        Args:
+            expert: which, 0 to K-1; the global one is K-1.
+
+        Raises:
+            TypeError: ``expert`` is no integer.
+            ValueError: there is no such expert.
+        """
+        index = integer("expert", expert, f"experts are numbered from 0 to {self.num_experts - 1}")
+        if not 0 <= index < self.num_experts:
+            raise ValueError(
+                f"expert: expected 0 to {self.num_experts - 1}, got {index}; the last is the global one"
+            )
+        independent = self.to_independent()
+        stage = independent.stage[index] if isinstance(independent.stage, nn.ModuleList) else None
+        return Expert(stage, independent.classifiers.only(index)).train(self.training)
 
     def _converted(self, layout: str) -> GroupConvExperts:
         twin = copy.deepcopy(self)
@@ -156,6 +211,22 @@ class GroupConvExperts(nn.Module):
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""
         return f"num_experts={self.num_experts}, layout={self.layout!r}"
+
+
+class Expert(nn.Module):
+    """One expert by itself: shared features to its logits ``[N, C]``."""
+
+    def __init__(self, stage: nn.Module | None, classifier: ExpertClassifiers) -> None:
+        super().__init__()
+        self.stage = stage
+        self.classifier = classifier
+
+    def forward(self, shared: Tensor | tuple[Any, ...]) -> Tensor:
+        """Logits of what the trunk gives."""
+        inputs = shared if isinstance(shared, tuple) else (shared,)
+        features = _pool(inputs[0] if self.stage is None else self.stage(*inputs))
+        logits: Tensor = self.classifier(features[:, None])
+        return logits[:, 0]
 
 
 def _make_copies(
@@ -240,7 +311,10 @@ def _arrange(copies: list[nn.Module], layout: str) -> nn.Module | None:
 
 
 def _features_of(copies: list[nn.Module]) -> int:
-    """Width of the last layer that says one."""
+    """Width that the stage says, or else the last layer that says one."""
+    stage_width = getattr(copies[0], "num_features", None) if copies else None
+    if isinstance(stage_width, int):
+        return stage_width
     for layer in reversed(list(copies[0].modules()) if copies else []):
         for attribute in ("out_channels", "out_features", "num_features", "num_channels"):
             width = getattr(layer, attribute, None)
@@ -253,14 +327,14 @@ def _features_of(copies: list[nn.Module]) -> int:
 
 
 def _pool(features: Tensor, leading: int = 1) -> Tensor:
-    """``[N, d]`` of ``[N, d]`` or ``[N, d, H, W]``, behind ``leading`` dimensions."""
+    """``[N, d]`` of ``[N, d]``, ``[N, d, H, W]`` or ``[N, d, D, H, W]``, behind ``leading`` dimensions."""
     if not isinstance(features, Tensor):
         raise TypeError(f"stage: expected an output [N, d] or [N, d, H, W], got {type(features).__name__}")
-    if features.dim() == leading + 3:
-        return features.mean(dim=(-2, -1))
+    if features.dim() - leading in (3, 4):
+        return features.mean(dim=tuple(range(leading + 1, features.dim())))
     if features.dim() != leading + 1:
         raise ValueError(
-            "stage: expected an output [N, d] or [N, d, H, W] for every expert, "
+            "stage: expected an output [N, d], [N, d, H, W] or [N, d, D, H, W] for every expert, "
             f"got {['N', *features.shape[leading:]]}; end the stage with a pooling of its own"
         )
     return features

@@ -1,15 +1,17 @@
-"""K copies of a module as one: parameters stacked, run together under ``torch.func.vmap``.
+"""K copies of a module as one: parameters stacked, run together or one after another.
 
-A stacked module looks like one copy, with a leading expert dimension on every parameter and
-buffer. vmap turns its convolutions into K-fold grouped ones and has rules for the other layers, so
-none needs code of its own but for autocast's casts, and channels of one expert cannot reach another.
+A stacked module looks like one copy, with a leading expert dimension on every parameter and buffer.
+Together its copies run under ``torch.func.vmap``, which turns convolutions into K-fold grouped ones and
+has rules for the other layers: none but batch norm needs code of its own, and channels of one expert
+cannot reach another.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
-#: What :class:`_AutocastUnderVmap` runs in low precision, and what in float32.
+#: What autocast runs in low precision, for :class:`_UnderVmap`.
 MATRIX_PRODUCTS = {
     F.linear,
     F.scaled_dot_product_attention,
@@ -34,7 +36,7 @@ MATRIX_PRODUCTS = {
     torch.conv_transpose2d,
     torch.conv_transpose3d,
 }
-BATCH_NORMS = {F.batch_norm, F.instance_norm}
+BATCH_NORM = inspect.signature(F.batch_norm)
 
 #: Attributes that every module has; the others are its options.
 MODULE_INTERNALS = frozenset(vars(nn.Module()))
@@ -123,27 +125,53 @@ def _rebuild(template: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Mod
     return copy.deepcopy(template, memo)
 
 
-def run_stacked(stacked: nn.Module, num_experts: int, inputs: Tensor) -> Tensor:
-    """Run every copy on the same inputs ``[N, ...]``: ``[K, N, ...]``.
+def run_separately(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) -> list[Any]:
+    """Run the copies one after another on the same inputs: K outputs."""
+    slices = {name: parameter.unbind() for name, parameter in stacked.named_parameters()}
+    outputs = []
+    for k in range(num_experts):
+        parameters = {name: copies[k] for name, copies in slices.items()}
+        # Views, through which every copy updates its own running statistics.
+        buffers = {name: buffer[k] for name, buffer in stacked.named_buffers()}
+        outputs.append(functional_call(stacked, (parameters, buffers), inputs))
+    return outputs
+
+
+def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) -> Tensor:
+    """Run the copies at once on the same inputs: one output ``[K, ...]``.
 
     Random layers draw independently per copy, and every copy updates its own running statistics.
 
     Raises:
         ValueError: a layer has no rule under vmap; the message names its path and type.
     """
+    return _run_together(stacked, num_experts, inputs, dict(stacked.named_buffers()))
+
+
+def check_runs_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) -> None:
+    """Raise what :func:`run_together` would; running statistics and random numbers stay as they are."""
+    buffers = {name: buffer.clone() for name, buffer in stacked.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _run_together(stacked, num_experts, inputs, buffers)
+
+
+def _run_together(
+    stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...], buffers: dict[str, Tensor]
+) -> Tensor:
     parameters: dict[str, Tensor] = dict(stacked.named_parameters())
-    buffers = dict(stacked.named_buffers())
+    device = next(value.device for value in inputs if isinstance(value, Tensor))
 
     def one_copy(_: Tensor, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-        with _autocast(inputs.device.type):
-            return functional_call(stacked, (parameters, buffers), (inputs,))  # type: ignore[no-any-return]
+        with _UnderVmap(device.type):
+            return functional_call(stacked, (parameters, buffers), inputs)  # type: ignore[no-any-return]
 
     # The index gives vmap its size also where a stage has no parameters.
-    index = torch.arange(num_experts, device=inputs.device)
+    index = torch.arange(num_experts, device=device)
     try:
         return vmap(one_copy, randomness="different")(index, parameters, buffers)
     except (RuntimeError, ValueError) as error:
-        if torch.compiler.is_compiling() or not _runs_alone(stacked, parameters, buffers, inputs):
+        if not _runs_alone(stacked, parameters, buffers, inputs):
             raise
         path, layer = _innermost_layer(stacked, error.__traceback__)
         raise ValueError(
@@ -152,34 +180,65 @@ def run_stacked(stacked: nn.Module, num_experts: int, inputs: Tensor) -> Tensor:
         ) from error
 
 
-def _autocast(device_type: str) -> AbstractContextManager[object]:
-    if not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return _AutocastUnderVmap(torch.get_autocast_dtype(device_type))
+class _UnderVmap(TorchFunctionMode):
+    """What vmap does badly: batch norms, and the casts of autocast, which sees only what vmap unfolds.
 
-
-class _AutocastUnderVmap(TorchFunctionMode):
-    """Casts what autocast no longer sees once vmap has unfolded it.
-
-    Convolutions and matrix products take low precision; batch norms, whose unfolded form takes no mixed
-    one, float32, and give back what they got.
+    Convolutions and matrix products take low precision; instance norms, whose unfolded form takes no
+    mixed one, float32, and give back what they got.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, device_type: str) -> None:
         super().__init__()
-        self.dtype = dtype
+        enabled = torch.is_autocast_enabled(device_type)
+        self.dtype = torch.get_autocast_dtype(device_type) if enabled else None
 
     def __torch_function__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in MATRIX_PRODUCTS:
+        if func is F.batch_norm:
+            call = BATCH_NORM.bind(*args, **kwargs)
+            call.apply_defaults()
+            return _BatchNorm.apply(*call.args)  # type: ignore[no-untyped-call]
+        if self.dtype is not None and func in MATRIX_PRODUCTS:
             args = tuple(_cast(value, self.dtype) for value in args)
             kwargs = {name: _cast(value, self.dtype) for name, value in kwargs.items()}
-        elif func in BATCH_NORMS:
+        elif self.dtype is not None and func is F.instance_norm:
             inputs, *rest = args or (kwargs.pop("input"),)
             return _cast(func(_cast(inputs, torch.float32), *rest, **kwargs), inputs.dtype)
         return func(*args, **kwargs)
+
+
+class _BatchNorm(torch.autograd.Function):
+    """K batch norms as one with K times the channels.
+
+    vmap's own rule applies weight and bias in passes of their own and fixes the batch size. Autograd
+    records what the rule below calls; there is no other way into this function.
+    """
+
+    @staticmethod
+    def forward(*_: Any) -> Tensor:
+        raise NotImplementedError
+
+    @staticmethod
+    def setup_context(*_: Any) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], inputs: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        *vectors, training, momentum, eps = rest
+        if in_dims[0] is None:
+            channels = inputs[:, None].expand(-1, info.batch_size, *inputs.shape[1:])
+        else:
+            channels = inputs.movedim(in_dims[0], 1)
+        stacks = [
+            None if vector is None else vector.movedim(dim, 0).flatten()
+            for vector, dim in zip(vectors, in_dims[1:5], strict=True)
+        ]
+        mean, variance, weight, bias = stacks
+        channels = channels.flatten(1, 2)
+        output = F.batch_norm(channels, mean, variance, weight, bias, training, momentum, eps)
+        return output.unflatten(1, (info.batch_size, -1)), 1
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -189,13 +248,13 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _runs_alone(
-    stacked: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor
+    stacked: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor], inputs: tuple[Any, ...]
 ) -> bool:
     """Whether a single copy takes these inputs, so that an error came from running K at once."""
     first = {name: t[0].clone() for name, t in {**parameters, **buffers}.items()}
     try:
         with torch.no_grad():
-            functional_call(stacked, first, (inputs,))
+            functional_call(stacked, first, inputs)
     except (RuntimeError, ValueError):
         return False
     return True

@@ -88,3 +88,10 @@ def logit_gradient(adjusted, y):
     exponentials = [math.exp(v - peak) for v in adjusted]
     total = math.fsum(exponentials)
     return [e / total - (j == y) for j, e in enumerate(exponentials)]
+
+
+def assert_same(actual, expected, name=""):
+    """To 1e-10 of the largest entry; where all is rounding, as a bias's gradient before a norm, of 0.01."""
+    assert actual.shape == expected.shape, name
+    actual, expected = actual.detach().double(), expected.detach().double()
+    assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max().clamp(min=1e-2), name

@@ -4,8 +4,11 @@ import copy
 import pickle
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+import torchvision
+from reference import assert_same
 from scripts import load
 from torch import nn
 
@@ -52,6 +55,40 @@ class Pooling(nn.Module):
         nn.init.normal_(self.gate)
 
 
+class ChannelNorms(nn.Module):
+    """ConvNeXt's: a norm over the channels of NCHW and one over those of NHWC, and a layer scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3)
+        self.channels_first = timm.layers.LayerNorm2d(8)
+        self.channels_last = nn.LayerNorm(8)
+        self.layer_scale = nn.Parameter(torch.empty(8, 1, 1))
+
+    def forward(self, x):
+        x = self.channels_first(self.conv(x))
+        return x + self.layer_scale * self.channels_last(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def reset_parameters(self):
+        nn.init.normal_(self.layer_scale)
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, averaged."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(dim=1)
+
+    def reset_parameters(self):
+        self.attention._reset_parameters()
+        nn.init.normal_(self.attention.out_proj.bias)
+
+
 def group_norm(channels):
     return nn.GroupNorm(2, channels)
 
@@ -70,28 +107,61 @@ STAGES = {
         nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6, track_running_stats=False), nn.ReLU()
     ),
     "no parameters": lambda: nn.MaxPool2d(2),
+    "one dimension, transposed, instance norm": lambda: nn.Sequential(
+        nn.Flatten(2), nn.Conv1d(4, 6, 3, bias=False),
+        nn.InstanceNorm1d(6, affine=True, track_running_stats=True), nn.ReLU(),
+        nn.ConvTranspose1d(6, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
+    ),
+    "linear, batch norm": lambda: nn.Sequential(
+        nn.AvgPool2d(4), nn.Flatten(), nn.Linear(16, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU()
+    ),
+    "two dimensions, transposed, instance norm": lambda: nn.Sequential(
+        nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), nn.InstanceNorm2d(6, affine=True), nn.ReLU(),
+        nn.Conv2d(6, 8, 3), nn.InstanceNorm2d(8), nn.ReLU(),
+    ),
+    "three dimensions, transposed, batch norm": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 2)), nn.Conv3d(2, 4, (1, 3, 3)), nn.BatchNorm3d(4), nn.ReLU(),
+        nn.ConvTranspose3d(4, 6, (2, 3, 3)), nn.InstanceNorm3d(6, affine=True), nn.ReLU(),
+    ),
+    "channel layer norms, layer scale": ChannelNorms,
+    "batch norm on the shared features": lambda: nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3)),
+    "batch norm without weights": lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, affine=False)),
+    "stochastic depth and dropout": lambda: nn.Sequential(
+        nn.Conv2d(4, 6, 3), torchvision.ops.StochasticDepth(0.0, "row"), nn.Dropout2d(0.0), nn.Dropout(0.0)
+    ),
+    "attention": Attention,
 }  # fmt: skip
+
+
+WIDTHS = {
+    "no parameters": 4,
+    "two blocks": 8,
+    "attention": 4,
+    "channel layer norms, layer scale": 8,
+}
 
 
 def twins(name, classifier="cosine", device="cpu"):
     """The same experts in both layouts, in float64."""
-    options = {"num_features": {"no parameters": 4, "two blocks": 8}.get(name)}
+    options = {"num_features": WIDTHS.get(name)}
     grouped = GroupConvExperts(STAGES[name], 3, 7, classifier=classifier, **options)
     grouped = grouped.to(device, torch.float64)
     return grouped, grouped.to_independent()
 
 
-def assert_same(actual, expected):
-    """To 1e-10 of the largest entry; a bias before a batch norm has a gradient of rounding alone."""
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max().clamp(min=1e-3)
+#: How the copies of the grouped layout run.
+RUNS = pytest.mark.parametrize("together", [True, False], ids=["together", "one by one"])
 
 
+# vmap runs attention on a CPU copy by copy and says so.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@RUNS
 @pytest.mark.parametrize("classifier", ["cosine", "linear"])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", STAGES)
-def test_grouped_equals_independent_forward_and_backward(name, train, classifier, device):
+def test_grouped_equals_independent_forward_and_backward(name, train, classifier, together, device):
     grouped, independent = (m.train(train) for m in twins(name, classifier, device))
+    grouped.together = together
     inputs = torch.randn(5, 4, 8, 8, dtype=torch.float64, device=device)
     gradients = []
     outputs = []
@@ -158,8 +228,10 @@ def test_tied_parameters_stay_tied():
     assert_same(grouped(shared).logits, independent(shared).logits)
 
 
-def test_random_layers_draw_independently_per_expert(device):
+@RUNS
+def test_random_layers_draw_independently_per_expert(together, device):
     experts = GroupConvExperts(lambda: nn.Dropout(0.5), 3, 7, num_features=64).to(device)
+    experts.together = together
     features = experts(torch.ones(16, 64, device=device)).features
     kept = features != 0
     for a, b in ((0, 1), (0, 2), (1, 2)):
@@ -280,6 +352,57 @@ def test_experts_that_came_to_differ_are_not_stacked():
     independent.stage[1].eval()
     with pytest.raises(ValueError, match=r"alike.*independent"):
         independent.to_grouped()
+
+
+def test_the_check_of_the_first_batch_changes_nothing():
+    """Copies that run one by one are tried together once, so that a GPU brings no surprise."""
+    grouped, independent = twins("batch norm, projection")
+    shared = torch.randn(5, 4, 8, 8, dtype=torch.float64)
+    state = torch.random.get_rng_state()
+    grouped(shared), independent(shared)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert_same(
+        grouped.stage.norm1.running_var, torch.stack([e.norm1.running_var for e in independent.stage])
+    )
+    assert grouped.stage.norm1.num_batches_tracked.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("layout", ["grouped", "independent"])
+@pytest.mark.parametrize("classifier", ["cosine", "linear"])
+def test_an_expert_is_extracted_as_a_plain_module(layout, classifier):
+    experts = GroupConvExperts(STAGES["batch norm, projection"], 3, 7, classifier=classifier, layout=layout)
+    experts.classifiers.weight.requires_grad_(False)
+    shared = torch.randn(2, 4, 8, 8)
+    expected = experts.eval()(shared).logits
+    for k in range(3):
+        expert = experts.extract(k)
+        torch.testing.assert_close(expert(shared), expected[:, k])
+        assert not expert.training
+        assert not expert.classifier.weight.requires_grad
+        assert {p.untyped_storage().data_ptr() for p in expert.parameters()}.isdisjoint(
+            p.untyped_storage().data_ptr() for p in experts.parameters()
+        )
+    shared = torch.randn(5, 9)
+    heads = GroupConvExperts(None, 3, 7, num_features=9, classifier=classifier)
+    torch.testing.assert_close(heads.extract(2)(shared), heads(shared).logits[:, 2])
+
+
+def test_a_stage_may_take_several_values():
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 6)
+
+        def forward(self, features, gate, scale):
+            return self.fc(features * gate) * scale
+
+    values = (torch.randn(5, 4), torch.randn(5, 1), 3)
+    experts = GroupConvExperts(Gate, 3, 7)
+    outputs = [experts.to_independent()(values), experts(values)]
+    experts.together = True
+    for output in (*outputs, experts(values)):
+        torch.testing.assert_close(output.features, outputs[0].features)
+    torch.testing.assert_close(experts.extract(1)(values), outputs[0].logits[:, 1])
 
 
 @pytest.mark.parametrize("layout", ["grouped", "independent"])
@@ -417,7 +540,7 @@ def test_state_dict_deepcopy_and_pickle(layout):
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("from_autocast", [True, False])
 @pytest.mark.parametrize("name", ["batch norm, projection", "group norm, zero padding", "linear"])
-@pytest.mark.parametrize("layout", ["grouped", "independent"])
+@pytest.mark.parametrize("layout", ["together", "grouped", "independent"])
 def test_autocast_trains(layout, name, from_autocast, low, device):
     """Inside vmap autocast on a CPU sees no convolution; the stage must run in low precision all the same."""
     seen = []
@@ -428,7 +551,9 @@ def test_autocast_trains(layout, name, from_autocast, low, device):
             return x
 
     body = (lambda: nn.Linear(8, 8)) if name == "linear" else STAGES[name]
-    experts = GroupConvExperts(lambda: nn.Sequential(body(), Spy()), 3, 7, num_features=8, layout=layout)
+    experts = GroupConvExperts(lambda: nn.Sequential(body(), Spy()), 3, 7, num_features=8)
+    experts = experts.to_independent() if layout == "independent" else experts
+    experts.together = True if layout == "together" else None
     criterion = LGLALoss([9, 8, 7, 6, 5, 4, 3]).to(device)
     experts.to(device)
     shared = torch.randn(6, 8, device=device) if name == "linear" else torch.randn(6, 4, 8, 8, device=device)

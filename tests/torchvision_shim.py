@@ -6,7 +6,7 @@ Of its compiled operators none but detection needs them. Subprocesses of tests i
 import torch
 
 try:
-    import torchvision  # noqa: F401
+    import torchvision
 except RuntimeError:
     LIBRARY = torch.library.Library("torchvision", "DEF")
     LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
