@@ -352,8 +352,8 @@ def _find_classifier(graph: fx.Graph, root: Network) -> fx.Node | None:
     if getattr(root.model, "num_classes", 0):
         raise ValueError(
             f"head: expected a network whose output is a linear layer's, got {type(root.model).__name__}, "
-            f"where it is that of {node.name.removeprefix('model_')!r}; pass the classifier's path as head=, or "
-            "head=None if there is none, or remove it first (timm: model.reset_classifier(0))"
+            f"where it is that of {node.name.removeprefix('model_')!r}; pass the classifier's path as head=, "
+            "or head=None if there is none, or remove it first (timm: model.reset_classifier(0))"
         )
     return None
 

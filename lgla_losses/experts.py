@@ -35,16 +35,15 @@ TOGETHER_ON = ("cuda",)
 class GroupConvExperts(nn.Module):
     """K copies of a network's last stage with a classifier each, on shared features.
 
-    ``layout="grouped"`` runs the copies as one, their parameters stacked under
-    ``torch.func.vmap``, which makes K-fold grouped convolutions of theirs;
-    ``layout="independent"`` runs K modules. Both are the same function, forward and backward. The
+    ``layout="grouped"`` stacks the parameters of the copies, which run together under
+    ``torch.func.vmap``, with K-fold grouped convolutions, or one by one where that is faster;
+    ``layout="independent"`` runs K modules. All are the same function, forward and backward. The
     paper's group convolution (section 4.4) is the same function too, unless channels leak between
     experts, as through the shortcuts of the authors' released ResNet-32; here they never do.
 
     The parameters of the grouped layout carry a leading expert dimension. Initialise them through a factory
     or ``init_fn``, which see every copy by itself; ``experts.apply(init)`` would take the stack's fan for a
-    layer's. Filters by dimension, as of weight decay, should count one dimension less. Under
-    ``torch.compile`` a grouped batch norm is compiled anew for every batch size.
+    layer's. Filters by dimension, as of weight decay, should count one dimension less.
 
     Source: Tao et al., ICCV 2023, Fig. 3 and section 4.4.
 
@@ -53,8 +52,8 @@ class GroupConvExperts(nn.Module):
             modules, called K times. None puts the classifiers on the shared features.
         num_experts: number of experts ``K``.
         num_classes: number of classes ``C``.
-        num_features: features ``d`` that the stage gives after pooling. None reads them off its
-            last layer; required without a stage.
+        num_features: features ``d`` that the stage gives after pooling. None reads them off the
+            stage or its last layer; required without a stage.
         classifier: ``"cosine"`` or ``"linear"`` (with bias).
         scale: factor of cosine logits, as for :class:`LGLALoss`; linear classifiers have none.
         layout: ``"grouped"`` or ``"independent"``.
@@ -66,17 +65,19 @@ class GroupConvExperts(nn.Module):
     Attributes:
         stage: the stacked module, a ``ModuleList`` of K modules, or None.
         classifiers: the K classifiers.
+        together: how stacked copies run: True together, False one by one, None (the default)
+            together on a GPU and one by one on a CPU, while compiling and while exporting.
 
     Raises:
         TypeError: ``stage`` is neither a module nor a factory of modules.
         ValueError: a number is out of range, a layer cannot be initialised or cannot run grouped,
             the stage writes into its input (seen in eager mode only), or its output is not
-            ``[N, d]`` or ``[N, d, H, W]``.
+            ``[N, d]``, ``[N, d, H, W]`` or ``[N, d, D, H, W]``.
 
     Shape:
-        - shared features: ``[N, ...]``, whatever the stage takes
+        - shared features: ``[N, ...]``, whatever the stage takes; a tuple where it takes several values
         - output: an :class:`ExpertOutput` of logits ``[N, K, C]``, features ``[N, K, d]`` and
-          weight ``[K, C, d]``; a 4-D stage output is average-pooled
+          weight ``[K, C, d]``; a 4-D or 5-D stage output is average-pooled
 
     Example:
         >>> stage = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU())
@@ -154,7 +155,7 @@ class GroupConvExperts(nn.Module):
             maps = run_together(self.stage, self.num_experts, inputs)
             return _pool(maps, leading=2).transpose(0, 1)
         else:
-            if not self._checked and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and not self._checked:
                 # What fails on a GPU should fail here too, not after the move.
                 check_runs_together(self.stage, self.num_experts, inputs)
                 self._checked = True

@@ -10,7 +10,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_drop_in_example_runs_and_learns():
-    example, own_heads = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, own_heads, backbone = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(compile(example, "README.md", "exec"), names)
     assert names["loss"].isfinite()
@@ -19,6 +19,10 @@ def test_the_drop_in_example_runs_and_learns():
     exec(compile(own_heads, "README.md", "exec"), names)
     assert names["loss"].isfinite()
     assert names["prediction"].shape == torch.Size([16])
+    exec(compile(backbone, "README.md", "exec"), names)
+    assert names["loss"].isfinite()
+    assert names["output"].features.shape == torch.Size([2, 3, 2048])
+    assert len([line for line in backbone.splitlines() if line.strip()]) <= 10
     assert len([line for line in example.splitlines() if line.strip() and line[0] != "#"]) <= 20
 
 
@@ -43,5 +47,6 @@ def test_the_demos_table_is_the_recorded_one():
 def test_the_cost_of_the_layouts_is_the_recorded_one():
     record = json.loads((ROOT / "benchmarks" / "results" / "expert_layouts_cpu.json").read_text())
     for row in record["rows"]:
-        low, median, high = (f"{ms:.0f}" for ms in row["ms_quartiles"])
-        assert f"| {row['batch']} | {row['layout']} | {median} ({low} to {high}) |" in README
+        low, median, high = (f"{rate:.1f}" for rate in row["images_per_second_quartiles"])
+        cells = (row["network"], row["batch"], row["layout"], f"{median} ({low} to {high})")
+        assert f"| {' | '.join(map(str, cells))} | {row['peak_mib_median']:.0f} |" in README

@@ -1,0 +1,151 @@
+"""Make real long-tailed data sets from what a machine has, without downloads.
+
+digits: scikit-learn's handwritten digits. fashion-mnist: the four .gz files of Fashion-MNIST, which Debian
+has as the package dataset-fashion-mnist. docstrings: those of Python's standard library and their packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import gzip
+import sysconfig
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+#: Debian's package dataset-fashion-mnist puts the files here.
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+#: Packages of the standard library, ranked by their docstrings: the eight most frequent and rarer ones.
+RANKS = (*range(8), 12, 18, *range(27, 100, 7))
+
+#: Not installed everywhere, or no part of the library proper.
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
+
+
+def long_tail(largest: int, imbalance: float, num_classes: int) -> list[int]:
+    """Exponentially falling counts; class 0 is the largest."""
+    if not imbalance >= 1:
+        raise ValueError(f"--imbalance: expected at least 1, got {imbalance}")
+    return [max(1, int(largest * imbalance ** (-j / (num_classes - 1)))) for j in range(num_classes)]
+
+
+def digits(options: argparse.Namespace) -> None:
+    """The demo's long-tailed training set and balanced test set."""
+    from quickstart import LARGEST_CLASS, long_tailed_digits
+
+    counts = long_tail(LARGEST_CLASS, options.imbalance, 10)
+    split = long_tailed_digits(counts, options.seed, "cpu")
+    images = [
+        (255 * tensor[:, 0]).round().byte().numpy() for tensor in (split.train_images, split.test_images)
+    ]
+    write_images(options.output, images[0], split.train_labels.numpy(), images[1], split.test_labels.numpy())
+
+
+def fashion_mnist(options: argparse.Namespace) -> None:
+    """A long-tailed part of the training images, and a balanced part of the test images."""
+    train_images, train_labels, val_images, val_labels = (
+        read_idx(options.source / f"{part}-{kind}-ubyte.gz")
+        for part in ("train", "t10k")
+        for kind in ("images-idx3", "labels-idx1")
+    )
+    generator = np.random.default_rng(options.seed)
+    train = draw(train_labels, long_tail(options.largest, options.imbalance, 10), generator)
+    val = draw(val_labels, [options.validation] * 10, generator)
+    write_images(options.output, train_images[train], train_labels[train], val_images[val], val_labels[val])
+
+
+def draw(
+    labels: npt.NDArray[np.uint8], class_counts: list[int], generator: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """The indices of as many samples of every class as it is allowed."""
+    classes = enumerate(class_counts)
+    return np.concatenate([generator.permutation(np.flatnonzero(labels == j))[:n] for j, n in classes])
+
+
+def read_idx(path: Path) -> npt.NDArray[np.uint8]:
+    """An array of bytes in MNIST's format: its dimensions, then the values."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; apt install dataset-fashion-mnist, or give --source")
+    content = gzip.decompress(path.read_bytes())
+    num_dimensions = content[3]
+    shape = np.frombuffer(content, ">i4", num_dimensions, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
+
+
+def write_images(
+    path: Path,
+    train_images: npt.NDArray[np.uint8],
+    train_labels: npt.NDArray[np.integer],
+    val_images: npt.NDArray[np.uint8],
+    val_labels: npt.NDArray[np.integer],
+) -> None:
+    """What train_images.py reads."""
+    np.savez_compressed(
+        path,
+        train_images=train_images,
+        train_labels=train_labels,
+        val_images=val_images,
+        val_labels=val_labels,
+    )
+    print(f"{path}: training images by class {np.bincount(train_labels)}, {len(val_labels)} for validation")
+
+
+def docstrings(options: argparse.Namespace) -> None:
+    """Docstrings of functions and classes and the packages they are from."""
+    package_of = standard_docstrings()
+    by_frequency = sorted(Counter(package_of.values()).items(), key=lambda item: (-item[1], item[0]))
+    chosen = dict(by_frequency[rank] for rank in RANKS)
+    with options.output.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["text", "label"])
+        table.writerows((text, package) for text, package in package_of.items() if package in chosen)
+    print(f"{options.output}: texts by package {chosen}")
+
+
+def standard_docstrings() -> dict[str, str]:
+    """The package of every docstring of the standard library; of equal ones the first."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found: dict[str, str] = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if LEFT_OUT.isdisjoint(parts):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                    found.setdefault(ast.get_docstring(node) or "", parts[0].removesuffix(".py"))
+    found.pop("", None)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make one data set."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    kinds = parser.add_subparsers(required=True)
+    for make, output in ((digits, "OUT.npz"), (fashion_mnist, "OUT.npz"), (docstrings, "OUT.csv")):
+        kind = kinds.add_parser(
+            make.__name__.replace("_", "-"), help=make.__doc__, formatter_class=parser.formatter_class
+        )
+        kind.set_defaults(make=make)
+        kind.add_argument("output", type=Path, metavar=output, help="the file to write")
+        if make is not docstrings:
+            kind.add_argument("--imbalance", type=float, default=100.0, help="largest / smallest class")
+            kind.add_argument("--seed", type=int, default=0, help="of which images are taken")
+        if make is fashion_mnist:
+            kind.add_argument("--largest", type=int, default=6000, help="images of class 0")
+            kind.add_argument("--validation", type=int, default=1000, help="images a class")
+            kind.add_argument("--source", type=Path, default=DEBIAN, help="folder of the four .gz files")
+    options = parser.parse_args(arguments)
+    try:
+        options.make(options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

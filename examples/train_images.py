@@ -1,0 +1,324 @@
+"""Train LGLA on a folder of images, or on an .npz file of them, with a network of torchvision or timm.
+
+A folder has train/ and val/ (or test/) with one folder a class; a file has the arrays train_images,
+train_labels, val_images and val_labels: images uint8 [N, H, W, 3] or [N, H, W], labels integers [N].
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from training import (
+    InputError,
+    Sample,
+    Task,
+    add_options,
+    differing_tensors,
+    library,
+    load_plain,
+    number,
+    run,
+    shortened,
+)
+
+from lgla_losses import split_backbone
+
+v2 = library("torchvision.transforms.v2")
+Image = library("PIL.Image")
+
+EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+ARRAYS = ("train_images", "train_labels", "val_images", "val_labels")
+
+#: Where a family lists its networks, and what makes one, with new weights.
+FAMILIES = {"torchvision": ("torchvision.models", "get_model"), "timm": ("timm", "create_model")}
+
+#: Mean and standard deviation of ImageNet's channels, which pretrained networks expect.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+#: Images up to this size are cropped from a padded frame, larger ones at random scales.
+SMALL = 64
+
+
+class Split(NamedTuple):
+    """Images, as paths or as an array, and their classes."""
+
+    images: Sequence[Path] | npt.NDArray[np.uint8]
+    labels: list[int]
+
+
+class ImageSet(Dataset[Sample]):
+    """Transformed images of a split and their classes."""
+
+    def __init__(self, split: Split, transform: Callable[[Any], Any]) -> None:
+        self.images, self.labels = split
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> Sample:
+        return (self.transform(read_image(self.images[index])),), self.labels[index]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def read_image(image: Path | npt.NDArray[np.uint8]) -> Any:
+    """An image of three channels, from a file or an array."""
+    if isinstance(image, Path):
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    return Image.fromarray(image).convert("RGB")
+
+
+def read_folder(root: Path, skip_corrupt: bool) -> tuple[Split, Split, list[str]]:
+    """Training and validation images of a folder, and the names of its classes."""
+    halves = [root / "train", root / ("val" if (root / "val").is_dir() else "test")]
+    if not all(half.is_dir() for half in halves):
+        got = shortened(sorted(path.name for path in root.iterdir())) or "an empty folder"
+        raise InputError(f"{root}: expected folders train/ and val/ or test/ in it, got {got}")
+    files = [list_images(half, skip_corrupt) for half in halves]
+    names = sorted(files[0])
+    for half, of_class in zip(halves, files, strict=True):
+        if not any(of_class.values()):
+            endings = ", ".join(sorted(EXTENSIONS))
+            raise InputError(f"{half}: expected images ({endings}) in one folder a class, got none")
+    empty = [name for name in names if not files[0][name]]
+    if empty:
+        raise InputError(f"{halves[0]}: expected images of every class, got none of {shortened(empty)}")
+    unknown = [name for name in files[1] if name not in names]
+    if unknown:
+        raise InputError(f"{halves[1]}: expected classes of {halves[0]}, got {shortened(unknown)}")
+    train, val = (
+        Split(
+            [path for name in names for path in of_class.get(name, [])],
+            [label for label, name in enumerate(names) for _ in of_class.get(name, [])],
+        )
+        for of_class in files
+    )
+    return train, val, names
+
+
+def list_images(half: Path, skip_corrupt: bool) -> dict[str, list[Path]]:
+    """The readable images of every class."""
+    folders = sorted(path for path in half.iterdir() if path.is_dir() and not path.name.startswith("."))
+    files = {
+        folder.name: sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        for folder in folders
+    }
+    paths = [path for of_class in files.values() for path in of_class]
+    with ThreadPoolExecutor() as pool:
+        readable = list(tqdm(pool.map(is_readable, paths), f"reading {half}", len(paths), leave=False))
+    corrupt = [path for path, intact in zip(paths, readable, strict=True) if not intact]
+    if corrupt and not skip_corrupt:
+        raise InputError(
+            f"{half}: {len(corrupt)} corrupt images: {shortened(corrupt)}; mend them, or leave them out by "
+            "--skip-corrupt"
+        )
+    if corrupt:
+        print(f"{half}: left out {len(corrupt)} corrupt images: {shortened(corrupt, len(corrupt))}")
+    good = set(paths).difference(corrupt)
+    return {name: [path for path in of_class if path in good] for name, of_class in files.items()}
+
+
+def is_readable(path: Path) -> bool:
+    """Whether an image decodes to its end."""
+    try:
+        read_image(path)
+    except Exception:  # decoders raise what they like
+        return False
+    return True
+
+
+def read_arrays(path: Path) -> tuple[Split, Split, list[str]]:
+    """Training and validation images of an .npz file, and the numbers of its classes as names."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ARRAYS if name in file}
+    except (OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: expected an .npz file of plain arrays, got another ({error})") from error
+    missing = [name for name in ARRAYS if name not in arrays]
+    if missing:
+        raise InputError(f"{path}: expected the arrays {', '.join(ARRAYS)}, got no {', '.join(missing)}")
+    for half in ("train", "val"):
+        images, labels = arrays[f"{half}_images"], arrays[f"{half}_labels"]
+        grey_or_rgb = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
+        if not grey_or_rgb or images.dtype != np.uint8 or 0 in images.shape:
+            raise InputError(
+                f"{path}: expected {half}_images uint8 [N, H, W, 3] or [N, H, W], "
+                f"got {images.dtype} {list(images.shape)}"
+            )
+        if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+            raise InputError(
+                f"{path}: expected {half}_labels integers [{len(images)}], "
+                f"got {labels.dtype} {list(labels.shape)}"
+            )
+    train, val = (
+        Split(arrays[f"{half}_images"], arrays[f"{half}_labels"].tolist()) for half in ("train", "val")
+    )
+    present = set(train.labels)
+    num_classes = max(present) + 1
+    wrong = [label for label in {*present, *val.labels} if not 0 <= label < num_classes]
+    if wrong:
+        raise InputError(
+            f"{path}: expected labels 0..{num_classes - 1} as in train_labels, got {shortened(sorted(wrong))}"
+        )
+    if len(present) < num_classes:
+        first = next(label for label in range(num_classes) if label not in present)
+        raise InputError(
+            f"{path}: expected train_labels of every class 0..{num_classes - 1}, got none of {first}"
+        )
+    return train, val, [str(label) for label in range(num_classes)]
+
+
+def make_transforms(options: argparse.Namespace) -> tuple[Any, Any]:
+    """What is done to training and to validation images."""
+    size: int = options.image_size
+    whole = [v2.ToImage(), v2.Resize(size), v2.CenterCrop(size)]
+    finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    augment = whole
+    if options.augment != "none":
+        crop = [*whole, v2.RandomCrop(size, padding=size // 8)]
+        if size > SMALL:
+            crop = [v2.ToImage(), v2.RandomResizedCrop(size)]
+        policy = {"randaugment": [v2.RandAugment()], "autoaugment": [v2.AutoAugment()]}.get(
+            options.augment, []
+        )
+        augment = [*crop, v2.RandomHorizontalFlip(), *policy]
+    erased = (options.cutout / size) ** 2
+    cutout = [v2.RandomErasing(p=1, scale=(erased, erased), ratio=(1, 1))] if options.cutout else []
+    return v2.Compose([*augment, *finish, *cutout]), v2.Compose([*whole, *finish])
+
+
+def network_factory(options: argparse.Namespace) -> Callable[[], nn.Module]:
+    """What makes the network that ``--backbone`` names."""
+    family, _, name = options.backbone.partition(":")
+    if family not in FAMILIES:
+        raise InputError(f"--backbone: expected torchvision:NAME or timm:NAME, got {options.backbone}")
+    package, function = FAMILIES[family]
+    models = library(package)
+    known = models.list_models()
+    if name not in known:
+        close = ", ".join(get_close_matches(name, known)) or "none"
+        raise InputError(
+            f"--backbone: {family} has no {name!r}; close names: {close}; "
+            f"all: python -c 'import {package} as models; print(models.list_models())'"
+        )
+
+    def make_network() -> nn.Module:
+        network: nn.Module = getattr(models, function)(name)
+        if options.small_images:
+            use_small_stem(network)
+        return network
+
+    return make_network
+
+
+def use_small_stem(network: nn.Module) -> None:
+    """Let a ResNet keep the resolution of small images: first a 3x3 convolution without stride or pooling."""
+    stem = getattr(network, "conv1", None)
+    if not isinstance(stem, nn.Conv2d) or not hasattr(network, "maxpool"):
+        raise InputError(
+            f"--small-images: expected a ResNet with one convolution before its pooling, got a "
+            f"{type(network).__name__} of another stem; leave it out"
+        )
+    network.conv1 = nn.Conv2d(3, stem.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    network.maxpool = nn.Identity()
+
+
+def load_pretrained(network: nn.Module, options: argparse.Namespace) -> nn.Module:
+    """The network with the weights of a file; its classifier, which experts do without, is left alone."""
+    path: Path = options.pretrained
+    weights = load_plain(path)
+    if not isinstance(weights, dict):
+        raise InputError(f"--pretrained {path}: expected a state_dict, got a {type(weights).__name__}")
+    parts = split_backbone(network, options.split_at)
+    needed = {name: tensor for part in parts for name, tensor in part.state_dict().items()}
+    unexpected = [name for name in weights if name not in network.state_dict()]
+    problems = [
+        differing_tensors(needed, weights),
+        f"unexpected: {shortened(unexpected)}" if unexpected else "",
+    ]
+    if any(problems):
+        raise InputError(
+            f"--pretrained {path}: expected the state_dict of {options.backbone}, got one that differs; "
+            f"{'; '.join(filter(None, problems))}"
+        )
+    network.load_state_dict({name: weights[name] for name in needed}, strict=False)
+    return network
+
+
+def prepare(options: argparse.Namespace) -> Task:
+    """Images, transforms and the network that the options name."""
+    make_network = network_factory(options)
+    data: Path = options.data
+    if not data.exists():
+        raise InputError(f"{data}: there is no such folder or file")
+    train, val, names = read_folder(data, options.skip_corrupt) if data.is_dir() else read_arrays(data)
+    options.image_size = options.image_size or min(224, *read_image(train.images[0]).size)
+    if options.cutout >= options.image_size:
+        raise InputError(
+            f"--cutout: expected less than --image-size {options.image_size}, got {options.cutout}"
+        )
+    network = make_network()
+    if options.split_at is None and not hasattr(network, "layer3"):
+        top = ", ".join(name for name, _ in network.named_children())
+        raise InputError(f"--split-at: required for {options.backbone}, whose modules are {top}")
+    options.split_at = options.split_at or "layer3"
+    train_transform, val_transform = make_transforms(options)
+    return Task(
+        make_network if options.pretrained is None else lambda: load_pretrained(make_network(), options),
+        options.pretrained is not None,
+        ImageSet(train, train_transform),
+        ImageSet(val, val_transform),
+        train.labels,
+        names,
+        ("torchvision", *re.findall("^timm", options.backbone)),
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train on images; --help lists the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("data", type=Path, metavar="DATA_DIR_OR_NPZ", help="the images")
+    add = parser.add_argument_group("images").add_argument
+    add("--backbone", default="torchvision:resnet18", help="torchvision:NAME or timm:NAME")
+    add(
+        "--pretrained",
+        type=Path,
+        metavar="FILE",
+        help="a state_dict of the backbone, .pt, .pth or .safetensors",
+    )
+    add(
+        "--image-size",
+        type=number(int, 1),
+        help="pixels; None is the first image's shorter side, at most 224",
+    )
+    add("--small-images", action="store_true", help="a ResNet whose stem keeps the resolution")
+    add(
+        "--augment",
+        choices=("none", "flip", "randaugment", "autoaugment"),
+        default="flip",
+        help="flip crops and mirrors, the others do so and more",
+    )
+    add("--cutout", type=number(int, 0), default=0, metavar="N", help="blank a square of N pixels a side")
+    add("--skip-corrupt", action="store_true", help="leave images out that cannot be read")
+    add_options(parser)
+    run(parser, arguments, prepare)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,693 @@
+"""What train_images.py and train_text.py share: options, the loop, evaluation, checkpoints and the record.
+
+A run is a function of its options. The order of an epoch depends on the seed and the epoch, a sample's
+augmentation on these and the sample, so neither the number of workers nor an interruption changes a result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import reprlib
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ChainedScheduler, CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss, count_classes, split_backbone
+
+#: Options that may change when a run is resumed.
+FREE_OPTIONS = {"data", "device", "workers", "log_dir", "resume"}
+
+AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+#: Accuracies by row (ensemble, expert 1, ...) and column; None where a column has no class.
+Scores = dict[str, dict[str, float | None]]
+
+#: The tensors that a model takes, and the class.
+Sample = tuple[tuple[Any, ...], int]
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; shown without a traceback."""
+
+
+def library(name: str) -> Any:
+    """A library of the extras ``vision`` and ``text``; without it the run ends with what to install."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise SystemExit(
+            f'{name} cannot be imported ({error}): pip install "lgla-losses[vision]" for images, '
+            '"lgla-losses[text]" for texts'
+        ) from error
+    except RuntimeError as error:
+        # Its compiled operators are of another torch.
+        raise SystemExit(
+            f"the installed torchvision {version('torchvision')} does not fit the installed torch "
+            f"{torch.__version__} ({error}): install both from one index, as in\n"
+            "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cpu\n"
+            "for a CPU, or https://download.pytorch.org/whl/cu126 and the like for a GPU"
+        ) from error
+
+
+def number(kind: type[int | float], low: float, high: float = math.inf) -> Callable[[str], float]:
+    """A type for argparse: numbers from ``low`` to ``high``."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of both scripts; ``parser.set_defaults`` gives them other defaults."""
+    add = parser.add_argument_group("experts and loss").add_argument
+    add("--split-at", metavar="PATH", help="module that begins the stage each expert has for itself")
+    add("--num-experts", type=number(int, 1), default=3, help="the paper's K")
+    add("--layout", choices=("grouped", "independent"), default="grouped", help="how experts are stored")
+    add("--classifier", choices=("cosine", "linear"), default="cosine", help="of every expert")
+    add("--scale", type=number(float, 1e-6), default=30.0, help="factor of cosine logits")
+    add(
+        "--adjustment", choices=("lgla", "balanced", "softmax", "logit"), default="lgla", help="of the logits"
+    )
+    add(
+        "--tau",
+        type=number(float, 0),
+        help="strength of the adjustment lgla or logit; None is the loss's own",
+    )
+    add("--aaw", action=argparse.BooleanOptionalAction, default=True, help="weight hard samples")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=number(int, 1), default=30, help="passes over the training data")
+    add("--batch-size", type=number(int, 1), default=128, help="samples of a forward pass")
+    add("--accumulate", type=number(int, 1), default=1, help="forward passes of a step")
+    add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="sgd has Nesterov's momentum")
+    add("--lr", type=number(float, 0), default=0.1, help="highest learning rate")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd")
+    add("--weight-decay", type=number(float, 0), default=5e-4, help="of all but norms and biases")
+    add("--clip-norm", type=number(float, 1e-12), help="largest norm of the gradient")
+    add("--schedule", choices=("cosine", "step"), default="cosine", help="how the rate falls")
+    add(
+        "--milestones",
+        type=number(int, 1),
+        nargs="+",
+        help="epochs after which step divides the rate by 10; None is at 80 and 90 %% of them",
+    )
+    add("--warmup-epochs", type=number(int, 0), default=1, help="epochs in which the rate rises linearly")
+
+    add = parser.add_argument_group("running").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    add("--amp", choices=tuple(AMP_DTYPES), default="none", help="mixed precision")
+    add("--channels-last", action="store_true", help="memory format of convolutions")
+    add("--compile", action="store_true", help="compile the model")
+    add(
+        "--workers", type=number(int, 0), default=min(4, os.cpu_count() or 1), help="processes that load data"
+    )
+    add("--seed", type=number(int, 0), default=0, help="of everything random")
+    add(
+        "--log-dir",
+        type=Path,
+        metavar="OUTPUT_DIR",
+        default=Path("runs", Path(parser.prog).stem),
+        help="checkpoints, TensorBoard's curves and the record",
+    )
+    add("--resume", action="store_true", help="continue the run in OUTPUT_DIR")
+
+
+def parse_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """The options, checked as far as they go without data."""
+    options = parser.parse_args(arguments)
+    try:
+        torch.zeros(1, device=options.device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {options.device}: {error}")
+    if options.amp == "fp16" and torch.device(options.device).type == "cpu":
+        parser.error("--amp fp16: expected a GPU, got --device cpu; --amp bf16 runs there")
+    if options.num_experts == 1 and (options.aaw or options.adjustment == "lgla"):
+        parser.error(
+            "--num-experts 1: expected --no-aaw and an --adjustment other than lgla, which groups classes"
+        )
+    if options.tau is not None and options.adjustment not in ("lgla", "logit"):
+        parser.error(f"--tau: expected --adjustment lgla or logit, got {options.adjustment}")
+    if options.milestones is None:
+        options.milestones = [options.epochs * 8 // 10, options.epochs * 9 // 10]
+    last = options.log_dir / "last.pt"
+    if options.resume and not last.is_file():
+        parser.error(f"--resume: there is no {last}; leave --resume out to begin a run")
+    if not options.resume and last.exists():
+        parser.error(
+            f"--log-dir: {last} is of an earlier run; --resume continues it, another folder begins one"
+        )
+    return options
+
+
+class Task(NamedTuple):
+    """What a script trains on what data.
+
+    Attributes:
+        make_network: gives the network to split, a new one at every call.
+        pretrained: whether experts keep the network's weights, or begin with new ones of their own.
+        train: samples to learn from.
+        val: samples to evaluate on.
+        train_labels: class of every sample of ``train``.
+        class_names: a name a class.
+        libraries: packages whose versions the record names.
+        collate: makes a batch of samples.
+        keep: writes what a checkpoint needs beside it.
+    """
+
+    make_network: Callable[[], nn.Module]
+    pretrained: bool
+    train: Dataset[Sample]
+    val: Dataset[Sample]
+    train_labels: list[int]
+    class_names: list[str]
+    libraries: tuple[str, ...]
+    collate: Callable[[list[Sample]], Any] = default_collate
+    keep: Callable[[Path], object] = lambda folder: None
+
+
+class ExpertModel(nn.Module):
+    """A shared trunk and K experts."""
+
+    def __init__(self, trunk: nn.Module, experts: GroupConvExperts) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.experts = experts
+
+    def forward(self, *inputs: Tensor) -> ExpertOutput:
+        """What every expert makes of the inputs."""
+        output: ExpertOutput = self.experts(self.trunk(*inputs))
+        return output
+
+
+def build_model(task: Task, options: argparse.Namespace) -> ExpertModel:
+    """Split the network, and try the parts on two samples."""
+
+    def split() -> tuple[nn.Module, nn.Module]:
+        return split_backbone(task.make_network(), options.split_at)
+
+    try:
+        trunk, stage = split()
+        experts = GroupConvExperts(
+            stage if task.pretrained else lambda: split()[1],
+            options.num_experts,
+            len(task.class_names),
+            classifier=options.classifier,
+            scale=options.scale,
+            layout=options.layout,
+            reset=False,
+        )
+        model = ExpertModel(trunk, experts)
+        with torch.no_grad():
+            model.eval()(*task.collate([task.val[0]] * 2)[0])
+    except InputError:
+        raise
+    except Exception as error:  # of whatever kind: it is the network's code that runs
+        raise InputError(f"--split-at {options.split_at}: {error}") from error
+    return model
+
+
+def build_criterion(class_counts: Tensor, options: argparse.Namespace) -> LGLALoss:
+    """The loss that the options name."""
+    try:
+        return LGLALoss(
+            class_counts,
+            options.num_experts,
+            options.tau,
+            aaw=options.aaw,
+            scale=options.scale if options.classifier == "cosine" else None,
+            adjustment=options.adjustment,
+            validate_args=False,  # the loop checks the loss, and can name epoch and step
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed from several numbers, unlike that from any others."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+class EpochOrder(Sampler[list[tuple[int, int]]]):
+    """Batches of pairs (epoch, index) in an order that depends on seed and epoch alone.
+
+    Steps are of one size, give or take a sample, and so are the batches of a step: no batch norm meets a
+    remainder of one sample, and a step has the same samples however many passes it is accumulated from.
+    """
+
+    def __init__(self, num_samples: int, options: argparse.Namespace) -> None:
+        self.num_samples = num_samples
+        self.seed: int = options.seed
+        self.batch_size: int = options.batch_size
+        self.num_steps = math.ceil(num_samples / (options.batch_size * options.accumulate))
+        self.epoch = 0
+        self.steps_done = 0
+
+    def steps(self) -> list[tuple[Tensor, ...]]:
+        """The batches of every step that is still to do in the epoch."""
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+        order = torch.randperm(self.num_samples, generator=generator)
+        steps = order.tensor_split(self.num_steps)[self.steps_done :]
+        return [step.tensor_split(math.ceil(len(step) / self.batch_size)) for step in steps]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps():
+            for batch in step:
+                yield [(self.epoch, index) for index in batch.tolist()]
+
+
+class Seeded(Dataset[Sample]):
+    """Samples whose random augmentation depends on seed, epoch and index alone."""
+
+    def __init__(self, samples: Dataset[Sample], seed: int) -> None:
+        self.samples = samples
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        with torch.random.fork_rng(devices=[]):
+            # The CPU's generator alone: torch.manual_seed would reach that of a GPU, which draws dropout.
+            torch.default_generator.manual_seed(mixed_seed(self.seed, *key))
+            return self.samples[key[1]]
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to all processes, to the main one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """All parameters; biases and those of norms do not decay.
+
+    Told by layer and name, not by dimension, of which grouped experts have one more.
+    """
+    kept: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            exempt = name.endswith("bias") or "Norm" in type(module).__name__
+            (kept if exempt else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """SGD with Nesterov's momentum, or AdamW."""
+    groups = parameter_groups(model, options.weight_decay)
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=options.lr)
+    return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, options: argparse.Namespace, num_steps: int
+) -> LRScheduler:
+    """Learning rates by step, of ``num_steps`` an epoch: a cosine or steps, times a linear rise."""
+    warmup = options.warmup_epochs * num_steps
+    schedule = (
+        CosineAnnealingLR(optimizer, options.epochs * num_steps)
+        if options.schedule == "cosine"
+        else MultiStepLR(optimizer, [epoch * num_steps for epoch in options.milestones])
+    )
+    return ChainedScheduler([schedule, LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)])
+
+
+def score(correct: Tensor, total: Tensor, class_counts: Tensor) -> Scores:
+    """Accuracies of the ensemble and of each expert.
+
+    Args:
+        correct: right predictions by class, of the ensemble and of each expert ``[C, 1 + K]``.
+        total: evaluated samples by class ``[C]``; a class without one takes no part.
+        class_counts: training samples by class ``[C]``: many are over 100, few under 20.
+    """
+    per_class = correct / total[:, None]
+    seen = total > 0
+    many, few = class_counts > 100, class_counts < 20
+    columns = {"balanced": seen, "many": seen & many, "medium": seen & ~many & ~few, "few": seen & few}
+    scores: Scores = {}
+    for k in range(correct.shape[1]):
+        row: dict[str, float | None] = {
+            name: per_class[members, k].mean().item() if members.any() else None
+            for name, members in columns.items()
+        }
+        row["top-1"] = (correct[:, k].sum() / total.sum()).item()
+        scores[f"expert {k}" if k else "ensemble"] = row
+    return scores
+
+
+def differing_tensors(expected: dict[str, Tensor], got: dict[str, Any]) -> str:
+    """What a state_dict lacks, and which shapes are others; empty where it fits."""
+    missing = [name for name in expected if name not in got]
+    shapes = [
+        f"{name} {list(getattr(got[name], 'shape', []))}, expected {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in got and getattr(got[name], "shape", None) != tensor.shape
+    ]
+    problems = {"missing": missing, "of another shape": shapes}
+    return "; ".join(f"{kind}: {shortened(names)}" for kind, names in problems.items() if names)
+
+
+def shortened(names: Sequence[object], most: int = 5) -> str:
+    """The names, or the first of them and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def load_plain(path: Path) -> Any:
+    """What torch.save or safetensors wrote, if it is but tensors and plain values."""
+    try:
+        if path.suffix == ".safetensors":
+            return library("safetensors.torch").load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of whatever kind: their readers are many
+        reason = re.split(r"\. |\n", str(error))[0]
+        raise InputError(f"{path}: expected tensors of torch.save or safetensors, got {reason}") from error
+
+
+class Interruption:
+    """Notes Ctrl-C, so that the loop can end a step and save; a second Ctrl-C stops at once."""
+
+    def __enter__(self) -> Self:
+        self.requested = False
+        self.before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+
+@dataclass
+class Progress:
+    """How far a run is, in plain values.
+
+    Attributes:
+        epoch: epochs done.
+        step: steps done of the next epoch.
+        loss: sum of the loss over their samples.
+        seconds: time that the run has taken.
+        curve: loss, learning rate and scores of every epoch done.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The first epoch of the highest balanced accuracy."""
+        return max(self.curve, key=lambda entry: entry["scores"]["ensemble"]["balanced"])
+
+
+class Trainer:
+    """Trains, evaluates and keeps the record in OUTPUT_DIR."""
+
+    def __init__(self, task: Task, options: argparse.Namespace, command: str) -> None:
+        self.options = options
+        self.command = command
+        self.keep = task.keep
+        self.device = torch.device(options.device)
+        self.class_counts = count_classes(task.train_labels, len(task.class_names))
+        self.configuration = {
+            **{
+                name: str(value) if isinstance(value, Path) else value
+                for name, value in vars(options).items()
+            },
+            "classes": task.class_names,
+            "class_counts": self.class_counts.tolist(),
+        }
+        self.libraries = ("torch", *task.libraries, "lgla_losses")
+        self.criterion = build_criterion(self.class_counts, options).to(self.device)
+        self.model = build_model(task, options).to(self.device)
+        if options.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if options.compile:
+            self.model.compile()
+        self.order = EpochOrder(len(task.train_labels), options)
+        self.optimizer = make_optimizer(self.model, options)
+        self.schedule = make_schedule(self.optimizer, options, self.order.num_steps)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
+        loading: dict[str, Any] = {
+            "collate_fn": task.collate,
+            "num_workers": options.workers,
+            "persistent_workers": options.workers > 0,
+            "worker_init_fn": ignore_interrupts,
+            "pin_memory": self.device.type == "cuda",
+            # A loader draws a seed for its workers; not from the generator that draws dropout.
+            "generator": torch.Generator(),
+        }
+        self.train_loader = DataLoader(Seeded(task.train, options.seed), batch_sampler=self.order, **loading)
+        self.val_loader = DataLoader(task.val, options.batch_size, **loading)
+        self.progress = Progress()
+
+    def fit(self) -> None:
+        """Train from where the run stands to its last epoch, then write the record."""
+        options, progress = self.options, self.progress
+        begun = time.monotonic() - progress.seconds
+        options.log_dir.mkdir(parents=True, exist_ok=True)
+        self.keep(options.log_dir)
+        with (
+            Interruption() as interruption,
+            SummaryWriter(options.log_dir, purge_step=progress.epoch + 1) as writer,
+        ):
+            while progress.epoch < options.epochs:
+                self._train_epoch(interruption)
+                if not interruption.requested:
+                    self._end_epoch(writer)
+                progress.seconds = time.monotonic() - begun
+                if progress.step == 0 and progress.best is progress.curve[-1]:
+                    self._save("best.pt")
+                self._save("last.pt")
+                if interruption.requested:
+                    print(f"stopped after a step and saved; this goes on:\n{self.command} --resume")
+                    raise SystemExit(128 + signal.SIGINT)
+        self._report()
+
+    def _train_epoch(self, interruption: Interruption) -> None:
+        """The steps still to do in the epoch, or those before an interruption."""
+        progress = self.progress
+        self.order.epoch, self.order.steps_done = progress.epoch, progress.step
+        self.model.train()
+        batches = iter(self.train_loader)
+        shots = self._shots()
+        with tqdm(
+            desc=f"epoch {progress.epoch + 1}/{self.options.epochs}",
+            total=self.order.num_steps,
+            initial=progress.step,
+            unit="step",
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        ) as bar:
+            for step in self.order.steps():
+                num_samples = sum(map(len, step))
+                loss = self._train_step(batches, len(step), num_samples)
+                progress.step += 1
+                progress.loss += loss * num_samples
+                bar.set_postfix({"loss": f"{loss:.3f}", **shots}, refresh=False)
+                bar.update()
+                if interruption.requested:
+                    return
+
+    def _shots(self) -> dict[str, str]:
+        """The last evaluation, for the progress bar."""
+        scores = self.progress.curve[-1]["scores"]["ensemble"] if self.progress.curve else {}
+        return {name: percent(scores[name]) for name in ("many", "medium", "few") if name in scores}
+
+    def _train_step(self, batches: Iterator[Any], num_batches: int, num_samples: int) -> float:
+        """One step of the optimizer: the mean loss over the samples of its batches."""
+        total = torch.zeros((), device=self.device)
+        for _ in range(num_batches):
+            output, target = self._forward(next(batches))
+            loss = self.criterion(output, target, normalizer=num_samples)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        if not total.isfinite():
+            raise SystemExit(
+                f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}: expected a finite loss, "
+                f"got {total.item()}; lower --lr, set --clip-norm, or use --amp bf16 or none. What was saved "
+                f"in {self.options.log_dir} is kept"
+            )
+        self.scaler.unscale_(self.optimizer)
+        if self.options.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return total.item()
+
+    def _forward(self, batch: Any) -> tuple[ExpertOutput, Tensor]:
+        inputs, target = batch
+        inputs = [tensor.to(self.device, non_blocking=True) for tensor in inputs]
+        dtype = AMP_DTYPES[self.options.amp]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            return self.model(*inputs), target.to(self.device, non_blocking=True)
+
+    @torch.no_grad()
+    def evaluate(self) -> Scores:
+        """Accuracies on the validation set."""
+        self.model.eval()
+        num_classes = len(self.class_counts)
+        correct = torch.zeros(num_classes, 1 + self.options.num_experts, dtype=torch.float64)
+        total = torch.zeros(num_classes, dtype=torch.float64)
+        for batch in self.val_loader:
+            output, target = self._forward(batch)
+            predictions = torch.cat([output.ensemble()[:, None], output.logits], dim=1).argmax(-1)
+            correct.index_add_(0, target.cpu(), (predictions == target[:, None]).cpu().double())
+            total += target.cpu().bincount(minlength=num_classes)
+        return score(correct, total, self.class_counts)
+
+    def _end_epoch(self, writer: SummaryWriter) -> None:
+        """Evaluate, and count the epoch as done."""
+        progress = self.progress
+        scores = self.evaluate()
+        loss = progress.loss / self.order.num_samples
+        rate = self.schedule.get_last_lr()[0]
+        progress.epoch, progress.step, progress.loss = progress.epoch + 1, 0, 0.0
+        progress.curve.append({"epoch": progress.epoch, "loss": loss, "lr": rate, "scores": scores})
+        writer.add_scalar("loss", loss, progress.epoch)
+        writer.add_scalar("lr", rate, progress.epoch)
+        for row, columns in scores.items():
+            for column, accuracy in columns.items():
+                if accuracy is not None:
+                    writer.add_scalar(f"{column}/{row}", accuracy, progress.epoch)
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state_dict."""
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "scaler": self.scaler,
+        }
+
+    def _save(self, name: str) -> None:
+        """Write a checkpoint, whole or not at all."""
+        path = self.options.log_dir / name
+        checkpoint = {
+            **{part: holder.state_dict() for part, holder in self._parts().items()},
+            "progress": asdict(self.progress),
+            "configuration": self.configuration,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+        torch.save(checkpoint, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def resume(self) -> None:
+        """Go on where last.pt ends."""
+        path = self.options.log_dir / "last.pt"
+        checkpoint = load_plain(path)
+        if (
+            not isinstance(checkpoint, dict)
+            or not {"configuration", "progress", *self._parts()} <= checkpoint.keys()
+        ):
+            raise InputError(f"--resume: expected a checkpoint of this script, got another file as {path}")
+        then = checkpoint["configuration"]
+        differing = [
+            f"{name} {reprlib.repr(then.get(name))}, now {reprlib.repr(self.configuration.get(name))}"
+            for name in then.keys() | self.configuration.keys()
+            if name not in FREE_OPTIONS and then.get(name) != self.configuration.get(name)
+        ]
+        problem = shortened(sorted(differing)) or differing_tensors(
+            self.model.state_dict(), checkpoint["model"]
+        )
+        if problem:
+            raise InputError(
+                f"--resume: {path} is of another run: {problem}; give what it was begun with, or another "
+                "--log-dir"
+            )
+        for part, holder in self._parts().items():
+            holder.load_state_dict(checkpoint[part])
+        self.progress = Progress(**checkpoint["progress"])
+        torch.set_rng_state(checkpoint["rng"])
+        if self.device.type == "cuda" and checkpoint["cuda_rng"]:
+            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+
+    def _report(self) -> None:
+        """Print the table and write result.json."""
+        final, best = self.progress.curve[-1], self.progress.best
+        best_accuracy = best["scores"]["ensemble"]["balanced"]
+        table = Table(
+            title=f"Accuracy (%) after the last epoch, {final['epoch']}",
+            caption=f"best epoch, chosen on these data: {best['epoch']}, balanced {percent(best_accuracy)}",
+        )
+        table.add_column("")
+        for column in final["scores"]["ensemble"]:
+            table.add_column(column, justify="right")
+        for row, columns in final["scores"].items():
+            table.add_row(row, *map(percent, columns.values()))
+        Console(width=80).print(table)
+        record = {
+            "configuration": self.configuration,
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in self.libraries},
+            },
+            "device": torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "seed": self.options.seed,
+            "class_counts": dict(zip(self.configuration["classes"], self.class_counts.tolist(), strict=True)),
+            "curve": self.progress.curve,
+            "final": final,
+            "best": best,
+            "best_is": "the epoch of the highest balanced accuracy on the validation set",
+            "seconds": round(self.progress.seconds, 1),
+        }
+        path = self.options.log_dir / "result.json"
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(f"record: {path}")
+
+
+def percent(accuracy: float | None) -> str:
+    """An accuracy as tables show it."""
+    return "-" if accuracy is None else f"{100 * accuracy:.1f}"
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    arguments: list[str] | None,
+    prepare: Callable[[argparse.Namespace], Task],
+) -> None:
+    """Train what ``prepare`` makes of the options."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse_options(parser, arguments)
+    given = [argument for argument in arguments if argument != "--resume"]
+    torch.manual_seed(options.seed)
+    try:
+        trainer = Trainer(prepare(options), options, shlex.join(["python", sys.argv[0], *given]))
+        if options.resume:
+            trainer.resume()
+    except InputError as error:
+        parser.error(str(error))
+    trainer.fit()
