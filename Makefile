@@ -21,7 +21,7 @@ lint: $(VENV)/.dev         ## style and types
 	$(RUN) -m mypy
 
 bench: $(VENV)/.bench      ## what grouped experts cost against independent ones
-	$(RUN) benchmarks/expert_layouts.py
+	$(RUN) tests/torchvision_shim.py benchmarks/expert_layouts.py
 
 dist: $(VENV)/.dev         ## the wheel and the source archive, checked for upload
 	rm -rf dist

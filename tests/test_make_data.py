@@ -56,9 +56,9 @@ def test_docstrings(tmp_path):
     with (tmp_path / "data.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     counts = Counter(row["label"] for row in rows)
-    assert len(counts) == len(make_data.RANKS)
+    assert len(counts) > 20
     assert max(counts.values()) > 200
-    assert min(counts.values()) < 20
+    assert 10 <= min(counts.values()) < 20
     assert len({row["text"] for row in rows}) == len(rows)
     assert any(row["label"] == "email" and "RFC" in row["text"] for row in rows)
 

@@ -36,6 +36,8 @@ SIGNATURES = {
     "GroupConvExperts.forward": "self, shared",
     "GroupConvExperts.to_independent": "self",
     "GroupConvExperts.to_grouped": "self",
+    "GroupConvExperts.extract": "self, expert",
+    "split_backbone": "model, at, *, head='auto'",
 }
 
 
