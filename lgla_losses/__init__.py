@@ -2,7 +2,8 @@
 
 The modules compose the paper: :class:`ClassGrouper` (section 3.2), :class:`CLALogitAdjuster`
 (Eqs. 4 to 6), :class:`AAWWeighter` (Eqs. 7 and 8), :class:`LGLALoss` (Eq. 9) and
-:class:`GroupConvExperts` (section 4.4), for which :func:`split_backbone` divides a network. :mod:`lgla_losses.functional` holds the equations.
+:class:`GroupConvExperts` (section 4.4), for which :func:`split_backbone` divides a
+network. :mod:`lgla_losses.functional` holds the equations.
 """
 
 from lgla_losses import functional

@@ -50,3 +50,11 @@ def test_the_cost_of_the_layouts_is_the_recorded_one():
         low, median, high = (f"{rate:.1f}" for rate in row["images_per_second_quartiles"])
         cells = (row["network"], row["batch"], row["layout"], f"{median} ({low} to {high})")
         assert f"| {' | '.join(map(str, cells))} | {row['peak_mib_median']:.0f} |" in README
+
+
+def test_the_accuracies_of_the_training_scripts_are_the_recorded_ones():
+    record = json.loads((ROOT / "benchmarks" / "results" / "examples_cpu.json").read_text())
+    for run in record["runs"]:
+        scores = run["final"]["scores"]["ensemble"]
+        cells = [f"{100 * scores[column]:.1f}" for column in ("balanced", "many", "medium", "few")]
+        assert f"| {run['data']} | {run['method']} | {' | '.join(cells)} | {run['seconds']:.0f} |" in README

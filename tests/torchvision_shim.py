@@ -1,7 +1,7 @@
 """Lets torchvision's wheel, which is built for CUDA, import beside a CPU-only torch.
 
-Of its compiled operators only detection needs them. Subprocesses of tests import this too; as a script it runs
-another one: ``python tests/torchvision_shim.py SCRIPT ARGUMENTS``.
+Of its compiled operators only detection needs them. Subprocesses of tests import this too; as a script
+it runs another one: ``python tests/torchvision_shim.py SCRIPT ARGUMENTS``.
 """
 
 import runpy
