@@ -45,8 +45,8 @@ ARRAYS = ("train_images", "train_labels", "val_images", "val_labels")
 #: Where a family lists its networks, and what makes one, with new weights.
 FAMILIES = {"torchvision": ("torchvision.models", "get_model"), "timm": ("timm", "create_model")}
 
-#: Mean and standard deviation of ImageNet's channels, which pretrained networks expect.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: Of ImageNet's channels, which pretrained networks expect where they do not say otherwise, as timm's do.
+NORMALISATION = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 #: Images up to this size are cropped from a padded frame, larger ones at random scales.
 SMALL = 64
@@ -77,6 +77,8 @@ def read_image(image: Path | npt.NDArray[np.uint8]) -> Any:
     """An image of three channels, from a file or an array."""
     if isinstance(image, Path):
         with Image.open(image) as opened:
+            if opened.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
+                return Image.fromarray((np.asarray(opened) / 257).astype(np.uint8)).convert("RGB")
             return opened.convert("RGB")
     return Image.fromarray(image).convert("RGB")
 
@@ -181,19 +183,21 @@ def read_arrays(path: Path) -> tuple[Split, Split, list[str]]:
     return train, val, [str(label) for label in range(num_classes)]
 
 
-def make_transforms(options: argparse.Namespace) -> tuple[Any, Any]:
+def make_transforms(network: nn.Module, options: argparse.Namespace) -> tuple[Any, Any]:
     """What is done to training and to validation images."""
     size: int = options.image_size
     whole = [v2.ToImage(), v2.Resize(size), v2.CenterCrop(size)]
-    finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    expected = NORMALISATION | getattr(network, "pretrained_cfg", {})
+    normalise = v2.Normalize(expected["mean"], expected["std"])
+    finish = [v2.ToDtype(torch.float32, scale=True), normalise]
     augment = whole
     if options.augment != "none":
         crop = [*whole, v2.RandomCrop(size, padding=size // 8)]
         if size > SMALL:
             crop = [v2.ToImage(), v2.RandomResizedCrop(size)]
-        policy = {"randaugment": [v2.RandAugment()], "autoaugment": [v2.AutoAugment()]}.get(
-            options.augment, []
-        )
+        learnt = v2.AutoAugmentPolicy.CIFAR10 if size <= SMALL else v2.AutoAugmentPolicy.IMAGENET
+        policies = {"randaugment": [v2.RandAugment()], "autoaugment": [v2.AutoAugment(learnt)]}
+        policy = policies.get(options.augment, [])
         augment = [*crop, v2.RandomHorizontalFlip(), *policy]
     erased = (options.cutout / size) ** 2
     cutout = [v2.RandomErasing(p=1, scale=(erased, erased), ratio=(1, 1))] if options.cutout else []
@@ -208,7 +212,8 @@ def network_factory(options: argparse.Namespace) -> Callable[[], nn.Module]:
     package, function = FAMILIES[family]
     models = library(package)
     known = models.list_models()
-    if name not in known:
+    architecture = name.partition(".")[0] if family == "timm" else name  # timm adds a weights' tag
+    if architecture not in known:
         close = ", ".join(get_close_matches(name, known)) or "none"
         raise InputError(
             f"--backbone: {family} has no {name!r}; close names: {close}; "
@@ -243,7 +248,7 @@ def load_pretrained(network: nn.Module, options: argparse.Namespace) -> nn.Modul
     weights = load_plain(path)
     if not isinstance(weights, dict):
         raise InputError(f"--pretrained {path}: expected a state_dict, got a {type(weights).__name__}")
-    parts = split_backbone(network, options.split_at)
+    parts = split_backbone(network, options.split_at, head=options.head)
     needed = {name: tensor for part in parts for name, tensor in part.state_dict().items()}
     unexpected = [name for name in weights if name not in network.state_dict()]
     problems = [
@@ -276,7 +281,7 @@ def prepare(options: argparse.Namespace) -> Task:
         top = ", ".join(name for name, _ in network.named_children())
         raise InputError(f"--split-at: required for {options.backbone}, whose modules are {top}")
     options.split_at = options.split_at or "layer3"
-    train_transform, val_transform = make_transforms(options)
+    train_transform, val_transform = make_transforms(network, options)
     return Task(
         make_network if options.pretrained is None else lambda: load_pretrained(make_network(), options),
         options.pretrained is not None,

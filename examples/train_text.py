@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
@@ -54,11 +55,12 @@ def pad(samples: list[Sample], padding: int) -> tuple[tuple[Tensor, Tensor], Ten
 
 def read_rows(path: Path, options: argparse.Namespace) -> list[Row]:
     """The texts and labels of a CSV file."""
+    csv.field_size_limit(sys.maxsize)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file)
-            columns = table.fieldnames or []
-            rows = [(row.get(options.text_column), row.get(options.label_column)) for row in table]
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            table = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: expected a CSV file in UTF-8, got {error}") from error
     missing = [name for name in (options.text_column, options.label_column) if name not in columns]
@@ -67,8 +69,15 @@ def read_rows(path: Path, options: argparse.Namespace) -> list[Row]:
             f"{path}: expected the columns {options.text_column} and {options.label_column}, got "
             f"{shortened(columns) or 'an empty file'}; --text-column and --label-column name others"
         )
-    if not rows:
+    if not table:
         raise InputError(f"{path}: expected rows below the header, got none")
+    longer = [number for number, row in enumerate(table, 1) if None in row]
+    if longer:
+        raise InputError(
+            f"{path}: expected as many fields as columns, got rows with more: {shortened(longer)}; quote "
+            "texts that hold a comma"
+        )
+    rows = [(row[options.text_column], row[options.label_column]) for row in table]
     empty = [
         number for number, row in enumerate(rows, 1) if not all(value and value.strip() for value in row)
     ]
@@ -76,7 +85,7 @@ def read_rows(path: Path, options: argparse.Namespace) -> list[Row]:
         raise InputError(
             f"{path}: expected a text and a label in every row, got rows without: {shortened(empty)}"
         )
-    return [(text or "", label or "") for text, label in rows]
+    return [(text, label.strip()) for text, label in rows]
 
 
 def hold_out(rows: list[Row], options: argparse.Namespace) -> tuple[list[Row], list[Row]]:
@@ -155,13 +164,20 @@ def prepare(options: argparse.Namespace) -> Task:
         folder = options.checkpoint
         tokenizer = local("a tokenizer", transformers.AutoTokenizer.from_pretrained, folder)
         config = local("a configuration", transformers.AutoConfig.from_pretrained, folder)
-        make_network = partial(local, "a model", transformers.AutoModel.from_pretrained, folder)
-    limit = getattr(config, "max_position_embeddings", options.max_length)
+        load = partial(transformers.AutoModel.from_pretrained, dtype=torch.float32)
+        make_network = partial(local, "a model", load, folder)
+    network = make_network()
+    positions = getattr(getattr(network, "embeddings", None), "position_embeddings", None)
+    # RoBERTa and its kin count positions from behind the padding's.
+    offset = getattr(positions, "padding_idx", None)
+    limit = getattr(config, "max_position_embeddings", options.max_length) - (
+        0 if offset is None else offset + 1
+    )
     if options.max_length > limit:
         raise InputError(
             f"--max-length: expected at most {limit}, the encoder's positions, got {options.max_length}"
         )
-    options.split_at = options.split_at or middle_layer(make_network(), config.num_hidden_layers)
+    options.split_at = options.split_at or middle_layer(network, config.num_hidden_layers)
 
     def keep(folder: Path) -> None:
         tokenizer.save_pretrained(folder)

@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ChainedScheduler, CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -89,6 +89,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of both scripts; ``parser.set_defaults`` gives them other defaults."""
     add = parser.add_argument_group("experts and loss").add_argument
     add("--split-at", metavar="PATH", help="module that begins the stage each expert has for itself")
+    add("--head", default="auto", metavar="PATH", help="the network's classifier, where auto cannot tell it")
     add("--num-experts", type=number(int, 1), default=3, help="the paper's K")
     add("--layout", choices=("grouped", "independent"), default="grouped", help="how experts are stored")
     add("--classifier", choices=("cosine", "linear"), default="cosine", help="of every expert")
@@ -129,7 +130,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--workers", type=number(int, 0), default=min(4, os.cpu_count() or 1), help="processes that load data"
     )
-    add("--seed", type=number(int, 0), default=0, help="of everything random")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
     add(
         "--log-dir",
         type=Path,
@@ -156,8 +157,11 @@ def parse_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argp
     if options.tau is not None and options.adjustment not in ("lgla", "logit"):
         parser.error(f"--tau: expected --adjustment lgla or logit, got {options.adjustment}")
     if options.milestones is None:
-        options.milestones = [options.epochs * 8 // 10, options.epochs * 9 // 10]
+        tenths = {options.epochs * 8 // 10, options.epochs * 9 // 10}
+        options.milestones = sorted(epoch for epoch in tenths if epoch > 0)
     last = options.log_dir / "last.pt"
+    if options.log_dir.exists() and not options.log_dir.is_dir():
+        parser.error(f"--log-dir: expected a folder, got the file {options.log_dir}")
     if options.resume and not last.is_file():
         parser.error(f"--resume: there is no {last}; leave --resume out to begin a run")
     if not options.resume and last.exists():
@@ -211,7 +215,7 @@ def build_model(task: Task, options: argparse.Namespace) -> ExpertModel:
     """Split the network, and try the parts on two samples."""
 
     def split() -> tuple[nn.Module, nn.Module]:
-        return split_backbone(task.make_network(), options.split_at)
+        return split_backbone(task.make_network(), options.split_at, head=options.head)
 
     try:
         trunk, stage = split()
@@ -327,14 +331,17 @@ def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim
 def make_schedule(
     optimizer: torch.optim.Optimizer, options: argparse.Namespace, num_steps: int
 ) -> LRScheduler:
-    """Learning rates by step, of ``num_steps`` an epoch: a cosine or steps, times a linear rise."""
-    warmup = options.warmup_epochs * num_steps
-    schedule = (
-        CosineAnnealingLR(optimizer, options.epochs * num_steps)
-        if options.schedule == "cosine"
-        else MultiStepLR(optimizer, [epoch * num_steps for epoch in options.milestones])
-    )
-    return ChainedScheduler([schedule, LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)])
+    """Learning rates by step, of ``num_steps`` an epoch: a linear rise, then a cosine to 0, or steps."""
+    warmup, total = options.warmup_epochs * num_steps, options.epochs * num_steps
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return float((step + 1) / (warmup + 1))
+        if options.schedule == "cosine":
+            return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        return float(0.1 ** sum(step >= epoch * num_steps for epoch in options.milestones))
+
+    return LambdaLR(optimizer, factor)
 
 
 def score(correct: Tensor, total: Tensor, class_counts: Tensor) -> Scores:
@@ -413,6 +420,7 @@ class Progress:
         epoch: epochs done.
         step: steps done of the next epoch.
         loss: sum of the loss over their samples.
+        rate: learning rate of the last step.
         seconds: time that the run has taken.
         curve: loss, learning rate and scores of every epoch done.
     """
@@ -420,6 +428,7 @@ class Progress:
     epoch: int = 0
     step: int = 0
     loss: float = 0.0
+    rate: float = 0.0
     seconds: float = 0.0
     curve: list[dict[str, Any]] = field(default_factory=list)
 
@@ -541,6 +550,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.progress.rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
         self.optimizer.zero_grad()
         return total.item()
@@ -571,11 +581,10 @@ class Trainer:
         progress = self.progress
         scores = self.evaluate()
         loss = progress.loss / self.order.num_samples
-        rate = self.schedule.get_last_lr()[0]
         progress.epoch, progress.step, progress.loss = progress.epoch + 1, 0, 0.0
-        progress.curve.append({"epoch": progress.epoch, "loss": loss, "lr": rate, "scores": scores})
+        progress.curve.append({"epoch": progress.epoch, "loss": loss, "lr": progress.rate, "scores": scores})
         writer.add_scalar("loss", loss, progress.epoch)
-        writer.add_scalar("lr", rate, progress.epoch)
+        writer.add_scalar("lr", progress.rate, progress.epoch)
         for row, columns in scores.items():
             for column, accuracy in columns.items():
                 if accuracy is not None:

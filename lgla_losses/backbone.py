@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import operator
+import pickle
+import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -98,20 +101,23 @@ def split_backbone(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {describe(model)}")
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        raise ValueError(
+            f"model: expected a plain network, got a {type(model).__name__}; split it before compiling"
+        )
     if _is_transformers_model(model):
         return _split_text_encoder(model, at, head)
     _check_path("at", model, at)
     if head is not None and head != "auto":
         _check_path("head", model, head)
-    opened = _ancestors(at) | _ancestors(_last_linear(model) if head == "auto" else head)
-    root = Network(model)
-    graph = _trace(root, opened)
-    if head == "auto":
-        classifier = _find_classifier(graph, root)
-    else:
-        classifier = None if head is None else _call_of(graph, "head", head)
-    if classifier is None:
+    if head is None or getattr(model, "num_classes", None) == 0:  # timm's sign of a network without one
+        root, graph = _trace(model, _ancestors(at))
         return _divide(graph, root, at, _output(graph), getattr(model, "num_features", None))
+    if head == "auto":
+        root, graph, classifier = _find_classifier(model, at)
+    else:
+        root, graph = _trace(model, _ancestors(at) | {p for p in _ancestors(head) if not _is_below(p, at)})
+        classifier = _call_of(graph, "head", head)
     width = getattr(root.get_submodule(str(classifier.target)), "in_features", None)
     return _divide(graph, root, at, classifier.all_input_nodes[0], width)
 
@@ -124,10 +130,14 @@ def _is_transformers_model(model: nn.Module) -> bool:
 def _split_text_encoder(model: Any, at: str, head: str | None) -> tuple[BackbonePart, BackbonePart]:
     """Of a transformers model the encoder below its heads, with mask-aware pooling."""
     encoder = model.base_model
-    if encoder.main_input_name != "input_ids":
+    if encoder.main_input_name != "input_ids" or encoder.config.is_encoder_decoder:
         raise ValueError(
             f"model: expected a text encoder where it is of transformers, got a {type(model).__name__}, "
-            f"which takes {encoder.main_input_name}; torchvision and timm have networks for images"
+            + (
+                "which has a decoder; pass its encoder"
+                if encoder.config.is_encoder_decoder
+                else f"which takes {encoder.main_input_name}; torchvision and timm have networks for images"
+            )
         )
     if head not in ("auto", None):
         raise ValueError(
@@ -141,8 +151,7 @@ def _split_text_encoder(model: Any, at: str, head: str | None) -> tuple[Backbone
     files = {type(encoder.get_submodule(path)).__module__ for path in opened}
     # Its functions, which build masks and the like, become calls as its modules do.
     leaves = [sys.modules[name] for name in sorted(files) if name.startswith("transformers.")]
-    root = TextEncoder(encoder)
-    graph = _trace(root, opened, leaves)
+    root, graph = _trace(encoder, opened, leaves, TextEncoder)
     return _divide(graph, root, at, _output(graph), encoder.config.hidden_size)
 
 
@@ -201,8 +210,8 @@ def _ancestors(path: str | None) -> set[str]:
     return {".".join(parts[:i]) for i in range(len(parts))}
 
 
-def _last_linear(model: nn.Module) -> str | None:
-    return next((p for p, m in reversed(list(model.named_modules())) if isinstance(m, nn.Linear)), None)
+def _is_below(path: str, other: str) -> bool:
+    return f"{path}.".startswith(f"{other}.")
 
 
 class _Value(nn.Module):
@@ -223,12 +232,17 @@ class _Mode(nn.Module):
         return self.training
 
 
+def _context() -> tuple[bool, ...]:
+    return torch.is_grad_enabled(), *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+
+
 class _Tracer(fx.Tracer):
     """Opens the given modules and no others."""
 
     def __init__(self, opened: Iterable[str] = (), leaves: Iterable[ModuleType] = ()) -> None:
         super().__init__(autowrap_modules=(math, *leaves))  # type: ignore[arg-type]
         self.opened = opened
+        self.context = _context()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.opened
@@ -236,21 +250,33 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         # fx would make a configuration anew at every run, and lose what was set on it.
         if is_dataclass(a) and not isinstance(a, type):
-            known = {id(m.value): path for path, m in self.root.named_children() if isinstance(m, _Value)}
-            path = known.get(id(a)) or f"_value_{len(known)}"
+            path = self.get_fresh_qualname("_value")
             setattr(self.root, path, _Value(a))
             return self.create_node("call_module", path, (), {})
         return super().create_arg(a)
 
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if _context() != self.context:
+            raise RuntimeError("it switches gradients or autocast on or off, which a graph does not keep")
+        return super().create_node(kind, *args, **kwargs)
 
-def _trace(root: Network, opened: set[str], leaves: Iterable[ModuleType] = ()) -> fx.Graph:
-    """The calls of a network, with ``self.training`` left open."""
-    modules = {f"model.{path}".rstrip("."): root.model.get_submodule(path) for path in sorted(opened)}
-    graphs = []
+
+def _trace(
+    model: nn.Module,
+    opened: set[str],
+    leaves: Iterable[ModuleType] = (),
+    wrap: type[Network] = Network,
+) -> tuple[Network, fx.Graph]:
+    """The calls of a network, with ``self.training`` left open, and what they refer to."""
+    modules = {f"model.{path}".rstrip("."): model.get_submodule(path) for path in sorted(opened)}
+    traces = []
     for training in (True, False):
+        root, random_state = wrap(model), _random_state()
         try:
             with _in_mode(modules.values(), training):
-                graphs.append(_Tracer({"", *modules}, leaves).trace(root))
+                traces.append((root, _Tracer({"", *modules}, leaves).trace(root)))
+            if _random_state() != random_state:
+                raise RuntimeError("it draws random numbers, which tracing would fix")
         except Exception as error:  # of whatever kind: it is the network's code that runs
             names = ", ".join(type(module).__name__ for module in modules.values())
             raise ValueError(
@@ -258,10 +284,17 @@ def _trace(root: Network, opened: set[str], leaves: Iterable[ModuleType] = ()) -
                 f"the classifier ({names}), got {type(error).__name__}: {error}; split elsewhere, or write "
                 "trunk and stage as modules of your own"
             ) from error
-    _leave_mode_open(*graphs)
+    (root, graph), (other_root, other_graph) = traces
+    _leave_mode_open(root, graph, other_root, other_graph)
     root.add_module("_mode", _Mode())
-    _see_through_wrappers(graphs[0])
-    return graphs[0]
+    _see_through_wrappers(graph)
+    return root, graph
+
+
+def _random_state() -> tuple[object, ...]:
+    # The global generators are what a network's code would draw from.
+    numpy_state = pickle.dumps(np.random.get_state())  # noqa: NPY002
+    return random.getstate(), numpy_state, torch.get_rng_state().numpy().tobytes()
 
 
 @contextmanager
@@ -277,7 +310,7 @@ def _in_mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def _leave_mode_open(train: fx.Graph, evaluation: fx.Graph) -> None:
+def _leave_mode_open(root: Network, train: fx.Graph, other: Network, evaluation: fx.Graph) -> None:
     """Where the graphs of the two modes differ by True and False, let the first read the mode when run."""
     twins = list(evaluation.nodes)
     same_length = len(train.nodes) == len(twins)
@@ -287,6 +320,11 @@ def _leave_mode_open(train: fx.Graph, evaluation: fx.Graph) -> None:
         others, other_spec = pytree.tree_flatten((twin.args, twin.kwargs))
         reads_mode = [pair == (True, False) for pair in zip(values, others, strict=False)]
         alike = all(r or str(v) == str(o) for r, v, o in zip(reads_mode, values, others, strict=False))
+        if alike and node.op == twin.op == "get_attr":
+            value, twins_value = (
+                operator.attrgetter(str(n.target))(r) for n, r in ((node, root), (twin, other))
+            )
+            alike = value is twins_value or torch.equal(value, twins_value)
         if not same_length or not alike or (node.op, node.target, spec) != (twin.op, twin.target, other_spec):
             raise ValueError(
                 "model: expected the same calls in train and in eval mode around the split point and the "
@@ -338,24 +376,30 @@ def _call_of(graph: fx.Graph, name: str, path: str) -> fx.Node:
     return calls[0]
 
 
-def _find_classifier(graph: fx.Graph, root: Network) -> fx.Node | None:
-    """The call of the linear layer that gives the output."""
-    node = _output(graph)
+def _called(node: fx.Node, root: Network) -> nn.Module | None:
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _find_classifier(model: nn.Module, at: str) -> tuple[Network, fx.Graph, fx.Node]:
+    """A trace, and in it the call of the linear layer that gives the output."""
+    opened = _ancestors(at)
     while True:
-        module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        root, graph = _trace(model, opened)
+        node = _output(graph)
+        module = _called(node, root)
+        while isinstance(module, FOLLOWING_MODULES) or node.target in FOLLOWING_CALLS:
+            node = node.all_input_nodes[0]
+            module = _called(node, root)
         if isinstance(module, nn.Linear):
-            return node
-        follows = isinstance(module, FOLLOWING_MODULES) or node.target in FOLLOWING_CALLS
-        if not follows or not node.all_input_nodes:
-            break
-        node = node.all_input_nodes[0]
-    if getattr(root.model, "num_classes", 0):
-        raise ValueError(
-            f"head: expected a network whose output is a linear layer's, got {type(root.model).__name__}, "
-            f"where it is that of {node.name.removeprefix('model_')!r}; pass the classifier's path as head=, "
-            "or head=None if there is none, or remove it first (timm: model.reset_classifier(0))"
-        )
-    return None
+            return root, graph, node
+        path = str(node.target).removeprefix("model.")
+        if module is None or not list(module.children()) or _is_below(path, at):
+            raise ValueError(
+                f"head: expected a network whose output is a linear layer's, got {type(model).__name__}, "
+                f"where it is that of {node.name.removeprefix('model_')!r}; pass the classifier's path as "
+                "head=, or head=None if there is none, or remove it first (timm: model.reset_classifier(0))"
+            )
+        opened = opened | {path}
 
 
 def _divide(
@@ -379,6 +423,7 @@ def _divide(
     sources = [node for node in nodes if not node.all_input_nodes and node.op != "placeholder"]
     stage.update(node for node in sources if stage.issuperset(alive.intersection(node.users)))
     either = {node for node in sources if node.op == "call_module"}
+    _check_replay(list(graph.nodes), root, alive, stage)
     crossing = dict.fromkeys(
         value
         for node in (start, *nodes)
@@ -390,6 +435,40 @@ def _divide(
     experts = _part(root, list(crossing), [node for node in nodes if node in stage | either], [features])
     experts.meta["num_features"] = num_features
     return trunk, experts
+
+
+def _check_replay(nodes: list[fx.Node], root: Network, alive: set[fx.Node], stage: set[fx.Node]) -> None:
+    """Raise where the parts, run one after the other, would not do what the network's code does."""
+    begun = False
+    for node in nodes:
+        begun = begun or node in stage
+        module = _called(node, root)
+        writes = (
+            getattr(module, "inplace", False)
+            or node.kwargs.get("inplace")
+            or (node.op == "call_method" and str(node.target).rstrip("_") + "_" == node.target)
+        )
+        # The result is not read, but what was written into is.
+        lost = writes and node not in alive and not alive.isdisjoint(node.all_input_nodes)
+        # The trunk runs it first, though the network ran the start of the stage before it.
+        layers = module.modules() if module is not None else ()
+        writes = writes or any(getattr(layer, "inplace", False) for layer in layers)
+        read = any(user in stage for value in node.all_input_nodes for user in value.users)
+        early = writes and begun and node in alive and node not in stage and read
+        if lost or early:
+            raise ValueError(
+                f"model: expected code around the split point that assigns what it computes, got "
+                f"{node.name!r}, which writes into a value that is read elsewhere; write x = f(x) without "
+                "inplace=True, or split elsewhere"
+            )
+    for target in {node.target for node in stage & alive if node.op == "call_module"}:
+        module = root.get_submodule(str(target))
+        has_state = next(iter((*module.parameters(), *module.buffers())), None) is not None
+        if has_state and any(node.target == target for node in alive - stage if node.op == "call_module"):
+            raise ValueError(
+                f"at: expected a split that no module lies on both sides of, got one where "
+                f"{str(target).removeprefix('model.')!r} is called before it and behind it; split elsewhere"
+            )
 
 
 def _part(root: Network, inputs: list[fx.Node], nodes: list[fx.Node], outputs: list[fx.Node]) -> BackbonePart:
@@ -407,6 +486,12 @@ def _part(root: Network, inputs: list[fx.Node], nodes: list[fx.Node], outputs: l
     values = tuple(copies[node] for node in outputs)
     graph.output(values[0] if len(values) == 1 else values)
     part = BackbonePart(attributes, graph)
-    for module in (part, getattr(part, "_mode", part)):
-        module.training = root.model.training
+    saved = {name.removeprefix("model.") for name in root.state_dict()}
+    for path in part.state_dict().keys() - saved:
+        owner, _, name = path.rpartition(".")
+        module = part.get_submodule(owner)
+        module.register_buffer(name, module.get_buffer(name), persistent=False)
+    modes = {path: module.training for path, module in root.model.named_modules()}
+    for path, module in part.named_modules():
+        module.training = modes.get(path, root.model.training)
     return part

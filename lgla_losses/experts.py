@@ -112,7 +112,7 @@ class GroupConvExperts(nn.Module):
             num_features = _features_of(copies)
         self.stage: nn.Module | None = _arrange(copies, self.layout)
         self.together: bool | None = None
-        self._checked = False
+        self._checked_modes: set[bool] = set()
         self.classifiers = ExpertClassifiers(
             self.num_experts,
             positive_int("num_features", num_features, "give the width of the stage's output"),
@@ -155,12 +155,16 @@ class GroupConvExperts(nn.Module):
             maps = run_together(self.stage, self.num_experts, inputs)
             return _pool(maps, leading=2).transpose(0, 1)
         else:
-            if not torch.compiler.is_compiling() and not self._checked:
-                # What fails on a GPU should fail here too, not after the move.
-                check_runs_together(self.stage, self.num_experts, inputs)
-                self._checked = True
+            self._check_together(inputs)
             outputs = run_separately(self.stage, self.num_experts, inputs)
         return torch.stack([_pool(output) for output in outputs], dim=1)
+
+    def _check_together(self, inputs: tuple[Any, ...]) -> None:
+        """What would fail on a GPU fails here too, with the first batch of either mode."""
+        if torch.compiler.is_compiling() or self.together is not None or self.training in self._checked_modes:
+            return
+        check_runs_together(cast(nn.Module, self.stage), self.num_experts, inputs)
+        self._checked_modes.add(self.training)
 
     def _runs_together(self, device_type: str) -> bool:
         if self.together is not None:
@@ -197,7 +201,9 @@ class GroupConvExperts(nn.Module):
             )
         independent = self.to_independent()
         stage = independent.stage[index] if isinstance(independent.stage, nn.ModuleList) else None
-        return Expert(stage, independent.classifiers.only(index)).train(self.training)
+        single = Expert(stage, independent.classifiers.only(index))
+        single.training = single.classifier.training = self.training
+        return single
 
     def _converted(self, layout: str) -> GroupConvExperts:
         twin = copy.deepcopy(self)

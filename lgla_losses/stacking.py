@@ -20,13 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 #: What autocast runs in low precision, for :class:`_UnderVmap`.
 MATRIX_PRODUCTS = {
     F.linear,
+    F.multi_head_attention_forward,
+    F.prelu,
     F.scaled_dot_product_attention,
     Tensor.matmul,
     Tensor.__matmul__,
+    torch.addmm,
     torch.matmul,
     torch.bmm,
     torch.conv1d,
@@ -35,6 +39,12 @@ MATRIX_PRODUCTS = {
     torch.conv_transpose1d,
     torch.conv_transpose2d,
     torch.conv_transpose3d,
+}
+#: New tensors, which layers fill with random numbers; see :class:`_UnderVmap`.
+FACTORIES = {
+    *(torch.empty, torch.zeros, torch.ones, torch.full),
+    *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like),
+    *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
 }
 BATCH_NORM = inspect.signature(F.batch_norm)
 
@@ -149,11 +159,38 @@ def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) 
 
 
 def check_runs_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) -> None:
-    """Raise what :func:`run_together` would; running statistics and random numbers stay as they are."""
-    buffers = {name: buffer.clone() for name, buffer in stacked.named_buffers()}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    """Raise what :func:`run_together` would; the stage and random numbers stay as they are."""
+    # A copy that shares the tensors: what its layers keep in attributes is its own.
+    trial = copy.deepcopy(stacked, {id(tensor): tensor for tensor in _tensors(stacked)})
+    for layer in trial.modules():
+        layer._forward_hooks.clear()
+        layer._forward_pre_hooks.clear()
+    _refuse_new_buffers(trial)
+    buffers = {name: buffer.clone() for name, buffer in trial.named_buffers()}
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        _disable_current_modes(),  # a counter of operations should not count these
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
-        _run_together(stacked, num_experts, inputs, buffers)
+        _run_together(trial, num_experts, inputs, buffers)
+
+
+def _refuse_new_buffers(trial: nn.Module) -> None:
+    """A stack keeps what layers write into its buffers, not what they put in their place."""
+    before: dict[str, Tensor] = {}
+
+    def compare(layer: nn.Module, *_: object) -> None:
+        replaced = [name for name, buffer in layer.named_buffers() if buffer is not before[name]]
+        if replaced:
+            raise ValueError(
+                f"stage: expected buffers that forward writes into, got {replaced[0]!r}, which it replaces; "
+                "use self.buffer.copy_(new) there, or layout='independent'"
+            )
+
+    trial.register_forward_pre_hook(lambda layer, _: before.update(layer.named_buffers()))
+    trial.register_forward_hook(compare)
 
 
 def _run_together(
@@ -162,14 +199,16 @@ def _run_together(
     parameters: dict[str, Tensor] = dict(stacked.named_parameters())
     device = next(value.device for value in inputs if isinstance(value, Tensor))
 
-    def one_copy(_: Tensor, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-        with _UnderVmap(device.type):
+    def one_copy(index: Tensor, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        with _UnderVmap(index):
             return functional_call(stacked, (parameters, buffers), inputs)  # type: ignore[no-any-return]
 
     # The index gives vmap its size also where a stage has no parameters.
     index = torch.arange(num_experts, device=device)
     try:
         return vmap(one_copy, randomness="different")(index, parameters, buffers)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError) as error:
         if not _runs_alone(stacked, parameters, buffers, inputs):
             raise
@@ -181,14 +220,19 @@ def _run_together(
 
 
 class _UnderVmap(TorchFunctionMode):
-    """What vmap does badly: batch norms, and the casts of autocast, which sees only what vmap unfolds.
+    """What vmap does badly: batch norms, random fills, the casts of autocast, which sees what it unfolds.
 
-    Convolutions and matrix products take low precision; instance norms, whose unfolded form takes no
-    mixed one, float32, and give back what they got.
+    New tensors become one a copy, so that each fills its own. Convolutions and matrix products take low
+    precision; instance norms, whose unfolded form takes no mixed one, float32, and give back what they got.
+
+    Args:
+        index: the copy's number, under vmap.
     """
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, index: Tensor) -> None:
         super().__init__()
+        self.zero = 0 * index
+        device_type = index.device.type
         enabled = torch.is_autocast_enabled(device_type)
         self.dtype = torch.get_autocast_dtype(device_type) if enabled else None
 
@@ -200,6 +244,12 @@ class _UnderVmap(TorchFunctionMode):
             call = BATCH_NORM.bind(*args, **kwargs)
             call.apply_defaults()
             return _BatchNorm.apply(*call.args)  # type: ignore[no-untyped-call]
+        if func is F.group_norm:  # it asks for the memory format, which vmap refuses to tell
+            inputs, *rest = args or (kwargs.pop("input"),)
+            args = (inputs.contiguous(), *rest)
+        if func in FACTORIES:
+            new = func(*args, **kwargs)
+            return new + self.zero.to(new.device, new.dtype)
         if self.dtype is not None and func in MATRIX_PRODUCTS:
             args = tuple(_cast(value, self.dtype) for value in args)
             kwargs = {name: _cast(value, self.dtype) for name, value in kwargs.items()}

@@ -63,14 +63,11 @@ class ChannelNorms(nn.Module):
         self.conv = nn.Conv2d(4, 8, 3)
         self.channels_first = timm.layers.LayerNorm2d(8)
         self.channels_last = nn.LayerNorm(8)
-        self.layer_scale = nn.Parameter(torch.empty(8, 1, 1))
+        self.layer_scale = nn.Parameter(torch.randn(8, 1, 1))
 
     def forward(self, x):
         x = self.channels_first(self.conv(x))
         return x + self.layer_scale * self.channels_last(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def reset_parameters(self):
-        nn.init.normal_(self.layer_scale)
 
 
 class Attention(nn.Module):
@@ -83,10 +80,6 @@ class Attention(nn.Module):
     def forward(self, x):
         tokens = x.flatten(2).transpose(1, 2)
         return self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(dim=1)
-
-    def reset_parameters(self):
-        self.attention._reset_parameters()
-        nn.init.normal_(self.attention.out_proj.bias)
 
 
 def group_norm(channels):
@@ -585,6 +578,122 @@ def test_training_lowers_the_loss(device):
     assert (experts.eval()(images).ensemble().argmax(1) == labels).double().mean() > 0.9
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(4, 6, batch_first=True)
+
+    def forward(self, x):
+        return self.gru(x)[0][:, -1]
+
+
+class Fills(nn.Module):
+    """Random layers that fill a tensor of their own, and one that writes into zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(4, 32, 3), torchvision.ops.StochasticDepth(0.5, "row"), timm.layers.DropPath(0.5),
+            torchvision.ops.DropBlock2d(0.2, 3),
+        )  # fmt: skip
+
+    def forward(self, x):
+        y = self.layers(x)
+        z = torch.zeros(len(y), 32)
+        z[:, ::2] = y.mean((2, 3))[:, ::2]
+        return z
+
+
+@RUNS
+def test_random_fills_are_one_per_expert(together):
+    """torchvision's stochastic depth fills a tensor in place, of which vmap would have only one."""
+    experts = GroupConvExperts(Fills(), 3, 7, num_features=32)
+    with torch.no_grad():
+        for parameter in experts.stage.parameters():
+            parameter.copy_(parameter[0].expand_as(parameter).clone())
+    experts.together = together
+    shared = torch.randn(16, 4, 8, 8)
+    features = experts(shared).features
+    assert not torch.equal(features[:, 0], features[:, 1])
+    features = experts.eval()(shared).features
+    torch.testing.assert_close(features[:, 0], features[:, 1])
+
+
+@RUNS
+def test_every_layer_takes_channels_last_and_autocast(together):
+    layers = (nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True), timm.layers.LayerNorm2d(8), nn.PReLU(8))
+    experts = GroupConvExperts(nn.Sequential(nn.Conv2d(4, 8, 3), *layers), 3, 7, num_features=8, reset=False)
+    experts.together = together
+    experts.to(memory_format=torch.channels_last)
+    shared = torch.randn(4, 4, 8, 8).to(memory_format=torch.channels_last)
+    expected = experts.to_independent()(shared).logits
+    torch.testing.assert_close(experts(shared).logits, expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(experts(shared).logits.float(), expected, rtol=0.1, atol=0.5)
+
+
+# vmap runs attention on a CPU copy by copy and says so.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@RUNS
+def test_attention_runs_in_the_precision_of_autocast(together):
+    experts = GroupConvExperts(Attention, 3, 7, num_features=4)
+    experts.together = together
+    with torch.autocast("cpu", torch.bfloat16):
+        assert experts(torch.randn(4, 4, 8, 8)).features.dtype == torch.bfloat16
+
+
+def test_the_check_of_the_first_batch_is_not_seen():
+    """Neither by hooks nor by layers that keep something of their own."""
+
+    class Counts(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            self.last = x
+            return x
+
+    experts = GroupConvExperts(nn.Sequential(nn.Conv2d(4, 6, 3), Counts()), 3, 7, num_features=6)
+    seen = []
+    experts.stage[0].register_forward_hook(lambda *_: seen.append(1))
+    experts(torch.randn(2, 4, 8, 8))
+    assert len(seen) == 3
+    assert experts.stage[1].calls == 3
+    assert experts.stage[1].last.sum().isfinite()
+
+
+def test_running_out_of_memory_is_passed_on():
+    class Greedy(nn.Conv2d):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("no more")
+
+    experts = GroupConvExperts(Greedy(4, 6, 3), 3, 7)
+    with pytest.raises(torch.OutOfMemoryError):
+        experts(torch.randn(2, 4, 8, 8))
+
+
+def test_buffers_that_forward_replaces_are_refused():
+    class Moving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("center", torch.zeros(4))
+
+        def forward(self, x):
+            self.center = 0.9 * self.center + 0.1 * x.mean((0, 2, 3))
+            return x - self.center[:, None, None]
+
+    with pytest.raises(ValueError, match=r"'0\.center'.*copy_.*independent"):
+        GroupConvExperts(nn.Sequential(Moving()), 3, 7, num_features=4)(torch.randn(2, 4, 8, 8))
+
+
+def test_an_extracted_expert_keeps_the_modes_of_its_layers():
+    stage = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))
+    stage[1].eval()
+    expert = GroupConvExperts(stage, 3, 7, reset=False).extract(0)
+    assert expert.training
+    assert not expert.stage[1].training
+
+
 def test_layers_without_a_rule_are_named(recwarn):
     """BatchNorm with momentum=None reads a value; an RNN has no batching rule."""
     cumulative = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Sequential(nn.BatchNorm2d(6, momentum=None)))
@@ -595,8 +704,12 @@ def test_layers_without_a_rule_are_named(recwarn):
         3,
         7,
     )
-    with pytest.raises(ValueError, match=r"layer '' of type GRU cannot run grouped"):
-        GroupConvExperts(nn.GRU(4, 6), 3, 7, num_features=6)(torch.randn(2, 4))
+    experts = GroupConvExperts(Recurrent, 3, 7, num_features=6)
+    with pytest.raises(ValueError, match=r"layer 'gru' of type GRU cannot run grouped"):
+        experts(torch.randn(2, 5, 4))
+    experts.together = False
+    shared = torch.randn(2, 5, 4)
+    torch.testing.assert_close(experts(shared).features, experts.to_independent()(shared).features)
 
 
 def test_an_error_of_the_users_own_stage_is_passed_on():

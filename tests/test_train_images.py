@@ -257,7 +257,7 @@ def test_the_number_of_workers_changes_nothing(npz, tmp_path, tiny):
 def test_the_seed_changes_order_augmentation_and_weights(npz):
     data, _, _ = train_images.read_arrays(npz())
     options = argparse.Namespace(image_size=8, augment="flip", cutout=3, batch_size=8, accumulate=1, seed=0)
-    samples = train_images.ImageSet(data, train_images.make_transforms(options)[0])
+    samples = train_images.ImageSet(data, train_images.make_transforms(nn.Identity(), options)[0])
     first, again, other = (training.Seeded(samples, seed) for seed in (0, 0, 1))
     state = torch.get_rng_state()
     image = first[3, 5][0][0]
@@ -356,6 +356,9 @@ def test_schedules():
     assert steps[4:] == pytest.approx([1.0] * 8 + [0.1] * 4 + [0.01] * 4)
     cosine = rates(schedule="cosine", warmup_epochs=0)
     assert cosine == pytest.approx([(1 + np.cos(np.pi * step / 20)) / 2 for step in range(20)])
+    risen = rates(schedule="cosine", warmup_epochs=2)
+    assert risen[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert risen[4:] == pytest.approx([(1 + np.cos(np.pi * step / 16)) / 2 for step in range(16)])
 
 
 def test_best_and_last(npz, tmp_path, tiny, monkeypatch):
@@ -440,7 +443,7 @@ def test_corrupt_images_are_named_and_can_be_skipped(folder, tmp_path, tiny, cap
 
 def test_large_images_are_cropped_at_random_scales():
     options = argparse.Namespace(image_size=96, augment="flip", cutout=0)
-    transforms = train_images.make_transforms(options)
+    transforms = train_images.make_transforms(nn.Identity(), options)
     image = Image.fromarray(np.zeros((120, 200, 3), dtype=np.uint8))
     assert [tuple(transform(image).shape) for transform in transforms] == [(3, 96, 96)] * 2
 
