@@ -18,21 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from cli import InputError, add_options, library, number, shortened
+from recipe import Task
+from sampling import Sample
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from training import (
-    InputError,
-    Sample,
-    Task,
-    add_options,
-    differing_tensors,
-    library,
-    load_plain,
-    number,
-    run,
-    shortened,
-)
+from training import differing_tensors, load_plain, run
 
 from lgla_losses import split_backbone
 

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cli import InputError, add_options, library, number, shortened
+from recipe import Task
+from sampling import Sample, mixed_seed
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from training import InputError, Sample, Task, add_options, library, mixed_seed, number, run, shortened
+from training import run
 
 transformers = library("transformers")
 library("transformers.modeling_utils")  # imports torchvision where there is one, and would hide why it cannot

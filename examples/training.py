@@ -1,14 +1,9 @@
-"""What train_images.py and train_text.py share: options, the loop, evaluation, checkpoints and the record.
-
-A run is a function of its options. The order of an epoch depends on the seed and the epoch, a sample's
-augmentation on these and the sample, so neither the number of workers nor an interruption changes a result.
-"""
+"""The loop of train_images.py and train_text.py: steps, evaluation, checkpoints and the record."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import re
@@ -17,331 +12,32 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-import numpy as np
 import torch
+from cli import AMP_DTYPES, InputError, library, parse_options, shortened
+from recipe import Task, build_criterion, build_model, make_optimizer, make_schedule
 from rich.console import Console
 from rich.table import Table
+from sampling import EpochOrder, Seeded, ignore_interrupts
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss, count_classes, split_backbone
+from lgla_losses import ExpertOutput, count_classes
 
 #: Options that may change when a run is resumed.
 FREE_OPTIONS = {"data", "device", "workers", "log_dir", "resume"}
 
-AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 #: Accuracies by row (ensemble, expert 1, ...) and column; None where a column has no class.
 Scores = dict[str, dict[str, float | None]]
-
-#: The tensors that a model takes, and the class.
-Sample = tuple[tuple[Any, ...], int]
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used; shown without a traceback."""
-
-
-def library(name: str) -> Any:
-    """A library of the extras ``vision`` and ``text``; without it the run ends with what to install."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise SystemExit(
-            f'{name} cannot be imported ({error}): pip install "lgla-losses[vision]" for images, '
-            '"lgla-losses[text]" for texts'
-        ) from error
-    except RuntimeError as error:
-        # Its compiled operators are of another torch.
-        raise SystemExit(
-            f"the installed torchvision {version('torchvision')} does not fit the installed torch "
-            f"{torch.__version__} ({error}): install both from one index, as in\n"
-            "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cpu\n"
-            "for a CPU, or https://download.pytorch.org/whl/cu126 and the like for a GPU"
-        ) from error
-
-
-def number(kind: type[int | float], low: float, high: float = math.inf) -> Callable[[str], float]:
-    """A type for argparse: numbers from ``low`` to ``high``."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of both scripts; ``parser.set_defaults`` gives them other defaults."""
-    add = parser.add_argument_group("experts and loss").add_argument
-    add("--split-at", metavar="PATH", help="module that begins the stage each expert has for itself")
-    add("--head", default="auto", metavar="PATH", help="the network's classifier, where auto cannot tell it")
-    add("--num-experts", type=number(int, 1), default=3, help="the paper's K")
-    add("--layout", choices=("grouped", "independent"), default="grouped", help="how experts are stored")
-    add("--classifier", choices=("cosine", "linear"), default="cosine", help="of every expert")
-    add("--scale", type=number(float, 1e-6), default=30.0, help="factor of cosine logits")
-    add(
-        "--adjustment", choices=("lgla", "balanced", "softmax", "logit"), default="lgla", help="of the logits"
-    )
-    add(
-        "--tau",
-        type=number(float, 0),
-        help="strength of the adjustment lgla or logit; None is the loss's own",
-    )
-    add("--aaw", action=argparse.BooleanOptionalAction, default=True, help="weight hard samples")
-
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=number(int, 1), default=30, help="passes over the training data")
-    add("--batch-size", type=number(int, 1), default=128, help="samples of a forward pass")
-    add("--accumulate", type=number(int, 1), default=1, help="forward passes of a step")
-    add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="sgd has Nesterov's momentum")
-    add("--lr", type=number(float, 0), default=0.1, help="highest learning rate")
-    add("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd")
-    add("--weight-decay", type=number(float, 0), default=5e-4, help="of all but norms and biases")
-    add("--clip-norm", type=number(float, 1e-12), help="largest norm of the gradient")
-    add("--schedule", choices=("cosine", "step"), default="cosine", help="how the rate falls")
-    add(
-        "--milestones",
-        type=number(int, 1),
-        nargs="+",
-        help="epochs after which step divides the rate by 10; None is at 80 and 90 %% of them",
-    )
-    add("--warmup-epochs", type=number(int, 0), default=1, help="epochs in which the rate rises linearly")
-
-    add = parser.add_argument_group("running").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
-    add("--amp", choices=tuple(AMP_DTYPES), default="none", help="mixed precision")
-    add("--channels-last", action="store_true", help="memory format of convolutions")
-    add("--compile", action="store_true", help="compile the model")
-    add(
-        "--workers", type=number(int, 0), default=min(4, os.cpu_count() or 1), help="processes that load data"
-    )
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
-    add(
-        "--log-dir",
-        type=Path,
-        metavar="OUTPUT_DIR",
-        default=Path("runs", Path(parser.prog).stem),
-        help="checkpoints, TensorBoard's curves and the record",
-    )
-    add("--resume", action="store_true", help="continue the run in OUTPUT_DIR")
-
-
-def parse_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """The options, checked as far as they go without data."""
-    options = parser.parse_args(arguments)
-    try:
-        torch.zeros(1, device=options.device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {options.device}: {error}")
-    if options.amp == "fp16" and torch.device(options.device).type == "cpu":
-        parser.error("--amp fp16: expected a GPU, got --device cpu; --amp bf16 runs there")
-    if options.num_experts == 1 and (options.aaw or options.adjustment == "lgla"):
-        parser.error(
-            "--num-experts 1: expected --no-aaw and an --adjustment other than lgla, which groups classes"
-        )
-    if options.tau is not None and options.adjustment not in ("lgla", "logit"):
-        parser.error(f"--tau: expected --adjustment lgla or logit, got {options.adjustment}")
-    if options.milestones is None:
-        tenths = {options.epochs * 8 // 10, options.epochs * 9 // 10}
-        options.milestones = sorted(epoch for epoch in tenths if epoch > 0)
-    last = options.log_dir / "last.pt"
-    if options.log_dir.exists() and not options.log_dir.is_dir():
-        parser.error(f"--log-dir: expected a folder, got the file {options.log_dir}")
-    if options.resume and not last.is_file():
-        parser.error(f"--resume: there is no {last}; leave --resume out to begin a run")
-    if not options.resume and last.exists():
-        parser.error(
-            f"--log-dir: {last} is of an earlier run; --resume continues it, another folder begins one"
-        )
-    return options
-
-
-class Task(NamedTuple):
-    """What a script trains on what data.
-
-    Attributes:
-        make_network: gives the network to split, a new one at every call.
-        pretrained: whether experts keep the network's weights, or begin with new ones of their own.
-        train: samples to learn from.
-        val: samples to evaluate on.
-        train_labels: class of every sample of ``train``.
-        class_names: a name a class.
-        libraries: packages whose versions the record names.
-        collate: makes a batch of samples.
-        keep: writes what a checkpoint needs beside it.
-    """
-
-    make_network: Callable[[], nn.Module]
-    pretrained: bool
-    train: Dataset[Sample]
-    val: Dataset[Sample]
-    train_labels: list[int]
-    class_names: list[str]
-    libraries: tuple[str, ...]
-    collate: Callable[[list[Sample]], Any] = default_collate
-    keep: Callable[[Path], object] = lambda folder: None
-
-
-class ExpertModel(nn.Module):
-    """A shared trunk and K experts."""
-
-    def __init__(self, trunk: nn.Module, experts: GroupConvExperts) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.experts = experts
-
-    def forward(self, *inputs: Tensor) -> ExpertOutput:
-        """What every expert makes of the inputs."""
-        output: ExpertOutput = self.experts(self.trunk(*inputs))
-        return output
-
-
-def build_model(task: Task, options: argparse.Namespace) -> ExpertModel:
-    """Split the network, and try the parts on two samples."""
-
-    def split() -> tuple[nn.Module, nn.Module]:
-        return split_backbone(task.make_network(), options.split_at, head=options.head)
-
-    try:
-        trunk, stage = split()
-        experts = GroupConvExperts(
-            stage if task.pretrained else lambda: split()[1],
-            options.num_experts,
-            len(task.class_names),
-            classifier=options.classifier,
-            scale=options.scale,
-            layout=options.layout,
-            reset=False,
-        )
-        model = ExpertModel(trunk, experts)
-        with torch.no_grad():
-            model.eval()(*task.collate([task.val[0]] * 2)[0])
-    except InputError:
-        raise
-    except Exception as error:  # of whatever kind: it is the network's code that runs
-        raise InputError(f"--split-at {options.split_at}: {error}") from error
-    return model
-
-
-def build_criterion(class_counts: Tensor, options: argparse.Namespace) -> LGLALoss:
-    """The loss that the options name."""
-    try:
-        return LGLALoss(
-            class_counts,
-            options.num_experts,
-            options.tau,
-            aaw=options.aaw,
-            scale=options.scale if options.classifier == "cosine" else None,
-            adjustment=options.adjustment,
-            validate_args=False,  # the loop checks the loss, and can name epoch and step
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def mixed_seed(*numbers: int) -> int:
-    """A seed from several numbers, unlike that from any others."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-class EpochOrder(Sampler[list[tuple[int, int]]]):
-    """Batches of pairs (epoch, index) in an order that depends on seed and epoch alone.
-
-    Steps are of one size, give or take a sample, and so are the batches of a step: no batch norm meets a
-    remainder of one sample, and a step has the same samples however many passes it is accumulated from.
-    """
-
-    def __init__(self, num_samples: int, options: argparse.Namespace) -> None:
-        self.num_samples = num_samples
-        self.seed: int = options.seed
-        self.batch_size: int = options.batch_size
-        self.num_steps = math.ceil(num_samples / (options.batch_size * options.accumulate))
-        self.epoch = 0
-        self.steps_done = 0
-
-    def steps(self) -> list[tuple[Tensor, ...]]:
-        """The batches of every step that is still to do in the epoch."""
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
-        order = torch.randperm(self.num_samples, generator=generator)
-        steps = order.tensor_split(self.num_steps)[self.steps_done :]
-        return [step.tensor_split(math.ceil(len(step) / self.batch_size)) for step in steps]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in self.steps():
-            for batch in step:
-                yield [(self.epoch, index) for index in batch.tolist()]
-
-
-class Seeded(Dataset[Sample]):
-    """Samples whose random augmentation depends on seed, epoch and index alone."""
-
-    def __init__(self, samples: Dataset[Sample], seed: int) -> None:
-        self.samples = samples
-        self.seed = seed
-
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        with torch.random.fork_rng(devices=[]):
-            # The CPU's generator alone: torch.manual_seed would reach that of a GPU, which draws dropout.
-            torch.default_generator.manual_seed(mixed_seed(self.seed, *key))
-            return self.samples[key[1]]
-
-
-def ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to all processes, to the main one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """All parameters; biases and those of norms do not decay.
-
-    Told by layer and name, not by dimension, of which grouped experts have one more.
-    """
-    kept: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            exempt = name.endswith("bias") or "Norm" in type(module).__name__
-            (kept if exempt else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-
-
-def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
-    """SGD with Nesterov's momentum, or AdamW."""
-    groups = parameter_groups(model, options.weight_decay)
-    if options.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=options.lr)
-    return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0)
-
-
-def make_schedule(
-    optimizer: torch.optim.Optimizer, options: argparse.Namespace, num_steps: int
-) -> LRScheduler:
-    """Learning rates by step, of ``num_steps`` an epoch: a linear rise, then a cosine to 0, or steps."""
-    warmup, total = options.warmup_epochs * num_steps, options.epochs * num_steps
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return float((step + 1) / (warmup + 1))
-        if options.schedule == "cosine":
-            return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
-        return float(0.1 ** sum(step >= epoch * num_steps for epoch in options.milestones))
-
-    return LambdaLR(optimizer, factor)
 
 
 def score(correct: Tensor, total: Tensor, class_counts: Tensor) -> Scores:
@@ -377,12 +73,6 @@ def differing_tensors(expected: dict[str, Tensor], got: dict[str, Any]) -> str:
     ]
     problems = {"missing": missing, "of another shape": shapes}
     return "; ".join(f"{kind}: {shortened(names)}" for kind, names in problems.items() if names)
-
-
-def shortened(names: Sequence[object], most: int = 5) -> str:
-    """The names, or the first of them and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
 
 
 def load_plain(path: Path) -> Any:

@@ -76,7 +76,7 @@ def split_backbone(
             encoder of transformers, with or without a head.
         at: dotted path of the module that begins the stage, as in ``model.named_modules()``.
         head: dotted path of the classifier. ``"auto"`` takes the linear layer that gives the output,
-            whatever its name; None says that there is none.
+            whatever its name; None says that there is none, as timm does by ``num_classes=0``.
 
     Returns:
         ``(trunk, stage)``. ``trunk(images)``, or ``trunk(input_ids, attention_mask)``, gives what the stage
@@ -86,7 +86,8 @@ def split_backbone(
     Raises:
         TypeError: ``model`` is no module, or a path no string.
         ValueError: there is no module at a path, or forward does not call it; the classifier cannot be told;
-            the code around the split point cannot be traced.
+            the code around the split point cannot be traced, or does what the parts would not: draws
+            random numbers, switches gradients off, writes into what is read elsewhere.
 
     Example:
         >>> from lgla_losses import GroupConvExperts

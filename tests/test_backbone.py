@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 
 import pytest
 import timm
@@ -173,6 +174,59 @@ def test_what_follows_the_classifier_goes_with_it(softmax):
     assert torch.equal(features_of((trunk, stage), x), nn.Sequential(*body)(x))
 
 
+class HeadFirst(nn.Module):
+    """Registers a classifier of several layers before its body."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Sequential(nn.Sequential(nn.Dropout(0.1), nn.Linear(4, 9)))
+        self.body = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.head(self.body(x) * torch.arange(4.0))
+
+
+def test_the_classifier_is_found_by_the_output_it_gives():
+    model = HeadFirst().eval()
+    x = torch.randn(2, 3)
+    parts = split_backbone(model, "body.1")
+    torch.testing.assert_close(features_of(parts, x), model.body(x) * torch.arange(4.0))
+    assert parts[1].num_features == 4
+    assert parts[1].state_dict().keys() == {"body.1.weight", "body.1.bias"}
+
+
+def test_a_network_without_classifier_is_split_at_its_last_block():
+    model = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=32, depth=2, embed_dim=32, num_heads=2
+    )
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(features_of(split_backbone(model.eval(), "blocks.1"), x), model(x))
+    resnet = torchvision.models.resnet18().eval()
+    resnet.fc = nn.Identity()
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(features_of(split_backbone(resnet, "layer4", head=None), x), resnet(x))
+
+
+def test_vision_transformers_keep_their_own_pooling():
+    """The class token, the mean of the tokens, or whatever the network does."""
+    for pooling in ("token", "avg", "map"):
+        model = timm.create_model(
+            "vit_tiny_patch16_224", global_pool=pooling, img_size=32, depth=2, embed_dim=32, num_heads=2
+        ).eval()
+        x = torch.randn(2, 3, 32, 32)
+        features = features_of(split_backbone(model, "blocks.1"), x)
+        torch.testing.assert_close(model.head(features), model(x))
+
+
+def test_modes_and_unsaved_buffers_stay_as_they_are():
+    model = timm.create_model("eva02_tiny_patch14_224", num_classes=3, img_size=28).eval()
+    model.blocks[11].train()
+    trunk, stage = split_backbone(model, "blocks.11")
+    assert not trunk.training
+    assert stage.get_submodule("blocks.11").training
+    assert trunk.state_dict().keys() | stage.state_dict().keys() <= model.state_dict().keys()
+
+
 def test_the_classifier_can_be_named_or_denied():
     squeezenet = torchvision.models.squeezenet1_1().eval()
     x = torch.randn(2, 3, 64, 64)
@@ -230,6 +284,49 @@ class Branches(nn.Module):
         return self.output(self, self.body(x))
 
 
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.a(self.b(self.a(x))))
+
+
+def without_gradient(net, y):
+    with torch.no_grad():
+        y = net.unused(y)
+    return net.fc(y)
+
+
+def written_into(net, y):
+    z = net.unused(y)
+    z.relu_()
+    return net.fc(z)
+
+
+def activated_in_place(net, y):
+    z = net.unused(y)
+    net.act(z)
+    return net.fc(z)
+
+
+def written_before(net, y):
+    return net.fc(net.unused(y) + net.side(y))
+
+
+def in_place():
+    net = Branches(activated_in_place)
+    net.act = nn.ReLU(inplace=True)
+    return net
+
+
+def side_branch():
+    net = Branches(written_before)
+    net.side = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+    return net
+
+
 def vision_transformer():
     config = transformers.ViTConfig(
         hidden_size=8,
@@ -240,6 +337,12 @@ def vision_transformer():
         patch_size=4,
     )
     return transformers.ViTModel(config)
+
+
+def bart():
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return transformers.BartModel(transformers.BartConfig(d_model=8, vocab_size=9, **layers, **heads))
 
 
 PLAIN = Branches(lambda net, y: net.fc(y))
@@ -275,6 +378,24 @@ CASES = {
         lambda: split_backbone(Branches(lambda net, y: net.fc(y) if y.sum() > 0 else y), "body"),
         ValueError, "model", "torch.fx", "Branches", "control flow", "of your own",
     ),
+    "random numbers": (
+        lambda: split_backbone(Branches(lambda net, y: net.fc(y * random.random())), "body"), ValueError, "model", "random numbers",
+    ),
+    "no gradients": (lambda: split_backbone(Branches(without_gradient), "body"), ValueError, "model", "gradients or autocast"),
+    "written into": (lambda: split_backbone(Branches(written_into), "body"), ValueError, "model", "'relu_'", "writes"),
+    "activated in place": (lambda: split_backbone(in_place(), "body"), ValueError, "model", "act", "inplace=True"),
+    "written before the trunk reads": (
+        lambda: split_backbone(side_branch(), "unused"), ValueError, "model", "side", "inplace=True",
+    ),
+    "a module on both sides": (lambda: split_backbone(Shared(), "b"), ValueError, "at", "'a'", "both sides"),
+    "compiled": (lambda: split_backbone(torch.compile(Shared()), "b"), ValueError, "model", "before compiling"),
+    "a scaled classifier": (
+        lambda: split_backbone(Branches(lambda net, y: net.fc(y) / 0.1), "body"), ValueError, "head", "'truediv'", "head=None",
+    ),
+    "no classifier": (
+        lambda: split_backbone(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "0"), ValueError, "head", "Sequential", "head=None",
+    ),
+    "encoder and decoder": (lambda: split_backbone(bart(), "encoder.layers.0"), ValueError, "BartModel", "pass its encoder"),
     "several outputs": (
         lambda: split_backbone(Branches(lambda net, y: (net.fc(y), y)), "body"), ValueError, "one tensor", "picks",
     ),

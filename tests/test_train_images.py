@@ -11,9 +11,12 @@ import subprocess
 import sys
 import time
 
+import cli
 import numpy as np
 import pytest
+import recipe
 import safetensors.torch
+import sampling
 import timm
 import torch
 import training
@@ -258,7 +261,7 @@ def test_the_seed_changes_order_augmentation_and_weights(npz):
     data, _, _ = train_images.read_arrays(npz())
     options = argparse.Namespace(image_size=8, augment="flip", cutout=3, batch_size=8, accumulate=1, seed=0)
     samples = train_images.ImageSet(data, train_images.make_transforms(nn.Identity(), options)[0])
-    first, again, other = (training.Seeded(samples, seed) for seed in (0, 0, 1))
+    first, again, other = (sampling.Seeded(samples, seed) for seed in (0, 0, 1))
     state = torch.get_rng_state()
     image = first[3, 5][0][0]
     assert torch.equal(image, again[3, 5][0][0])
@@ -267,7 +270,7 @@ def test_the_seed_changes_order_augmentation_and_weights(npz):
     assert torch.equal(torch.get_rng_state(), state)
     orders = []
     for options.seed in (0, 1):
-        order = training.EpochOrder(21, options)
+        order = sampling.EpochOrder(21, options)
         for order.epoch in (0, 1):
             orders.append([index for batch in order for _, index in batch])
     assert all(sorted(order) == list(range(21)) for order in orders)
@@ -276,7 +279,7 @@ def test_the_seed_changes_order_augmentation_and_weights(npz):
 
 def test_batches_are_even():
     options = argparse.Namespace(batch_size=4, accumulate=3, seed=0)
-    steps = training.EpochOrder(25, options).steps()
+    steps = sampling.EpochOrder(25, options).steps()
     assert [[len(batch) for batch in step] for step in steps] == [[3, 3, 3], [4, 4], [4, 4]]
 
 
@@ -328,7 +331,7 @@ def test_weight_decay_spares_norms_and_biases_alike_in_both_layouts():
     decayed = {}
     for layout in ("grouped", "independent"):
         experts = GroupConvExperts(stage, 3, 5, layout=layout, classifier="linear")
-        groups = training.parameter_groups(experts, 0.1)
+        groups = recipe.parameter_groups(experts, 0.1)
         assert sum(len(group["params"]) for group in groups) == len(list(experts.parameters()))
         rate = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
         decayed[layout] = {name for name, parameter in experts.named_parameters() if rate[id(parameter)]}
@@ -343,7 +346,7 @@ def test_schedules():
     def rates(**options):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
         options = argparse.Namespace(epochs=10, milestones=[6, 8], **options)
-        schedule = training.make_schedule(optimizer, options, num_steps=2)
+        schedule = recipe.make_schedule(optimizer, options, num_steps=2)
         found = []
         for _ in range(20):
             found.append(optimizer.param_groups[0]["lr"])
@@ -359,6 +362,49 @@ def test_schedules():
     risen = rates(schedule="cosine", warmup_epochs=2)
     assert risen[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert risen[4:] == pytest.approx([(1 + np.cos(np.pi * step / 16)) / 2 for step in range(16)])
+
+
+@pytest.mark.parametrize(("epochs", "milestones"), [(1, []), (2, [1]), (3, [2]), (10, [8, 9])])
+def test_milestones_of_short_runs(epochs, milestones):
+    parser = argparse.ArgumentParser()
+    cli.add_options(parser)
+    parser.set_defaults(epochs=epochs, warmup_epochs=0)
+    assert cli.parse_options(parser, ["--log-dir", "nowhere"]).milestones == milestones
+
+
+def test_the_curve_has_the_rate_that_an_epoch_ended_with(npz, tmp_path, tiny):
+    options = (
+        "--schedule",
+        "step",
+        "--milestones",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--lr",
+        "0.01",
+        "--epochs",
+        "2",
+    )
+    curve = run(npz(), tmp_path / "run", *options)["curve"]
+    assert [epoch["lr"] for epoch in curve] == pytest.approx([0.01, 0.001])
+
+
+def test_sixteen_bit_images_keep_their_shades(tmp_path):
+    shades = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(shades).save(tmp_path / "grey.png")
+    image = np.asarray(train_images.read_image(tmp_path / "grey.png"))
+    assert image.shape == (8, 8, 3)
+    assert (image[..., 0] == shades // 257).all()
+
+
+def test_the_libraries_own_normalisation_and_names():
+    network = nn.Identity()
+    network.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    options = argparse.Namespace(image_size=8, augment="none", cutout=0)
+    white = train_images.make_transforms(network, options)[1](Image.new("RGB", (8, 8), "white"))
+    torch.testing.assert_close(white, torch.full((3, 8, 8), 2.0))
+    options = argparse.Namespace(backbone="timm:test_resnet.r160_in1k", small_images=False)
+    assert sum(p.numel() for p in train_images.network_factory(options)().parameters()) > 0
 
 
 def test_best_and_last(npz, tmp_path, tiny, monkeypatch):
@@ -661,6 +707,6 @@ def test_libraries_that_do_not_import_say_what_to_install(monkeypatch, error, me
     def fail(name):
         raise error
 
-    monkeypatch.setattr(training, "import_module", fail)
+    monkeypatch.setattr(cli, "import_module", fail)
     with pytest.raises(SystemExit, match=message):
-        training.library("timm")
+        cli.library("timm")

@@ -155,6 +155,29 @@ def test_a_validation_file_and_other_columns(rows, config, tmp_path):
     assert record["class_counts"] == COUNTS
 
 
+def test_labels_are_stripped_and_texts_may_be_long(tmp_path):
+    long = "x " * 100_000
+    data = write_csv(tmp_path / "data.csv", [(long, "a"), ("y", " a"), ("z", "a ")])
+    columns = train_text.argparse.Namespace(text_column="text", label_column="label")
+    assert train_text.read_rows(data, columns) == [(long, "a"), ("y", "a"), ("z", "a")]
+
+
+SMALL_ROBERTA = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+SMALL_ROBERTA |= {"max_position_embeddings": 40, "vocab_size": 99}
+
+
+def test_positions_behind_the_paddings_are_counted(rows, tmp_path, capsys):
+    """RoBERTa numbers its tokens from 2 on, so 40 positions hold 38."""
+    (tmp_path / "roberta.json").write_text(transformers.RobertaConfig(**SMALL_ROBERTA).to_json_string())
+    data = write_csv(tmp_path / "data.csv", rows)
+    options = ["--config", tmp_path / "roberta.json"]
+    with pytest.raises(SystemExit):
+        run(data, tmp_path / "run", *options, "--max-length", "40")
+    limit = int(capsys.readouterr().err.partition("expected at most ")[2].partition(",")[0])
+    assert limit < 40
+    run(data, tmp_path / "run", *options, "--max-length", limit, "--epochs", "1", "--warmup-epochs", "0")
+
+
 def test_the_split_is_stratified_and_of_the_seed(rows, tmp_path, config):
     options = train_text.argparse.Namespace(seed=0, val_fraction=0.25, data="data.csv")
     splits = []
@@ -178,6 +201,7 @@ SHORT = ("--max-length", "16")
         (b"text,label\n", [], "expected rows below the header, got none"),
         (b"text,topic\na,b\n", [], "expected the columns text and label, got text, topic; --text-column"),
         (b"text,label\na,b\n  ,b\nc,\nd\n", [], "got rows without: 2, 3, 4"),
+        (b"text,label\nhello, world,b\n", [], "got rows with more: 1; quote"),
         (b"text,label\na,b\nc,d\n", [], "expected rows enough to hold some out, got 2; give --val"),
         (b"text,label\na,b\nc,d\n", ["--val", "VAL"], "expected labels of "),
         (b"text,label\na,b\nc,d\n", ["--val", "VAL"], "got new"),

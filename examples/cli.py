@@ -1,0 +1,144 @@
+"""The options of train_images.py and train_text.py, and how they refuse what cannot be used."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; shown without a traceback."""
+
+
+def library(name: str) -> Any:
+    """A library of the extras ``vision`` and ``text``; without it the run ends with what to install."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise SystemExit(
+            f'{name} cannot be imported ({error}): pip install "lgla-losses[vision]" for images, '
+            '"lgla-losses[text]" for texts'
+        ) from error
+    except RuntimeError as error:
+        # Its compiled operators are of another torch.
+        raise SystemExit(
+            f"the installed torchvision {version('torchvision')} does not fit the installed torch "
+            f"{torch.__version__} ({error}): install both from one index, as in\n"
+            "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cpu\n"
+            "for a CPU, or https://download.pytorch.org/whl/cu126 and the like for a GPU"
+        ) from error
+
+
+def shortened(names: Sequence[object], most: int = 5) -> str:
+    """The names, or the first of them and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def number(kind: type[int | float], low: float, high: float = math.inf) -> Callable[[str], float]:
+    """A type for argparse: numbers from ``low`` to ``high``."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of both scripts; ``parser.set_defaults`` gives them other defaults."""
+    add = parser.add_argument_group("experts and loss").add_argument
+    add("--split-at", metavar="PATH", help="module that begins the stage each expert has for itself")
+    add("--head", default="auto", metavar="PATH", help="the network's classifier, where auto cannot tell it")
+    add("--num-experts", type=number(int, 1), default=3, help="the paper's K")
+    add("--layout", choices=("grouped", "independent"), default="grouped", help="how experts are stored")
+    add("--classifier", choices=("cosine", "linear"), default="cosine", help="of every expert")
+    add("--scale", type=number(float, 1e-6), default=30.0, help="factor of cosine logits")
+    add(
+        "--adjustment", choices=("lgla", "balanced", "softmax", "logit"), default="lgla", help="of the logits"
+    )
+    add(
+        "--tau",
+        type=number(float, 0),
+        help="strength of the adjustment lgla or logit; None is the loss's own",
+    )
+    add("--aaw", action=argparse.BooleanOptionalAction, default=True, help="weight hard samples")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=number(int, 1), default=30, help="passes over the training data")
+    add("--batch-size", type=number(int, 1), default=128, help="samples of a forward pass")
+    add("--accumulate", type=number(int, 1), default=1, help="forward passes of a step")
+    add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="sgd has Nesterov's momentum")
+    add("--lr", type=number(float, 0), default=0.1, help="highest learning rate")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd")
+    add("--weight-decay", type=number(float, 0), default=5e-4, help="of all but norms and biases")
+    add("--clip-norm", type=number(float, 1e-12), help="largest norm of the gradient")
+    add("--schedule", choices=("cosine", "step"), default="cosine", help="how the rate falls")
+    add(
+        "--milestones",
+        type=number(int, 1),
+        nargs="+",
+        help="epochs after which step divides the rate by 10; None is at 80 and 90 %% of them",
+    )
+    add("--warmup-epochs", type=number(int, 0), default=1, help="epochs in which the rate rises linearly")
+
+    add = parser.add_argument_group("running").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    add("--amp", choices=tuple(AMP_DTYPES), default="none", help="mixed precision")
+    add("--channels-last", action="store_true", help="memory format of convolutions")
+    add("--compile", action="store_true", help="compile the model")
+    add(
+        "--workers", type=number(int, 0), default=min(4, os.cpu_count() or 1), help="processes that load data"
+    )
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
+    add(
+        "--log-dir",
+        type=Path,
+        metavar="OUTPUT_DIR",
+        default=Path("runs", Path(parser.prog).stem),
+        help="checkpoints, TensorBoard's curves and the record",
+    )
+    add("--resume", action="store_true", help="continue the run in OUTPUT_DIR")
+
+
+def parse_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """The options, checked as far as they go without data."""
+    options = parser.parse_args(arguments)
+    try:
+        torch.zeros(1, device=options.device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {options.device}: {error}")
+    if options.amp == "fp16" and torch.device(options.device).type == "cpu":
+        parser.error("--amp fp16: expected a GPU, got --device cpu; --amp bf16 runs there")
+    if options.num_experts == 1 and (options.aaw or options.adjustment == "lgla"):
+        parser.error(
+            "--num-experts 1: expected --no-aaw and an --adjustment other than lgla, which groups classes"
+        )
+    if options.tau is not None and options.adjustment not in ("lgla", "logit"):
+        parser.error(f"--tau: expected --adjustment lgla or logit, got {options.adjustment}")
+    if options.milestones is None:
+        tenths = {options.epochs * 8 // 10, options.epochs * 9 // 10}
+        options.milestones = sorted(epoch for epoch in tenths if epoch > 0)
+    last = options.log_dir / "last.pt"
+    if options.log_dir.exists() and not options.log_dir.is_dir():
+        parser.error(f"--log-dir: expected a folder, got the file {options.log_dir}")
+    if options.resume and not last.is_file():
+        parser.error(f"--resume: there is no {last}; leave --resume out to begin a run")
+    if not options.resume and last.exists():
+        parser.error(
+            f"--log-dir: {last} is of an earlier run; --resume continues it, another folder begins one"
+        )
+    return options

@@ -1,0 +1,139 @@
+"""What is trained, and how: network, loss, optimizer and learning rates."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from cli import InputError
+from sampling import Sample
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import Dataset, default_collate
+
+from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss, split_backbone
+
+
+class Task(NamedTuple):
+    """What a script trains on what data.
+
+    Attributes:
+        make_network: gives the network to split, a new one at every call.
+        pretrained: whether experts keep the network's weights, or begin with new ones of their own.
+        train: samples to learn from.
+        val: samples to evaluate on.
+        train_labels: class of every sample of ``train``.
+        class_names: a name a class.
+        libraries: packages whose versions the record names.
+        collate: makes a batch of samples.
+        keep: writes what a checkpoint needs beside it.
+    """
+
+    make_network: Callable[[], nn.Module]
+    pretrained: bool
+    train: Dataset[Sample]
+    val: Dataset[Sample]
+    train_labels: list[int]
+    class_names: list[str]
+    libraries: tuple[str, ...]
+    collate: Callable[[list[Sample]], Any] = default_collate
+    keep: Callable[[Path], object] = lambda folder: None
+
+
+class ExpertModel(nn.Module):
+    """A shared trunk and K experts."""
+
+    def __init__(self, trunk: nn.Module, experts: GroupConvExperts) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.experts = experts
+
+    def forward(self, *inputs: Tensor) -> ExpertOutput:
+        """What every expert makes of the inputs."""
+        output: ExpertOutput = self.experts(self.trunk(*inputs))
+        return output
+
+
+def build_model(task: Task, options: argparse.Namespace) -> ExpertModel:
+    """Split the network, and try the parts on two samples."""
+
+    def split() -> tuple[nn.Module, nn.Module]:
+        return split_backbone(task.make_network(), options.split_at, head=options.head)
+
+    try:
+        trunk, stage = split()
+        experts = GroupConvExperts(
+            stage if task.pretrained else lambda: split()[1],
+            options.num_experts,
+            len(task.class_names),
+            classifier=options.classifier,
+            scale=options.scale,
+            layout=options.layout,
+            reset=False,
+        )
+        model = ExpertModel(trunk, experts)
+        with torch.no_grad():
+            model.eval()(*task.collate([task.val[0]] * 2)[0])
+    except InputError:
+        raise
+    except Exception as error:  # of whatever kind: it is the network's code that runs
+        raise InputError(f"--split-at {options.split_at}: {error}") from error
+    return model
+
+
+def build_criterion(class_counts: Tensor, options: argparse.Namespace) -> LGLALoss:
+    """The loss that the options name."""
+    try:
+        return LGLALoss(
+            class_counts,
+            options.num_experts,
+            options.tau,
+            aaw=options.aaw,
+            scale=options.scale if options.classifier == "cosine" else None,
+            adjustment=options.adjustment,
+            validate_args=False,  # the loop checks the loss, and can name epoch and step
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """All parameters; biases and those of norms do not decay.
+
+    Told by layer and name, not by dimension, of which grouped experts have one more.
+    """
+    kept: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            exempt = name.endswith("bias") or "Norm" in type(module).__name__
+            (kept if exempt else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """SGD with Nesterov's momentum, or AdamW."""
+    groups = parameter_groups(model, options.weight_decay)
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=options.lr)
+    return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, options: argparse.Namespace, num_steps: int
+) -> LRScheduler:
+    """Learning rates by step, of ``num_steps`` an epoch: a linear rise, then a cosine to 0, or steps."""
+    warmup, total = options.warmup_epochs * num_steps, options.epochs * num_steps
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return float((step + 1) / (warmup + 1))
+        if options.schedule == "cosine":
+            return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        return float(0.1 ** sum(step >= epoch * num_steps for epoch in options.milestones))
+
+    return LambdaLR(optimizer, factor)
