@@ -351,7 +351,7 @@ def _see_through_wrappers(graph: fx.Graph) -> None:
 
 def _output(graph: fx.Graph) -> fx.Node:
     """What gives the network's output."""
-    node = next(reversed(graph.nodes)).args[0]
+    node = next(iter(reversed(graph.nodes))).args[0]
     if not isinstance(node, fx.Node):
         raise ValueError(
             f"model: expected a network that returns one tensor, got one that returns {describe(node)}; "

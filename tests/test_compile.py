@@ -80,7 +80,6 @@ def test_a_whole_step_compiles(backend, layout):
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="2.6 cannot trace the casts of the grouped layout")
 @pytest.mark.parametrize("layout", ["grouped", "independent"])
 def test_a_step_under_autocast_compiles(layout):
     stage = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
