@@ -3,7 +3,9 @@
 import csv
 import gzip
 import struct
+import sysconfig
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,7 +62,11 @@ def test_docstrings(tmp_path):
     assert max(counts.values()) > 200
     assert 10 <= min(counts.values()) < 20
     assert len({row["text"] for row in rows}) == len(rows)
-    assert any(row["label"] == "email" and "RFC" in row["text"] for row in rows)
+    library = Path(sysconfig.get_path("stdlib"))
+    assert all((library / name).is_dir() or (library / f"{name}.py").is_file() for name in counts)
+    sources = (library / "pathlib.py", *(library / "pathlib").glob("*.py"))
+    written = "".join(path.read_text(encoding="utf-8") for path in sources if path.is_file())
+    assert all(row["text"].splitlines()[0] in written for row in rows if row["label"] == "pathlib")
 
 
 @pytest.mark.parametrize(
