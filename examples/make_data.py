@@ -36,10 +36,9 @@ def long_tail(largest: int, imbalance: float, num_classes: int) -> list[int]:
 
 def digits(options: argparse.Namespace) -> None:
     """The demo's long-tailed training set and balanced test set."""
-    from quickstart import LARGEST_CLASS, long_tailed_digits
+    from quickstart import long_tailed_counts, long_tailed_digits
 
-    counts = long_tail(LARGEST_CLASS, options.imbalance, 10)
-    split = long_tailed_digits(counts, options.seed, "cpu")
+    split = long_tailed_digits(long_tailed_counts(options.imbalance), options.seed, "cpu")
     images = [
         (255 * tensor[:, 0]).round().byte().numpy() for tensor in (split.train_images, split.test_images)
     ]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 import torch
+from make_data import long_tail
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -85,8 +86,7 @@ class DigitsStage(nn.Module):
 
 def long_tailed_counts(imbalance: float) -> list[int]:
     """Exponentially falling counts: digit 0 is the most frequent."""
-    rank = np.arange(NUM_CLASSES) / (NUM_CLASSES - 1)
-    return [max(1, int(n)) for n in LARGEST_CLASS * imbalance**-rank]
+    return long_tail(LARGEST_CLASS, imbalance, NUM_CLASSES)
 
 
 def long_tailed_digits(class_counts: list[int], seed: int, device: str) -> Split:

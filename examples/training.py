@@ -35,7 +35,6 @@ from lgla_losses import ExpertOutput, count_classes
 #: Options that may change when a run is resumed.
 FREE_OPTIONS = {"data", "device", "workers", "log_dir", "resume"}
 
-
 #: Accuracies by row (ensemble, expert 1, ...) and column; None where a column has no class.
 Scores = dict[str, dict[str, float | None]]
 

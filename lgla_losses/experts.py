@@ -27,8 +27,8 @@ from lgla_losses.stacking import (
 CLASSIFIERS = ("cosine", "linear")
 LAYOUTS = ("grouped", "independent")
 
-#: Devices where stacked copies run together unless told otherwise: many small kernels cost more there than
-#: large ones. On a CPU they run one after another, which measured faster (benchmarks/expert_layouts.py).
+#: Devices where stacked copies run together unless told otherwise, for fewer kernels; not measured there yet.
+#: On a CPU they run one after another, which measured faster (benchmarks/expert_layouts.py).
 TOGETHER_ON = ("cuda",)
 
 

@@ -210,7 +210,7 @@ def _run_together(
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
-        if not _runs_alone(stacked, parameters, buffers, inputs):
+        if torch.compiler.is_compiling() or not _runs_alone(stacked, parameters, buffers, inputs):
             raise
         path, layer = _innermost_layer(stacked, error.__traceback__)
         raise ValueError(

@@ -2,7 +2,10 @@
 
 import itertools
 import math
+import re
 from fractions import Fraction
+
+import pytest
 
 
 def group_index(counts, num_groups):
@@ -95,3 +98,12 @@ def assert_same(actual, expected, name=""):
     assert actual.shape == expected.shape, name
     actual, expected = actual.detach().double(), expected.detach().double()
     assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max().clamp(min=1e-2), name
+
+
+def assert_raises(call, error, *words):
+    """Exactly that error, whose message has the words in this order."""
+    with pytest.raises(error) as caught:
+        call()
+    assert caught.type is error
+    message = str(caught.value)
+    assert re.search(".*".join(map(re.escape, words)), message, re.DOTALL), message
