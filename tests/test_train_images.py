@@ -40,6 +40,14 @@ def digits(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """A shell's background jobs begin with Ctrl-C ignored; these tests press it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """A network for --backbone that trains in no time; dropout, but no batch norm."""
