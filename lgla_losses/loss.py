@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lgla_losses import functional
-from lgla_losses.adjustment import CLALogitAdjuster, check_tau
-from lgla_losses.checks import (
-    describe,
-    finite_float,
-    floating_tensor,
-    one_of,
-    positive_float,
-    positive_int,
-    same_device,
-    target_tensor,
-    target_values,
-    values_readable,
-)
-from lgla_losses.collectives import ranks_to_sync, sum_over_ranks
-from lgla_losses.counts import ArrayLike, as_class_counts
-from lgla_losses.grouping import ClassGrouper, check_grouper
+from lgla_losses import functional, fused
+from lgla_losses.base import ExpertLoss
+from lgla_losses.checks import same_device, target_tensor, target_values, values_readable
+from lgla_losses.kernels import Engine, native
 from lgla_losses.output import ExpertLogits, ExpertOutput, check_logits
-from lgla_losses.weighting import AAWWeighter
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-ADJUSTMENTS = ("lgla", "softmax", "balanced", "logit")
-BACKENDS = ("auto", "reference", "fused", "triton")
-REDUCTIONS = ("mean", "sum", "none")
+#: With fewer classes a compiler's own code takes less time than the call of an operator opaque to it.
+_WORTH_AN_OPERATOR = 512
 
 
-class LGLALoss(nn.Module):
+class LGLALoss(ExpertLoss):
     r"""Local and Global Logit Adjustments for long-tailed learning.
 
     .. math::
@@ -74,8 +56,10 @@ class LGLALoss(nn.Module):
         process_group: the ranks for ``sync``; None means all.
         validate_args: check the values of targets and logits, which waits for a GPU. None means
             on the CPU only, and not while compiling.
-        backend: ``"reference"`` is plain differentiable PyTorch; ``"auto"`` takes the fastest that
-            can run, in this version the same.
+        backend: ``"fused"`` reads the logits once and writes their gradient once, in C on the CPU
+            and in chunks of PyTorch elsewhere; ``"triton"`` does so in GPU kernels; ``"reference"`` is
+            plain differentiable PyTorch; ``"auto"`` takes the fastest that can run, and logs once why
+            a faster one cannot.
 
     Attributes:
         adjuster: the :class:`CLALogitAdjuster`.
@@ -98,71 +82,7 @@ class LGLALoss(nn.Module):
         >>> criterion(cosine_logits, torch.arange(8) % 3).backward()
     """
 
-    def __init__(
-        self,
-        class_counts: ArrayLike | None = None,
-        num_experts: SupportsIndex | None = None,
-        tau: float | None = None,
-        *,
-        grouper: ClassGrouper | None = None,
-        aaw: bool = True,
-        scale: float | None = 30.0,
-        adjustment: str | Tensor = "lgla",
-        reduction: str = "mean",
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        sync: bool = True,
-        process_group: ProcessGroup | None = None,
-        validate_args: bool | None = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        if not isinstance(adjustment, Tensor):
-            one_of("adjustment", adjustment, ADJUSTMENTS)
-        self.adjustment = "table" if isinstance(adjustment, Tensor) else adjustment
-        needs_groups = aaw or self.adjustment == "lgla"
-        num_experts = _number_of_experts(num_experts, grouper, adjustment, needs_groups)
-        if grouper is None:
-            grouper = _group_classes(class_counts, num_experts, needs_groups)
-        elif class_counts is not None:
-            raise ValueError("grouper: expected class_counts or a grouper, got both; drop class_counts")
-        self.adjuster = _make_adjuster(grouper, num_experts, adjustment, tau)
-        self.aaw = aaw
-        self.weighter = AAWWeighter(
-            grouper,
-            ignore_index=ignore_index,
-            sync=sync,
-            process_group=process_group,
-            validate_args=validate_args,
-        )
-        self.scale = None if scale is None else positive_float("scale", scale, "None means a linear head")
-        self.reduction = one_of("reduction", reduction, REDUCTIONS)
-        self.label_smoothing = finite_float(
-            "label_smoothing", label_smoothing, low=0.0, high=1.0, expected="a number in 0..1"
-        )
-        self.validate_args = validate_args
-        self.backend = _runnable_backend(backend)
-        self._warned_of_scale = False
-
-    @property
-    def ignore_index(self) -> int:
-        """Target of samples that count nothing."""
-        return self.weighter.ignore_index
-
-    @property
-    def grouper(self) -> ClassGrouper:
-        """The groups of the classes."""
-        return self.adjuster.grouper
-
-    @property
-    def num_experts(self) -> int:
-        """Number of experts ``K``."""
-        return self.adjuster.num_experts
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes ``C``."""
-        return self.grouper.num_classes
+    _warned_of_scale = False
 
     def forward(
         self,
@@ -191,56 +111,87 @@ class LGLALoss(nn.Module):
         logits = check_logits(output, self.num_experts, self.num_classes)
         first = logits if isinstance(logits, Tensor) else logits[0]
         self._check_inputs(first, target, features, weight, normalizer)
-        if values_readable(first, self.validate_args):
+        engine = self._engine(first)
+        readable = values_readable(first, self.validate_args)
+        # The C library reads every value anyway and tells when one is wrong.
+        tells = readable and engine is native and self.weighter.num_ranks() == 1
+        if readable and not tells:
             self._check_values(logits, target, from_logits=features is None)
+        try:
+            return self._loss(engine, logits, target, features, weight, normalizer, check=tells)
+        except native.BadValuesError:
+            if not readable:
+                raise IndexError(
+                    f"target: expected class indices 0..{self.num_classes - 1}, got one out of range; "
+                    "validate_args=True says which"
+                ) from None
+            self._check_values(logits, target, from_logits=features is None)
+        return self._loss(engine, logits, target, features, weight, normalizer, check=False)
 
-        statistics = weights = None
+    def _loss(
+        self,
+        engine: Engine | None,
+        logits: ExpertLogits,
+        target: Tensor,
+        features: Tensor | None,
+        weight: Tensor | None,
+        normalizer: float | Tensor | None,
+        check: bool,
+    ) -> Tensor:
+        """Eq. 9, as :meth:`forward` gives it."""
+        compiling = torch.compiler.is_compiling()
+        weights = samples = None
         if self.aaw:
-            angles = self._angles(logits, target, features, weight)
-            statistics = self.weighter.statistics(angles, target)
-            weights = self.weighter(angles, target, statistics)
-        losses = functional.lgla_loss(
-            logits,
-            target,
-            self.adjuster.table,
-            weights,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-        )
-        if self.reduction == "none":
-            return losses
-        if self.reduction == "sum":
-            return losses.sum()
-        if normalizer is None:
-            normalizer = self._samples_per_rank(target, statistics, losses.dtype)
-        elif isinstance(normalizer, Tensor):
-            normalizer = normalizer.to(losses.dtype)
-        return losses.sum() / normalizer
+            source, scale = self._angles(logits, target, features, weight)
+            plain = None if compiling else engine
+            weights, samples = self._weights(plain, source, target, scale=scale, check=check)
+        first = logits if isinstance(logits, Tensor) else logits[0]
+        divisor = self._divisor(target, normalizer, samples, functional.compute_dtype(first.dtype))
+        table, options = self.adjuster.table, (self.ignore_index, self.label_smoothing)
+        if engine is None:
+            loss = functional.lgla_loss(
+                logits, target, table, weights, ignore_index=options[0], label_smoothing=options[1]
+            )
+            return self._reduced(loss, divisor)
+
+        # An engine adds up by itself; not for a compiler, nor where the divisor wants a gradient too.
+        reduce = self.reduction != "none"
+        reduce = reduce and not (compiling or (divisor is not None and divisor.requires_grad))
+        blocks = [logits] if isinstance(logits, Tensor) else [expert.unsqueeze(1) for expert in logits]
+        parts, begin = [], 0
+        for block in blocks:
+            experts = slice(begin, begin := begin + block.shape[1])
+            columns = None if weights is None else weights[:, experts]
+            call = fused.Call(
+                engine, target, table[experts], columns, divisor if reduce else None, *options, reduce, check
+            )
+            if compiling:
+                parts.append(fused.compiled_cross_entropy(call, block, self.backend))
+            else:
+                parts.append(fused.evaluate(fused.CrossEntropy(call), block))
+        loss = functools.reduce(torch.add, parts)
+        return loss if reduce else self._reduced(loss, divisor)
 
     def _angles(
         self, logits: ExpertLogits, target: Tensor, features: Tensor | None, weight: Tensor | None
-    ) -> Tensor:
-        # Ignored samples have no class; any stands in, as their weight is 0.
-        target = torch.where(target == self.ignore_index, 0, target)
+    ) -> tuple[Tensor, float | None]:
+        """The angles of Eq. 7 ``[N, K]``, or cosine logits and their scale."""
         if features is not None and weight is not None:
-            return functional.angles_from_features(features, weight, target)
+            return functional.angles_from_features(features, weight, self._own_class(target)), None
         if self.scale is None:
             raise ValueError(
                 "features, weight: expected features [N, K, d] and weight [K, C, d], got none, and logits of "
                 "a linear head (scale=None) do not give the angles of Eq. 7; pass them as "
                 "criterion(logits, target, features=f, weight=w) or an ExpertOutput, or set aaw=False"
             )
-        return functional.angles_from_logits(logits, target, self.scale)
+        if isinstance(logits, Tensor):
+            return logits.detach(), self.scale
+        return functional.angles_from_logits(logits, self._own_class(target), self.scale), None
 
-    def _samples_per_rank(self, target: Tensor, statistics: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Samples not ignored over the ranks, divided by their number; at least 1 over it."""
-        group = self.weighter.process_group
-        num_ranks = ranks_to_sync(self.weighter.sync, group)
-        if statistics is None:
-            count = sum_over_ranks((target != self.ignore_index).sum(), num_ranks, group)
-        else:
-            count = statistics[:, -1].sum()
-        return count.clamp(min=1).to(dtype) / num_ranks
+    def _engine(self, logits: Tensor) -> Engine | None:
+        if self.backend == "auto" and torch.compiler.is_compiling() and self.num_classes < _WORTH_AN_OPERATOR:
+            return None
+        return super()._engine(logits)
 
     def _check_inputs(
         self,
@@ -254,35 +205,11 @@ class LGLALoss(nn.Module):
         if (features is None) != (weight is None):
             raise ValueError("features, weight: expected both or neither, got one; Eq. 7 needs both")
         if features is not None and weight is not None:
-            floating_tensor("features", features, "[N, K, d]")
-            floating_tensor("weight", weight, "[K, C, d]")
-            sizes = (len(target), self.num_experts, self.num_classes)
-            if (*features.shape[:2], weight.shape[1]) != sizes or weight.shape[::2] != features.shape[1:]:
-                n, k, c = sizes
-                raise ValueError(
-                    f"features, weight: expected shapes [{n}, {k}, d] and [{k}, {c}, d], "
-                    f"got {list(features.shape)} and {list(weight.shape)}"
-                )
+            self._check_features(features, weight, len(target))
         same_device(
             logits=logits, target=target, features=features, weight=weight, criterion=self.adjuster.table
         )
-        if normalizer is not None:
-            self._check_normalizer(normalizer)
-
-    def _check_normalizer(self, normalizer: float | Tensor) -> None:
-        if self.reduction != "mean":
-            raise ValueError(
-                f"normalizer: expected None with reduction={self.reduction!r}, got {describe(normalizer)}; "
-                "it is the divisor of reduction='mean'"
-            )
-        if not isinstance(normalizer, Tensor):
-            positive_float("normalizer", normalizer, "the number of samples to divide by")
-        elif normalizer.dim() > 0 or normalizer.is_complex():
-            raise ValueError(
-                f"normalizer: expected a number or a real scalar tensor, got {describe(normalizer)}"
-            )
-        elif values_readable(normalizer, self.validate_args):
-            positive_float("normalizer", normalizer.item(), "the number of samples to divide by")
+        self._check_normalizer(normalizer)
 
     def _check_values(self, logits: ExpertLogits, target: Tensor, from_logits: bool) -> None:
         target_values(target, self.num_classes, self.ignore_index)
@@ -312,72 +239,3 @@ class LGLALoss(nn.Module):
             "a linear head set scale=None and pass features and weight",
             stacklevel=6,
         )
-
-    def extra_repr(self) -> str:
-        """Configuration shown by ``repr``."""
-        return (
-            f"adjustment={self.adjustment!r}, aaw={self.aaw}, scale={self.scale}, "
-            f"reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, backend={self.backend!r}"
-        )
-
-
-def _number_of_experts(
-    num_experts: SupportsIndex | None,
-    grouper: ClassGrouper | None,
-    adjustment: str | Tensor,
-    needs_groups: bool,
-) -> int:
-    """K, from whichever arguments fix it; those that disagree raise."""
-    fixed = {}
-    if num_experts is not None:
-        fixed["num_experts"] = positive_int("num_experts", num_experts, "the paper uses 3")
-    if grouper is not None:
-        fixed["grouper (num_groups + 1)"] = check_grouper(grouper).num_groups + 1
-    if isinstance(adjustment, Tensor) and adjustment.dim() > 0:
-        fixed["adjustment table"] = adjustment.shape[0]
-    if len(set(fixed.values())) > 1:
-        got = ", ".join(f"{number} from {name}" for name, number in fixed.items())
-        raise ValueError(f"num_experts: expected one number of experts, got {got}; drop num_experts")
-    number = next(iter(fixed.values()), 3)
-    if number == 1 and needs_groups:
-        raise ValueError(
-            f"num_experts: expected at least 2 for adjustment='lgla' or aaw=True, got {number}; "
-            "one expert goes with adjustment='softmax', 'balanced' or 'logit' and aaw=False"
-        )
-    return number
-
-
-def _group_classes(class_counts: ArrayLike | None, num_experts: int, needs_groups: bool) -> ClassGrouper:
-    """One group a local expert; without need of groups as many as the classes allow."""
-    if class_counts is None:
-        raise TypeError("class_counts: expected samples per class [C], got None; or pass a grouper")
-    counts = as_class_counts(class_counts)
-    num_groups = num_experts - 1
-    if needs_groups and num_groups > len(counts):
-        raise ValueError(
-            f"num_experts: expected at most C + 1 = {len(counts) + 1} for {len(counts)} classes, as each "
-            f"local expert owns a group of classes, got {num_experts}; use fewer experts"
-        )
-    return ClassGrouper(counts, max(1, min(num_groups, len(counts))))
-
-
-def _runnable_backend(backend: str) -> str:
-    one_of("backend", backend, BACKENDS)
-    if backend in ("fused", "triton"):
-        raise ValueError(
-            f"backend: expected one that can run, got {backend!r}, which is not part of this version; "
-            "use 'auto' or 'reference'"
-        )
-    return backend
-
-
-def _make_adjuster(
-    grouper: ClassGrouper, num_experts: int, adjustment: str | Tensor, tau: float | None
-) -> CLALogitAdjuster:
-    if isinstance(adjustment, Tensor):
-        return CLALogitAdjuster.from_table(grouper, adjustment)
-    if adjustment == "lgla":
-        return CLALogitAdjuster(grouper, tau)
-    strength = {"softmax": 0.0, "balanced": 1.0, "logit": 1.0 if tau is None else check_tau(tau)}[adjustment]
-    table = functional.log_prior_table(grouper.class_counts, num_experts, strength)
-    return CLALogitAdjuster.from_table(grouper, table)

@@ -17,6 +17,7 @@ from lgla_losses.checks import (
 )
 from lgla_losses.collectives import ranks_to_sync, sum_over_ranks
 from lgla_losses.grouping import ClassGrouper, check_grouper
+from lgla_losses.kernels import Engine
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -87,26 +88,63 @@ class AAWWeighter(nn.Module):
         """
         group = functional.target_groups(target, self.grouper.group_index, self.ignore_index)
         local = functional.aaw_statistics(angles, group, self.grouper.num_groups)
-        num_ranks = ranks_to_sync(self.sync, self.process_group)
-        return sum_over_ranks(local, num_ranks, self.process_group)
+        return sum_over_ranks(local, self.num_ranks(), self.process_group)
+
+    def num_ranks(self) -> int:
+        """Number of ranks whose samples the means are over in this step."""
+        return ranks_to_sync(self.sync, self.process_group)
 
     def forward(self, angles: Tensor, target: Tensor, statistics: Tensor | None = None) -> Tensor:
         """Eq. 8; ``statistics`` from the method of that name saves computing them again."""
         floating_tensor("angles", angles, "[N, K]")
         target_tensor(target, num_samples=angles.shape[0])
         same_device(angles=angles, target=target, grouper=self.grouper.group_index)
-        if values_readable(target, self.validate_args):
-            target_values(target, self.grouper.num_classes, self.ignore_index)
-            if not angles[target != self.ignore_index].isfinite().all():
-                raise ValueError(
-                    "angles: expected finite radians, got NaN or infinity; look for them in the features and "
-                    "class weights that the angles come from"
-                )
+        self._check_values(angles, target)
         angles = angles.to(functional.compute_dtype(angles.dtype))
         if statistics is None:
             statistics = self.statistics(angles, target)
         group = functional.target_groups(target, self.grouper.group_index, self.ignore_index)
         return functional.aaw_weights(angles, group, statistics)
+
+    def is_hooked(self) -> bool:
+        """Whether someone wants to see the angles and weights as they pass through ``forward``."""
+        return bool(self._forward_hooks or self._forward_pre_hooks)
+
+    def of_batch(
+        self, source: Tensor, target: Tensor, *, scale: float | None, engine: Engine, check: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Eq. 8 by an engine, and the number of samples a rank.
+
+        Args:
+            source: the angles ``[N, K]``, or with ``scale`` cosine logits ``[N, K, C]``.
+            target: class indices ``[N]``.
+            scale: factor of cosine logits.
+            engine: what computes.
+            check: as in :class:`~lgla_losses.kernels.Engine`.
+
+        Returns:
+            weights ``[N, K]`` and a scalar: the samples not ignored over all ranks, at least 1,
+            divided by the number of ranks.
+        """
+        if scale is None:
+            self._check_values(source, target)
+        batch = source, target, self.grouper.group_index, self.grouper.num_groups
+        num_ranks, ignore_index = self.num_ranks(), self.ignore_index
+        if num_ranks == 1:
+            return engine.weights_of(*batch, scale=scale, ignore_index=ignore_index, check=check)
+        angles, parts = engine.statistics(*batch, scale=scale, ignore_index=ignore_index, check=check)
+        sums = sum_over_ranks(parts.sum(dim=0, keepdim=True), num_ranks, self.process_group)
+        return engine.weights(angles, target, batch[2], sums, ignore_index=ignore_index, num_ranks=num_ranks)
+
+    def _check_values(self, angles: Tensor, target: Tensor) -> None:
+        if not values_readable(target, self.validate_args):
+            return
+        target_values(target, self.grouper.num_classes, self.ignore_index)
+        if not angles[target != self.ignore_index].isfinite().all():
+            raise ValueError(
+                "angles: expected finite radians, got NaN or infinity; look for them in the features and "
+                "class weights that the angles come from"
+            )
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""

@@ -1,0 +1,215 @@
+"""What the Triton kernels need of a GPU: registers, spills and shared memory, without one.
+
+Runs the launchers of ``lgla_losses.kernels.triton`` on tensors without memory, notes which kernels they
+would launch with which block sizes, and compiles those for NVIDIA's sm_80, sm_90 and sm_100 and AMD's
+gfx942. Spilled registers would be read and written again for every element: the block sizes are chosen
+so that there are none in float32 and bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lgla_losses.kernels import triton as kernels
+
+RESULTS = Path(__file__).parent / "results"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NUM_CLASSES = (2, 100, 1000, 8142, 16384, 100_000)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+#: Triton's names of the types.
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+}
+
+
+class Launch(NamedTuple):
+    """One call of a kernel."""
+
+    kernel: Any
+    num_warps: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+def recorded(call: Any, *arguments: Any, **options: Any) -> list[Launch]:
+    """The launches of one of the launchers, which are not run."""
+    launches = []
+
+    def record(kernel: Any, programs: int, num_warps: int, *arguments: Any, **constants: Any) -> None:
+        launches.append(Launch(kernel, num_warps, arguments, constants))
+
+    with mock.patch.object(kernels, "_launch", record):
+        call(*arguments, **options)
+    return launches
+
+
+def loss_launches(
+    num_classes: int, dtype: torch.dtype, num_samples: int = 1024, smoothing: float = 0.0, plain: bool = False
+) -> Iterator[Launch]:
+    """All kernels of a training step of three experts; ``plain`` without all that may be left out."""
+    like = {"device": "meta", "dtype": dtype}
+    logits = torch.empty(num_samples, 3, num_classes, **like)  # type: ignore[call-overload]
+    accurate = torch.promote_types(dtype, torch.float32)
+    target = torch.empty(num_samples, dtype=torch.int64, device="meta")
+    group_index = torch.empty(num_classes, dtype=torch.int64, device="meta")
+    table = torch.empty(3, num_classes, dtype=torch.float64, device="meta")
+    partial = torch.empty(2, 2, 4, dtype=torch.float64, device="meta")
+    weights = torch.empty(num_samples, 3, dtype=accurate, device="meta")
+    state = torch.empty(num_samples, 3, 2, dtype=accurate, device="meta")
+    scalar = torch.empty((), dtype=accurate, device="meta")
+    samples = {"ignore_index": -100}
+    loss = {"ignore_index": -100, "label_smoothing": smoothing}
+    gradient = torch.empty_like(logits)
+    if plain:
+        loss["label_smoothing"] = 0.0
+        yield from recorded(kernels.statistics, weights, target, group_index, 2, scale=None, **samples)
+        yield from recorded(kernels.weights_of, weights, target, group_index, 2, scale=None, **samples)
+        yield from recorded(
+            kernels.forward, logits, target, None, None, None, reduce=False, gradient=None, **loss
+        )
+        yield from recorded(
+            kernels.backward, logits, target, None, None, weights[:, 0], state, gradient=gradient, **loss
+        )
+        return
+    yield from recorded(kernels.statistics, logits, target, group_index, 2, scale=30.0, **samples)
+    yield from recorded(kernels.weights, weights, target, group_index, partial, num_ranks=1, **samples)
+    yield from recorded(kernels.weights_of, logits, target, group_index, 2, scale=30.0, **samples)
+    yield from recorded(
+        kernels.forward, logits, target, table, weights, scalar, reduce=True, gradient=gradient, **loss
+    )
+    yield from recorded(
+        kernels.backward, logits, target, table, weights, weights[:, 0], state, gradient=gradient, **loss
+    )
+    yield from recorded(kernels.rescale_, logits, scalar)
+
+
+def compiled(launch: Launch, target: GPUTarget) -> Any:
+    """The kernel as the just-in-time compiler would make it for this launch."""
+    names = launch.kernel.arg_names
+    signature = dict.fromkeys(names, "constexpr")
+    constants = dict(launch.constants)
+    attributes = {}
+    for i, (name, argument) in enumerate(zip(names, launch.arguments, strict=False)):
+        if argument is None or (type(argument) is int and argument == 1):
+            constants[name] = argument
+            continue
+        if isinstance(argument, Tensor):
+            signature[name] = "*" + TYPES[argument.dtype]
+            aligned = True
+        else:
+            signature[name] = "i32" if -(2**31) <= argument < 2**31 else "i64"
+            aligned = argument % 16 == 0
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options={"num_warps": launch.num_warps})
+
+
+def resources(launch: Launch, target: GPUTarget) -> dict[str, int]:
+    """Registers a thread, bytes that one spills, and bytes of shared memory a program."""
+    kernel = compiled(launch, target)
+    if target.backend == "cuda":
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage = subprocess.run(
+                [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
+        found = {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+        # The kernels have no arrays and call no functions: the stack holds what did not fit in registers.
+        registers, spilled = found["REG"], found["STACK"] + found["LOCAL"]
+    else:
+        found = {
+            name: int(number) for name, number in re.findall(r"\.(\w+_count):\s+(\d+)", kernel.asm["amdgcn"])
+        }
+        registers, spilled = found["vgpr_count"], 4 * found["vgpr_spill_count"]
+    return {"registers": registers, "spill_bytes": spilled, "shared_bytes": kernel.metadata.shared}
+
+
+def main() -> None:
+    """Compile, print a table and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--classes", nargs="+", type=int, default=list(NUM_CLASSES))
+    parser.add_argument("--smoothing", type=float, default=0.1)
+    parser.add_argument("--plain", action="store_true", help="without table, weights, smoothing and gradient")
+    parser.add_argument("--output", type=Path, default=RESULTS / "kernel_resources.json")
+    options = parser.parse_args()
+
+    table = Table(title="Registers a thread, and bytes spilled where any are")
+    for column in ("kernel", "C", "type", "tile", "warps", *options.targets):
+        table.add_column(column, justify="left" if column in ("kernel", "type") else "right")
+    rows = []
+    for dtype in options.dtypes:
+        for num_classes in options.classes:
+            for launch in loss_launches(
+                num_classes, DTYPES[dtype], smoothing=options.smoothing, plain=options.plain
+            ):
+                constants = launch.constants
+                tile = f"{constants.get('rows', 1)} x {constants['block']}"
+                cells = []
+                for name in options.targets:
+                    need = resources(launch, TARGETS[name])
+                    configuration = {
+                        "classes": num_classes,
+                        "dtype": dtype,
+                        "rows": constants.get("rows", 1),
+                        "block": constants["block"],
+                        "num_warps": launch.num_warps,
+                    }
+                    rows.append(
+                        {
+                            "kernel": launch.kernel.__name__,
+                            "configuration": configuration,
+                            "target": name,
+                            **need,
+                        }
+                    )
+                    spill = f" spill {need['spill_bytes']}" if need["spill_bytes"] else ""
+                    cells.append(f"{need['registers']}{spill}")
+                table.add_row(
+                    launch.kernel.__name__, str(num_classes), dtype, tile, str(launch.num_warps), *cells
+                )
+            table.add_section()
+    Console(width=110).print(table)
+    record = {
+        "what": "what the Triton kernels of a training step of 3 experts need, compiled without a GPU",
+        "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+        "label_smoothing": options.smoothing,
+        "rows": rows,
+    }
+    options.output.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"record: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

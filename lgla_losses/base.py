@@ -1,0 +1,244 @@
+"""What the losses of K experts share: their configuration, their weights and their divisor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+
+from lgla_losses import functional, fused
+from lgla_losses.adjustment import CLALogitAdjuster, check_tau
+from lgla_losses.checks import (
+    describe,
+    finite_float,
+    floating_tensor,
+    one_of,
+    positive_float,
+    positive_int,
+    values_readable,
+)
+from lgla_losses.collectives import sum_over_ranks
+from lgla_losses.counts import ArrayLike, as_class_counts
+from lgla_losses.grouping import ClassGrouper, check_grouper
+from lgla_losses.kernels import Engine
+from lgla_losses.weighting import AAWWeighter
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+ADJUSTMENTS = ("lgla", "softmax", "balanced", "logit")
+BACKENDS = ("auto", "reference", "fused", "triton")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class ExpertLoss(nn.Module):
+    """The arguments of :class:`LGLALoss`, checked and kept, and what every loss makes of them."""
+
+    def __init__(
+        self,
+        class_counts: ArrayLike | None = None,
+        num_experts: SupportsIndex | None = None,
+        tau: float | None = None,
+        *,
+        grouper: ClassGrouper | None = None,
+        aaw: bool = True,
+        scale: float | None = 30.0,
+        adjustment: str | Tensor = "lgla",
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        sync: bool = True,
+        process_group: ProcessGroup | None = None,
+        validate_args: bool | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(adjustment, Tensor):
+            one_of("adjustment", adjustment, ADJUSTMENTS)
+        self.adjustment = "table" if isinstance(adjustment, Tensor) else adjustment
+        needs_groups = aaw or self.adjustment == "lgla"
+        num_experts = _number_of_experts(num_experts, grouper, adjustment, needs_groups)
+        if grouper is None:
+            grouper = _group_classes(class_counts, num_experts, needs_groups)
+        elif class_counts is not None:
+            raise ValueError("grouper: expected class_counts or a grouper, got both; drop class_counts")
+        self.adjuster = _make_adjuster(grouper, num_experts, adjustment, tau)
+        self.aaw = aaw
+        self.weighter = AAWWeighter(
+            grouper,
+            ignore_index=ignore_index,
+            sync=sync,
+            process_group=process_group,
+            validate_args=validate_args,
+        )
+        self.scale = None if scale is None else positive_float("scale", scale, "None means a linear head")
+        self.reduction = one_of("reduction", reduction, REDUCTIONS)
+        self.label_smoothing = finite_float(
+            "label_smoothing", label_smoothing, low=0.0, high=1.0, expected="a number in 0..1"
+        )
+        self.validate_args = validate_args
+        self.backend = _runnable_backend(backend)
+
+    @property
+    def ignore_index(self) -> int:
+        """Target of samples that count nothing."""
+        return self.weighter.ignore_index
+
+    @property
+    def grouper(self) -> ClassGrouper:
+        """The groups of the classes."""
+        return self.adjuster.grouper
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts ``K``."""
+        return self.adjuster.num_experts
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes ``C``."""
+        return self.grouper.num_classes
+
+    def _engine(self, logits: Tensor) -> Engine | None:
+        """What computes for such logits, or what they are made from; None stands for plain PyTorch."""
+        unfit = None if self.backend == "reference" else fused.unfit(logits)
+        if unfit is None:
+            return fused.engine_for(self.backend, logits.device)
+        if self.backend != "auto":
+            raise ValueError(f"backend: {self.backend!r} cannot run, as {unfit}; 'auto' takes what can")
+        return None
+
+    def _weights(
+        self, engine: Engine | None, source: Tensor, target: Tensor, *, scale: float | None, check: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Eq. 8 ``[N, K]``, and the number of samples a rank.
+
+        ``source`` is the angles, or with ``scale`` cosine logits ``[N, K, C]``.
+        """
+        if engine is not None and not self.weighter.is_hooked():
+            return self.weighter.of_batch(source, target, scale=scale, engine=engine, check=check)
+        if scale is not None:
+            source = functional.angles_from_logits(source, self._own_class(target), scale)
+        statistics = self.weighter.statistics(source, target)
+        samples = statistics[:, -1].sum().clamp(min=1) / self.weighter.num_ranks()
+        return self.weighter(source, target, statistics), samples
+
+    def _own_class(self, target: Tensor) -> Tensor:
+        """The targets; ignored samples have no class, so any stands in, as their weight is 0."""
+        return torch.where(target == self.ignore_index, 0, target)
+
+    def _divisor(
+        self, target: Tensor, normalizer: float | Tensor | None, samples: Tensor | None, dtype: torch.dtype
+    ) -> Tensor | None:
+        """What the sum over the batch is divided by: by default the samples not ignored, a rank's share."""
+        if self.reduction != "mean":
+            return None
+        if normalizer is not None:
+            return torch.as_tensor(normalizer, dtype=dtype, device=target.device)
+        if samples is None:
+            num_ranks, group = self.weighter.num_ranks(), self.weighter.process_group
+            count = sum_over_ranks((target != self.ignore_index).sum(), num_ranks, group)
+            samples = count.clamp(min=1).to(dtype) / num_ranks
+        return samples.to(dtype)
+
+    def _reduced(self, losses: Tensor, divisor: Tensor | None) -> Tensor:
+        """The losses ``[N]`` as ``reduction`` says."""
+        if self.reduction == "none":
+            return losses
+        return losses.sum() if divisor is None else losses.sum() / divisor
+
+    def _check_features(self, features: Tensor, weight: Tensor, num_samples: int) -> None:
+        floating_tensor("features", features, "[N, K, d]")
+        floating_tensor("weight", weight, "[K, C, d]")
+        sizes = (num_samples, self.num_experts, self.num_classes)
+        if (*features.shape[:2], weight.shape[1]) != sizes or weight.shape[::2] != features.shape[1:]:
+            n, k, c = sizes
+            raise ValueError(
+                f"features, weight: expected shapes [{n}, {k}, d] and [{k}, {c}, d], "
+                f"got {list(features.shape)} and {list(weight.shape)}"
+            )
+
+    def _check_normalizer(self, normalizer: float | Tensor | None) -> None:
+        if normalizer is None:
+            return
+        if self.reduction != "mean":
+            raise ValueError(
+                f"normalizer: expected None with reduction={self.reduction!r}, got {describe(normalizer)}; "
+                "it is the divisor of reduction='mean'"
+            )
+        if not isinstance(normalizer, Tensor):
+            positive_float("normalizer", normalizer, "the number of samples to divide by")
+        elif normalizer.dim() > 0 or normalizer.is_complex():
+            raise ValueError(
+                f"normalizer: expected a number or a real scalar tensor, got {describe(normalizer)}"
+            )
+        elif values_readable(normalizer, self.validate_args):
+            positive_float("normalizer", normalizer.item(), "the number of samples to divide by")
+
+    def extra_repr(self) -> str:
+        """Configuration shown by ``repr``."""
+        return (
+            f"adjustment={self.adjustment!r}, aaw={self.aaw}, scale={self.scale}, "
+            f"reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, backend={self.backend!r}"
+        )
+
+
+def _number_of_experts(
+    num_experts: SupportsIndex | None,
+    grouper: ClassGrouper | None,
+    adjustment: str | Tensor,
+    needs_groups: bool,
+) -> int:
+    """K, from whichever arguments fix it; those that disagree raise."""
+    fixed = {}
+    if num_experts is not None:
+        fixed["num_experts"] = positive_int("num_experts", num_experts, "the paper uses 3")
+    if grouper is not None:
+        fixed["grouper (num_groups + 1)"] = check_grouper(grouper).num_groups + 1
+    if isinstance(adjustment, Tensor) and adjustment.dim() > 0:
+        fixed["adjustment table"] = adjustment.shape[0]
+    if len(set(fixed.values())) > 1:
+        got = ", ".join(f"{number} from {name}" for name, number in fixed.items())
+        raise ValueError(f"num_experts: expected one number of experts, got {got}; drop num_experts")
+    number = next(iter(fixed.values()), 3)
+    if number == 1 and needs_groups:
+        raise ValueError(
+            f"num_experts: expected at least 2 for adjustment='lgla' or aaw=True, got {number}; "
+            "one expert goes with adjustment='softmax', 'balanced' or 'logit' and aaw=False"
+        )
+    return number
+
+
+def _group_classes(class_counts: ArrayLike | None, num_experts: int, needs_groups: bool) -> ClassGrouper:
+    """One group a local expert; without need of groups as many as the classes allow."""
+    if class_counts is None:
+        raise TypeError("class_counts: expected samples per class [C], got None; or pass a grouper")
+    counts = as_class_counts(class_counts)
+    num_groups = num_experts - 1
+    if needs_groups and num_groups > len(counts):
+        raise ValueError(
+            f"num_experts: expected at most C + 1 = {len(counts) + 1} for {len(counts)} classes, as each "
+            f"local expert owns a group of classes, got {num_experts}; use fewer experts"
+        )
+    return ClassGrouper(counts, max(1, min(num_groups, len(counts))))
+
+
+def _runnable_backend(backend: str) -> str:
+    one_of("backend", backend, BACKENDS)
+    missing = fused.triton_missing() if backend == "triton" else None
+    if missing is not None:
+        raise ValueError(f"backend: 'triton' cannot run here: {missing}; 'auto' takes the fastest that can")
+    return backend
+
+
+def _make_adjuster(
+    grouper: ClassGrouper, num_experts: int, adjustment: str | Tensor, tau: float | None
+) -> CLALogitAdjuster:
+    if isinstance(adjustment, Tensor):
+        return CLALogitAdjuster.from_table(grouper, adjustment)
+    if adjustment == "lgla":
+        return CLALogitAdjuster(grouper, tau)
+    strength = {"softmax": 0.0, "balanced": 1.0, "logit": 1.0 if tau is None else check_tau(tau)}[adjustment]
+    table = functional.log_prior_table(grouper.class_counts, num_experts, strength)
+    return CLALogitAdjuster.from_table(grouper, table)

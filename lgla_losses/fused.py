@@ -1,0 +1,331 @@
+"""The adjusted cross entropy as an operator: one read of the logits, one write of the gradient.
+
+Where the loss is a scalar its gradient is computed together with it, and ``backward`` hands it over.
+Elsewhere ``backward`` computes it from the logits and two numbers a row: without reduction; for
+float16, whose small gradients must meet the loss's scale before they are rounded; the second time
+through a retained graph; and under ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lgla_losses import functional
+from lgla_losses.kernels import Engine, chunked, native
+
+logger = logging.getLogger(__name__)
+
+#: The tensors whose gradients may be asked for; None for those that a loss goes without.
+Inputs: TypeAlias = Sequence[Any]
+
+
+def engine_for(backend: str, device: torch.device) -> Engine | None:
+    """What computes for a backend on a device; None stands for plain PyTorch.
+
+    Raises:
+        ValueError: ``"triton"`` cannot run; the message says what is missing.
+    """
+    if backend == "reference":
+        return None
+    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+        missing = triton_missing(device)
+        if missing is None:
+            from lgla_losses.kernels import triton
+
+            return triton
+        if backend == "triton":
+            raise ValueError(f"backend: 'triton' cannot run: {missing}; 'auto' takes the fastest that can")
+        _log_once(f"backend 'auto' takes 'reference', as 'triton' cannot run: {missing}")
+    elif device.type == "cpu":
+        if native.LIBRARY is not None:
+            return native
+        _log_once(f"the C library of backend 'fused' cannot run: {native.MISSING}")
+    return chunked if backend == "fused" else None
+
+
+def unfit(logits: Tensor) -> str | None:
+    """Why no engine takes such logits, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if type(logits) not in (Tensor, torch.nn.Parameter):
+        return f"it takes plain tensors, got logits of type {type(logits).__name__}"
+    if torch._C._functorch.is_functorch_wrapped_tensor(logits):
+        return "it does not run under torch.func transforms"
+    if logits.is_meta:
+        return "it needs values, got logits on the meta device"
+    return None
+
+
+def triton_missing(device: torch.device | None = None) -> str | None:
+    """Why Triton cannot run, or None; without a device, whether it could on any."""
+    if importlib.util.find_spec("triton") is None:
+        return "it is not installed (pip install triton, or a PyTorch with CUDA)"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    if device is not None and device.type != "cuda":
+        return f"it takes tensors on CUDA devices, got logits on {device}"
+    return None
+
+
+@cache
+def _log_once(message: str) -> None:
+    logger.info(message)
+
+
+class Call(NamedTuple):
+    """Everything but the logits.
+
+    Attributes:
+        engine: what computes.
+        target: class indices ``[N]``.
+        table: adjustments ``[K, C]``.
+        weights: constants ``[N, K]``, or None for ones.
+        divisor: scalar that a reduced loss is divided by, or None for 1.
+        ignore_index: target of samples that count nothing.
+        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
+        reduce: one sum instead of a loss a sample.
+        check: as in :class:`~lgla_losses.kernels.Engine`.
+    """
+
+    engine: Engine
+    target: Tensor
+    table: Tensor
+    weights: Tensor | None
+    divisor: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    reduce: bool
+    check: bool = False
+
+    def reduced(self, losses: Tensor) -> Tensor:
+        """The losses ``[N]`` as they are, or their sum over the divisor."""
+        if not self.reduce:
+            return losses
+        return losses.sum() if self.divisor is None else losses.sum() / self.divisor
+
+    def per_sample(self, upstream: Tensor) -> Tensor:
+        """The gradient of every sample's loss ``[N]``, given that of the result."""
+        if not self.reduce:
+            return upstream
+        return (upstream if self.divisor is None else upstream / self.divisor).expand(len(self.target))
+
+
+class Fusible(Protocol):
+    """A loss whose gradient can be computed together with it."""
+
+    @property
+    def call(self) -> Call:
+        """Everything but the inputs."""
+
+    def run(
+        self, inputs: Inputs, wanted: Sequence[bool]
+    ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
+        """The loss, the gradients that are wanted, and a state that may help to compute them later."""
+
+    def gradients(
+        self,
+        inputs: Inputs,
+        upstream: Tensor,
+        state: Any,
+        wanted: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """The gradients for that of the loss."""
+
+    def differentiable(self, inputs: Inputs) -> Tensor:
+        """The loss in plain PyTorch, for derivatives of derivatives."""
+
+
+def evaluate(problem: Fusible, *inputs: Tensor | None) -> Tensor:
+    """The loss; its graph, where a gradient can be asked for, holds the gradients themselves."""
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
+        loss: Tensor = _Fused.apply(problem, *inputs)  # type: ignore[no-untyped-call]
+        return loss
+    return problem.run(inputs, [False] * len(inputs))[0]
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, problem: Fusible, *inputs: Tensor | None) -> Tensor:
+        wanted, call = ctx.needs_input_grad[1:], problem.call
+        at_once = call.reduce and not any(v is not None and v.dtype == torch.float16 for v in inputs)
+        loss, gradients, state = problem.run(inputs, [w and at_once for w in wanted])
+        ctx.problem, ctx.gradients = problem, gradients if at_once else None
+        # Saved, so that a change of any before `backward` needs it raises there.
+        ctx.save_for_backward(call.target, call.table, state, *inputs)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():
+            return None, *_differentiable_gradients(ctx.problem, ctx.saved_tensors[3:], upstream, wanted)
+        # From now on they are the caller's; a second backward computes its own.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _, _, state, *inputs = ctx.saved_tensors
+            return None, *ctx.problem.gradients(inputs, upstream, state, wanted)
+        for gradient in gradients:
+            if gradient is not None:
+                ctx.problem.call.engine.rescale_(gradient, upstream)
+        return None, *gradients
+
+
+def _differentiable_gradients(
+    problem: Fusible, inputs: Inputs, upstream: Tensor, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    chosen = [v for v, w in zip(inputs, wanted, strict=True) if w and v is not None]
+    found = iter(torch.autograd.grad(problem.differentiable(inputs), chosen, upstream, create_graph=True))
+    return [next(found) if w else None for w in wanted]
+
+
+class CrossEntropy(NamedTuple):
+    """Eq. 9 for logits ``[N, K, C]``."""
+
+    call: Call
+
+    def run(
+        self, inputs: Inputs, wanted: Sequence[bool]
+    ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
+        """As in :class:`Fusible`."""
+        logits, call = inputs[0], self.call
+        gradient = torch.empty_like(logits) if wanted[0] else None
+        loss, state = call.engine.forward(
+            logits,
+            call.target,
+            call.table,
+            call.weights,
+            call.divisor,
+            ignore_index=call.ignore_index,
+            label_smoothing=call.label_smoothing,
+            reduce=call.reduce,
+            gradient=gradient,
+            check=call.check,
+        )
+        return loss, [gradient], state
+
+    def gradients(
+        self,
+        inputs: Inputs,
+        upstream: Tensor,
+        state: Any,
+        wanted: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """As in :class:`Fusible`."""
+        logits, call = inputs[0], self.call
+        gradient = torch.empty_like(logits)
+        call.engine.backward(
+            logits,
+            call.target,
+            call.table,
+            call.weights,
+            call.per_sample(upstream),
+            state,
+            ignore_index=call.ignore_index,
+            label_smoothing=call.label_smoothing,
+            gradient=gradient,
+        )
+        return [gradient]
+
+    def differentiable(self, inputs: Inputs) -> Tensor:
+        """As in :class:`Fusible`."""
+        call = self.call
+        losses = functional.lgla_loss(
+            inputs[0],
+            call.target,
+            call.table,
+            call.weights,
+            ignore_index=call.ignore_index,
+            label_smoothing=call.label_smoothing,
+        )
+        return call.reduced(losses)
+
+
+def compiled_cross_entropy(call: Call, logits: Tensor, backend: str) -> Tensor:
+    """Eq. 9 of every sample ``[N]``, for :func:`torch.compile`."""
+    result: tuple[Tensor, Tensor] = torch.ops.lgla_losses.cross_entropy(
+        logits, call.target, call.table, call.weights, call.ignore_index, call.label_smoothing, backend
+    )
+    return result[0]
+
+
+# For torch.compile. Defined by hand, as the decorator for it costs tens of microseconds a call.
+_OPERATORS = torch.library.Library("lgla_losses", "DEF")
+_OPTIONS = "SymInt ignore_index, float label_smoothing, str backend"
+_OPERATORS.define(
+    "cross_entropy(Tensor logits, Tensor target, Tensor table, Tensor? weights, "
+    f"{_OPTIONS}) -> (Tensor, Tensor)",
+    tags=torch.Tag.needs_fixed_stride_order,
+)
+_OPERATORS.define(
+    "cross_entropy_backward(Tensor upstream, Tensor logits, Tensor target, Tensor table, Tensor? weights, "
+    f"Tensor state, {_OPTIONS}) -> Tensor",
+    tags=torch.Tag.needs_fixed_stride_order,
+)
+
+
+def _operator(
+    logits: Tensor,
+    target: Tensor,
+    table: Tensor,
+    weights: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Eq. 9 of every sample ``[N]``, and the state for its gradient."""
+    engine = engine_for(backend, logits.device) or chunked
+    call = Call(engine, target, table, weights, None, ignore_index, label_smoothing, reduce=False)
+    losses, _, state = CrossEntropy(call).run([logits], [False])
+    return losses, state  # type: ignore[return-value]
+
+
+def _operator_backward(
+    upstream: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    table: Tensor,
+    weights: Tensor | None,
+    state: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    backend: str,
+) -> Tensor:
+    engine = engine_for(backend, logits.device) or chunked
+    call = Call(engine, target, table, weights, None, ignore_index, label_smoothing, reduce=False)
+    return CrossEntropy(call).gradients([logits], upstream, state, [True])[0]  # type: ignore[return-value]
+
+
+def _shapes(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    samples, experts, _classes = logits.shape
+    dtype = functional.compute_dtype(logits.dtype)
+    return logits.new_empty(samples, dtype=dtype), logits.new_empty((samples, experts, 2), dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _gradients(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradient = torch.ops.lgla_losses.cross_entropy_backward(
+        upstream, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing, ctx.backend
+    )
+    return gradient, *[None] * 6
+
+
+for _key in ("CPU", "CUDA"):
+    _OPERATORS.impl("cross_entropy", _operator, _key)
+    _OPERATORS.impl("cross_entropy_backward", _operator_backward, _key)
+torch.library.register_fake("lgla_losses::cross_entropy", _shapes, lib=_OPERATORS)
+torch.library.register_fake(
+    "lgla_losses::cross_entropy_backward", lambda _, logits, *__: torch.empty_like(logits), lib=_OPERATORS
+)
+torch.library.register_autograd("lgla_losses::cross_entropy", _gradients, setup_context=_save, lib=_OPERATORS)

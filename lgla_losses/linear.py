@@ -1,0 +1,404 @@
+"""The loss from the inputs of the classifiers, for more classes than there is memory for logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lgla_losses import functional, fused
+from lgla_losses.base import ExpertLoss
+from lgla_losses.checks import floating_tensor, same_device, target_tensor, target_values, values_readable
+from lgla_losses.kernels import chunked
+
+#: Logits in memory at a time, in bytes. A matrix product is as fast as ever with these many.
+_CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
+#: But never fewer samples than these: the classes' weights are read anew for every chunk.
+_LEAST_SAMPLES = 64
+
+
+class LinearLGLALoss(ExpertLoss):
+    r"""The LGLA loss of classifiers :math:`v_k^j = W_k^j \cdot f_k + b_k^j`, from f, W and b.
+
+    Equal to :class:`LGLALoss` of the logits, which are never all in memory: they are made a chunk at a
+    time, and where the loss is a scalar, the gradients of features, weights and bias with them, by
+    three matrix products as ever. Gradients are added up over the chunks in float32 at least.
+
+    Source: Tao et al., ICCV 2023, Eq. 9.
+
+    Args:
+        class_counts: as in :class:`LGLALoss`.
+        num_experts: as in :class:`LGLALoss`.
+        tau: as in :class:`LGLALoss`.
+        scale: the factor of cosine classifiers, :math:`v = s \cos(W, f)`, which have no bias; None
+            for linear ones.
+        options: the other arguments of :class:`LGLALoss`.
+
+    Shape:
+        - features: ``[N, K, d]``, inputs of the classifiers
+        - weight: ``[K, C, d]``
+        - target: int64 ``[N]``
+        - bias: ``[K, C]``, or None
+        - result: as of :class:`LGLALoss`
+
+    Example:
+        >>> criterion = LinearLGLALoss([500, 100, 20], num_experts=3)
+        >>> features = torch.randn(8, 3, 16, requires_grad=True)
+        >>> weight = torch.randn(3, 3, 16, requires_grad=True)
+        >>> criterion(features, weight, torch.arange(8) % 3).backward()
+    """
+
+    def __init__(
+        self,
+        class_counts: Any = None,
+        num_experts: Any = None,
+        tau: float | None = None,
+        *,
+        scale: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(class_counts, num_experts, tau, scale=scale, **options)
+
+    def forward(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        *,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor:
+        """Eq. 9 of a batch.
+
+        Args:
+            features: inputs of the classifiers ``[N, K, d]``.
+            weight: weights of the classifiers ``[K, C, d]``.
+            target: class indices ``[N]``.
+            bias: of the classifiers ``[K, C]``; -inf masks a class.
+            normalizer: as in :class:`LGLALoss`.
+        """
+        self._check_inputs(features, weight, target, bias, normalizer)
+        readable = values_readable(features, self.validate_args)
+        if readable:
+            target_values(target, self.num_classes, self.ignore_index)
+        engine = self._engine(features)
+        if engine is None and self.backend != "reference" and fused.unfit(features) is None:
+            engine = chunked
+        compiling = torch.compiler.is_compiling()
+        weights = samples = None
+        if self.aaw:
+            angles = functional.angles_from_features(features, weight, self._own_class(target))
+            weights, samples = self._weights(
+                None if compiling else engine, angles, target, scale=None, check=False
+            )
+        features, weight, bias = _as_autocast_would(features, weight, bias)
+        divisor = self._divisor(target, normalizer, samples, functional.compute_dtype(features.dtype))
+        reduce = self.reduction != "none" and not (
+            engine is None or compiling or (divisor is not None and divisor.requires_grad)
+        )
+        call = fused.Call(
+            engine or chunked,
+            target,
+            self.adjuster.table,
+            weights,
+            divisor if reduce else None,
+            self.ignore_index,
+            self.label_smoothing,
+            reduce,
+        )
+        if engine is None:
+            loss = LinearCrossEntropy(call, self.scale).differentiable((features, weight, bias))
+        elif compiling:
+            loss = _compiled(call, features, weight, bias, self.scale, self.backend)
+        else:
+            loss = fused.evaluate(LinearCrossEntropy(call, self.scale), features, weight, bias)
+        if not reduce:
+            loss = self._reduced(loss, divisor)
+        if readable:
+            self._check_loss(loss.detach())
+        return loss
+
+    def _check_loss(self, loss: Tensor) -> None:
+        # Smoothing makes a loss infinite where a class is masked, and rightly so.
+        wrong = loss.isnan() if self.label_smoothing else ~loss.isfinite()
+        if wrong.any():
+            raise ValueError(
+                "features, weight, bias: expected finite logits on the targets, no NaN or +inf elsewhere; "
+                "lower the learning rate, clip gradients, or look for a division by zero upstream "
+                "(validate_args=False skips this check)"
+            )
+
+    def _check_inputs(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        normalizer: float | Tensor | None,
+    ) -> None:
+        target_tensor(target)
+        self._check_features(features, weight, len(target))
+        if bias is not None:
+            floating_tensor("bias", bias, "[K, C]")
+            if bias.shape != weight.shape[:2]:
+                raise ValueError(f"bias: expected shape {list(weight.shape[:2])}, got {list(bias.shape)}")
+            if self.scale is not None:
+                raise ValueError(f"bias: expected None with scale={self.scale}: cosine classifiers have none")
+        same_device(features=features, target=target, weight=weight, bias=bias, criterion=self.adjuster.table)
+        if not torch.is_autocast_enabled(features.device.type) and weight.dtype != features.dtype:
+            raise ValueError(
+                f"weight: expected the features' dtype {features.dtype}, got {weight.dtype}; "
+                "convert one of them, or train under torch.autocast"
+            )
+        self._check_normalizer(normalizer)
+
+
+def _as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The inputs of a matrix product in the dtype it runs in."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+class LinearCrossEntropy(NamedTuple):
+    """Eq. 9 for features ``[N, K, d]``, weights ``[K, C, d]`` and a bias ``[K, C]`` or None."""
+
+    call: fused.Call
+    scale: float | None
+
+    def run(
+        self, inputs: fused.Inputs, wanted: Sequence[bool]
+    ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
+        """As in :class:`~lgla_losses.fused.Fusible`."""
+        losses, gradients = self._experts(inputs, wanted, self.call.weights, self.call.divisor)
+        return self.call.reduced(losses), gradients, None
+
+    def gradients(
+        self, inputs: fused.Inputs, upstream: Tensor, state: Any, wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """As in :class:`~lgla_losses.fused.Fusible`."""
+        weights = self.call.per_sample(upstream)[:, None]
+        if self.call.weights is None:
+            weights = weights.expand(-1, inputs[0].shape[1])
+        else:
+            weights = weights * self.call.weights
+        return self._experts(inputs, wanted, weights, None)[1]
+
+    def differentiable(self, inputs: fused.Inputs) -> Tensor:
+        """As in :class:`~lgla_losses.fused.Fusible`; holds all logits."""
+        features, weight, bias = inputs
+        if self.scale is not None:
+            dtype = functional.compute_dtype(features.dtype)
+            features = self.scale * functional.unit_vectors(features.to(dtype))
+            weight = functional.unit_vectors(weight.to(dtype))
+        logits = torch.bmm(features.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+        return fused.CrossEntropy(self.call).differentiable((logits if bias is None else logits + bias,))
+
+    def _experts(
+        self, inputs: fused.Inputs, wanted: Sequence[bool], weights: Tensor | None, divisor: Tensor | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The losses ``[N]``, and the gradients of their sum over the divisor."""
+        features, weight, _ = inputs
+        losses = features.new_zeros(len(features), dtype=functional.compute_dtype(features.dtype))
+        gradients = [
+            torch.empty_like(v, memory_format=torch.contiguous_format) if w else None
+            for v, w in zip(inputs, wanted, strict=True)
+        ]
+        chunks = _chunks(features, num_classes=weight.shape[1])
+        # One memory for all chunks, which is warm from the second on.
+        buffer = features.new_empty((chunks[0].stop if chunks else 0, weight.shape[1]))
+        with torch.autocast(features.device.type, enabled=False):
+            for k in range(features.shape[1]):
+                columns = None if weights is None else weights[:, k : k + 1]
+                self._expert(k, inputs, gradients, losses, columns, divisor, chunks, buffer)
+        return losses, gradients
+
+    def _expert(
+        self,
+        k: int,
+        inputs: fused.Inputs,
+        gradients: Sequence[Tensor | None],
+        losses: Tensor,
+        weights: Tensor | None,
+        divisor: Tensor | None,
+        chunks: Sequence[slice],
+        buffer: Tensor,
+    ) -> None:
+        """Add expert k to the losses, and fill its part of the gradients."""
+        features, weight = inputs[0][:, k], inputs[1][k]
+        bias = None if inputs[2] is None else inputs[2][k]
+        for_features = None if gradients[0] is None else gradients[0][:, k]
+        for_weight, for_bias = (None if v is None else v[k] for v in gradients[1:])
+        call, exact = self.call, losses.dtype
+        table = call.table[k : k + 1] if bias is None else call.table[k : k + 1] + bias
+        rows_of, centres = features, weight
+        if self.scale is not None:
+            rows_of = (self.scale * _directions(features, exact)).to(features.dtype)
+            centres = _directions(weight, exact).to(weight.dtype)
+        weight_sum = for_weight
+        if (
+            for_weight is not None
+            and for_weight.dtype != exact
+            and (len(chunks) > 1 or self.scale is not None)
+        ):
+            weight_sum = torch.empty_like(for_weight, dtype=exact)
+        bias_sum = None if for_bias is None else torch.zeros_like(for_bias, dtype=exact)
+
+        for rows in chunks:
+            some = rows_of[rows]
+            logits = torch.mm(some, centres.T, out=buffer[: len(some)])
+            # From here on the gradient of the logits lies where they were.
+            loss, _ = call.engine.forward(
+                logits[:, None],
+                call.target[rows],
+                table,
+                None if weights is None else weights[rows],
+                divisor,
+                ignore_index=call.ignore_index,
+                label_smoothing=call.label_smoothing,
+                reduce=False,
+                gradient=None if for_features is for_weight is for_bias is None else logits[:, None],
+            )
+            losses[rows] += loss
+            if for_features is not None:
+                for_features[rows] = logits @ centres
+            if weight_sum is not None:
+                _add_product(weight_sum, logits.T, some, first=rows.start == 0)
+            if bias_sum is not None:
+                bias_sum += logits.sum(dim=0, dtype=exact)
+
+        if self.scale is not None and for_features is not None:
+            wide = for_features.to(exact) * self.scale
+            for_features.copy_(_through_directions_(wide, features.to(exact)))
+        if self.scale is not None and weight_sum is not None:
+            _through_directions_(weight_sum, weight.to(exact))
+        if for_weight is not None and weight_sum is not None and weight_sum is not for_weight:
+            for_weight.copy_(weight_sum)
+        if for_bias is not None and bias_sum is not None:
+            for_bias.copy_(bias_sum)
+
+
+def _chunks(features: Tensor, num_classes: int) -> list[slice]:
+    """Slices of the samples, of about equal size."""
+    num_samples = len(features)
+    most = _CHUNK_BYTES.get(features.device.type, 1 << 28) // (num_classes * features.element_size())
+    number = -(-num_samples // max(most, _LEAST_SAMPLES))
+    size = -(-num_samples // max(number, 1))
+    return [slice(start, min(start + size, num_samples)) for start in range(0, num_samples, max(size, 1))]
+
+
+def _directions(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    return functional.unit_vectors(vectors.to(dtype))
+
+
+def _through_directions_(gradient: Tensor, vectors: Tensor) -> Tensor:
+    """The gradient of the vectors, in place of that of their directions."""
+    directions = functional.unit_vectors(vectors)
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    along = torch.linalg.vecdot(directions, gradient)[..., None]
+    return gradient.addcmul_(directions, along, value=-1).div_(torch.where(length == 0, torch.inf, length))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """``total += left @ right``, or for the first ``total = left @ right``, in the total's precision."""
+    if left.is_cuda and left.dtype != total.dtype and "dtype" in torch.ops.aten.mm.overloads():
+        product = torch.mm(left, right, out_dtype=total.dtype)
+        _ = total.copy_(product) if first else total.add_(product)
+        return
+    torch.addmm(total, left.to(total.dtype), right.to(total.dtype), beta=0 if first else 1, out=total)
+
+
+def _compiled(
+    call: fused.Call,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    backend: str,
+) -> Tensor:
+    """Eq. 9 of every sample ``[N]``, for :func:`torch.compile`."""
+    losses: Tensor = torch.ops.lgla_losses.linear_cross_entropy(
+        features,
+        weight,
+        bias,
+        call.target,
+        call.table,
+        call.weights,
+        scale,
+        call.ignore_index,
+        call.label_smoothing,
+        backend,
+    )
+    return losses
+
+
+_ARGUMENTS = (
+    "Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor table, Tensor? weights, "
+    "float? scale, SymInt ignore_index, float label_smoothing, str backend"
+)
+_OPERATORS = torch.library.Library("lgla_losses", "FRAGMENT")
+_OPERATORS.define(f"linear_cross_entropy({_ARGUMENTS}) -> Tensor")
+_OPERATORS.define(f"linear_cross_entropy_backward(Tensor upstream, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+
+
+def _problem(
+    target: Tensor,
+    table: Tensor,
+    weights: Tensor | None,
+    scale: float | None,
+    ignore_index: int,
+    label_smoothing: float,
+    backend: str,
+) -> LinearCrossEntropy:
+    engine = fused.engine_for(backend, target.device) or chunked
+    call = fused.Call(engine, target, table, weights, None, ignore_index, label_smoothing, reduce=False)
+    return LinearCrossEntropy(call, scale)
+
+
+def _operator(features: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    return _problem(*rest).run((features, weight, bias), (False, False, False))[0]
+
+
+def _operator_backward(
+    upstream: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    wanted = True, True, bias is not None
+    found = _problem(*rest).gradients((features, weight, bias), upstream, None, wanted)
+    return tuple(upstream.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale, ctx.ignore_index, ctx.label_smoothing, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    *gradients, for_bias = torch.ops.lgla_losses.linear_cross_entropy_backward(
+        upstream, *ctx.saved_tensors, ctx.scale, ctx.ignore_index, ctx.label_smoothing, ctx.backend
+    )
+    return *gradients, None if ctx.saved_tensors[2] is None else for_bias, *[None] * 7
+
+
+def _shape(features: Tensor, *_: object) -> Tensor:
+    return features.new_empty(len(features), dtype=functional.compute_dtype(features.dtype))
+
+
+def _shapes(
+    upstream: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, *_: object
+) -> tuple[Tensor, ...]:
+    absent = upstream.new_empty(0)
+    return tuple(absent if v is None else v.new_empty(v.shape) for v in (features, weight, bias))
+
+
+for _key in ("CPU", "CUDA"):
+    _OPERATORS.impl("linear_cross_entropy", _operator, _key)
+    _OPERATORS.impl("linear_cross_entropy_backward", _operator_backward, _key)
+torch.library.register_fake("lgla_losses::linear_cross_entropy", _shape, lib=_OPERATORS)
+torch.library.register_fake("lgla_losses::linear_cross_entropy_backward", _shapes, lib=_OPERATORS)
+torch.library.register_autograd(
+    "lgla_losses::linear_cross_entropy", _gradients, setup_context=_save, lib=_OPERATORS
+)
