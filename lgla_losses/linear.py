@@ -204,11 +204,13 @@ class LinearCrossEntropy(NamedTuple):
         """The losses ``[N]``, and the gradients of their sum over the divisor."""
         features, weight, _ = inputs
         losses = features.new_zeros(len(features), dtype=functional.compute_dtype(features.dtype))
+        chunks = _chunks(features, num_classes=weight.shape[1])
+        # Without samples nothing else fills them.
+        new = torch.empty_like if chunks else torch.zeros_like
         gradients = [
-            torch.empty_like(v, memory_format=torch.contiguous_format) if w else None
+            new(v, memory_format=torch.contiguous_format) if w else None
             for v, w in zip(inputs, wanted, strict=True)
         ]
-        chunks = _chunks(features, num_classes=weight.shape[1])
         # One memory for all chunks, which is warm from the second on.
         buffer = features.new_empty((chunks[0].stop if chunks else 0, weight.shape[1]))
         with torch.autocast(features.device.type, enabled=False):

@@ -48,6 +48,35 @@ def test_criterion_compiles_with_a_dynamic_batch(backend, form, reduction):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["tensor", "list"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_many_classes_compile_to_the_operator(backend, form, reduction):
+    """From 512 classes on the fused operator stands in the graph, in both directions."""
+    counts = list(range(600, 0, -1))
+    criterion = LGLALoss(counts, label_smoothing=0.1, reduction=reduction)
+    graphs = []
+
+    def spy(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    compiled = torch.compile(criterion, fullgraph=True, dynamic=True, backend=spy)
+    target = torch.tensor([0, 599, -100, 7, 300])
+    for number in (5, 4):
+        results = []
+        for function in (criterion, compiled):
+            torch.manual_seed(number)
+            logits = 60 * torch.rand(number, 3, 600, dtype=torch.float64) - 30
+            leaves = list(logits.unbind(1)) if form == "list" else [logits]
+            leaves = [v.clone().requires_grad_() for v in leaves]
+            loss = function(leaves if form == "list" else leaves[0], target[:number])
+            loss.backward(torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape))
+            results.append((loss.detach(), [v.grad for v in leaves]))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
+    assert all("lgla_losses.cross_entropy" in graph for graph in graphs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_parts_compile(backend):
     grouper = ClassGrouper(COUNTS, 2)
     angles, target = torch.rand(6, 3), torch.arange(6) % 4

@@ -88,7 +88,9 @@ def forward(
             loss -= label_smoothing * chunk.log_softmax.mean(dim=-1, keepdim=True)
         losses[rows] = (weight * loss).masked_fill_(chunk.ignored, 0.0).sum(dim=(1, 2))
         if gradient is not None:
-            chunk.write(gradient[rows], weight if divisor is None else weight / divisor, label_smoothing)
+            chunk.write(
+                gradient[rows], weight if divisor is None else weight * divisor.reciprocal(), label_smoothing
+            )
     state = losses.new_zeros((*logits.shape[:2], 2))
     if not reduce:
         return losses, state

@@ -238,7 +238,7 @@ def _run(
 ) -> None:
     n, k, c = logits.shape
     target = target.contiguous()
-    table = None if table is None else table.contiguous()
+    table = None if table is None else table.to(torch.float64).contiguous()
     weights = None if weights is None else weights.to(state.dtype).contiguous()
     threads = torch.get_num_threads() if logits.numel() >= _WORTH_THREADS else 1
     fresh, fresh_bytes = None, 0

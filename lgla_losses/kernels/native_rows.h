@@ -200,7 +200,7 @@ static inline double VARIANT(exp_double)(double x) {
                 *loss = (A)(weight * value);                                                          \
                 state[0] = max, state[1] = (A)sum;                                                    \
                 if (!gradient) continue;                                                              \
-                scale = weight / b->divisor;                                                          \
+                scale = weight * (A)(1 / b->divisor), sum = (A)sum; /* as backward would have them */ \
                 const A factor = (A)(scale / sum), shift = (A)(scale * e / C);                        \
                 if (dense_gradient) VARIANT(scale_##NAME)(gradient, 1, kept, factor, shift, C);       \
                 else VARIANT(scale_##NAME)(gradient, b->gc, kept, factor, shift, C);                  \

@@ -297,7 +297,7 @@ def _forward(
         else:
             tl.store(losses + n * num_experts + k, loss, mask=here)
         if gradient is not None:
-            factor /= shares
+            factor *= 1.0 / shares  # as backward has it
             row = (n * out_n + k * out_k) * align
             _store_gradient(
                 gradient, row, j, here, exponentials, sums, y, valid, factor, num_classes, out_c, smoothing
@@ -361,7 +361,7 @@ def _forward_blocked(
         else:
             tl.store(losses + n * num_experts + k, loss, mask=here)
         if gradient is not None:
-            factor /= shares
+            factor *= 1.0 / shares  # as backward has it
             out_row = (n * out_n + k * out_k) * align
             for first in range(0, num_classes, block):
                 j = first + tl.arange(0, block)
