@@ -17,6 +17,7 @@ from lgla_losses import (
     ExpertOutput,
     GroupConvExperts,
     LGLALoss,
+    LinearLGLALoss,
     count_classes,
 )
 
@@ -266,6 +267,14 @@ CASES = {
         lambda: experts(stage=nn.Sequential(nn.Conv2d(2, 4, 3), NoReset())),
         ValueError, "stage", "'1.scale'", "NoReset", "factory", "init_fn=", "reset=False",
     ),
+    "linear: mixed dtypes": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4).double(), torch.zeros(3, 2, 4), torch.zeros(2, dtype=torch.int64)), ValueError, "weight", "float64", "float32", "autocast"),
+    "linear: weight of other classes": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.zeros(3, 5, 4), torch.zeros(2, dtype=torch.int64)), ValueError, "features, weight", "[3, 2, d]", "[3, 5, 4]"),
+    "linear: logits for features": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3), torch.zeros(3, 2, 4), torch.zeros(2, dtype=torch.int64)), ValueError, "features", "[N, K, d]", "[2, 3]"),
+    "linear: bias of another shape": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4), torch.zeros(2, dtype=torch.int64), torch.zeros(2)), ValueError, "bias", "[K, C]", "[2]"),
+    "linear: bias of a cosine head": (lambda: LinearLGLALoss([3, 2], scale=30.0)(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4), torch.zeros(2, dtype=torch.int64), torch.zeros(3, 2)), ValueError, "bias", "None", "cosine"),
+    "linear: target too large": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4), torch.full((2,), 2)), ValueError, "target", "0..1", "got 2"),
+    "linear: NaN features": (lambda: LinearLGLALoss([3, 2], aaw=False)(torch.full((2, 3, 4), math.nan), torch.zeros(3, 2, 4), torch.zeros(2, dtype=torch.int64)), ValueError, "features, weight, bias", "NaN", "learning rate"),
+    "linear: NaN angles": (lambda: LinearLGLALoss([3, 2])(torch.full((2, 3, 4), math.nan), torch.zeros(3, 2, 4), torch.zeros(2, dtype=torch.int64)), ValueError, "angles", "NaN"),
     "3-D stage output": (
         lambda: experts(stage=nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(2)))(torch.zeros(2, 2, 5, 5)),
         ValueError, "stage", "[N, d]", "9", "pooling",

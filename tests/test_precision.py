@@ -3,8 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_fused import engine  # noqa: F401
 
 from lgla_losses import LGLALoss
+
+pytestmark = [
+    pytest.mark.usefixtures("engine"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*"),
+]
 
 COUNTS = [int(5000 * 256 ** (-j / 199)) for j in range(200)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -23,15 +29,15 @@ def plain_loop(logits, target, table, weights):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ["random", "confident", "uniform"])
-def test_error_is_at_most_plain_pytorchs(dtype, rows, device):
+def test_error_is_at_most_plain_pytorchs(dtype, rows):
     logits = {
         "random": 30 * (2 * torch.rand(64, 3, 200) - 1),
         "confident": 30 * F.one_hot(torch.randint(200, (64, 3)), 200),
         "uniform": torch.randn(64, 3, 200) / 100,
-    }[rows].to(dtype).to(device)  # fmt: skip
-    target = torch.randint(200, (64,), device=device)
-    features, weight = torch.randn(64, 3, 16, device=device), torch.randn(3, 200, 16, device=device)
-    criterion = LGLALoss(COUNTS).to(device)
+    }[rows].to(dtype)  # fmt: skip
+    target = torch.randint(200, (64,))
+    features, weight = torch.randn(64, 3, 16), torch.randn(3, 200, 16)
+    criterion = LGLALoss(COUNTS).to(logits.device)
 
     def run(loss_of, values):
         values = values.clone().requires_grad_()
@@ -62,6 +68,6 @@ def test_float32_arithmetic_beats_low_precision_arithmetic(dtype):
     """The contract's "at least float32": a loss computed in bfloat16 would be off by percents."""
     logits = (30 * (2 * torch.rand(256, 3, 200) - 1)).to(dtype)
     target = torch.randint(200, (256,))
-    criterion = LGLALoss(COUNTS, aaw=False)
+    criterion = LGLALoss(COUNTS, aaw=False).to(logits.device)
     truth = criterion(logits.double(), target)
     assert criterion(logits, target).item() == pytest.approx(truth.item(), rel=1e-6)
