@@ -10,7 +10,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_drop_in_example_runs_and_learns():
-    example, own_heads, backbone = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, own_heads, backbone, many_classes = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(compile(example, "README.md", "exec"), names)
     assert names["loss"].isfinite()
@@ -22,6 +22,8 @@ def test_the_drop_in_example_runs_and_learns():
     exec(compile(backbone, "README.md", "exec"), names)
     assert names["loss"].isfinite()
     assert names["output"].features.shape == torch.Size([2, 3, 2048])
+    exec(compile(many_classes, "README.md", "exec"), names)
+    assert names["weight"].grad.isfinite().all()
     assert len([line for line in backbone.splitlines() if line.strip()]) <= 10
     assert len([line for line in example.splitlines() if line.strip() and line[0] != "#"]) <= 20
 

@@ -1,0 +1,125 @@
+"""The losses' benchmark: it runs, its records keep their contract, and all columns do equal work."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from scripts import ROOT, load
+
+RECORDS = sorted((ROOT / "benchmarks" / "results").glob("losses_*.json"))
+
+
+@pytest.fixture(scope="module")
+def peers():
+    return load("benchmarks/peers.py")
+
+
+@pytest.fixture(scope="module")
+def report():
+    return load("benchmarks/report.py")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    path = tmp_path_factory.mktemp("benchmark") / "losses.json"
+    result = run("--quick", "--out", str(path))
+    assert result.returncode == 0, result.stderr
+    return path, result
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "losses.py", *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+
+
+def test_the_quick_run_fulfils_the_contract(quick, report):
+    path, result = quick
+    record = json.loads(path.read_text())
+    assert report.faults(record) == []
+    columns = {row["column"] for row in record["rows"] if row["median_ms"] is not None}
+    assert {"LGLALoss", "LinearLGLALoss", "plain loop", "plain loop, compiled", "paper's formula"} <= columns
+    assert {"logits.clone()", "matrix products", "floor"} <= columns
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "against the fastest peer that computes the same loss" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= max(150, len(f"picture: {path}"))
+
+
+def test_its_table_holds_its_figures(quick, report):
+    path, _ = quick
+    record = json.loads(path.read_text())
+    printed = run("--table", str(path)).stdout
+    tables = report.markdown(record)
+    assert all(table in printed for table in tables.values())
+    rows = [row for row in record["rows"] if row["column"] == "plain loop" and row["phase"] == "forward"]
+    text = tables["logits: forward, ms (times plain loop)"]
+    assert all(f"{row['median_ms']:.3g} (1)" in text for row in rows if row["suite"] == "logits")
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_committed_records_fulfil_the_contract(path, report):
+    assert report.faults(json.loads(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"median_ms": "1"}, "median_ms is '1'"),
+        ({"median_ms": None, "note": ""}, "no time and no note"),
+        ({"q1_ms": 9e9}, "quartiles"),
+        ({"phase": "backward"}, "phase 'backward'"),
+        ({"extra": 1}, "unknown extra"),
+        ({"peak_mb": float("nan")}, "not finite"),
+        ({"repetitions": 1}, "repetitions"),
+    ],
+)
+def test_a_broken_record_is_told(quick, report, change, fault):
+    record = json.loads(quick[0].read_text())
+    record["rows"][0].update(change)
+    assert any(fault in found for found in report.faults(record))
+
+
+def test_a_loss_is_told_as_plainly_as_a_win(quick, report):
+    record = json.loads(quick[0].read_text())
+    cell = [
+        row for row in record["rows"] if row["suite"] == "logits" and row["phase"] == "forward + backward"
+    ]
+    ours = next(row for row in cell if row["column"] == "LGLALoss")
+    ours["median_ms"] = 1e3 * max(row["median_ms"] for row in cell)
+    assert any(line.startswith("tiny") and "LGLALoss LOSES to" in line for line in report.balance(record))
+    ours["median_ms"] = 1e-9
+    assert report.verdict(cell, ours).startswith("wins")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("features", [None, 12])
+def test_all_that_is_compared_by_time_is_the_same_loss(peers, features, dtype):
+    shape = peers.Shape("test", 40, 3, 30, features)
+    (batch,) = peers.make_batches(shape, dtype, "cpu")
+    losses, gradients = {}, {}
+    for column in peers.columns_for(shape, "cpu", compiler="eager"):
+        if column.equal:
+            step = column.make(shape, "cpu")
+            step.train(batch)
+            losses[column.name] = step.forward(batch)
+            gradients[column.name] = [leaf.grad for leaf in batch.leaves]
+            for leaf in batch.leaves:
+                leaf.grad = None
+    assert {"plain loop", "plain loop, compiled"} <= set(losses)
+    assert len(losses) == 5 + (features is None)
+    reference = losses.pop("plain loop"), gradients.pop("plain loop")
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss.double(), reference[0].double(), rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(gradients[name], reference[1], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_wrong_arguments_end_before_any_measuring():
+    result = run("--device", "meta")
+    assert result.returncode == 2
+    assert "expected cpu or cuda" in result.stderr
