@@ -100,13 +100,18 @@ class ExpertLoss(nn.Module):
         """Number of classes ``C``."""
         return self.grouper.num_classes
 
-    def _engine(self, logits: Tensor) -> Engine | None:
-        """What computes for such logits, or what they are made from; None stands for plain PyTorch."""
-        unfit = None if self.backend == "reference" else fused.unfit(logits)
+    def _engine(self, first: Tensor, *others: object) -> Engine | None:
+        """What computes for such inputs; None stands for plain PyTorch."""
+        if self.backend == "reference":
+            return None
+        unfit = fused.unfit(first, *others)
+        if unfit is None and self.adjuster.table.requires_grad:
+            unfit = "the adjustments are constant to it, and this table wants a gradient"
         if unfit is None:
-            return fused.engine_for(self.backend, logits.device)
+            return fused.engine_for(self.backend, first.device)
         if self.backend != "auto":
             raise ValueError(f"backend: {self.backend!r} cannot run, as {unfit}; 'auto' takes what can")
+        fused.log_once(f"backend 'auto' takes 'reference', as {unfit}")
         return None
 
     def _weights(
@@ -116,7 +121,7 @@ class ExpertLoss(nn.Module):
 
         ``source`` is the angles, or with ``scale`` cosine logits ``[N, K, C]``.
         """
-        if engine is not None and not self.weighter.is_hooked():
+        if engine is not None and self.weighter.is_plain():
             return self.weighter.of_batch(source, target, scale=scale, engine=engine, check=check)
         if scale is not None:
             source = functional.angles_from_logits(source, self._own_class(target), scale)

@@ -3,7 +3,9 @@
 Where the loss is a scalar its gradient is computed together with it, and ``backward`` hands it over.
 Elsewhere ``backward`` computes it from the logits and two numbers a row: without reduction; for
 float16, whose small gradients must meet the loss's scale before they are rounded; the second time
-through a retained graph; and under ``torch.compile``.
+through a retained graph; and under ``torch.compile``. Until ``backward`` the graph of a scalar loss
+holds its gradient, which saved-tensor hooks (offloading) do not see. A 16-bit gradient is rounded once,
+and once more where the gradient of the loss is no power of two, as those of loss scaling are.
 """
 
 from __future__ import annotations
@@ -42,24 +44,34 @@ def engine_for(backend: str, device: torch.device) -> Engine | None:
             return triton
         if backend == "triton":
             raise ValueError(f"backend: 'triton' cannot run: {missing}; 'auto' takes the fastest that can")
-        _log_once(f"backend 'auto' takes 'reference', as 'triton' cannot run: {missing}")
+        log_once(f"backend 'triton' cannot run: {missing}; plain PyTorch runs instead")
     elif device.type == "cpu":
         if native.LIBRARY is not None:
             return native
-        _log_once(f"the C library of backend 'fused' cannot run: {native.MISSING}")
+        log_once(f"the C library of backend 'fused' cannot run: {native.MISSING}; PyTorch runs instead")
+    elif backend == "auto":
+        log_once(f"there is no engine for {device.type}; plain PyTorch runs instead")
     return chunked if backend == "fused" else None
 
 
-def unfit(logits: Tensor) -> str | None:
-    """Why no engine takes such logits, or None."""
+def unfit(*inputs: object) -> str | None:
+    """Why no engine takes such tensors, or None: an engine reads memory, and nobody sees it do so."""
     if torch.compiler.is_compiling():
         return None
-    if type(logits) not in (Tensor, torch.nn.Parameter):
-        return f"it takes plain tensors, got logits of type {type(logits).__name__}"
-    if torch._C._functorch.is_functorch_wrapped_tensor(logits):
-        return "it does not run under torch.func transforms"
-    if logits.is_meta:
-        return "it needs values, got logits on the meta device"
+    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0:
+        return "operations are being traced"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "it has no forward-mode derivative"
+    for tensor in inputs:
+        if not isinstance(tensor, Tensor):
+            continue
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"it takes plain tensors, got one of type {type(tensor).__name__}"
+        functorch = torch._C._functorch
+        if functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor):
+            return "it does not run under torch.func transforms"
+        if tensor.is_meta or tensor.is_neg():
+            return "it reads memory, got a tensor without any, or one that is a negated view of it"
     return None
 
 
@@ -72,6 +84,12 @@ def triton_missing(device: torch.device | None = None) -> str | None:
     if device is not None and device.type != "cuda":
         return f"it takes tensors on CUDA devices, got logits on {device}"
     return None
+
+
+def log_once(message: str) -> None:
+    """Say at level INFO what is slower than it might be; not to a compiler, which cannot trace that."""
+    if not torch.compiler.is_compiling():
+        _log_once(message)
 
 
 @cache
@@ -157,19 +175,24 @@ class _Fused(torch.autograd.Function):
         at_once = call.reduce and not any(v is not None and v.dtype == torch.float16 for v in inputs)
         loss, gradients, state = problem.run(inputs, [w and at_once for w in wanted])
         ctx.problem, ctx.gradients = problem, gradients if at_once else None
-        # Saved, so that a change of any before `backward` needs it raises there.
-        ctx.save_for_backward(call.target, call.table, state, *inputs)
+        # Saved, so that a change of any before `backward` needs it raises there. What was made in
+        # inference mode knows of no changes, and cannot be saved.
+        constants = [
+            None if v is None or v.is_inference() else v
+            for v in (call.target, call.table, call.weights, call.divisor)
+        ]
+        ctx.save_for_backward(state, *constants, *inputs)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():
-            return None, *_differentiable_gradients(ctx.problem, ctx.saved_tensors[3:], upstream, wanted)
+        if torch.is_grad_enabled() or unfit(upstream):
+            return None, *_differentiable_gradients(ctx.problem, ctx.saved_tensors[5:], upstream, wanted)
         # From now on they are the caller's; a second backward computes its own.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            _, _, state, *inputs = ctx.saved_tensors
+            state, _, _, _, _, *inputs = ctx.saved_tensors
             return None, *ctx.problem.gradients(inputs, upstream, state, wanted)
         for gradient in gradients:
             if gradient is not None:
@@ -181,7 +204,10 @@ def _differentiable_gradients(
     problem: Fusible, inputs: Inputs, upstream: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     chosen = [v for v, w in zip(inputs, wanted, strict=True) if w and v is not None]
-    found = iter(torch.autograd.grad(problem.differentiable(inputs), chosen, upstream, create_graph=True))
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        loss = problem.differentiable(inputs)
+    found = iter(torch.autograd.grad(loss, chosen, upstream, create_graph=twice))
     return [next(found) if w else None for w in wanted]
 
 
@@ -321,11 +347,21 @@ def _gradients(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | N
     return gradient, *[None] * 6
 
 
-for _key in ("CPU", "CUDA"):
-    _OPERATORS.impl("cross_entropy", _operator, _key)
-    _OPERATORS.impl("cross_entropy_backward", _operator_backward, _key)
+def refuse_second_derivative(ctx: Any, *upstream: Tensor) -> None:
+    """The derivative of an operator's backward."""
+    raise RuntimeError(
+        "the compiled loss of lgla_losses has no second derivative; leave it out of torch.compile, or "
+        "construct it with backend='reference'"
+    )
+
+
+_OPERATORS.impl("cross_entropy", _operator, "CompositeExplicitAutograd")
+_OPERATORS.impl("cross_entropy_backward", _operator_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("lgla_losses::cross_entropy", _shapes, lib=_OPERATORS)
 torch.library.register_fake(
     "lgla_losses::cross_entropy_backward", lambda _, logits, *__: torch.empty_like(logits), lib=_OPERATORS
 )
 torch.library.register_autograd("lgla_losses::cross_entropy", _gradients, setup_context=_save, lib=_OPERATORS)
+torch.library.register_autograd(
+    "lgla_losses::cross_entropy_backward", refuse_second_derivative, lib=_OPERATORS
+)

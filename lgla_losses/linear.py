@@ -83,8 +83,15 @@ class LinearLGLALoss(ExpertLoss):
         readable = values_readable(features, self.validate_args)
         if readable:
             target_values(target, self.num_classes, self.ignore_index)
-        engine = self._engine(features)
-        if engine is None and self.backend != "reference" and fused.unfit(features) is None:
+            if not features.isfinite().all():
+                raise ValueError(
+                    "features: expected finite numbers, got NaN or infinity; lower the learning rate, "
+                    "clip gradients, or look for a division by zero upstream "
+                    "(validate_args=False skips this check)"
+                )
+        inputs = features, weight, target, bias, normalizer
+        engine = self._engine(*inputs)
+        if engine is None and self.backend != "reference" and fused.unfit(*inputs) is None:
             engine = chunked
         compiling = torch.compiler.is_compiling()
         weights = samples = None
@@ -94,6 +101,11 @@ class LinearLGLALoss(ExpertLoss):
                 None if compiling else engine, angles, target, scale=None, check=False
             )
         features, weight, bias = _as_autocast_would(features, weight, bias)
+        if weight.dtype != features.dtype:
+            raise ValueError(
+                f"weight: expected the features' dtype {features.dtype}, got {weight.dtype}; "
+                "convert one of them, or train under torch.autocast, which leaves float64 as it is"
+            )
         divisor = self._divisor(target, normalizer, samples, functional.compute_dtype(features.dtype))
         reduce = self.reduction != "none" and not (
             engine is None or compiling or (divisor is not None and divisor.requires_grad)
@@ -147,18 +159,13 @@ class LinearLGLALoss(ExpertLoss):
             if self.scale is not None:
                 raise ValueError(f"bias: expected None with scale={self.scale}: cosine classifiers have none")
         same_device(features=features, target=target, weight=weight, bias=bias, criterion=self.adjuster.table)
-        if not torch.is_autocast_enabled(features.device.type) and weight.dtype != features.dtype:
-            raise ValueError(
-                f"weight: expected the features' dtype {features.dtype}, got {weight.dtype}; "
-                "convert one of them, or train under torch.autocast"
-            )
         self._check_normalizer(normalizer)
 
 
 def _as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The inputs of a matrix product in the dtype it runs in."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
@@ -309,7 +316,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> Non
     """``total += left @ right``, or for the first ``total = left @ right``, in the total's precision."""
     if left.is_cuda and left.dtype != total.dtype and "dtype" in torch.ops.aten.mm.overloads():
         product = torch.mm(left, right, out_dtype=total.dtype)
-        _ = total.copy_(product) if first else total.add_(product)
+        if first:
+            total.copy_(product)
+        else:
+            total.add_(product)
         return
     torch.addmm(total, left.to(total.dtype), right.to(total.dtype), beta=0 if first else 1, out=total)
 
@@ -396,11 +406,13 @@ def _shapes(
     return tuple(absent if v is None else v.new_empty(v.shape) for v in (features, weight, bias))
 
 
-for _key in ("CPU", "CUDA"):
-    _OPERATORS.impl("linear_cross_entropy", _operator, _key)
-    _OPERATORS.impl("linear_cross_entropy_backward", _operator_backward, _key)
+_OPERATORS.impl("linear_cross_entropy", _operator, "CompositeExplicitAutograd")
+_OPERATORS.impl("linear_cross_entropy_backward", _operator_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("lgla_losses::linear_cross_entropy", _shape, lib=_OPERATORS)
 torch.library.register_fake("lgla_losses::linear_cross_entropy_backward", _shapes, lib=_OPERATORS)
 torch.library.register_autograd(
     "lgla_losses::linear_cross_entropy", _gradients, setup_context=_save, lib=_OPERATORS
+)
+torch.library.register_autograd(
+    "lgla_losses::linear_cross_entropy_backward", fused.refuse_second_derivative, lib=_OPERATORS
 )

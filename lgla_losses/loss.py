@@ -111,22 +111,28 @@ class LGLALoss(ExpertLoss):
         logits = check_logits(output, self.num_experts, self.num_classes)
         first = logits if isinstance(logits, Tensor) else logits[0]
         self._check_inputs(first, target, features, weight, normalizer)
-        engine = self._engine(first)
+        tensors = [logits] if isinstance(logits, Tensor) else logits
+        engine = self._engine(*tensors, target, features, weight, normalizer)
         readable = values_readable(first, self.validate_args)
-        # The C library reads every value anyway and tells when one is wrong.
-        tells = readable and engine is native and self.weighter.num_ranks() == 1
+        # The C library reads every value of stacked logits anyway and tells when one is wrong.
+        tells = readable and engine is native and isinstance(logits, Tensor) and self._is_alone()
         if readable and not tells:
             self._check_values(logits, target, from_logits=features is None)
+        elif readable and features is not None:
+            target_values(target, self.num_classes, self.ignore_index)
         try:
             return self._loss(engine, logits, target, features, weight, normalizer, check=tells)
         except native.BadValuesError:
             if not readable:
-                raise IndexError(
-                    f"target: expected class indices 0..{self.num_classes - 1}, got one out of range; "
-                    "validate_args=True says which"
-                ) from None
+                raise
             self._check_values(logits, target, from_logits=features is None)
         return self._loss(engine, logits, target, features, weight, normalizer, check=False)
+
+    def _is_alone(self) -> bool:
+        """Whether an error may come late: no rank waits for this one, no hook and no compiler looks on."""
+        return (
+            self.weighter.num_ranks() == 1 and self.weighter.is_plain() and not torch.compiler.is_compiling()
+        )
 
     def _loss(
         self,
@@ -147,10 +153,10 @@ class LGLALoss(ExpertLoss):
             weights, samples = self._weights(plain, source, target, scale=scale, check=check)
         first = logits if isinstance(logits, Tensor) else logits[0]
         divisor = self._divisor(target, normalizer, samples, functional.compute_dtype(first.dtype))
-        table, options = self.adjuster.table, (self.ignore_index, self.label_smoothing)
+        table, ignore_index, label_smoothing = self.adjuster.table, self.ignore_index, self.label_smoothing
         if engine is None:
             loss = functional.lgla_loss(
-                logits, target, table, weights, ignore_index=options[0], label_smoothing=options[1]
+                logits, target, table, weights, ignore_index=ignore_index, label_smoothing=label_smoothing
             )
             return self._reduced(loss, divisor)
 
@@ -161,9 +167,16 @@ class LGLALoss(ExpertLoss):
         parts, begin = [], 0
         for block in blocks:
             experts = slice(begin, begin := begin + block.shape[1])
-            columns = None if weights is None else weights[:, experts]
             call = fused.Call(
-                engine, target, table[experts], columns, divisor if reduce else None, *options, reduce, check
+                engine,
+                target,
+                table[experts],
+                None if weights is None else weights[:, experts],
+                divisor if reduce else None,
+                ignore_index,
+                label_smoothing,
+                reduce,
+                check,
             )
             if compiling:
                 parts.append(fused.compiled_cross_entropy(call, block, self.backend))
@@ -188,10 +201,10 @@ class LGLALoss(ExpertLoss):
             return logits.detach(), self.scale
         return functional.angles_from_logits(logits, self._own_class(target), self.scale), None
 
-    def _engine(self, logits: Tensor) -> Engine | None:
+    def _engine(self, first: Tensor, *others: object) -> Engine | None:
         if self.backend == "auto" and torch.compiler.is_compiling() and self.num_classes < _WORTH_AN_OPERATOR:
             return None
-        return super()._engine(logits)
+        return super()._engine(first, *others)
 
     def _check_inputs(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from lgla_losses import functional
 from lgla_losses.checks import (
@@ -21,6 +22,9 @@ from lgla_losses.kernels import Engine
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+_EVERY_MODULES_HOOKS = module._global_forward_hooks, module._global_forward_pre_hooks
 
 
 class AAWWeighter(nn.Module):
@@ -106,9 +110,10 @@ class AAWWeighter(nn.Module):
         group = functional.target_groups(target, self.grouper.group_index, self.ignore_index)
         return functional.aaw_weights(angles, group, statistics)
 
-    def is_hooked(self) -> bool:
-        """Whether someone wants to see the angles and weights as they pass through ``forward``."""
-        return bool(self._forward_hooks or self._forward_pre_hooks)
+    def is_plain(self) -> bool:
+        """Whether nobody looks at, or changes, what passes through ``forward``."""
+        hooks = self._forward_hooks, self._forward_pre_hooks, *_EVERY_MODULES_HOOKS
+        return type(self).forward is AAWWeighter.forward and "forward" not in vars(self) and not any(hooks)
 
     def of_batch(
         self, source: Tensor, target: Tensor, *, scale: float | None, engine: Engine, check: bool
@@ -126,14 +131,16 @@ class AAWWeighter(nn.Module):
             weights ``[N, K]`` and a scalar: the samples not ignored over all ranks, at least 1,
             divided by the number of ranks.
         """
-        if scale is None:
-            self._check_values(source, target)
         batch = source, target, self.grouper.group_index, self.grouper.num_groups
         num_ranks, ignore_index = self.num_ranks(), self.ignore_index
         if num_ranks == 1:
+            if scale is None:
+                self._check_values(source, target)
             return engine.weights_of(*batch, scale=scale, ignore_index=ignore_index, check=check)
         angles, parts = engine.statistics(*batch, scale=scale, ignore_index=ignore_index, check=check)
         sums = sum_over_ranks(parts.sum(dim=0, keepdim=True), num_ranks, self.process_group)
+        if scale is None:  # after the collective, for which other ranks wait
+            self._check_values(source, target)
         return engine.weights(angles, target, batch[2], sums, ignore_index=ignore_index, num_ranks=num_ranks)
 
     def _check_values(self, angles: Tensor, target: Tensor) -> None:

@@ -273,8 +273,9 @@ CASES = {
     "linear: bias of another shape": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4), torch.zeros(2, dtype=torch.int64), torch.zeros(2)), ValueError, "bias", "[K, C]", "[2]"),
     "linear: bias of a cosine head": (lambda: LinearLGLALoss([3, 2], scale=30.0)(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4), torch.zeros(2, dtype=torch.int64), torch.zeros(3, 2)), ValueError, "bias", "None", "cosine"),
     "linear: target too large": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4), torch.full((2,), 2)), ValueError, "target", "0..1", "got 2"),
-    "linear: NaN features": (lambda: LinearLGLALoss([3, 2], aaw=False)(torch.full((2, 3, 4), math.nan), torch.zeros(3, 2, 4), torch.zeros(2, dtype=torch.int64)), ValueError, "features, weight, bias", "NaN", "learning rate"),
-    "linear: NaN angles": (lambda: LinearLGLALoss([3, 2])(torch.full((2, 3, 4), math.nan), torch.zeros(3, 2, 4), torch.zeros(2, dtype=torch.int64)), ValueError, "angles", "NaN"),
+    "linear: NaN features": (lambda: LinearLGLALoss([3, 2])(torch.full((2, 3, 4), math.nan), torch.zeros(3, 2, 4), torch.zeros(2, dtype=torch.int64)), ValueError, "features", "NaN", "learning rate"),
+    "linear: NaN weight": (lambda: LinearLGLALoss([3, 2], aaw=False)(torch.zeros(2, 3, 4), torch.full((3, 2, 4), math.nan), torch.zeros(2, dtype=torch.int64)), ValueError, "features, weight, bias", "NaN", "learning rate"),
+    "linear: NaN angles": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.full((3, 2, 4), math.nan), torch.zeros(2, dtype=torch.int64)), ValueError, "angles", "NaN"),
     "3-D stage output": (
         lambda: experts(stage=nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(2)))(torch.zeros(2, 2, 5, 5)),
         ValueError, "stage", "[N, d]", "9", "pooling",

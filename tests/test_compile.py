@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from lgla_losses import AAWWeighter, CLALogitAdjuster, ClassGrouper, GroupConvExperts, LGLALoss
+from lgla_losses import (
+    AAWWeighter,
+    CLALogitAdjuster,
+    ClassGrouper,
+    GroupConvExperts,
+    LGLALoss,
+    LinearLGLALoss,
+)
+from lgla_losses.kernels import native
 
 COUNTS = [40, 9, 5, 1]
 #: aot_eager traces and differentiates whole graphs without generating code: enough for most checks.
@@ -74,6 +82,34 @@ def test_many_classes_compile_to_the_operator(backend, form, reduction):
             results.append((loss.detach(), [v.grad for v in leaves]))
         torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
     assert all("lgla_losses.cross_entropy" in graph for graph in graphs)
+
+
+def test_values_are_checked_on_request_under_a_compiler():
+    criterion = LGLALoss(list(range(600, 0, -1)), validate_args=True)
+    logits = torch.full((4, 3, 600), float("nan"))
+    with pytest.raises(ValueError, match="logits"):
+        torch.compile(criterion, backend="eager")(logits, torch.arange(4))
+
+
+def test_a_compiled_loss_has_no_second_derivative_and_says_so():
+    criterion = LGLALoss(list(range(600, 0, -1)), aaw=False)
+    logits = torch.randn(4, 3, 600, requires_grad=True)
+    loss = torch.compile(criterion, backend="eager")(logits, torch.arange(4))
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (gradient**2).sum().backward()
+
+
+@pytest.mark.parametrize("loss", ["logits", "linear"])
+def test_it_compiles_without_the_c_library(loss, monkeypatch):
+    monkeypatch.setattr(native, "LIBRARY", None)
+    counts, target = list(range(600, 0, -1)), torch.arange(4)
+    if loss == "logits":
+        criterion, inputs = LGLALoss(counts), (30 * torch.rand(4, 3, 600), target)
+    else:
+        criterion, inputs = LinearLGLALoss(counts), (torch.randn(4, 3, 5), torch.randn(3, 600, 5), target)
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), criterion(*inputs))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,13 +2,15 @@
 
 import copy
 import logging
+import warnings
 
 import pytest
 import torch
 from test_engines import GPU, NAN
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from lgla_losses import ExpertOutput, LGLALoss, fused
+from lgla_losses import AAWWeighter, ExpertOutput, LGLALoss, LinearLGLALoss, fused
 from lgla_losses.kernels import chunked, native
 
 try:
@@ -34,7 +36,7 @@ def engine(request, monkeypatch):
 
 def batch(dtype=torch.float64, num_classes=6):
     logits = (60 * torch.rand(len(TARGET), 3, num_classes, dtype=torch.float64) - 30).to(dtype)
-    return logits, TARGET.to(logits.device)
+    return logits, TARGET.clone().to(logits.device)
 
 
 def criterion(**options):
@@ -154,10 +156,13 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(engine, monkeypatch):
     logits, target = batch()
     module = criterion()
 
-    def refuse(*_, **__):
-        raise AssertionError("memory for a gradient")
+    forward = engine.forward
 
-    monkeypatch.setattr(torch, "empty_like", refuse if engine is chunked else torch.empty_like)
+    def spy(*args, gradient, **options):
+        assert gradient is None
+        return forward(*args, gradient=gradient, **options)
+
+    monkeypatch.setattr(engine, "forward", spy)
     assert module(logits, target).grad_fn is None
     with torch.no_grad():
         assert module(logits.requires_grad_(), target).grad_fn is None
@@ -198,6 +203,209 @@ def test_hooks_on_the_weighter_are_called(engine, close):
     module.weighter.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
     close(module(logits, target), plain)
     assert [tuple(v.shape) for v in seen[0]] == [(7, 3), (7, 3)]
+
+
+# --- What PyTorch may do around the C library ---------------------------------------------------------------
+
+
+def test_a_default_device_is_no_matter():
+    """Memory for results was made on the default device."""
+    logits, target = batch()
+    features, weight = torch.randn(7, 3, 4), torch.randn(3, 6, 4)
+    module, linear = LGLALoss(COUNTS), LinearLGLALoss(COUNTS)
+    expected = module(logits, target), linear(features, weight, target)
+    with torch.device("meta"):
+        found = module(logits, target), linear(features, weight, target)
+    torch.testing.assert_close(found, expected)
+
+
+def test_who_replaces_the_weights_is_heard(close):
+    """By a hook, a subclass, or a hook on every module; a smaller tensor was read beyond its end."""
+    logits, target = batch()
+
+    class Halved(AAWWeighter):
+        def forward(self, *args):
+            return super().forward(*args).mean(dim=1, keepdim=True)
+
+    def halve(_, __, output):
+        return output.mean(dim=1, keepdim=True)
+
+    results = {}
+    for backend in ("auto", "reference"):
+        hooked, replaced, everywhere = (LGLALoss(COUNTS, backend=backend) for _ in range(3))
+        hooked.weighter.register_forward_hook(halve)
+        replaced.weighter = Halved(replaced.grouper)
+        seen = []
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda m, _, __, seen=seen: seen.append(type(m))
+        )
+        try:
+            everywhere(logits, target)
+        finally:
+            handle.remove()
+        assert AAWWeighter in seen
+        results[backend] = hooked(logits, target), replaced(logits, target)
+    for actual, expected in zip(*results.values(), strict=True):
+        close(actual, expected)
+
+
+def test_constants_of_other_forms_are_read_right(close):
+    """load_state_dict(assign=True) takes whatever memory it is given."""
+    logits, target = batch()
+    expected = LGLALoss(COUNTS)(logits, target)
+    state = LGLALoss(COUNTS).state_dict()
+    for change in (lambda v: v.int(), lambda v: v.repeat_interleave(2)[::2]):
+        module = LGLALoss(COUNTS)
+        changed = {name: change(v) if "group_index" in name else v for name, v in state.items()}
+        module.load_state_dict(changed, assign=True)
+        close(module(logits, target), expected)
+    module.adjuster.table = module.adjuster.table[:, :3]
+    with pytest.raises(RuntimeError, match="size"):
+        module(logits, target)
+    module = LGLALoss(COUNTS)
+    module.grouper.group_index.fill_(5)
+    with pytest.raises(IndexError, match="out of range"):
+        module(logits, target)
+
+
+def test_forward_mode_keeps_its_tangent(close):
+    logits, target = batch()
+    tangents = []
+    for backend in ("auto", "reference"):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(logits, torch.ones_like(logits))
+            loss = LGLALoss(COUNTS, backend=backend, validate_args=False)(2 * dual, target)
+            tangents.append(forward_ad.unpack_dual(loss).tangent)
+    close(*tangents)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_is_of_the_loss_not_of_its_memory(close):
+    logits, target = batch()
+    module = LGLALoss(COUNTS, validate_args=False)
+    traced = torch.jit.trace(module, (logits, target), check_trace=False)
+    other = batch()[0]
+    close(traced(other, target), module(other, target))
+    graph = make_fx(module)(logits, target)
+    close(graph(other, target), module(other, target))
+
+
+def test_negated_views(close):
+    logits, target = batch()
+    negated = torch.complex(torch.zeros_like(logits), -logits).conj().imag
+    assert negated.is_neg()
+    close(LGLALoss(COUNTS)(negated, target), LGLALoss(COUNTS)(logits, target))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_changed_normalizer_raises(linear):
+    """A running count of samples, say."""
+    logits, target = batch(torch.float16)
+    normalizer = torch.tensor(5.0)
+    if linear:
+        leaves = torch.randn(7, 3, 4).half().requires_grad_(), torch.randn(3, 6, 4).half()
+        loss = LinearLGLALoss(COUNTS)(*leaves, target, normalizer=normalizer)
+    else:
+        loss = LGLALoss(COUNTS)(logits.requires_grad_(), target, normalizer=normalizer)
+    normalizer.fill_(500.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_batched_gradients(reduction, close):
+    """Where the gradient of the loss, not the logits, is batched."""
+    logits, target = batch()
+    jacobians = [
+        torch.autograd.functional.jacobian(
+            lambda v, b=backend: LGLALoss(COUNTS, backend=b, reduction=reduction)(v, target).reshape(-1),
+            logits,
+            vectorize=True,
+        )
+        for backend in ("auto", "reference")
+    ]
+    close(*jacobians)
+
+
+def test_transforms_over_other_inputs(close):
+    logits, target = batch()
+    features, weight = torch.randn(2, 7, 3, 4), torch.randn(3, 6, 4)
+    found = {}
+    for backend in ("auto", "reference"):
+        module = LGLALoss(COUNTS, backend=backend, validate_args=False)
+        linear = LinearLGLALoss(COUNTS, backend=backend, validate_args=False)
+        found[backend] = [
+            torch.vmap(lambda f, m=module: m(logits, target, features=f, weight=weight))(features),
+            torch.func.grad(lambda w, m=linear: m(features[0], w, target))(weight),
+        ]
+    for actual, expected in zip(*found.values(), strict=True):
+        close(actual, expected)
+
+
+def test_a_loss_made_in_inference_mode_trains():
+    with torch.inference_mode():
+        module = LGLALoss(COUNTS)
+    logits, target = batch()
+    module(logits.requires_grad_(), target).backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["tensor", "list", "output", "hooked"])
+@pytest.mark.parametrize("what", ["target", "logits", "scale"])
+def test_bad_values_are_told_alike(form, what):
+    """Whatever finds them: the C library on its way, or a look at all values beforehand."""
+    told = []
+    for backend in ("auto", "reference"):
+        logits, target = batch()
+        if what == "target":
+            target[4] = 6
+        elif what == "logits":
+            logits[2, 1, 4] = NAN
+        else:
+            logits[0, 1, 0] = 99.0
+        module = LGLALoss(COUNTS, backend=backend)
+        if form == "hooked":
+            module.weighter.register_forward_hook(lambda *_: None)
+        output = {
+            "list": lambda v=logits: list(v.unbind(1)),
+            "output": lambda v=logits: ExpertOutput(v, torch.ones(7, 3, 4), torch.ones(3, 6, 4)),
+        }.get(form, lambda v=logits: v)()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                module(output, target)
+                module(output, target)
+                told.append([str(w.message) for w in caught])
+            except (ValueError, IndexError, RuntimeError) as error:
+                told.append((type(error), str(error)))
+    assert told[0] == told[1]
+    assert told[0] or (what, form) == ("scale", "output")
+
+
+def test_an_unchecked_target_out_of_range_is_an_index_error():
+    logits, target = batch()
+    target[4] = 6
+    with pytest.raises(IndexError, match="validate_args"):
+        LGLALoss(COUNTS, validate_args=False)(logits, target)
+    with pytest.raises(IndexError, match="validate_args"):
+        LinearLGLALoss(COUNTS, aaw=False, validate_args=False)(
+            torch.ones(7, 3, 4), torch.ones(3, 6, 4), target
+        )
+
+
+@pytest.mark.parametrize("factor", [1.0, 1 / 3, 1024.0])
+def test_a_bfloat16_gradient_of_a_scaled_loss(engine, factor):
+    """Rounded once; once more for a factor that is no power of two."""
+    logits, target = batch(torch.bfloat16)
+    loss = criterion(aaw=False)(logits.requires_grad_(), target)
+    (factor * loss).backward()
+    exact = logits.detach().double().requires_grad_()
+    (factor * criterion(aaw=False, backend="reference")(exact, target)).backward()
+    roundings = 2 if factor == 1 / 3 else 1
+    error = (logits.grad.double() - exact.grad).abs()
+    # The interpreter of Triton cuts off where hardware rounds.
+    unit = torch.finfo(torch.bfloat16).eps / (1 if engine is triton and GPU == "cpu" else 2)
+    assert (error <= 1.01 * roundings * unit * exact.grad.abs() + 1e-30).all()
 
 
 # --- The choice of an engine --------------------------------------------------------------------------------

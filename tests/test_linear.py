@@ -192,6 +192,19 @@ def test_autocast_makes_the_products_in_low_precision():
     assert torch.equal(gradients[1].bfloat16().float(), gradients[1])
 
 
+def test_float64_features_under_autocast_are_told():
+    features, weight, _ = inputs()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="float64"):
+        LinearLGLALoss(COUNTS)(features, weight.float(), TARGET)
+
+
+def test_meta_tensors_pass_through():
+    features, weight, bias = (v.detach().to("meta").requires_grad_() for v in inputs())
+    loss = LinearLGLALoss(COUNTS).to("meta")(features, weight, TARGET.to("meta"), bias)
+    loss.backward()
+    assert weight.grad.shape == weight.shape
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scale", [None, 30.0])
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -81,10 +81,13 @@ static double number(const void *values, int64_t dtype, int64_t offset) {
     }
 }
 
+/* Tells a library that was compiled from other sources than the caller's. */
+int64_t lgla_layout(void) { return sizeof(Batch); }
+
 /* Eq. 9 for a batch and, where a gradient is given, its derivative. */
 int lgla_cross_entropy(const Batch *b) {
     const Rows rows = fastest_rows();
-    const int64_t all = b->N * b->K, share = 1 + all / b->threads;
+    const int64_t all = b->N * b->K, share = all ? (all + b->threads - 1) / b->threads : 1;
     const size_t element = b->dtype == F64 ? sizeof(double) : sizeof(float);
     int status = 0;
 #ifdef MADV_HUGEPAGE
@@ -108,7 +111,6 @@ int lgla_cross_entropy(const Batch *b) {
     return status;
 }
 
-/* The angles of Eq. 7 and what a batch adds to their means by group. */
 typedef struct {
     const void *logits;         /* [N, K, C] with strides vn, vk, vc, or NULL where angles are given */
     const int64_t *target;      /* [N] */
@@ -120,13 +122,15 @@ typedef struct {
     double scale;
 } Angles;
 
+/* The angles of Eq. 7 and what a batch adds to their means by group. */
 int lgla_statistics(const Angles *a) {
     const double beyond = 1.05 * a->scale;
     int status = 0;
     memset(a->statistics, 0, a->G * (a->K + 1) * sizeof(double));
     for (int64_t n = 0; n < a->N; n++) {
         const int64_t y = a->target[n];
-        const int ignored = y == a->ignore_index, outside = !ignored && (y < 0 || y >= a->C);
+        const int ignored = y == a->ignore_index;
+        const int outside = !ignored && (y < 0 || y >= a->C || (uint64_t)a->group_index[y] >= (uint64_t)a->G);
         double *sums = ignored || outside ? NULL : a->statistics + a->group_index[y] * (a->K + 1);
         if (outside) status |= TARGET_OUT_OF_RANGE;
         for (int64_t k = 0; k < a->K; k++) {

@@ -21,7 +21,7 @@ _WORTH_LARGE_PAGES = 1 << 23
 _TARGET_OUT_OF_RANGE, _OUT_OF_MEMORY = 1, 8
 
 
-class BadValuesError(Exception):
+class BadValuesError(IndexError):
     """A target is out of range; or, where that is to be checked, a logit is not finite or not a cosine's."""
 
 
@@ -89,6 +89,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ):
             function.argtypes = [ctypes.POINTER(arguments)]
             function.restype = ctypes.c_int
+        library.lgla_layout.restype = _I
+        if library.lgla_layout() != ctypes.sizeof(_Batch):
+            return None, f"{spec.origin} was compiled from other sources; install the package anew"
     except (OSError, AttributeError) as error:
         return None, f"{spec.origin} does not load: {error}"
     return library, ""
@@ -110,13 +113,13 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Angles and their sums by group; ``check`` finds logits beyond the scale."""
     n, k = source.shape[:2]
-    target = target.contiguous()
-    parts = torch.empty((1, num_groups, k + 1), dtype=torch.float64)
+    target, group_index = target.contiguous(), group_index.to(torch.int64).contiguous()
+    parts = torch.empty((1, num_groups, k + 1), dtype=torch.float64, device="cpu")
     logits, strides = None, [0, 0, 0]
     if scale is None:
         angles = source.contiguous()
     else:
-        angles = torch.empty((n, k), dtype=compute_dtype(source.dtype))
+        angles = source.new_empty((n, k), dtype=compute_dtype(source.dtype))
         logits, strides = source.data_ptr(), list(source.stride())
     status = _library().lgla_statistics(
         _Angles(
@@ -140,7 +143,8 @@ def weights(
     """Eq. 8 and the samples per rank."""
     n, k = angles.shape
     result = torch.empty_like(angles)
-    target = target.contiguous()
+    target, group_index = target.contiguous(), group_index.to(torch.int64).contiguous()
+    parts = parts.contiguous()
     _library().lgla_weights(
         _Angles(
             None, target.data_ptr(), group_index.data_ptr(),
@@ -149,7 +153,7 @@ def weights(
         )
     )  # fmt: skip
     samples = max(1.0, parts[0, :, -1].sum().item())
-    return result, torch.scalar_tensor(samples / num_ranks, dtype=angles.dtype)
+    return result, torch.scalar_tensor(samples / num_ranks, dtype=angles.dtype, device="cpu")
 
 
 def weights_of(
@@ -185,8 +189,8 @@ def forward(
     """Eq. 9; ``check`` finds logits that are not finite."""
     n, k, _ = logits.shape
     dtype = compute_dtype(logits.dtype)
-    losses, state = torch.empty((n, k), dtype=dtype), torch.empty((n, k, 2), dtype=dtype)
-    total = torch.empty((), dtype=dtype) if reduce else None
+    losses, state = logits.new_empty((n, k), dtype=dtype), logits.new_empty((n, k, 2), dtype=dtype)
+    total = logits.new_empty((), dtype=dtype) if reduce else None
     _run(
         logits, target, table, weights, None, losses, total, state, gradient, ignore_index, label_smoothing,
         1.0 if divisor is None else divisor.item(), check,
@@ -207,7 +211,7 @@ def backward(
     gradient: Tensor,
 ) -> None:
     """The gradient from the state."""
-    upstream = upstream.to(state.dtype)
+    upstream = upstream.to(state.dtype).resolve_neg()
     _run(
         logits, target, table, weights, upstream, None, None, state, gradient, ignore_index, label_smoothing,
         1.0, False,
@@ -238,8 +242,8 @@ def _run(
 ) -> None:
     n, k, c = logits.shape
     target = target.contiguous()
-    table = None if table is None else table.to(torch.float64).contiguous()
-    weights = None if weights is None else weights.to(state.dtype).contiguous()
+    table = None if table is None else table.to(torch.float64).expand(k, c).contiguous()
+    weights = None if weights is None else weights.to(state.dtype).expand(n, k).contiguous()
     threads = torch.get_num_threads() if logits.numel() >= _WORTH_THREADS else 1
     fresh, fresh_bytes = None, 0
     if gradient is not None and gradient.data_ptr() != logits.data_ptr():
@@ -271,4 +275,4 @@ def _raise_for(status: int, check: bool) -> None:
     if status & _OUT_OF_MEMORY:
         raise MemoryError("lgla_losses: no memory for a row of logits")
     if status & _TARGET_OUT_OF_RANGE or (check and status):
-        raise BadValuesError
+        raise BadValuesError("target: a class index is out of range; validate_args=True says which")

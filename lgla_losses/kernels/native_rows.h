@@ -2,11 +2,11 @@
  * its own names. A is the arithmetic type, V the storage type of the logits. */
 
 /* The bits of one type as another. */
-#define BITS(to, from, name)                                                                          \
-    static inline to VARIANT(name)(from value) {                                                      \
-        to result;                                                                                    \
-        memcpy(&result, &value, sizeof(to));                                                          \
-        return result;                                                                                \
+#define BITS(to, from, name)                                                                            \
+    static inline to VARIANT(name)(from value) {                                                        \
+        to result;                                                                                      \
+        memcpy(&result, &value, sizeof(to));                                                            \
+        return result;                                                                                  \
     }
 BITS(uint32_t, float, bits32)
 BITS(float, uint32_t, float32)
@@ -83,131 +83,131 @@ static inline double VARIANT(exp_double)(double x) {
 /* T + v of class j. */
 #define ADJUSTED(NAME) (VARIANT(from_##NAME)(v[j * stride]) + table[j])
 
-#define STORAGE(NAME, V, A)                                                                           \
-    /* The maximum of an adjusted row, and whether a NaN or +inf is in it. */                         \
-    INLINE A VARIANT(max_##NAME)(const V *v, int64_t stride, const A *table, int64_t C,        \
-                                        int32_t *wrong) {                                             \
-        A max = -INFINITY;                                                                            \
-        int32_t any = 0;                                                                              \
-        _Pragma("omp simd reduction(max : max) reduction(| : any)")                                   \
-        for (int64_t j = 0; j < C; j++) {                                                             \
-            A value = ADJUSTED(NAME);                                                                 \
-            any |= !(value < (A)INFINITY);                                                            \
-            max = value > max ? value : max;                                                          \
-        }                                                                                             \
-        *wrong = any;                                                                                 \
-        return max;                                                                                   \
-    }                                                                                                 \
-    INLINE double VARIANT(below_##NAME)(const V *v, int64_t stride, const A *table, A max,     \
-                                               int64_t C) {                                           \
-        double sum = 0.0;                                                                             \
-        _Pragma("omp simd reduction(+ : sum)")                                                        \
-        for (int64_t j = 0; j < C; j++) sum += ADJUSTED(NAME) - max;                                  \
-        return sum;                                                                                   \
-    }                                                                                                 \
-    /* The sum of exp(x - max), each kept in `kept` if that is given. Few terms are added up in one    \
-     * number of type A, as a thousand times 1 + 1e-8 is still 1 in float. */                          \
-    INLINE double VARIANT(sum_##NAME)(const V *v, int64_t stride, const A *table, A max,              \
-                                      A *restrict kept, int64_t C) {                                  \
-        double total = 0.0;                                                                           \
-        for (int64_t start = 0; start < C; start += 1024) {                                           \
-            A lanes[16] = {0};                                                                        \
-            const int64_t end = start + 1024 < C ? start + 1024 : C, whole = end - (end - start) % 16; \
-            for (int64_t i = start; i < whole; i += 16) {                                             \
-                _Pragma("omp simd")                                                                   \
-                for (int64_t j = i; j < i + 16; j++) {                                                \
-                    const A e = VARIANT(exp_##A)(ADJUSTED(NAME) - max);                               \
-                    if (kept) kept[j] = e;                                                            \
-                    lanes[j - i] += e;                                                                \
-                }                                                                                     \
-            }                                                                                         \
-            for (int64_t j = whole; j < end; j++) {                                                   \
-                const A e = VARIANT(exp_##A)(ADJUSTED(NAME) - max);                                   \
-                if (kept) kept[j] = e;                                                                \
-                lanes[j - whole] += e;                                                                \
-            }                                                                                         \
-            for (int lane = 0; lane < 16; lane++) total += lanes[lane];                               \
-        }                                                                                             \
-        return total;                                                                                 \
-    }                                                                                                 \
-    /* gradient = factor exp(x - max) - shift; the gradient may lie over the logits. */               \
-    INLINE void VARIANT(write_##NAME)(V *gradient, int64_t to, const V *v, int64_t stride,     \
-                                             const A *table, A max, A factor, A shift, int64_t C) {   \
-        _Pragma("omp simd")                                                                           \
-        for (int64_t j = 0; j < C; j++) {                                                             \
-            A e = VARIANT(exp_##A)(ADJUSTED(NAME) - max);                                             \
-            gradient[j * to] = VARIANT(to_##NAME)(factor * e - shift);                                \
-        }                                                                                             \
-    }                                                                                                 \
-    /* The same from exponentials that were kept; factor 0 takes none. */                             \
-    INLINE void VARIANT(scale_##NAME)(V *gradient, int64_t to, const A *restrict kept,         \
-                                             A factor, A shift, int64_t C) {                          \
-        _Pragma("omp simd")                                                                           \
-        for (int64_t j = 0; j < C; j++)                                                               \
-            gradient[j * to] = VARIANT(to_##NAME)(factor == 0 ? 0 : factor * kept[j] - shift);        \
-    }                                                                                                 \
-                                                                                                      \
-    static int VARIANT(rows_##NAME)(const Batch *b, int64_t begin, int64_t end, void *scratch) {      \
-        const double e = b->smoothing;                                                                \
-        const int64_t C = b->C;                                                                       \
-        const int dense = b->vc == 1, dense_gradient = b->gc == 1;                                    \
-        A *table = scratch, *kept = b->gradient ? table + C : NULL;                                   \
-        int64_t expert = -1;                                                                          \
-        int status = 0;                                                                               \
-        for (int64_t row = begin; row < end; row++) {                                                 \
-            const int64_t k = row / b->N, n = row % b->N, nk = n * b->K + k, y = b->target[n];        \
-            const V *v = (const V *)b->logits + n * b->vn + k * b->vk;                                \
-            V *gradient = b->gradient ? (V *)b->gradient + n * b->gn + k * b->gk : NULL;              \
-            A *loss = (A *)b->losses + nk, *state = (A *)b->state + 2 * nk;                           \
-            const double weight = b->weights ? ((const A *)b->weights)[nk] : 1.0;                     \
-            double scale, sum;                                                                        \
-            A max = 0;                                                                                \
-            int32_t wrong = 0;                                                                        \
-            const int ignored = y == b->ignore_index, outside = !ignored && (y < 0 || y >= C);        \
-                                                                                                      \
-            if (k != expert) {                                                                        \
-                for (int64_t j = 0; j < C; j++) table[j] = b->table ? (A)b->table[k * C + j] : 0;     \
-                expert = k;                                                                           \
-            }                                                                                         \
-            if (!b->upstream && (!ignored || b->check)) {                                             \
-                max = dense ? VARIANT(max_##NAME)(v, 1, table, C, &wrong)                             \
-                            : VARIANT(max_##NAME)(v, b->vc, table, C, &wrong);                        \
-                if (wrong) status |= NOT_FINITE;                                                      \
-            }                                                                                         \
-            if (ignored || outside) {                                                                 \
-                if (outside) status |= TARGET_OUT_OF_RANGE;                                           \
-                if (!b->upstream) *loss = 0, state[0] = 0, state[1] = 1;                              \
-                if (gradient) VARIANT(scale_##NAME)(gradient, b->gc, kept, 0, 0, C);                  \
-                continue;                                                                             \
-            }                                                                                         \
-            const A own = VARIANT(from_##NAME)(v[y * b->vc]) + table[y];                              \
-            if (b->upstream) {                                                                        \
-                max = state[0], sum = state[1];                                                       \
-                scale = weight * ((const A *)b->upstream)[n * b->un];                                 \
-                const A factor = (A)(scale / sum), shift = (A)(scale * e / C);                        \
-                if (dense && dense_gradient)                                                          \
-                    VARIANT(write_##NAME)(gradient, 1, v, 1, table, max, factor, shift, C);           \
-                else                                                                                  \
-                    VARIANT(write_##NAME)(gradient, b->gc, v, b->vc, table, max, factor, shift, C);   \
-            } else {                                                                                  \
-                if (!dense) sum = VARIANT(sum_##NAME)(v, b->vc, table, max, kept, C);                 \
-                else if (kept) sum = VARIANT(sum_##NAME)(v, 1, table, max, kept, C);                  \
-                else sum = VARIANT(sum_##NAME)(v, 1, table, max, NULL, C);                            \
-                if (wrong) sum = NAN;                                                                 \
-                if (own == -INFINITY) status |= NOT_FINITE;                                           \
-                double value = (1 - e) * (log(sum) - ((double)own - max));                                    \
+#define STORAGE(NAME, V, A)                                                                             \
+    /* The maximum of an adjusted row, and whether a NaN or +inf is in it. */                           \
+    INLINE A VARIANT(max_##NAME)(const V *v, int64_t stride, const A *table, int64_t C,                 \
+                                        int32_t *wrong) {                                               \
+        A max = -INFINITY;                                                                              \
+        int32_t any = 0;                                                                                \
+        _Pragma("omp simd reduction(max : max) reduction(| : any)")                                     \
+        for (int64_t j = 0; j < C; j++) {                                                               \
+            A value = ADJUSTED(NAME);                                                                   \
+            any |= !(value < (A)INFINITY);                                                              \
+            max = value > max ? value : max;                                                            \
+        }                                                                                               \
+        *wrong = any;                                                                                   \
+        return max;                                                                                     \
+    }                                                                                                   \
+    INLINE double VARIANT(below_##NAME)(const V *v, int64_t stride, const A *table, A max,              \
+                                               int64_t C) {                                             \
+        double sum = 0.0;                                                                               \
+        _Pragma("omp simd reduction(+ : sum)")                                                          \
+        for (int64_t j = 0; j < C; j++) sum += ADJUSTED(NAME) - max;                                    \
+        return sum;                                                                                     \
+    }                                                                                                   \
+    /* The sum of exp(x - max), each kept in `kept` if that is given. Few terms are added up in one     \
+     * number of type A, as a thousand times 1 + 1e-8 is still 1 in float. */                           \
+    INLINE double VARIANT(sum_##NAME)(const V *v, int64_t stride, const A *table, A max,                \
+                                      A *restrict kept, int64_t C) {                                    \
+        double total = 0.0;                                                                             \
+        for (int64_t start = 0; start < C; start += 1024) {                                             \
+            A lanes[16] = {0};                                                                          \
+            const int64_t end = start + 1024 < C ? start + 1024 : C, whole = end - (end - start) % 16;  \
+            for (int64_t i = start; i < whole; i += 16) {                                               \
+                _Pragma("omp simd")                                                                     \
+                for (int64_t j = i; j < i + 16; j++) {                                                  \
+                    const A e = VARIANT(exp_##A)(ADJUSTED(NAME) - max);                                 \
+                    if (kept) kept[j] = e;                                                              \
+                    lanes[j - i] += e;                                                                  \
+                }                                                                                       \
+            }                                                                                           \
+            for (int64_t j = whole; j < end; j++) {                                                     \
+                const A e = VARIANT(exp_##A)(ADJUSTED(NAME) - max);                                     \
+                if (kept) kept[j] = e;                                                                  \
+                lanes[j - whole] += e;                                                                  \
+            }                                                                                           \
+            for (int lane = 0; lane < 16; lane++) total += lanes[lane];                                 \
+        }                                                                                               \
+        return total;                                                                                   \
+    }                                                                                                   \
+    /* gradient = factor exp(x - max) - shift; the gradient may lie over the logits. */                 \
+    INLINE void VARIANT(write_##NAME)(V *gradient, int64_t to, const V *v, int64_t stride,              \
+                                             const A *table, A max, A factor, A shift, int64_t C) {     \
+        _Pragma("omp simd")                                                                             \
+        for (int64_t j = 0; j < C; j++) {                                                               \
+            A e = VARIANT(exp_##A)(ADJUSTED(NAME) - max);                                               \
+            gradient[j * to] = VARIANT(to_##NAME)(factor * e - shift);                                  \
+        }                                                                                               \
+    }                                                                                                   \
+    /* The same from exponentials that were kept; factor 0 takes none. */                               \
+    INLINE void VARIANT(scale_##NAME)(V *gradient, int64_t to, const A *restrict kept,                  \
+                                             A factor, A shift, int64_t C) {                            \
+        _Pragma("omp simd")                                                                             \
+        for (int64_t j = 0; j < C; j++)                                                                 \
+            gradient[j * to] = VARIANT(to_##NAME)(factor == 0 ? 0 : factor * kept[j] - shift);          \
+    }                                                                                                   \
+                                                                                                        \
+    static int VARIANT(rows_##NAME)(const Batch *b, int64_t begin, int64_t end, void *scratch) {        \
+        const double e = b->smoothing;                                                                  \
+        const int64_t C = b->C;                                                                         \
+        const int dense = b->vc == 1, dense_gradient = b->gc == 1;                                      \
+        A *table = scratch, *kept = b->gradient ? table + C : NULL;                                     \
+        int64_t expert = -1;                                                                            \
+        int status = 0;                                                                                 \
+        for (int64_t row = begin; row < end; row++) {                                                   \
+            const int64_t k = row / b->N, n = row % b->N, nk = n * b->K + k, y = b->target[n];          \
+            const V *v = (const V *)b->logits + n * b->vn + k * b->vk;                                  \
+            V *gradient = b->gradient ? (V *)b->gradient + n * b->gn + k * b->gk : NULL;                \
+            A *loss = (A *)b->losses + nk, *state = (A *)b->state + 2 * nk;                             \
+            const double weight = b->weights ? ((const A *)b->weights)[nk] : 1.0;                       \
+            double scale, sum;                                                                          \
+            A max = 0;                                                                                  \
+            int32_t wrong = 0;                                                                          \
+            const int ignored = y == b->ignore_index, outside = !ignored && (y < 0 || y >= C);          \
+                                                                                                        \
+            if (k != expert) {                                                                          \
+                for (int64_t j = 0; j < C; j++) table[j] = b->table ? (A)b->table[k * C + j] : 0;       \
+                expert = k;                                                                             \
+            }                                                                                           \
+            if (!b->upstream && (!ignored || b->check)) {                                               \
+                max = dense ? VARIANT(max_##NAME)(v, 1, table, C, &wrong)                               \
+                            : VARIANT(max_##NAME)(v, b->vc, table, C, &wrong);                          \
+                if (wrong) status |= NOT_FINITE;                                                        \
+            }                                                                                           \
+            if (ignored || outside) {                                                                   \
+                if (outside) status |= TARGET_OUT_OF_RANGE;                                             \
+                if (!b->upstream) *loss = 0, state[0] = 0, state[1] = 1;                                \
+                if (gradient) VARIANT(scale_##NAME)(gradient, b->gc, kept, 0, 0, C);                    \
+                continue;                                                                               \
+            }                                                                                           \
+            const A own = VARIANT(from_##NAME)(v[y * b->vc]) + table[y];                                \
+            if (b->upstream) {                                                                          \
+                max = state[0], sum = state[1];                                                         \
+                scale = weight * ((const A *)b->upstream)[n * b->un];                                   \
+                const A factor = (A)(scale / sum), shift = (A)(scale * e / C);                          \
+                if (dense && dense_gradient)                                                            \
+                    VARIANT(write_##NAME)(gradient, 1, v, 1, table, max, factor, shift, C);             \
+                else                                                                                    \
+                    VARIANT(write_##NAME)(gradient, b->gc, v, b->vc, table, max, factor, shift, C);     \
+            } else {                                                                                    \
+                if (!dense) sum = VARIANT(sum_##NAME)(v, b->vc, table, max, kept, C);                   \
+                else if (kept) sum = VARIANT(sum_##NAME)(v, 1, table, max, kept, C);                    \
+                else sum = VARIANT(sum_##NAME)(v, 1, table, max, NULL, C);                              \
+                if (wrong) sum = NAN;                                                                   \
+                if (own == -INFINITY) status |= NOT_FINITE;                                             \
+                double value = (1 - e) * (log(sum) - ((double)own - max));                              \
                 if (e > 0) value += e * (log(sum) - VARIANT(below_##NAME)(v, b->vc, table, max, C) / C); \
-                *loss = (A)(weight * value);                                                          \
-                state[0] = max, state[1] = (A)sum;                                                    \
-                if (!gradient) continue;                                                              \
-                scale = weight * (A)(1 / b->divisor), sum = (A)sum; /* as backward would have them */ \
-                const A factor = (A)(scale / sum), shift = (A)(scale * e / C);                        \
-                if (dense_gradient) VARIANT(scale_##NAME)(gradient, 1, kept, factor, shift, C);       \
-                else VARIANT(scale_##NAME)(gradient, b->gc, kept, factor, shift, C);                  \
-            }                                                                                         \
+                *loss = (A)(weight * value);                                                            \
+                state[0] = max, state[1] = (A)sum;                                                      \
+                if (!gradient) continue;                                                                \
+                scale = weight * (A)(1 / b->divisor), sum = (A)sum; /* as backward would have them */   \
+                const A factor = (A)(scale / sum), shift = (A)(scale * e / C);                          \
+                if (dense_gradient) VARIANT(scale_##NAME)(gradient, 1, kept, factor, shift, C);         \
+                else VARIANT(scale_##NAME)(gradient, b->gc, kept, factor, shift, C);                    \
+            }                                                                                           \
             gradient[y * b->gc] = VARIANT(to_##NAME)((A)(scale * (exp((double)own - max) / sum - (1 - e) - e / C))); \
-        }                                                                                             \
-        return status;                                                                                \
+        }                                                                                               \
+        return status;                                                                                  \
     }
 STORAGE(f64, double, double)
 STORAGE(f32, float, float)
