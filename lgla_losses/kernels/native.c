@@ -81,9 +81,6 @@ static double number(const void *values, int64_t dtype, int64_t offset) {
     }
 }
 
-/* Tells a library that was compiled from other sources than the caller's. */
-int64_t lgla_layout(void) { return sizeof(Batch); }
-
 /* Eq. 9 for a batch and, where a gradient is given, its derivative. */
 int lgla_cross_entropy(const Batch *b) {
     const Rows rows = fastest_rows();
@@ -118,7 +115,8 @@ typedef struct {
     void *angles;               /* A [N, K] */
     double *statistics;         /* [G, K + 1]: sums of angles, number of samples */
     void *weights;              /* A [N, K] */
-    int64_t N, K, C, G, vn, vk, vc, ignore_index, dtype;
+    void *samples;              /* A: the samples not ignored, at least 1, over the ranks */
+    int64_t N, K, C, G, vn, vk, vc, ignore_index, dtype, ranks;
     double scale;
 } Angles;
 
@@ -155,9 +153,15 @@ int lgla_statistics(const Angles *a) {
 
 /* Eq. 8. */
 int lgla_weights(const Angles *a) {
+    double samples = 0.0;
+    for (int64_t g = 0; g < a->G; g++) samples += a->statistics[g * (a->K + 1) + a->K];
+    samples = (samples < 1.0 ? 1.0 : samples) / (double)a->ranks;
+    if (a->dtype == F64) *(double *)a->samples = samples;
+    else *(float *)a->samples = (float)samples;
     for (int64_t n = 0; n < a->N; n++) {
         const int64_t y = a->target[n];
-        const int counts = y != a->ignore_index && y >= 0 && y < a->C;
+        const int counts = y != a->ignore_index && y >= 0 && y < a->C &&
+                           (uint64_t)a->group_index[y] < (uint64_t)a->G;
         const double *sums = counts ? a->statistics + a->group_index[y] * (a->K + 1) : NULL;
         for (int64_t k = 0; k < a->K; k++) {
             const int64_t nk = n * a->K + k;
@@ -172,3 +176,6 @@ int lgla_weights(const Angles *a) {
     }
     return 0;
 }
+
+/* Tells a library that was compiled from other sources than the caller's. */
+int64_t lgla_layout(void) { return 1000 * (int64_t)sizeof(Batch) + (int64_t)sizeof(Angles); }

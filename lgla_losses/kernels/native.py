@@ -66,8 +66,11 @@ class _Batch(ctypes.Structure):
 
 class _Angles(ctypes.Structure):
     _fields_ = [
-        *((name, _P) for name in ("logits", "target", "group_index", "angles", "statistics", "weights")),
-        *((name, _I) for name in ("n", "k", "c", "g", "vn", "vk", "vc", "ignore_index", "dtype")),
+        *(
+            (name, _P)
+            for name in ("logits", "target", "group_index", "angles", "statistics", "weights", "samples")
+        ),
+        *((name, _I) for name in ("n", "k", "c", "g", "vn", "vk", "vc", "ignore_index", "dtype", "ranks")),
         ("scale", _R),
     ]
 
@@ -90,7 +93,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             function.argtypes = [ctypes.POINTER(arguments)]
             function.restype = ctypes.c_int
         library.lgla_layout.restype = _I
-        if library.lgla_layout() != ctypes.sizeof(_Batch):
+        if library.lgla_layout() != 1000 * ctypes.sizeof(_Batch) + ctypes.sizeof(_Angles):
             return None, f"{spec.origin} was compiled from other sources; install the package anew"
     except (OSError, AttributeError) as error:
         return None, f"{spec.origin} does not load: {error}"
@@ -112,22 +115,10 @@ def statistics(
     check: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Angles and their sums by group; ``check`` finds logits beyond the scale."""
-    n, k = source.shape[:2]
-    target, group_index = target.contiguous(), group_index.to(torch.int64).contiguous()
-    parts = torch.empty((1, num_groups, k + 1), dtype=torch.float64, device="cpu")
-    logits, strides = None, [0, 0, 0]
-    if scale is None:
-        angles = source.contiguous()
-    else:
-        angles = source.new_empty((n, k), dtype=compute_dtype(source.dtype))
-        logits, strides = source.data_ptr(), list(source.stride())
-    status = _library().lgla_statistics(
-        _Angles(
-            logits, target.data_ptr(), group_index.data_ptr(), angles.data_ptr(), parts.data_ptr(), None,
-            n, k, len(group_index), num_groups, *strides, ignore_index, _DTYPES[source.dtype], scale or 0.0,
-        )
-    )  # fmt: skip
-    _raise_for(status, check)
+    angles = _angles_for(source, scale)
+    parts = _sums_for(angles, num_groups)
+    memory = [target.contiguous(), _indices(group_index), angles, parts]
+    _raise_for(_library().lgla_statistics(_batch(source, memory, scale, ignore_index, 1)), check)
     return angles, parts
 
 
@@ -141,19 +132,10 @@ def weights(
     num_ranks: int,
 ) -> tuple[Tensor, Tensor]:
     """Eq. 8 and the samples per rank."""
-    n, k = angles.shape
-    result = torch.empty_like(angles)
-    target, group_index = target.contiguous(), group_index.to(torch.int64).contiguous()
-    parts = parts.contiguous()
-    _library().lgla_weights(
-        _Angles(
-            None, target.data_ptr(), group_index.data_ptr(),
-            angles.data_ptr(), parts.data_ptr(), result.data_ptr(),
-            n, k, len(group_index), parts.shape[1], 0, 0, 0, ignore_index, _DTYPES[angles.dtype], 0.0,
-        )
-    )  # fmt: skip
-    samples = max(1.0, parts[0, :, -1].sum().item())
-    return result, torch.scalar_tensor(samples / num_ranks, dtype=angles.dtype, device="cpu")
+    result, samples = torch.empty_like(angles), angles.new_empty(())
+    memory = [target.contiguous(), _indices(group_index), angles, parts.contiguous(), result, samples]
+    _library().lgla_weights(_batch(angles, memory, None, ignore_index, num_ranks))
+    return result, samples
 
 
 def weights_of(
@@ -167,10 +149,39 @@ def weights_of(
     check: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Both, for one rank."""
-    angles, parts = statistics(
-        source, target, group_index, num_groups, scale=scale, ignore_index=ignore_index, check=check
-    )
-    return weights(angles, target, group_index, parts, ignore_index=ignore_index, num_ranks=1)
+    angles = _angles_for(source, scale)
+    parts, result, samples = _sums_for(angles, num_groups), torch.empty_like(angles), angles.new_empty(())
+    memory = [target.contiguous(), _indices(group_index), angles, parts, result, samples]
+    batch = _batch(source, memory, scale, ignore_index, 1)
+    _raise_for(_library().lgla_statistics(batch), check)
+    _library().lgla_weights(batch)
+    return result, samples
+
+
+def _angles_for(source: Tensor, scale: float | None) -> Tensor:
+    if scale is None:
+        return source.contiguous()
+    return source.new_empty(source.shape[:2], dtype=compute_dtype(source.dtype))
+
+
+def _sums_for(angles: Tensor, num_groups: int) -> Tensor:
+    return angles.new_empty((1, num_groups, angles.shape[1] + 1), dtype=torch.float64)
+
+
+def _indices(group_index: Tensor) -> Tensor:
+    return group_index.to(torch.int64).contiguous()
+
+
+def _batch(
+    source: Tensor, memory: list[Tensor], scale: float | None, ignore_index: int, num_ranks: int
+) -> _Angles:
+    """Of targets, groups, angles, sums, and weights and the samples where they are wanted."""
+    logits, strides = (None, (0, 0, 0)) if scale is None else (source.data_ptr(), source.stride())
+    pointers = [tensor.data_ptr() for tensor in memory] + [None] * (6 - len(memory))
+    return _Angles(
+        logits, *pointers, *source.shape[:2], len(memory[1]), memory[3].shape[1], *strides,
+        ignore_index, _DTYPES[source.dtype], num_ranks, scale or 0.0,
+    )  # fmt: skip
 
 
 def forward(
@@ -242,8 +253,7 @@ def _run(
 ) -> None:
     n, k, c = logits.shape
     target = target.contiguous()
-    table = None if table is None else table.to(torch.float64).expand(k, c).contiguous()
-    weights = None if weights is None else weights.to(state.dtype).expand(n, k).contiguous()
+    table, weights = _dense(table, torch.float64, (k, c)), _dense(weights, state.dtype, (n, k))
     threads = torch.get_num_threads() if logits.numel() >= _WORTH_THREADS else 1
     fresh, fresh_bytes = None, 0
     if gradient is not None and gradient.data_ptr() != logits.data_ptr():
@@ -259,6 +269,12 @@ def _run(
         )
     )  # fmt: skip
     _raise_for(status, check)
+
+
+def _dense(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor | None:
+    if tensor is None or (tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).expand(shape).contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -1,0 +1,271 @@
+"""How the benchmark of the losses measures time, memory and kernel launches."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import multiprocessing
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import peers
+import torch
+from peers import Batch, MissingError, Shape, Step
+
+FORWARD, TRAIN = "forward", "forward + backward"
+PHASES = (FORWARD, TRAIN)
+#: Small inputs are taken in turn from so many sets that the last level of cache cannot hold them all.
+_MOST_SETS = 64
+
+
+class Effort(NamedTuple):
+    """How long a cell (all columns of a shape and a dtype) may take, and how often it is measured."""
+
+    seconds: float
+    at_least: int
+    at_most: int
+
+
+class Measured(NamedTuple):
+    """What came of one column; ``milliseconds`` by phase, empty if it could not run."""
+
+    milliseconds: dict[str, list[float]]
+    first_step_seconds: float | None
+    note: str
+
+
+def synchronize(device: str) -> None:
+    """Wait for a GPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(call: Callable[[], object], device: str) -> float:
+    """Milliseconds of one call, from an idle device to its end."""
+    if torch.device(device).type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        result = call()
+        end.record()
+        torch.cuda.synchronize()
+        elapsed = float(begin.elapsed_time(end))
+    else:
+        start = time.perf_counter()
+        result = call()
+        elapsed = 1e3 * (time.perf_counter() - start)
+    del result  # after the clock: freeing is the next step's business
+    return elapsed
+
+
+def without_gradients(batch: Batch) -> Batch:
+    """The batch as before a step, so that its gradients take fresh memory."""
+    for leaf in batch.leaves:
+        leaf.grad = None
+    return batch
+
+
+def number_of_sets(shape: Shape, dtype: torch.dtype, device: str) -> int:
+    """Enough input sets to exceed a GPU's cache twice, where a few do; one on a CPU."""
+    if torch.device(device).type != "cuda":
+        return 1
+    width = shape.classes if shape.features is None else shape.features
+    size = shape.samples * shape.experts * width * dtype.itemsize
+    if shape.features is not None:
+        size += shape.experts * shape.classes * width * dtype.itemsize
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(_MOST_SETS, 1 + 2 * cache // size)
+
+
+def time_columns(
+    columns: list[peers.Column], shape: Shape, dtype: torch.dtype, device: str, effort: Effort
+) -> dict[str, Measured]:
+    """All columns of a cell in turn, in a new order every time, after a step of warm-up each."""
+    batches = peers.make_batches(shape, dtype, device, number_of_sets(shape, dtype, device))
+    steps: dict[str, Step] = {}
+    found: dict[str, Measured] = {}
+    for column in columns:
+        try:
+            step = column.make(shape, device)
+            first = timed(partial(step.train, without_gradients(batches[0])), device)
+            if step.forward is not None:
+                step.forward(batches[0])
+        except Exception as error:
+            if column.ours and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            found[column.name] = Measured({}, None, _reason(error))
+            continue
+        finally:
+            without_gradients(batches[0])
+        steps[column.name] = step
+        phases = [TRAIN] if step.forward is None else [FORWARD, TRAIN]
+        seconds = first / 1e3 if column.compiled else None
+        found[column.name] = Measured({phase: [] for phase in phases}, seconds, "")
+
+    start = time.perf_counter()
+    turns = itertools.cycle(batches)
+    order = random.Random(0)
+    for repetition in range(effort.at_most):
+        if repetition >= effort.at_least and time.perf_counter() - start > effort.seconds:
+            break
+        for name, step in order.sample(list(steps.items()), len(steps)):
+            batch = without_gradients(next(turns))
+            times = found[name].milliseconds
+            if step.forward is not None:
+                times[FORWARD].append(timed(partial(step.forward, batch), device))
+            times[TRAIN].append(timed(partial(step.train, batch), device))
+            without_gradients(batch)
+    return found
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, MissingError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {error}".splitlines()[0][:120]
+
+
+def quartiles(times: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile."""
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return low, median, high
+
+
+def copy_bandwidth(device: str, megabytes: int = 256, repeats: int = 7) -> float:
+    """Bytes read and written a second by a copy into warm memory, far larger than the caches."""
+    source = torch.ones(megabytes * 1_000_000 // 4, device=device)
+    target = torch.zeros_like(source)
+    milliseconds = statistics.median(timed(lambda: target.copy_(source), device) for _ in range(repeats))
+    return 2 * source.nbytes / (1e-3 * milliseconds)
+
+
+# Memory
+
+
+def peaks_on_gpu(column: peers.Column, shape: Shape, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Peak of allocated memory above the inputs, in bytes, by phase."""
+    (batch,) = peers.make_batches(shape, dtype, device)
+    step = column.make(shape, device)
+    found = {}
+    for phase, call in ((FORWARD, step.forward), (TRAIN, step.train)):
+        if call is not None:
+            call(batch)
+            without_gradients(batch)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call(batch)
+            torch.cuda.synchronize()
+            found[phase] = float(torch.cuda.max_memory_allocated() - before)
+    return found
+
+
+def peaks_on_cpu(column: peers.Column, shape: Shape, dtype: torch.dtype, compiler: str) -> dict[str, float]:
+    """Peak of resident memory above the inputs, in bytes, by phase, in a process of its own."""
+    if not Path("/proc/self/clear_refs").exists():
+        return {}
+    server = multiprocessing.get_context("forkserver")
+    # Loaded but never run there: each cell's process begins its threads and its memory afresh.
+    modules = ["torch", "lgla_losses", "torch._inductor.compile_fx"]
+    server.set_forkserver_preload(modules[: 3 if compiler == "inductor" else 2])
+    with ProcessPoolExecutor(1, mp_context=server) as pool:
+        try:
+            threads = torch.get_num_threads()
+            return pool.submit(_peaks_here, column.name, shape, dtype, compiler, threads).result()
+        except BrokenProcessPool:  # killed for want of memory
+            return {}
+
+
+def _peaks_here(name: str, shape: Shape, dtype: torch.dtype, compiler: str, threads: int) -> dict[str, float]:
+    torch.set_num_threads(threads)
+    column = next(column for column in peers.columns_for(shape, "cpu", compiler) if column.name == name)
+    (batch,) = peers.make_batches(shape, dtype, "cpu")
+    step = column.make(shape, "cpu")
+    found = {}
+    for phase, call in ((FORWARD, step.forward), (TRAIN, step.train)):
+        if call is not None:
+            call(batch)
+            without_gradients(batch)
+            ctypes.CDLL(None).malloc_trim(0)  # else what the warm-up freed would serve unseen
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                return {}
+            before = _resident("VmRSS")
+            call(batch)
+            found[phase] = float(_resident("VmHWM") - before)
+    return found
+
+
+def _resident(which: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{which}:")[2].split()[0])
+
+
+# GPUs only
+
+
+def launches(step: Step, batch: Batch) -> int:
+    """Kernels that a training step launches."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step.train(without_gradients(batch))
+    without_gradients(batch)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step.train(batch)
+        torch.cuda.synchronize()
+    # cudaLaunchKernel of the runtime, cuLaunchKernel of the driver.
+    return sum("LaunchKernel" in event.name for event in profiler.events() or [])
+
+
+def graph_times(step: Step, batch: Batch, num_launches: int, effort: Effort) -> dict[str, list[float]]:
+    """Milliseconds of a training step in a CUDA graph, and of as many kernels that do nothing."""
+    dot = torch.zeros((), device=batch.target.device)
+
+    def nothing() -> None:
+        for _ in range(num_launches):
+            dot.neg_()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    calls: dict[str, Callable[[], object]] = {
+        "LGLALoss, CUDA graph": lambda: step.train(without_gradients(batch)),
+        "empty kernels, CUDA graph": nothing,
+    }
+    graphs = {}
+    for name, call in calls.items():
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        without_gradients(batch)
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(effort.at_most):
+        for name, graph in graphs.items():
+            times[name].append(timed(graph.replay, "cuda"))
+    return times
+
+
+def device_name(device: str) -> str:
+    """The model of the GPU or of the CPU."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu_model()
+
+
+def cpu_model() -> str:
+    """The model of the CPU, as Linux tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return model or platform.processor() or platform.machine()

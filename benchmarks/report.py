@@ -1,0 +1,329 @@
+"""What a record of the losses' benchmark says: its check, its tables and its picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from peers import CLONE, PLAIN, PRODUCTS
+from rich.table import Table
+
+Row = dict[str, Any]
+Record = dict[str, Any]
+
+SCHEMA = 1
+FLOOR = "floor"
+PHASES = ("forward", "forward + backward")
+GRAPH = "CUDA graph"
+#: The columns that stand for this library where it is compared with its peers.
+DEFAULTS = ("LGLALoss", "LinearLGLALoss")
+
+_NUMBER = (int, float)
+_HEAD: dict[str, tuple[type, ...]] = {
+    "schema": (int,),
+    "date": (str,),
+    "command": (str,),
+    "kind": (str,),
+    "device": (str,),
+    "cpu": (str,),
+    "threads": (int,),
+    "torch": (str,),
+    "triton": (str, type(None)),
+    "python": (str,),
+    "commit": (str, type(None)),
+    "seed": (int,),
+    "copy_gb_per_s": _NUMBER,
+    "seconds": _NUMBER,
+    "rows": (list,),
+}
+ROW_FIELDS: dict[str, tuple[type, ...]] = {
+    "suite": (str,),
+    "shape": (str,),
+    "dtype": (str,),
+    "column": (str,),
+    "ours": (bool,),
+    "equal": (bool,),
+    "phase": (str,),
+    "median_ms": (*_NUMBER, type(None)),
+    "q1_ms": (*_NUMBER, type(None)),
+    "q3_ms": (*_NUMBER, type(None)),
+    "repetitions": (int,),
+    "ratio_to_plain": (*_NUMBER, type(None)),
+    "peak_mb": (*_NUMBER, type(None)),
+    "launches": (int, type(None)),
+    "first_step_s": (*_NUMBER, type(None)),
+    "note": (str,),
+}
+_CHOICES = {
+    "suite": ("logits", "linear"),
+    "dtype": ("float32", "bfloat16"),
+    "phase": (*PHASES, GRAPH),
+}
+
+
+def faults(record: Record) -> list[str]:
+    """Where a record breaks the contract of README.md; an empty list if nowhere."""
+    found = _wrong_fields("record", record, _HEAD)
+    if record.get("schema") != SCHEMA:
+        found.append(f"schema: expected {SCHEMA}")
+    seen = set()
+    for number, row in enumerate(record.get("rows", [])):
+        where = f"row {number}"
+        wrong = _wrong_fields(where, row, ROW_FIELDS)
+        found += wrong
+        if wrong:
+            continue
+        found += [f"{where}: {key} {row[key]!r}" for key, known in _CHOICES.items() if row[key] not in known]
+        key = tuple(row[field] for field in ("shape", "dtype", "column", "phase"))
+        if key in seen:
+            found.append(f"{where}: twice {key}")
+        seen.add(key)
+        if row["median_ms"] is None:
+            if not row["note"]:
+                found.append(f"{where}: no time and no note")
+        elif row["column"] == FLOOR:
+            if row["median_ms"] <= 0:
+                found.append(f"{where}: no time")
+        elif row["repetitions"] < 2 or not 0 < row["q1_ms"] <= row["median_ms"] <= row["q3_ms"]:
+            found.append(f"{where}: quartiles or repetitions")
+        if row["column"] == PLAIN and row["median_ms"] is not None and row["ratio_to_plain"] != 1:
+            found.append(f"{where}: the plain loop is its own yardstick")
+    if not record.get("rows"):
+        found.append("rows: none")
+    return found
+
+
+def _wrong_fields(where: str, values: Row, fields: dict[str, tuple[type, ...]]) -> list[str]:
+    found = [f"{where}: unknown {key}" for key in values if key not in fields]
+    for key, types in fields.items():
+        if key not in values:
+            found.append(f"{where}: no {key}")
+        elif not isinstance(values[key], types) or (isinstance(values[key], bool) and bool not in types):
+            found.append(f"{where}: {key} is {values[key]!r}")
+        elif isinstance(values[key], float) and not math.isfinite(values[key]):
+            found.append(f"{where}: {key} is not finite")
+    return found
+
+
+def _cells(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """Rows by suite, shape and dtype, as recorded."""
+    cells: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        cells.setdefault((row["suite"], row["shape"], row["dtype"]), []).append(row)
+    return cells
+
+
+def _rivals(rows: list[Row], row: Row) -> list[Row]:
+    """What others than this library computes the whole loss, in the phase of a row."""
+    return [
+        other
+        for other in rows
+        if other["phase"] == row["phase"] and other["equal"] and not other["ours"] and other["median_ms"]
+    ]
+
+
+def verdict(rows: list[Row], row: Row) -> str:
+    """How a way of ours stands against the fastest peer of its cell and phase, in one word or two."""
+    rivals = _rivals(rows, row)
+    if not row["ours"] or not rivals or row["median_ms"] is None:
+        return ""
+    best = min(rivals, key=lambda other: float(other["median_ms"]))
+    factor = row["median_ms"] / best["median_ms"]
+    if factor > 1:
+        return f"LOSES to {best['column']}, x {factor:.2f}"
+    return f"wins, x {factor:.2f} of {best['column']}"
+
+
+def balance(record: Record) -> list[str]:
+    """Wins and losses of the default criteria against the fastest peer, every loss by name."""
+    lines, wins = [], 0
+    for (_, shape, dtype), rows in _cells(record["rows"]).items():
+        for row in rows:
+            if row["column"] in DEFAULTS and row["phase"] in PHASES:
+                said = verdict(rows, row)
+                wins += said.startswith("wins")
+                if said.startswith("LOSES"):
+                    lines.append(f"{shape}, {dtype}, {row['phase']}: {row['column']} {said}")
+    summary = f"against the fastest peer that computes the same loss: {wins} wins, {len(lines)} losses"
+    return [summary + (":" if lines else ""), *lines]
+
+
+def _figure(number: float | None) -> str:
+    if number is None:
+        return ""
+    return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+def terminal_table(record: Record) -> Table:
+    """Every way a line, ours coloured by whether they win or lose."""
+    table = Table(
+        title=f"Losses on {record['device']}, threads: {record['threads']}: milliseconds (times plain loop)"
+    )
+    for name in ("size", "way", *PHASES, "MB", "launches", "against the fastest peer, forward + backward"):
+        table.add_column(name, justify="right" if name in (*PHASES, "MB", "launches") else "left")
+    for (_, shape, dtype), rows in _cells(record["rows"]).items():
+        title = [shape, dtype]
+        for column in dict.fromkeys(row["column"] for row in rows):
+            phases = {row["phase"]: row for row in rows if row["column"] == column}
+            last = phases.get(PHASES[1]) or phases[GRAPH]
+            said = verdict(rows, last) or last["note"]
+            style = "red" if said.startswith("LOSES") else "green" if said.startswith("wins") else ""
+            times = [_time_and_ratio(phases.get(PHASES[0])), _time_and_ratio(last)]
+            table.add_row(
+                title.pop(0) if title else "",
+                column,
+                *times,
+                _figure(last["peak_mb"]),
+                "" if last["launches"] is None else str(last["launches"]),
+                said,
+                style=style,
+            )
+        table.add_section()
+    return table
+
+
+def _time_and_ratio(row: Row | None) -> str:
+    if row is None or row["median_ms"] is None:
+        return ""
+    ratio = row["ratio_to_plain"]
+    return _figure(row["median_ms"]) + ("" if ratio is None else f" ({_figure(ratio)})")
+
+
+def markdown(record: Record) -> dict[str, str]:
+    """Tables by title: of both suites the times of both phases and the memory.
+
+    Times are medians in milliseconds, with their ratio to the plain loop; the fastest (or the least
+    memory) of the ways that compute the whole loss is bold, ours or not.
+    """
+    titles = {
+        f"{suite}: {phase}, ms (times plain loop)": (suite, phase, "median_ms")
+        for suite in _CHOICES["suite"]
+        for phase in PHASES
+    }
+    titles |= {
+        f"{suite}: peak memory of forward + backward, MB": (suite, PHASES[1], "peak_mb")
+        for suite in _CHOICES["suite"]
+    }
+    tables = {}
+    for title, (suite, phase, quantity) in titles.items():
+        rows = [row for row in record["rows"] if (row["suite"], row["phase"]) == (suite, phase)]
+        if any(row[quantity] for row in rows):
+            tables[title] = _markdown_table(rows, quantity)
+    return tables
+
+
+def _markdown_table(rows: list[Row], quantity: str) -> str:
+    columns = [
+        name
+        for name in dict.fromkeys(row["column"] for row in rows)
+        if any(row[quantity] for row in rows if row["column"] == name)
+    ]
+    lines = [
+        f"| size | type | {' | '.join(columns)} |",
+        f"| --- | --- |{' ---: |' * len(columns)}",
+    ]
+    for (_, shape, dtype), cell in _cells(rows).items():
+        by_column = {row["column"]: row for row in cell}
+        best = min((row[quantity] for row in cell if row["equal"] and row[quantity]), default=None)
+        texts = []
+        for column in columns:
+            row = by_column.get(column)
+            if row is None or row[quantity] is None:
+                texts.append("")
+                continue
+            text = _time_and_ratio(row) if quantity == "median_ms" else _figure(row[quantity])
+            texts.append(f"**{text}**" if row["equal"] and row[quantity] == best else text)
+        lines.append(f"| {shape} | {dtype} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+#: Okabe and Ito's colours, told apart by the colour-blind; blue and green are ours.
+_COLOURS = {
+    "LGLALoss": "#0072B2",
+    "LinearLGLALoss": "#0072B2",
+    "LGLALoss, compiled": "#56B4E9",
+    "LinearLGLALoss, compiled": "#56B4E9",
+    "LGLALoss, reference": "#009E73",
+    "head + LGLALoss": "#009E73",
+    "LGLALoss, fused": "#00614a",
+    "plain loop, compiled": "#E69F00",
+    "paper's formula": "#D55E00",
+    "F.linear_cross_entropy": "#D55E00",
+    "liger-kernel": "#CC79A7",
+    "cut-cross-entropy": "#F0E442",
+    CLONE: "#999999",
+}
+
+
+def plot(record: Record, path: Path) -> None:
+    """Forward + backward beside the plain loop: a panel a suite and dtype, down is faster."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    rows = [row for row in record["rows"] if row["phase"] == PHASES[1] and row["ratio_to_plain"]]
+    panels = list(dict.fromkeys((row["suite"], row["dtype"]) for row in rows))
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(11, 3.6 * len(panels)), layout="constrained", squeeze=False
+    )
+    for axis, (suite, dtype) in zip(axes[:, 0], panels, strict=True):
+        here = [row for row in rows if (row["suite"], row["dtype"]) == (suite, dtype)]
+        shapes = list(dict.fromkeys(row["shape"] for row in here))
+        names = [name for name in _COLOURS if any(row["column"] == name for row in here)]
+        width = 0.84 / len(names)
+        for place, name in enumerate(names):
+            of_shape = {row["shape"]: row["ratio_to_plain"] for row in here if row["column"] == name}
+            x = [i - 0.42 + width * (place + 0.5) for i, shape in enumerate(shapes) if shape in of_shape]
+            bars = axis.bar(
+                x,
+                [ratio - 1 for ratio in of_shape.values()],
+                width=0.92 * width,
+                bottom=1,
+                color=_COLOURS[name],
+                label=name,
+            )
+            for bar, ratio in zip(bars, of_shape.values(), strict=True):
+                axis.annotate(
+                    f"{ratio:.2f}",
+                    (bar.get_x() + bar.get_width() / 2, ratio),
+                    xytext=(0, 2 if ratio >= 1 else -2),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom" if ratio >= 1 else "top",
+                    fontsize=6.5,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
+                )
+        floors = [
+            (shapes.index(row["shape"]), row["ratio_to_plain"])
+            for row in here
+            if row["column"] in (FLOOR, PRODUCTS)
+        ]
+        axis.hlines(
+            [ratio for _, ratio in floors],
+            [i - 0.46 for i, _ in floors],
+            [i + 0.46 for i, _ in floors],
+            colors="black",
+            linestyles="dashed",
+            linewidth=1.2,
+            label="floor: the matrix products alone"
+            if suite == "linear"
+            else "floor: bytes / copy bandwidth",
+        )
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set_yscale("log")
+        axis.margins(y=0.12)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_xticks(range(len(shapes)), [shape.replace(" ", "\n", 1) for shape in shapes])
+        axis.set_xlabel("size: samples x experts x classes")
+        axis.set_ylabel("time / time of the plain loop")
+        axis.set_title(f"{suite}, {dtype}: forward + backward (1 = plain loop, lower is faster)")
+        axis.legend(fontsize=7, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.27))
+    figure.suptitle(f"{record['device']}, threads: {record['threads']}, torch {record['torch']}")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
