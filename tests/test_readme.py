@@ -3,6 +3,7 @@
 import json
 import re
 
+import report
 import torch
 from scripts import ROOT
 
@@ -52,6 +53,16 @@ def test_the_cost_of_the_layouts_is_the_recorded_one():
         low, median, high = (f"{rate:.1f}" for rate in row["images_per_second_quartiles"])
         cells = (row["network"], row["batch"], row["layout"], f"{median} ({low} to {high})")
         assert f"| {' | '.join(map(str, cells))} | {row['peak_mib_median']:.0f} |" in README
+
+
+def test_the_cost_of_the_losses_is_the_recorded_one():
+    record = json.loads((ROOT / "benchmarks" / "results" / "losses_cpu.json").read_text())
+    tables = {title: text for title, text in report.markdown(record).items() if title.split(", ")[0] in (
+        "logits: forward + backward", "linear: forward + backward",
+        "logits: peak memory of forward + backward", "linear: peak memory of forward + backward",
+    )}  # fmt: skip
+    assert len(tables) == 4
+    assert all(text in README for text in tables.values())
 
 
 def test_the_accuracies_of_the_training_scripts_are_the_recorded_ones():
