@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 ADJUSTMENTS = ("lgla", "softmax", "balanced", "logit")
 BACKENDS = ("auto", "reference", "fused", "triton")
 REDUCTIONS = ("mean", "sum", "none")
+#: What to do about numbers that are not finite.
+WAY_OUT = (
+    "lower the learning rate, clip gradients, or look for a division by zero upstream "
+    "(validate_args=False skips this check)"
+)
 
 
 class ExpertLoss(nn.Module):
@@ -151,7 +156,12 @@ class ExpertLoss(nn.Module):
         """The losses ``[N]`` as ``reduction`` says."""
         if self.reduction == "none":
             return losses
-        return losses.sum() if divisor is None else losses.sum() / divisor
+        return fused.total(losses, divisor)
+
+    def _engine_adds_up(self, engine: Engine | None, divisor: Tensor | None) -> bool:
+        """Not for a compiler, nor where the divisor wants a gradient too."""
+        learns = divisor is not None and divisor.requires_grad
+        return self.reduction != "none" and not (engine is None or torch.compiler.is_compiling() or learns)
 
     def _check_features(self, features: Tensor, weight: Tensor, num_samples: int) -> None:
         floating_tensor("features", features, "[N, K, d]")

@@ -97,6 +97,11 @@ def _log_once(message: str) -> None:
     logger.info(message)
 
 
+def total(losses: Tensor, divisor: Tensor | None) -> Tensor:
+    """The sum of the losses ``[N]`` over the divisor; None stands for 1."""
+    return losses.sum() if divisor is None else losses.sum() / divisor
+
+
 class Call(NamedTuple):
     """Everything but the logits.
 
@@ -124,9 +129,7 @@ class Call(NamedTuple):
 
     def reduced(self, losses: Tensor) -> Tensor:
         """The losses ``[N]`` as they are, or their sum over the divisor."""
-        if not self.reduce:
-            return losses
-        return losses.sum() if self.divisor is None else losses.sum() / self.divisor
+        return total(losses, self.divisor) if self.reduce else losses
 
     def per_sample(self, upstream: Tensor) -> Tensor:
         """The gradient of every sample's loss ``[N]``, given that of the result."""

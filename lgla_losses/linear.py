@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lgla_losses import functional, fused
-from lgla_losses.base import ExpertLoss
+from lgla_losses.base import WAY_OUT, ExpertLoss
 from lgla_losses.checks import floating_tensor, same_device, target_tensor, target_values, values_readable
 from lgla_losses.kernels import chunked
 
@@ -84,11 +84,7 @@ class LinearLGLALoss(ExpertLoss):
         if readable:
             target_values(target, self.num_classes, self.ignore_index)
             if not features.isfinite().all():
-                raise ValueError(
-                    "features: expected finite numbers, got NaN or infinity; lower the learning rate, "
-                    "clip gradients, or look for a division by zero upstream "
-                    "(validate_args=False skips this check)"
-                )
+                raise ValueError(f"features: expected finite numbers, got NaN or infinity; {WAY_OUT}")
         inputs = features, weight, target, bias, normalizer
         engine = self._engine(*inputs)
         if engine is None and self.backend != "reference" and fused.unfit(*inputs) is None:
@@ -107,9 +103,7 @@ class LinearLGLALoss(ExpertLoss):
                 "convert one of them, or train under torch.autocast, which leaves float64 as it is"
             )
         divisor = self._divisor(target, normalizer, samples, functional.compute_dtype(features.dtype))
-        reduce = self.reduction != "none" and not (
-            engine is None or compiling or (divisor is not None and divisor.requires_grad)
-        )
+        reduce = self._engine_adds_up(engine, divisor)
         call = fused.Call(
             engine or chunked,
             target,
@@ -138,8 +132,7 @@ class LinearLGLALoss(ExpertLoss):
         if wrong.any():
             raise ValueError(
                 "features, weight, bias: expected finite logits on the targets, no NaN or +inf elsewhere; "
-                "lower the learning rate, clip gradients, or look for a division by zero upstream "
-                "(validate_args=False skips this check)"
+                f"{WAY_OUT}"
             )
 
     def _check_inputs(

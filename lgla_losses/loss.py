@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lgla_losses import functional, fused
-from lgla_losses.base import ExpertLoss
+from lgla_losses.base import WAY_OUT, ExpertLoss
 from lgla_losses.checks import same_device, target_tensor, target_values, values_readable
 from lgla_losses.kernels import Engine, native
 from lgla_losses.output import ExpertLogits, ExpertOutput, check_logits
@@ -160,9 +160,7 @@ class LGLALoss(ExpertLoss):
             )
             return self._reduced(loss, divisor)
 
-        # An engine adds up by itself; not for a compiler, nor where the divisor wants a gradient too.
-        reduce = self.reduction != "none"
-        reduce = reduce and not (compiling or (divisor is not None and divisor.requires_grad))
+        reduce = self._engine_adds_up(engine, divisor)
         blocks = [logits] if isinstance(logits, Tensor) else [expert.unsqueeze(1) for expert in logits]
         parts, begin = [], 0
         for block in blocks:
@@ -236,8 +234,7 @@ class LGLALoss(ExpertLoss):
             if not (own.isfinite().all() and expert.detach().amax() < float("inf")):
                 raise ValueError(
                     f"logits: expected no NaN or +inf, and no -inf on the target, got one from expert {k}; "
-                    "lower the learning rate, clip gradients, or look for a division by zero upstream "
-                    "(validate_args=False skips this check)"
+                    f"{WAY_OUT}"
                 )
             if from_logits and self.aaw and self.scale is not None:
                 self._warn_of_scale(own, self.scale)

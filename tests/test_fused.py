@@ -249,6 +249,18 @@ def test_who_replaces_the_weights_is_heard(close):
         close(actual, expected)
 
 
+def test_weights_of_one_column_are_every_experts(engine, close):
+    """As a hook may make them; none is read beyond its end, and no table either."""
+    logits, target = batch()
+    weights, table = 1 + torch.rand(7, 1, dtype=torch.float64), -torch.rand(1, 6, dtype=torch.float64)
+    options = {"ignore_index": -100, "label_smoothing": 0.0, "reduce": False, "gradient": None}
+    losses, _ = engine.forward(logits, target, table, weights, None, **options)
+    whole, _ = engine.forward(logits, target, table.repeat(3, 1), weights.repeat(1, 3), None, **options)
+    close(losses, whole)
+    with pytest.raises(RuntimeError, match="size"):
+        engine.forward(logits, target, torch.zeros(3, 4), None, None, **options)
+
+
 def test_constants_of_other_forms_are_read_right(close):
     """load_state_dict(assign=True) takes whatever memory it is given."""
     logits, target = batch()

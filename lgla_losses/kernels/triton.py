@@ -472,7 +472,7 @@ def statistics(
     parts = _empty(source, shape, torch.float64)
     _launch(
         _statistics, num_blocks, num_warps,
-        source, target.contiguous(), group_index, made, parts,
+        source, target.contiguous(), group_index.contiguous(), made, parts,
         num_samples, *_target_strides(source),
         num_groups=num_groups, num_experts=num_experts, num_classes=len(group_index),
         ignore_index=ignore_index, scale=scale, rows=rows, block=block,
@@ -506,7 +506,7 @@ def weights(
 
 
 def fits_one_block(num_samples: int, num_experts: int) -> bool:
-    """Whether :func:`weights_of` can take the batch."""
+    """Whether :func:`weights_of` needs one launch only."""
     return num_samples <= sample_tile(num_experts).rows
 
 
@@ -547,7 +547,7 @@ def _launch_weights(
     # An empty batch has its program too: the divisor counts the samples of all ranks.
     _launch(
         _weights, max(1, -(-num_samples // rows)), num_warps,
-        source, target.contiguous(), group_index, parts, result, divisor,
+        source, target.contiguous(), group_index.contiguous(), parts, result, divisor,
         num_samples, 0 if parts is None else len(parts), *_target_strides(source),
         num_groups=num_groups, num_experts=num_experts, num_classes=len(group_index),
         ignore_index=ignore_index, num_ranks=num_ranks, scale=scale, rows=rows, block=block,
@@ -600,7 +600,7 @@ def forward(
         losses = _empty(logits, (num_samples, num_experts), dtype)
     _launch(
         _forward if block >= num_classes else _forward_blocked, programs, num_warps,
-        logits, target.contiguous(), table, weights if weights is None else weights.contiguous(), divisor,
+        logits, target.contiguous(), *_constants(logits, table, weights), divisor,
         losses, state, gradient, num_samples,
         *(strides := _strides(logits, gradient))[1:],
         num_experts=num_experts, num_classes=num_classes, ignore_index=ignore_index,
@@ -633,7 +633,7 @@ def backward(
     row_blocks = num_experts * -(-num_classes // block)
     _launch(
         _backward, _programs(logits, num_samples, rows, row_blocks, num_warps), num_warps,
-        logits, target.contiguous(), table, weights if weights is None else weights.contiguous(), upstream,
+        logits, target.contiguous(), *_constants(logits, table, weights), upstream,
         state, gradient, num_samples,
         *(strides := _strides(logits, gradient))[1:], upstream.stride(0),
         num_experts=num_experts, num_classes=num_classes, ignore_index=ignore_index,
@@ -675,6 +675,16 @@ def _programs(like: Tensor, num_samples: int, rows: int, columns: int, num_warps
 
 def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _constants(
+    logits: Tensor, table: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Table ``[K, C]`` and weights ``[N, K]`` as the kernels read them, whatever a hook made of them."""
+    return (
+        None if table is None else table.expand(logits.shape[1:]).contiguous(),
+        None if weights is None else weights.expand(logits.shape[:2]).contiguous(),
+    )
 
 
 def _target_strides(source: Tensor) -> tuple[int, ...]:
