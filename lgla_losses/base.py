@@ -127,7 +127,11 @@ class ExpertLoss(nn.Module):
         ``source`` is the angles, or with ``scale`` cosine logits ``[N, K, C]``.
         """
         if engine is not None and self.weighter.is_plain():
-            return self.weighter.of_batch(source, target, scale=scale, engine=engine, check=check)
+            if not torch.compiler.is_compiling():
+                return self.weighter.of_batch(source, target, scale=scale, engine=engine, check=check)
+            if self.weighter.num_ranks() == 1 and not values_readable(target, self.validate_args):
+                grouper, ignore_index = self.weighter.grouper, self.ignore_index
+                return fused.compiled_weights(source, target, grouper, scale, ignore_index, self.backend)
         if scale is not None:
             source = functional.angles_from_logits(source, self._own_class(target), scale)
         statistics = self.weighter.statistics(source, target)
@@ -159,9 +163,9 @@ class ExpertLoss(nn.Module):
         return fused.total(losses, divisor)
 
     def _engine_adds_up(self, engine: Engine | None, divisor: Tensor | None) -> bool:
-        """Not for a compiler, nor where the divisor wants a gradient too."""
+        """Not where the divisor wants a gradient too."""
         learns = divisor is not None and divisor.requires_grad
-        return self.reduction != "none" and not (engine is None or torch.compiler.is_compiling() or learns)
+        return self.reduction != "none" and engine is not None and not learns
 
     def _check_features(self, features: Tensor, weight: Tensor, num_samples: int) -> None:
         floating_tensor("features", features, "[N, K, d]")

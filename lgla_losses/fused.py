@@ -3,9 +3,9 @@
 Where the loss is a scalar its gradient is computed together with it, and ``backward`` hands it over.
 Elsewhere ``backward`` computes it from the logits and two numbers a row: without reduction; for
 float16, whose small gradients must meet the loss's scale before they are rounded; the second time
-through a retained graph; and under ``torch.compile``. Until ``backward`` the graph of a scalar loss
-holds its gradient, which saved-tensor hooks (offloading) do not see. A 16-bit gradient is rounded once,
-and once more where the gradient of the loss is no power of two, as those of loss scaling are.
+through a retained graph; and on a GPU under ``torch.compile``. Until ``backward`` the graph of a scalar
+loss holds its gradient, which saved-tensor hooks (offloading) do not see. A 16-bit gradient is rounded
+once, and once more where the gradient of the loss is no power of two, as those of loss scaling are.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lgla_losses import functional
+from lgla_losses.grouping import ClassGrouper
 from lgla_losses.kernels import Engine, chunked, native
 
 logger = logging.getLogger(__name__)
@@ -276,78 +277,104 @@ class CrossEntropy(NamedTuple):
         return call.reduced(losses)
 
 
+def compiled_weights(
+    source: Tensor,
+    target: Tensor,
+    grouper: ClassGrouper,
+    scale: float | None,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """``weights_of`` of an engine, for :func:`torch.compile`."""
+    weights: tuple[Tensor, Tensor] = torch.ops.lgla_losses.angular_weights(
+        source, target, grouper.group_index, grouper.num_groups, scale, ignore_index, backend
+    )
+    return weights
+
+
 def compiled_cross_entropy(call: Call, logits: Tensor, backend: str) -> Tensor:
-    """Eq. 9 of every sample ``[N]``, for :func:`torch.compile`."""
+    """Eq. 9 for :func:`torch.compile`."""
     result: tuple[Tensor, Tensor] = torch.ops.lgla_losses.cross_entropy(
-        logits, call.target, call.table, call.weights, call.ignore_index, call.label_smoothing, backend
+        logits, *call[1:8], torch.is_grad_enabled() and logits.requires_grad, backend
     )
     return result[0]
 
 
 # For torch.compile. Defined by hand, as the decorator for it costs tens of microseconds a call.
 _OPERATORS = torch.library.Library("lgla_losses", "DEF")
-_OPTIONS = "SymInt ignore_index, float label_smoothing, str backend"
-_OPERATORS.define(
-    "cross_entropy(Tensor logits, Tensor target, Tensor table, Tensor? weights, "
-    f"{_OPTIONS}) -> (Tensor, Tensor)",
-    tags=torch.Tag.needs_fixed_stride_order,
+_ARGUMENTS = (
+    "Tensor logits, Tensor target, Tensor table, Tensor? weights, Tensor? divisor, SymInt ignore_index, "
+    "float label_smoothing, bool reduce, bool learns, str backend"
 )
 _OPERATORS.define(
-    "cross_entropy_backward(Tensor upstream, Tensor logits, Tensor target, Tensor table, Tensor? weights, "
-    f"Tensor state, {_OPTIONS}) -> Tensor",
+    "angular_weights(Tensor source, Tensor target, Tensor group_index, SymInt num_groups, float? scale, "
+    "SymInt ignore_index, str backend) -> (Tensor, Tensor)"
+)
+_OPERATORS.define(f"cross_entropy({_ARGUMENTS}) -> (Tensor, Tensor)", tags=torch.Tag.needs_fixed_stride_order)
+_OPERATORS.define(
+    f"cross_entropy_backward(Tensor upstream, Tensor state, {_ARGUMENTS}) -> Tensor",
     tags=torch.Tag.needs_fixed_stride_order,
 )
 
 
-def _operator(
-    logits: Tensor,
-    target: Tensor,
-    table: Tensor,
-    weights: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Eq. 9 of every sample ``[N]``, and the state for its gradient."""
-    engine = engine_for(backend, logits.device) or chunked
-    call = Call(engine, target, table, weights, None, ignore_index, label_smoothing, reduce=False)
-    losses, _, state = CrossEntropy(call).run([logits], [False])
-    return losses, state  # type: ignore[return-value]
+def _weights(source: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *batch, scale, ignore_index, backend = arguments
+    engine = engine_for(backend, source.device) or chunked
+    return engine.weights_of(source, *batch, scale=scale, ignore_index=ignore_index)
 
 
-def _operator_backward(
-    upstream: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    table: Tensor,
-    weights: Tensor | None,
-    state: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    backend: str,
-) -> Tensor:
-    engine = engine_for(backend, logits.device) or chunked
-    call = Call(engine, target, table, weights, None, ignore_index, label_smoothing, reduce=False)
-    return CrossEntropy(call).gradients([logits], upstream, state, [True])[0]  # type: ignore[return-value]
+def _weights_shapes(source: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    dtype = functional.compute_dtype(source.dtype)
+    return source.new_empty(source.shape[:2], dtype=dtype), source.new_empty((), dtype=dtype)
 
 
-def _shapes(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _call(logits: Tensor, *arguments: Any) -> Call:
+    *others, _learns, backend = arguments
+    return Call(engine_for(backend, logits.device) or chunked, *others)
+
+
+def _operator(logits: Tensor, *arguments: Any) -> tuple[Tensor, Any]:
+    """The loss, and the state for its gradient."""
+    call, learns = _call(logits, *arguments), arguments[-2]
+    # A compiler knows no way to give a gradient to an operator that hands it on, so the state, which it
+    # keeps, carries it as an attribute; where that is lost, backward computes the gradient again. On a
+    # GPU it always does: that moves no more bytes, and CUDA graphs replay no attributes.
+    at_once = learns and call.reduce and call.engine is native and logits.dtype != torch.float16
+    state: Any
+    loss, (gradient,), state = CrossEntropy(call).run([logits], [at_once])
+    state.gradient = gradient
+    return loss, state
+
+
+def _operator_backward(upstream: Tensor, state: Any, logits: Tensor, *arguments: Any) -> Any:
+    call = _call(logits, *arguments)
+    # From now on it is the caller's; a second backward computes its own.
+    gradient, state.gradient = getattr(state, "gradient", None), None
+    if gradient is None:
+        return CrossEntropy(call).gradients([logits], upstream, state, [True])[0]
+    call.engine.rescale_(gradient, upstream)
+    return gradient
+
+
+def _shapes(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     samples, experts, _classes = logits.shape
-    dtype = functional.compute_dtype(logits.dtype)
-    return logits.new_empty(samples, dtype=dtype), logits.new_empty((samples, experts, 2), dtype=dtype)
+    reduce, dtype = arguments[-3], functional.compute_dtype(logits.dtype)
+    return (
+        logits.new_empty(() if reduce else (samples,), dtype=dtype),
+        logits.new_empty((samples, experts, 2), dtype=dtype),
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.backend = inputs
+    *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.reduce, ctx.learns, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(output[1], *tensors)
 
 
 def _gradients(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradient = torch.ops.lgla_losses.cross_entropy_backward(
-        upstream, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing, ctx.backend
-    )
-    return gradient, *[None] * 6
+    options = ctx.ignore_index, ctx.label_smoothing, ctx.reduce, ctx.learns, ctx.backend
+    gradient = torch.ops.lgla_losses.cross_entropy_backward(upstream, *ctx.saved_tensors, *options)
+    return gradient, *[None] * 9
 
 
 def refuse_second_derivative(ctx: Any, *upstream: Tensor) -> None:
@@ -358,11 +385,15 @@ def refuse_second_derivative(ctx: Any, *upstream: Tensor) -> None:
     )
 
 
+_OPERATORS.impl("angular_weights", _weights, "CompositeExplicitAutograd")
 _OPERATORS.impl("cross_entropy", _operator, "CompositeExplicitAutograd")
 _OPERATORS.impl("cross_entropy_backward", _operator_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("lgla_losses::angular_weights", _weights_shapes, lib=_OPERATORS)
 torch.library.register_fake("lgla_losses::cross_entropy", _shapes, lib=_OPERATORS)
 torch.library.register_fake(
-    "lgla_losses::cross_entropy_backward", lambda _, logits, *__: torch.empty_like(logits), lib=_OPERATORS
+    "lgla_losses::cross_entropy_backward",
+    lambda upstream, state, logits, *_: torch.empty_like(logits),
+    lib=_OPERATORS,
 )
 torch.library.register_autograd("lgla_losses::cross_entropy", _gradients, setup_context=_save, lib=_OPERATORS)
 torch.library.register_autograd(

@@ -89,13 +89,10 @@ class LinearLGLALoss(ExpertLoss):
         engine = self._engine(*inputs)
         if engine is None and self.backend != "reference" and fused.unfit(*inputs) is None:
             engine = chunked
-        compiling = torch.compiler.is_compiling()
         weights = samples = None
         if self.aaw:
             angles = functional.angles_from_features(features, weight, self._own_class(target))
-            weights, samples = self._weights(
-                None if compiling else engine, angles, target, scale=None, check=False
-            )
+            weights, samples = self._weights(engine, angles, target, scale=None, check=False)
         features, weight, bias = _as_autocast_would(features, weight, bias)
         if weight.dtype != features.dtype:
             raise ValueError(
@@ -103,7 +100,8 @@ class LinearLGLALoss(ExpertLoss):
                 "convert one of them, or train under torch.autocast, which leaves float64 as it is"
             )
         divisor = self._divisor(target, normalizer, samples, functional.compute_dtype(features.dtype))
-        reduce = self._engine_adds_up(engine, divisor)
+        compiling = torch.compiler.is_compiling()
+        reduce = self._engine_adds_up(engine, divisor) and not compiling
         call = fused.Call(
             engine or chunked,
             target,

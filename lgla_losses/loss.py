@@ -145,12 +145,10 @@ class LGLALoss(ExpertLoss):
         check: bool,
     ) -> Tensor:
         """Eq. 9, as :meth:`forward` gives it."""
-        compiling = torch.compiler.is_compiling()
         weights = samples = None
         if self.aaw:
             source, scale = self._angles(logits, target, features, weight)
-            plain = None if compiling else engine
-            weights, samples = self._weights(plain, source, target, scale=scale, check=check)
+            weights, samples = self._weights(engine, source, target, scale=scale, check=check)
         first = logits if isinstance(logits, Tensor) else logits[0]
         divisor = self._divisor(target, normalizer, samples, functional.compute_dtype(first.dtype))
         table, ignore_index, label_smoothing = self.adjuster.table, self.ignore_index, self.label_smoothing
@@ -176,7 +174,7 @@ class LGLALoss(ExpertLoss):
                 reduce,
                 check,
             )
-            if compiling:
+            if torch.compiler.is_compiling():
                 parts.append(fused.compiled_cross_entropy(call, block, self.backend))
             else:
                 parts.append(fused.evaluate(fused.CrossEntropy(call), block))

@@ -84,6 +84,33 @@ def test_many_classes_compile_to_the_operator(backend, form, reduction):
     assert all("lgla_losses.cross_entropy" in graph for graph in graphs)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_compiled_gradient_is_handed_over_once(backend, dtype, monkeypatch):
+    """Computed with the loss, its second backward anew; float16 waits for the loss's scale."""
+    if native.LIBRARY is None:
+        pytest.skip(native.MISSING)
+    calls = []
+    monkeypatch.setattr(native, "backward", lambda *a, f=native.backward, **k: (calls.append(1), f(*a, **k)))
+    criterion = LGLALoss(list(range(600, 0, -1)))
+    compiled = torch.compile(criterion, fullgraph=True, backend=backend)
+    logits = (30 * torch.rand(4, 3, 600) - 15).to(dtype).requires_grad_()
+    results = []
+    for function in (compiled, LGLALoss(list(range(600, 0, -1)), backend="reference")):
+        loss = 4 * function(logits, torch.arange(4))
+        results += [
+            torch.autograd.grad(loss, logits, retain_graph=True)[0],
+            torch.autograd.grad(loss, logits)[0],
+        ]
+    assert len(calls) == (1 if dtype == torch.float32 else 2)
+    for result in results[:3]:
+        torch.testing.assert_close(result, results[3])
+    table = criterion.adjuster.table
+    arguments = logits, torch.arange(4), table, None, None, -100, 0.0, True, False, "auto"
+    _, state = torch.ops.lgla_losses.cross_entropy(*arguments)
+    assert state.gradient is None  # nobody asked for one
+
+
 def test_values_are_checked_on_request_under_a_compiler():
     criterion = LGLALoss(list(range(600, 0, -1)), validate_args=True)
     logits = torch.full((4, 3, 600), float("nan"))

@@ -486,25 +486,27 @@ def test_the_number_of_threads_changes_no_bit(dtype, monkeypatch):
         assert all(map(torch.equal, result, results[0]))
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_operators(name, backend):
+@pytest.mark.parametrize("reduce", [True, False])
+def test_operators(reduce, backend):
     """As torch.compile calls them; "reference" there stands for chunks of PyTorch."""
-    logits, target = batch(torch.float32)
+    (logits, target), criterion = batch(torch.float32), LGLALoss(COUNTS)
+    grouper, operators = criterion.grouper, torch.ops.lgla_losses
+    groups = grouper.group_index, grouper.num_groups
+    weights = (logits, target, *groups, 30.0, -100, backend)
+    torch.library.opcheck(operators.angular_weights.default, weights)
+    tensors = logits.requires_grad_(), target, criterion.adjuster.table, torch.rand(7, 3), torch.tensor(3.0)
+    torch.library.opcheck(operators.cross_entropy.default, (*tensors, -100, 0.1, reduce, True, backend))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_operator_of_the_linear_loss(backend):
+    _, target = batch(torch.float32)
     table, weights = LGLALoss(COUNTS).adjuster.table, torch.rand(7, 3)
-    if name == "cross_entropy":
-        tensors = [logits.requires_grad_()]
-        options = (-100, 0.1, backend)
-    else:
-        tensors = [
-            torch.randn(7, 3, 4, requires_grad=True),
-            torch.randn(3, 6, 4, requires_grad=True),
-            torch.randn(3, 6, requires_grad=True),
-        ]
-        options = (None, -100, 0.1, backend)
-    torch.library.opcheck(
-        getattr(torch.ops.lgla_losses, name).default, (*tensors, target, table, weights, *options)
-    )
+    tensors = [torch.randn(size, requires_grad=True) for size in ((7, 3, 4), (3, 6, 4), (3, 6))]
+    options = None, -100, 0.1, backend
+    operator = torch.ops.lgla_losses.linear_cross_entropy.default
+    torch.library.opcheck(operator, (*tensors, target, table, weights, *options))
 
 
 def test_memory_is_one_gradient(tmp_path):
