@@ -75,6 +75,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=number(float, 0),
         help="strength of the adjustment lgla or logit; None is the loss's own",
     )
+    add(
+        "--groups",
+        choices=("mass", "shots"),
+        default="mass",
+        help="of the local experts' classes: of equal mass; or many, medium and few, for 4 experts",
+    )
     add("--aaw", action=argparse.BooleanOptionalAction, default=True, help="weight hard samples")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -85,6 +91,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=number(float, 0), default=0.1, help="highest learning rate")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="of all but norms and biases")
+    add("--decay-all", action="store_true", help="let norms and biases decay too")
     add("--clip-norm", type=number(float, 1e-12), help="largest norm of the gradient")
     add("--schedule", choices=("cosine", "step"), default="cosine", help="how the rate falls")
     add(
@@ -94,12 +101,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="epochs after which step divides the rate by 10; None is at 80 and 90 %% of them",
     )
     add("--warmup-epochs", type=number(int, 0), default=1, help="epochs in which the rate rises linearly")
+    add(
+        "--warmup-start",
+        type=number(float, 0, 1),
+        help="part of --lr that the rise begins with, then epoch by epoch; None rises from 0 step by step",
+    )
+    add("--final-lr", type=number(float, 0), default=0.0, help="learning rate at the end of a cosine")
 
     add = parser.add_argument_group("running").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--amp", choices=tuple(AMP_DTYPES), default="none", help="mixed precision")
     add("--channels-last", action="store_true", help="memory format of convolutions")
     add("--compile", action="store_true", help="compile the model")
+    add("--cuda-graphs", action="store_true", help="record a step once and replay it; for small networks")
+    add("--evaluate-every", type=number(int, 1), default=1, help="epochs from one evaluation to the next")
     add(
         "--workers", type=number(int, 0), default=min(4, os.cpu_count() or 1), help="processes that load data"
     )
@@ -123,10 +138,18 @@ def parse_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argp
         parser.error(f"--device {options.device}: {error}")
     if options.amp == "fp16" and torch.device(options.device).type == "cpu":
         parser.error("--amp fp16: expected a GPU, got --device cpu; --amp bf16 runs there")
+    if options.cuda_graphs:
+        on_gpu, scales = torch.device(options.device).type == "cuda", options.amp == "fp16"
+        if not on_gpu or scales or options.accumulate > 1 or options.compile:
+            parser.error(
+                "--cuda-graphs: expected --device cuda, --accumulate 1, --amp none or bf16 and no --compile"
+            )
     if options.num_experts == 1 and (options.aaw or options.adjustment == "lgla"):
         parser.error(
             "--num-experts 1: expected --no-aaw and an --adjustment other than lgla, which groups classes"
         )
+    if options.groups == "shots" and options.num_experts != 4:
+        parser.error(f"--groups shots: expected --num-experts 4, got {options.num_experts}")
     if options.tau is not None and options.adjustment not in ("lgla", "logit"):
         parser.error(f"--tau: expected --adjustment lgla or logit, got {options.adjustment}")
     if options.milestones is None:

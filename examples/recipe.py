@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset, default_collate
 
-from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss, split_backbone
+from lgla_losses import ClassGrouper, ExpertOutput, GroupConvExperts, LGLALoss, split_backbone
 
 
 class Task(NamedTuple):
     """What a script trains on what data.
 
     Attributes:
-        make_network: gives the network to split, a new one at every call.
+        make_network: gives the network to split, a new one at every call; or, with ``split`` false, the
+            model, whose output is an ``ExpertOutput``.
         pretrained: whether experts keep the network's weights, or begin with new ones of their own.
         train: samples to learn from.
         val: samples to evaluate on.
@@ -31,6 +32,7 @@ class Task(NamedTuple):
         libraries: packages whose versions the record names.
         collate: makes a batch of samples.
         keep: writes what a checkpoint needs beside it.
+        split: whether the network is to be split into a trunk and experts.
     """
 
     make_network: Callable[[], nn.Module]
@@ -42,6 +44,7 @@ class Task(NamedTuple):
     libraries: tuple[str, ...]
     collate: Callable[[list[Sample]], Any] = default_collate
     keep: Callable[[Path], object] = lambda folder: None
+    split: bool = True
 
 
 class ExpertModel(nn.Module):
@@ -58,8 +61,10 @@ class ExpertModel(nn.Module):
         return output
 
 
-def build_model(task: Task, options: argparse.Namespace) -> ExpertModel:
+def build_model(task: Task, options: argparse.Namespace) -> nn.Module:
     """Split the network, and try the parts on two samples."""
+    if not task.split:
+        return task.make_network()
 
     def split() -> tuple[nn.Module, nn.Module]:
         return split_backbone(task.make_network(), options.split_at, head=options.head)
@@ -88,10 +93,13 @@ def build_model(task: Task, options: argparse.Namespace) -> ExpertModel:
 def build_criterion(class_counts: Tensor, options: argparse.Namespace) -> LGLALoss:
     """The loss that the options name."""
     try:
+        groups = {"class_counts": class_counts, "num_experts": options.num_experts}
+        if options.groups == "shots":
+            shots = (class_counts <= 100).long() + (class_counts < 20)
+            groups = {"grouper": ClassGrouper.from_groups(class_counts, shots)}
         return LGLALoss(
-            class_counts,
-            options.num_experts,
-            options.tau,
+            **groups,
+            tau=options.tau,
             aaw=options.aaw,
             scale=options.scale if options.classifier == "cosine" else None,
             adjustment=options.adjustment,
@@ -101,8 +109,8 @@ def build_criterion(class_counts: Tensor, options: argparse.Namespace) -> LGLALo
         raise InputError(str(error)) from error
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """All parameters; biases and those of norms do not decay.
+def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict[str, Any]]:
+    """All parameters; biases and those of norms do not decay, unless all do.
 
     Told by layer and name, not by dimension, of which grouped experts have one more.
     """
@@ -111,13 +119,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             exempt = name.endswith("bias") or "Norm" in type(module).__name__
-            (kept if exempt else decayed).append(parameter)
+            (kept if exempt and not decay_all else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
 def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
     """SGD with Nesterov's momentum, or AdamW."""
-    groups = parameter_groups(model, options.weight_decay)
+    groups = parameter_groups(model, options.weight_decay, options.decay_all)
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=options.lr)
     return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0)
@@ -126,14 +134,20 @@ def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim
 def make_schedule(
     optimizer: torch.optim.Optimizer, options: argparse.Namespace, num_steps: int
 ) -> LRScheduler:
-    """Learning rates by step, of ``num_steps`` an epoch: a linear rise, then a cosine to 0, or steps."""
+    """Learning rates by step, of ``num_steps`` an epoch: a rise, then a cosine or steps.
+
+    The rise is linear by step; where ``--warmup-start`` says where it begins, linear by epoch.
+    """
     warmup, total = options.warmup_epochs * num_steps, options.epochs * num_steps
+    start, end = options.warmup_start, options.final_lr / options.lr if options.lr else 0.0
 
     def factor(step: int) -> float:
-        if step < warmup:
+        if step < warmup and start is None:
             return float((step + 1) / (warmup + 1))
+        if step < warmup:
+            return float(start + (1 - start) * (step // num_steps) / options.warmup_epochs)
         if options.schedule == "cosine":
-            return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+            return float(end + (1 - end) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2)
         return float(0.1 ** sum(step >= epoch * num_steps for epoch in options.milestones))
 
     return LambdaLR(optimizer, factor)

@@ -53,18 +53,16 @@ class BasicBlock(nn.Module):
         return F.relu(y + F.pad(shortcut, (0, 0, 0, 0, self.padding, self.padding)))
 
 
-def make_stage(inputs: int, outputs: int, stride: int, groups: int = 1) -> nn.Sequential:
-    """Five blocks, the first of which strides; widths are those of one expert."""
-    widths = [inputs, *[outputs] * 5]
-    blocks = [
-        BasicBlock(groups * widths[i], groups * outputs, stride if i == 0 else 1, groups) for i in range(5)
-    ]
-    return nn.Sequential(*blocks)
+def make_stage(inputs: int, outputs: int, stride: int, groups: int = 1, blocks: int = 5) -> nn.Sequential:
+    """Blocks, the first of which strides; widths are those of one expert."""
+    first = BasicBlock(groups * inputs, groups * outputs, stride, groups)
+    others = [BasicBlock(groups * outputs, groups * outputs, 1, groups) for _ in range(blocks - 1)]
+    return nn.Sequential(first, *others)
 
 
-def expert_stages(groups: int = 1) -> nn.Sequential:
+def expert_stages(groups: int = 1, blocks: int = 5) -> nn.Sequential:
     """The second and third stage: what every expert has for itself."""
-    return nn.Sequential(make_stage(16, 32, 2, groups), make_stage(32, 64, 2, groups))
+    return nn.Sequential(make_stage(16, 32, 2, groups, blocks), make_stage(32, 64, 2, groups, blocks))
 
 
 class LeakyExperts(nn.Module):
@@ -77,11 +75,15 @@ class LeakyExperts(nn.Module):
         - output: as of :class:`GroupConvExperts`
     """
 
-    def __init__(self, num_experts: int, num_classes: int, scale: float) -> None:
+    def __init__(
+        self, blocks: int, num_experts: int, num_classes: int, *, scale: float, classifier: str
+    ) -> None:
         super().__init__()
         self.num_experts = num_experts
-        self.stage = expert_stages(groups=num_experts)
-        self.classifiers = ExpertClassifiers(num_experts, 64, num_classes, scale)
+        self.stage = expert_stages(num_experts, blocks)
+        self.classifiers = ExpertClassifiers(
+            num_experts, 64, num_classes, scale if classifier == "cosine" else None
+        )
 
     def forward(self, shared: Tensor) -> ExpertOutput:
         """Logits, features and class centres of every expert."""
@@ -91,13 +93,15 @@ class LeakyExperts(nn.Module):
 
 
 class ResNet32(nn.Module):
-    """ResNet-32 with K experts and cosine classifiers (section 4.2).
+    """ResNet-32 with K experts (section 4.2), or with fewer blocks a shallower network of its kind.
 
     Args:
         num_classes: number of classes ``C``.
         num_experts: number of experts ``K``.
         layout: ``"grouped"``, ``"independent"`` or ``"grouped-leaky"``.
         scale: factor of the cosine logits.
+        classifier: ``"cosine"`` or ``"linear"``.
+        blocks: blocks a stage: the network has ``6 * blocks + 2`` layers.
 
     Raises:
         ValueError: an unknown layout.
@@ -108,20 +112,26 @@ class ResNet32(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, num_experts: int = 3, layout: str = "grouped", scale: float = 30.0
+        self,
+        num_classes: int,
+        num_experts: int = 3,
+        layout: str = "grouped",
+        scale: float = 30.0,
+        classifier: str = "cosine",
+        blocks: int = 5,
     ) -> None:
         super().__init__()
         if layout not in LAYOUTS:
             raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
         stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(stem.weight)
-        self.trunk = nn.Sequential(stem, nn.BatchNorm2d(16), nn.ReLU(), make_stage(16, 16, 1))
+        self.trunk = nn.Sequential(stem, nn.BatchNorm2d(16), nn.ReLU(), make_stage(16, 16, 1, blocks=blocks))
         make = (
-            LeakyExperts
+            partial(LeakyExperts, blocks)
             if layout == "grouped-leaky"
-            else partial(GroupConvExperts, expert_stages, layout=layout)
+            else partial(GroupConvExperts, partial(expert_stages, blocks=blocks), layout=layout)
         )
-        self.experts = make(num_experts, num_classes, scale=scale)
+        self.experts = make(num_experts, num_classes, scale=scale, classifier=classifier)
 
     def forward(self, images: Tensor) -> ExpertOutput:
         """What every expert makes of the images."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import platform
 import re
@@ -21,6 +22,7 @@ from typing import Any, Self
 
 import torch
 from cli import AMP_DTYPES, InputError, library, parse_options, shortened
+from graphs import GraphedPass
 from recipe import Task, build_criterion, build_model, make_optimizer, make_schedule
 from rich.console import Console
 from rich.table import Table
@@ -111,7 +113,7 @@ class Progress:
         loss: sum of the loss over their samples.
         rate: learning rate of the last step.
         seconds: time that the run has taken.
-        curve: loss, learning rate and scores of every epoch done.
+        curve: loss, learning rate and scores of every epoch done; no scores where none were to be.
     """
 
     epoch: int = 0
@@ -124,7 +126,10 @@ class Progress:
     @property
     def best(self) -> dict[str, Any]:
         """The first epoch of the highest balanced accuracy."""
-        return max(self.curve, key=lambda entry: entry["scores"]["ensemble"]["balanced"])
+        return max(
+            filter(operator.itemgetter("scores"), self.curve),
+            key=lambda entry: entry["scores"]["ensemble"]["balanced"],
+        )
 
 
 class Trainer:
@@ -151,6 +156,7 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if options.compile:
             self.model.compile()
+        self.run_pass = GraphedPass(self._pass, self.model) if options.cuda_graphs else self._pass
         self.order = EpochOrder(len(task.train_labels), options)
         self.optimizer = make_optimizer(self.model, options)
         self.schedule = make_schedule(self.optimizer, options, self.order.num_steps)
@@ -183,7 +189,11 @@ class Trainer:
                 if not interruption.requested:
                     self._end_epoch(writer)
                 progress.seconds = time.monotonic() - begun
-                if progress.step == 0 and progress.best is progress.curve[-1]:
+                if (
+                    progress.step == 0
+                    and progress.curve[-1]["scores"]
+                    and progress.best is progress.curve[-1]
+                ):
                     self._save("best.pt")
                 self._save("last.pt")
                 if interruption.requested:
@@ -217,17 +227,18 @@ class Trainer:
 
     def _shots(self) -> dict[str, str]:
         """The last evaluation, for the progress bar."""
-        scores = self.progress.curve[-1]["scores"]["ensemble"] if self.progress.curve else {}
+        evaluations = [entry["scores"] for entry in self.progress.curve if entry["scores"]]
+        scores = evaluations[-1]["ensemble"] if evaluations else {}
         return {name: percent(scores[name]) for name in ("many", "medium", "few") if name in scores}
 
     def _train_step(self, batches: Iterator[Any], num_batches: int, num_samples: int) -> float:
         """One step of the optimizer: the mean loss over the samples of its batches."""
         total = torch.zeros((), device=self.device)
         for _ in range(num_batches):
-            output, target = self._forward(next(batches))
-            loss = self.criterion(output, target, normalizer=num_samples)
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
+            inputs, target = self._to_device(next(batches))
+            # A recorded step has one batch, whose mean is the loss's own.
+            normalizer = () if self.options.cuda_graphs else (num_samples,)
+            total += self.run_pass(inputs, target, *normalizer)
         if not total.isfinite():
             raise SystemExit(
                 f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}: expected a finite loss, "
@@ -241,34 +252,53 @@ class Trainer:
         self.scaler.update()
         self.progress.rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.options.cuda_graphs)
         return total.item()
 
-    def _forward(self, batch: Any) -> tuple[ExpertOutput, Tensor]:
+    def _pass(self, inputs: list[Tensor], target: Tensor, normalizer: int | None = None) -> Tensor:
+        """The loss of a batch, whose gradients are added to the parameters'."""
+        loss: Tensor = self.criterion(self._forward(inputs), target, normalizer=normalizer)
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _to_device(self, batch: Any) -> tuple[list[Tensor], Tensor]:
         inputs, target = batch
         inputs = [tensor.to(self.device, non_blocking=True) for tensor in inputs]
+        return inputs, target.to(self.device, non_blocking=True)
+
+    def _forward(self, inputs: list[Tensor]) -> ExpertOutput:
         dtype = AMP_DTYPES[self.options.amp]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            return self.model(*inputs), target.to(self.device, non_blocking=True)
+        # A cast weight that the cache holds would be none of a recorded step's own.
+        cache = not self.options.cuda_graphs
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=cache):
+            output: ExpertOutput = self.model(*inputs)
+        return output
+
+    @torch.no_grad()
+    def outputs(self) -> Iterator[tuple[ExpertOutput, Tensor]]:
+        """What the experts give for the validation set, and its classes, a batch at a time."""
+        self.model.eval()
+        for batch in self.val_loader:
+            inputs, target = self._to_device(batch)
+            yield self._forward(inputs), target
 
     @torch.no_grad()
     def evaluate(self) -> Scores:
         """Accuracies on the validation set."""
-        self.model.eval()
         num_classes = len(self.class_counts)
         correct = torch.zeros(num_classes, 1 + self.options.num_experts, dtype=torch.float64)
         total = torch.zeros(num_classes, dtype=torch.float64)
-        for batch in self.val_loader:
-            output, target = self._forward(batch)
+        for output, target in self.outputs():
             predictions = torch.cat([output.ensemble()[:, None], output.logits], dim=1).argmax(-1)
             correct.index_add_(0, target.cpu(), (predictions == target[:, None]).cpu().double())
             total += target.cpu().bincount(minlength=num_classes)
         return score(correct, total, self.class_counts)
 
     def _end_epoch(self, writer: SummaryWriter) -> None:
-        """Evaluate, and count the epoch as done."""
-        progress = self.progress
-        scores = self.evaluate()
+        """Evaluate where it is time to, and count the epoch as done."""
+        progress, options = self.progress, self.options
+        due = (progress.epoch + 1) % options.evaluate_every == 0 or progress.epoch + 1 == options.epochs
+        scores = self.evaluate() if due else {}
         loss = progress.loss / self.order.num_samples
         progress.epoch, progress.step, progress.loss = progress.epoch + 1, 0, 0.0
         progress.curve.append({"epoch": progress.epoch, "loss": loss, "lr": progress.rate, "scores": scores})

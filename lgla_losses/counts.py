@@ -38,7 +38,7 @@ def count_classes(labels: ArrayLike | Dataset[Any], num_classes: int) -> Tensor:
         tensor([2, 0, 1, 0])
     """
     num_classes = positive_int("num_classes", num_classes, "give the number of classes")
-    array = _label_array(labels)
+    array = label_array(labels)
     if array.ndim != 1:
         raise ValueError(f"labels: expected 1-D class indices, got shape {list(array.shape)}; flatten them")
     if array.size == 0:
@@ -57,12 +57,13 @@ def count_classes(labels: ArrayLike | Dataset[Any], num_classes: int) -> Tensor:
     return torch.from_numpy(np.bincount(array, minlength=num_classes).astype(np.int64))
 
 
-def _label_array(labels: ArrayLike | Dataset[Any]) -> npt.NDArray[Any]:
+def label_array(labels: ArrayLike | Dataset[Any]) -> npt.NDArray[Any]:
+    """``labels`` as an array, from a vector or from the data set that keeps them."""
     if isinstance(labels, Subset):
-        return _label_array(labels.dataset)[np.asarray(labels.indices, dtype=np.int64)]
+        return label_array(labels.dataset)[np.asarray(labels.indices, dtype=np.int64)]
     for attribute in ("targets", "labels"):
         if hasattr(labels, attribute):
-            return _label_array(getattr(labels, attribute))
+            return label_array(getattr(labels, attribute))
     if isinstance(labels, Dataset):
         raise TypeError(
             f"labels: expected a data set with an attribute targets or labels, got {type(labels).__name__}; "

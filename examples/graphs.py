@@ -1,0 +1,67 @@
+"""Training passes as CUDA graphs: launching the kernels of a small network takes longer than they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class GraphedPass:
+    """A forward and backward pass, recorded for every shape of a batch and replayed afterwards.
+
+    Gradients are zeroed within the recording and never replaced, so that the recordings of all shapes
+    write into the same ones.
+
+    Args:
+        run: computes the loss of a batch on the device and adds its gradients; it must not wait for the
+            device.
+        model: what ``run`` trains. Its buffers are as before after a recording's warm-up.
+    """
+
+    def __init__(self, run: Callable[[list[Tensor], Tensor], Tensor], model: nn.Module) -> None:
+        self.run = run
+        self.model = model
+        self.recordings: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self.pool: Any = None
+
+    def __call__(self, inputs: list[Tensor], target: Tensor) -> Tensor:
+        """The loss of a batch; the parameters' gradients are those of this batch alone."""
+        batch = [*inputs, target]
+        shapes = tuple(tensor.shape for tensor in batch)
+        if shapes not in self.recordings:
+            self.recordings[shapes] = self._record(batch)
+        graph, static, loss = self.recordings[shapes]
+        for memory, tensor in zip(static, batch, strict=True):
+            memory.copy_(tensor, non_blocking=True)
+        graph.replay()
+        return loss.clone()
+
+    def _record(self, batch: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        static = [tensor.clone() for tensor in batch]
+        for parameter in self.model.parameters():
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries choose and allocate before they are recorded
+            for _ in range(3):
+                self._run_anew(static)
+        torch.cuda.current_stream().wait_stream(stream)
+        for buffer, value in zip(self.model.buffers(), before, strict=True):
+            buffer.copy_(value)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            loss = self._run_anew(static)
+        self.pool = graph.pool()
+        return graph, static, loss
+
+    def _run_anew(self, batch: list[Tensor]) -> Tensor:
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        *inputs, target = batch
+        return self.run(inputs, target)

@@ -1,0 +1,321 @@
+"""Run a recipe of examples/paper, a cell of one of the paper's tables, on one or several seeds.
+
+A recipe is a TOML file of options, of which --options lists all. Of several recipes the later ones
+override, then --set. Runs that were made before are not made again, and those cut short go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tomllib
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from augment import TRAINING, transforms
+from cli import InputError, add_options, library, number, parse_options
+from recipe import Task
+from resnet32 import ResNet32
+from torch import nn
+from train_images import load_pretrained, network_factory
+from training import Trainer
+
+from lgla_losses.data import (
+    ImageData,
+    long_tailed_counts,
+    long_tailed_indices,
+    read_cifar,
+    read_image,
+    read_inaturalist,
+    read_list,
+    read_npz,
+)
+
+#: Networks for small images, and their blocks a stage.
+SMALL_NETWORKS = {"resnet32": 5, "resnet20": 3, "resnet8": 1}
+
+#: What a recipe says beside options: the files it builds on, its cell, and what the paper reports there.
+ABOUT = ("base", "table", "row", "column", "paper", "protocol")
+
+
+class PaperImages(torch.utils.data.Dataset[Any]):
+    """Images as the loop takes them: inputs in a tuple."""
+
+    def __init__(self, images: ImageData, transform: Any) -> None:
+        self.images = ImageData(images.images, images.targets, transform)
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = self.images[index]
+        return (image,), label
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options that a recipe may set."""
+    parser = argparse.ArgumentParser(prog="RECIPE", usage="options of a recipe; key-name is key_name there")
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--format",
+        choices=("cifar10", "cifar100", "npz", "list", "inaturalist"),
+        default="npz",
+        help="of the data: torchvision's folders, a pack of arrays or JPEGs, list files, JSON",
+    )
+    add("--data", type=Path, default=Path("data"), help="folder or file of the images")
+    add("--train-list", type=Path, help="list or JSON file of the training images")
+    add("--val-list", type=Path, help="list or JSON file of the test images")
+    add("--imbalance-factor", type=number(float, 1), help="make the data long-tailed; None takes them as is")
+    add("--imbalance", choices=("exp", "step"), default="exp", help="shape of the tail")
+    add("--largest-class", type=number(int, 1), help="training images of class 0; None is all of it")
+    add("--image-size", type=number(int, 1), default=32, help="pixels")
+    add("--augment", choices=tuple(TRAINING), default="cifar-strong", help="of training images")
+    add("--backbone", default="resnet32", help=f"{', '.join(SMALL_NETWORKS)}, torchvision:NAME or timm:NAME")
+    add("--leaky", action="store_true", help="grouped experts with the shortcuts of the authors' code")
+    add("--pretrained", type=Path, help="a state_dict of a torchvision or timm backbone")
+    parser.set_defaults(small_images=False)
+    add_options(parser)
+    return parser
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """What a file says over what the files of its ``base`` say."""
+    try:
+        said = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        others = get_close_matches(path.name, [file.name for file in path.parent.glob("*.toml")])
+        raise InputError(
+            f"{path}: there is no such recipe; close names: {', '.join(others) or 'none'}"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: expected TOML, got {error}") from error
+    settings: dict[str, Any] = {}
+    bases = said.pop("base", [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        settings |= read_recipe(path.parent / base)
+    return settings | said
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``key=value``: a value of TOML, or else a string."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--set: expected key=value, got {text!r}")
+    try:
+        return key.replace("-", "_"), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.replace("-", "_"), value
+
+
+def as_arguments(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> list[str]:
+    """Settings as a command line, which checks their values."""
+    actions = {action.dest: action for action in parser._actions}
+    arguments = []
+    for key, value in settings.items():
+        if key in ABOUT or value == "":  # nothing: the option's default
+            continue
+        if key not in actions or key in ("help", "resume", "seed", "log_dir"):
+            close = ", ".join(get_close_matches(key, actions)) or "none"
+            raise InputError(f"{key}: there is no such option; close names: {close}; all: --options")
+        flag = f"--{key.replace('_', '-')}"
+        if isinstance(value, bool):
+            negative = f"--no-{key.replace('_', '-')}"
+            if value or negative in actions[key].option_strings:
+                arguments.append(flag if value else negative)
+        elif isinstance(value, list):
+            arguments += [flag, *map(str, value)]
+        else:
+            arguments.append(f"{flag}={value}")
+    return arguments
+
+
+def read_data(options: argparse.Namespace) -> tuple[ImageData, ImageData]:
+    """Training images, made long-tailed where that is asked for, and test images."""
+    try:
+        if options.format in ("cifar10", "cifar100"):
+            classes = int(options.format[5:])
+            train, val = (read_cifar(options.data, classes, train=train) for train in (True, False))
+        elif options.format == "npz":
+            train, val = map(read_npz(options.data).__getitem__, ("train", "val"))
+        else:
+            if options.train_list is None or options.val_list is None:
+                raise InputError(f"format {options.format}: expected train_list and val_list, got none")
+            read = read_list if options.format == "list" else read_inaturalist
+            train, val = (read(file, options.data) for file in (options.train_list, options.val_list))
+        if options.imbalance_factor is not None:
+            num_classes = max(train.targets) + 1
+            largest = options.largest_class or train.targets.count(0)
+            counts = long_tailed_counts(largest, num_classes, options.imbalance_factor, options.imbalance)
+            train = train.subset(long_tailed_indices(train.targets, counts))
+    except (OSError, ValueError) as error:
+        raise InputError(str(error)) from error
+    if options.augment.startswith("cifar"):
+        train, val = (decoded(data, options.image_size) for data in (train, val))
+    return train, val
+
+
+def decoded(data: ImageData, size: int) -> ImageData:
+    """Small images in memory: read, and shrunk to their final size, but once."""
+    box = library("PIL.Image").Resampling.BOX
+    images = [np.asarray(read_image(image).resize((size, size), box)) for image in data.images]
+    return ImageData(np.stack(images), data.targets, classes=data.classes)
+
+
+def prepare(options: argparse.Namespace) -> Task:
+    """Data and network that the options name."""
+    small = options.backbone in SMALL_NETWORKS
+    if options.leaky and not (small and options.layout == "grouped"):
+        raise InputError(f"leaky: expected one of {', '.join(SMALL_NETWORKS)} and layout grouped")
+    train, val = read_data(options)
+    num_classes = max(train.targets) + 1
+
+    def make_small() -> nn.Module:
+        layout = "grouped-leaky" if options.leaky else options.layout
+        blocks = SMALL_NETWORKS[options.backbone]
+        return ResNet32(num_classes, options.num_experts, layout, options.scale, options.classifier, blocks)
+
+    make_network = make_small if small else network_factory(options)
+    options.split_at = options.split_at or "layer3"
+    pretrained = options.pretrained is not None
+    train_transform, val_transform = transforms(options.augment, options.image_size)
+    return Task(
+        (lambda: load_pretrained(make_network(), options)) if pretrained else make_network,
+        pretrained,
+        PaperImages(train, train_transform),
+        PaperImages(val, val_transform),
+        train.targets,
+        [str(name) for name in train.classes or range(num_classes)],
+        ("torchvision", *(("timm",) if "timm" in options.backbone + options.augment else ())),
+        split=not small,
+    )
+
+
+def run_seed(arguments: list[str], seed: int, folder: Path, command: str) -> dict[str, Any]:
+    """The record of a run, made now or before."""
+    record = folder / "result.json"
+    resume = ["--resume"] if (folder / "last.pt").exists() and not record.exists() else []
+    parser = make_parser()
+    if not record.exists():
+        try:
+            options = parse_options(parser, [*arguments, f"--seed={seed}", f"--log-dir={folder}", *resume])
+            torch.manual_seed(seed)
+            trainer = Trainer(prepare(options), options, command)
+            if resume:
+                trainer.resume()
+        except InputError as error:
+            parser.error(str(error))
+        trainer.fit()
+        keep_outputs(trainer, folder / "outputs.npz")
+    result: dict[str, Any] = json.loads(record.read_text())
+    return result
+
+
+def keep_outputs(trainer: Trainer, path: Path) -> None:
+    """Write what the figures are made of: test logits, classes, and lengths of the class weights."""
+    logits, targets = [], []
+    for output, target in trainer.outputs():
+        logits.append(output.logits.half().cpu().numpy())
+        targets.append(target.cpu().numpy())
+        norms = output.weight.detach().norm(dim=-1).cpu().numpy()
+    np.savez(
+        path,
+        logits=np.concatenate(logits),
+        target=np.concatenate(targets),
+        norms=norms,
+        class_counts=trainer.class_counts.numpy(),
+        implied_prior=trainer.criterion.adjuster.implied_prior().cpu().numpy(),
+    )
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds of the ensemble's accuracies, in percent."""
+    columns: dict[str, Any] = {}
+    for which in ("final", "best"):
+        rows = [run[which]["scores"]["ensemble"] for run in runs]
+        for column in rows[0]:
+            values = [100 * row[column] for row in rows if row[column] is not None]
+            if values:
+                deviation = statistics.stdev(values) if len(values) > 1 else None
+                columns.setdefault(which, {})[column] = {
+                    "mean": statistics.mean(values),
+                    "deviation": deviation,
+                }
+    return columns
+
+
+def shortened_run(run: dict[str, Any]) -> dict[str, Any]:
+    """What a cell's record keeps of a run: its curve is that of the ensemble."""
+    curve = [{**entry, "scores": entry["scores"] and entry["scores"]["ensemble"]} for entry in run["curve"]]
+    kept = ("seed", "device", "versions", "seconds", "final", "best")
+    return {**{key: run[key] for key in kept}, "curve": curve}
+
+
+def commit() -> str:
+    """The commit that runs, or an empty string outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a recipe on every seed, and write the record of its cell."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipes", type=Path, nargs="*", metavar="RECIPE", help="TOML files")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0], help="(default 0)")
+    parser.add_argument("--name", help="of the cell; by default the recipes' names")
+    parser.add_argument("--runs", type=Path, default=Path("runs", "paper"), help="checkpoints and curves")
+    parser.add_argument("--records", type=Path, default=Path("runs", "paper"), help="where NAME.json goes")
+    parser.add_argument("--options", action="store_true", help="list what a recipe may set, and stop")
+    options = parser.parse_args(arguments)
+    if options.options:
+        make_parser().print_help()
+        return
+    if not options.recipes:
+        parser.error("expected at least one recipe; ls examples/paper")
+    settings: dict[str, Any] = {}
+    try:
+        for path in options.recipes:
+            settings |= read_recipe(path)
+        settings |= dict(map(parse_setting, options.set))
+        run_arguments = as_arguments(make_parser(), settings)
+    except InputError as error:
+        parser.error(str(error))
+    name = options.name or "-".join(path.stem for path in options.recipes)
+    command = shlex.join(["python", *sys.argv])
+    runs = []
+    for seed in options.seeds:
+        folder: Path = options.runs / name / f"seed{int(seed)}"
+        print(f"{name}, seed {seed}: {folder}", flush=True)
+        runs.append(run_seed(run_arguments, int(seed), folder, command))
+    scores = summary(runs)
+    configuration = {
+        key: value for key, value in runs[0]["configuration"].items() if key not in ("seed", "log_dir")
+    }
+    record = {
+        "name": name,
+        **{key: settings.get(key) for key in ABOUT[1:]},
+        "command": command,
+        "commit": commit(),
+        "settings": {key: value for key, value in settings.items() if key not in ABOUT},
+        "configuration": configuration,
+        "summary": scores,
+        "runs": [shortened_run(run) for run in runs],
+    }
+    options.records.mkdir(parents=True, exist_ok=True)
+    path = options.records / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for column, score in scores["final"].items():
+        deviation = "" if score["deviation"] is None else f" ± {score['deviation']:.1f}"
+        print(f"{column:>9} {score['mean']:.1f}{deviation}")
+    print(f"record: {path}")
+
+
+if __name__ == "__main__":
+    main()
