@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint bench bench-gpu bench-layouts dist clean
+.PHONY: demo test test-slow lint bench bench-gpu bench-layouts paper-smoke paper-gpu dist clean
 .SECONDARY:
 
 demo: $(VENV)/.examples    ## train LGLA beside its baselines on long-tailed digits
@@ -25,6 +25,38 @@ bench: $(VENV)/.bench      ## the losses beside their peers and the physical lim
 
 bench-layouts: $(VENV)/.bench  ## what grouped experts cost against independent ones
 	$(RUN) tests/torchvision_shim.py benchmarks/expert_layouts.py
+
+# Every method of the paper's ablation in miniature, from the recipe to the page, on scikit-learn's digits.
+SMOKE := runs/smoke
+paper-smoke: $(VENV)/.test  ## the paper's recipes in minutes on a CPU
+	$(RUN) examples/make_data.py digits $(SMOKE)/digits.npz --imbalance 50
+	for method in softmax balms cla balms_aaw lgla; do \
+		$(RUN) tests/torchvision_shim.py examples/train_paper.py examples/paper/table5_$$method.toml \
+			examples/paper/cpu.toml --set data=$(SMOKE)/digits.npz format=npz image_size=8 batch_size=64 \
+			--seeds 0 1 --runs $(SMOKE) --records $(SMOKE)/records || exit 1; \
+	done
+	$(RUN) tests/torchvision_shim.py examples/paper_results.py --records $(SMOKE)/records --runs $(SMOKE) \
+		--page $(SMOKE)/results.md
+	cat $(SMOKE)/results.md
+
+# The paper's ablation and figures on a GPU, whose own PyTorch, torchvision and torchmetrics are used:
+# make paper-gpu PYTHON=python TINY=tiny_imagenet_lt.npz CIFAR10=cifar10.npz
+TINY ?= data/tiny_imagenet_lt_if100_32x32_jpeg.npz
+CIFAR10 ?= data/cifar10_jpeg.npz
+ABLATION := table5_softmax table5_balms table5_cla table5_balms_aaw table5_lgla figure8_ic figure8_leaky \
+	figure3_linear figure6_four_experts figure7_k2 figure7_k4 figure7_k5 figure7_k6 figure7_k7
+paper-gpu:                 ## the paper's recipes in full, with 3 seeds
+	for cell in $(ABLATION); do \
+		$(PYTHON) examples/train_paper.py examples/paper/$$cell.toml examples/paper/data/tiny_imagenet_lt.toml \
+			examples/paper/gpu.toml --set data=$(TINY) --seeds 0 1 2 --name tiny_gpu_$$cell \
+			--records benchmarks/results/paper || exit 1; \
+	done
+	for cell in table1_cifar10_lt_if100_ic table1_cifar10_lt_if100_gc table1_cifar10_lt_if50_ic \
+		table1_cifar10_lt_if50_gc; do \
+		$(PYTHON) examples/train_paper.py examples/paper/$$cell.toml examples/paper/gpu.toml \
+			--set data=$(CIFAR10) format=npz --seeds 0 1 2 --name gpu_$$cell \
+			--records benchmarks/results/paper || exit 1; \
+	done
 
 # On a machine with a GPU, whose own PyTorch is used: PYTHON must have it. The C library is built in place.
 bench-gpu:                 ## the tests on CUDA, then every benchmark there

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from lgla_losses.data import long_tailed_counts
+
 #: Debian's package dataset-fashion-mnist puts the files here.
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
@@ -31,14 +33,16 @@ def long_tail(largest: int, imbalance: float, num_classes: int) -> list[int]:
     """Exponentially falling counts; class 0 is the largest."""
     if not imbalance >= 1:
         raise ValueError(f"--imbalance: expected at least 1, got {imbalance}")
-    return [max(1, int(largest * imbalance ** (-j / (num_classes - 1)))) for j in range(num_classes)]
+    counts: list[int] = long_tailed_counts(largest, num_classes, imbalance).tolist()
+    return counts
 
 
 def digits(options: argparse.Namespace) -> None:
     """The demo's long-tailed training set and balanced test set."""
-    from quickstart import long_tailed_counts, long_tailed_digits
+    import quickstart
 
-    split = long_tailed_digits(long_tailed_counts(options.imbalance), options.seed, "cpu")
+    counts = quickstart.long_tailed_counts(options.imbalance)
+    split = quickstart.long_tailed_digits(counts, options.seed, "cpu")
     images = [
         (255 * tensor[:, 0]).round().byte().numpy() for tensor in (split.train_images, split.test_images)
     ]

@@ -104,11 +104,15 @@ def long_tailed_digits(class_counts: list[int], seed: int, device: str) -> Split
     return Split(*(tensor.to(device) for pair in split for tensor in pair))
 
 
-def train(
-    method: str, split: Split, class_counts: list[int], epochs: int, on_epoch: Callable[[], None]
-) -> Tensor:
-    """Train one method; accuracy per class of the ensemble and of each expert, ``[1 + K, C]``."""
-    num_experts, arguments = METHODS[method]
+def fit(
+    num_experts: int,
+    arguments: dict[str, Any],
+    split: Split,
+    class_counts: list[int],
+    epochs: int,
+    on_epoch: Callable[[], None],
+) -> DigitsNet:
+    """Train a network of so many experts with a loss of such arguments."""
     device = split.train_images.device
     model = DigitsNet(num_experts).to(device)
     criterion = LGLALoss(class_counts, num_experts, scale=SCALE, **arguments).to(device)
@@ -122,8 +126,14 @@ def train(
             optimizer.step()
         schedule.step()
         on_epoch()
+    return model.eval()
 
-    model.eval()
+
+def train(
+    method: str, split: Split, class_counts: list[int], epochs: int, on_epoch: Callable[[], None]
+) -> Tensor:
+    """Train one method; accuracy per class of the ensemble and of each expert, ``[1 + K, C]``."""
+    model = fit(*METHODS[method], split, class_counts, epochs, on_epoch)
     with torch.no_grad():
         output = model(split.test_images)
     predictions = torch.cat([output.ensemble()[:, None], output.logits], dim=1).argmax(-1)

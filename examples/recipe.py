@@ -92,11 +92,17 @@ def build_model(task: Task, options: argparse.Namespace) -> nn.Module:
 
 def build_criterion(class_counts: Tensor, options: argparse.Namespace) -> LGLALoss:
     """The loss that the options name."""
+    groups: dict[str, Any] = {"class_counts": class_counts, "num_experts": options.num_experts}
+    if options.groups == "shots":
+        shots = (class_counts <= 100).long() + (class_counts < 20)
+        sizes = dict(zip(("many-shot", "medium-shot", "few-shot"), shots.bincount(minlength=3), strict=True))
+        empty = [name for name, size in sizes.items() if size == 0]
+        if empty:
+            raise InputError(
+                f"--groups shots: expected classes of each kind, got no {' and no '.join(empty)} ones"
+            )
+        groups = {"grouper": ClassGrouper.from_groups(class_counts, shots)}
     try:
-        groups = {"class_counts": class_counts, "num_experts": options.num_experts}
-        if options.groups == "shots":
-            shots = (class_counts <= 100).long() + (class_counts < 20)
-            groups = {"grouper": ClassGrouper.from_groups(class_counts, shots)}
         return LGLALoss(
             **groups,
             tau=options.tau,

@@ -1,22 +1,20 @@
 """Train LGLA on a folder of images, or on an .npz file of them, with a network of torchvision or timm.
 
 A folder has train/ and val/ (or test/) with one folder a class; a file has the arrays train_images,
-train_labels, val_images and val_labels: images uint8 [N, H, W, 3] or [N, H, W], labels integers [N].
+train_labels, val_images and val_labels: images uint8 [N, H, W, 3] or [N, H, W], labels integers [N]; or
+encoded images as lgla_losses.data.read_npz says.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from cli import InputError, add_options, library, number, shortened
 from recipe import Task
@@ -27,12 +25,11 @@ from tqdm import tqdm
 from training import differing_tensors, load_plain, run
 
 from lgla_losses import split_backbone
+from lgla_losses.data import ImageData, read_image, read_npz
 
 v2 = library("torchvision.transforms.v2")
-Image = library("PIL.Image")
 
 EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-ARRAYS = ("train_images", "train_labels", "val_images", "val_labels")
 
 #: Where a family lists its networks, and what makes one, with new weights.
 FAMILIES = {"torchvision": ("torchvision.models", "get_model"), "timm": ("timm", "create_model")}
@@ -44,38 +41,22 @@ NORMALISATION = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 SMALL = 64
 
 
-class Split(NamedTuple):
-    """Images, as paths or as an array, and their classes."""
-
-    images: Sequence[Path] | npt.NDArray[np.uint8]
-    labels: list[int]
-
-
 class ImageSet(Dataset[Sample]):
-    """Transformed images of a split and their classes."""
+    """Transformed images and their classes, as a model takes them."""
 
-    def __init__(self, split: Split, transform: Callable[[Any], Any]) -> None:
-        self.images, self.labels = split
+    def __init__(self, data: ImageData, transform: Callable[[Any], Any]) -> None:
+        self.data = data
         self.transform = transform
 
     def __getitem__(self, index: int) -> Sample:
-        return (self.transform(read_image(self.images[index])),), self.labels[index]
+        image, label = self.data[index]
+        return (self.transform(image),), label
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.data)
 
 
-def read_image(image: Path | npt.NDArray[np.uint8]) -> Any:
-    """An image of three channels, from a file or an array."""
-    if isinstance(image, Path):
-        with Image.open(image) as opened:
-            if opened.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
-                return Image.fromarray((np.asarray(opened) / 257).astype(np.uint8)).convert("RGB")
-            return opened.convert("RGB")
-    return Image.fromarray(image).convert("RGB")
-
-
-def read_folder(root: Path, skip_corrupt: bool) -> tuple[Split, Split, list[str]]:
+def read_folder(root: Path, skip_corrupt: bool) -> tuple[ImageData, ImageData, list[str]]:
     """Training and validation images of a folder, and the names of its classes."""
     halves = [root / "train", root / ("val" if (root / "val").is_dir() else "test")]
     if not all(half.is_dir() for half in halves):
@@ -94,7 +75,7 @@ def read_folder(root: Path, skip_corrupt: bool) -> tuple[Split, Split, list[str]
     if unknown:
         raise InputError(f"{halves[1]}: expected classes of {halves[0]}, got {shortened(unknown)}")
     train, val = (
-        Split(
+        ImageData(
             [path for name in names for path in of_class.get(name, [])],
             [label for label, name in enumerate(names) for _ in of_class.get(name, [])],
         )
@@ -134,45 +115,13 @@ def is_readable(path: Path) -> bool:
     return True
 
 
-def read_arrays(path: Path) -> tuple[Split, Split, list[str]]:
+def read_arrays(path: Path) -> tuple[ImageData, ImageData, list[str]]:
     """Training and validation images of an .npz file, and the numbers of its classes as names."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ARRAYS if name in file}
-    except (OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: expected an .npz file of plain arrays, got another ({error})") from error
-    missing = [name for name in ARRAYS if name not in arrays]
-    if missing:
-        raise InputError(f"{path}: expected the arrays {', '.join(ARRAYS)}, got no {', '.join(missing)}")
-    for half in ("train", "val"):
-        images, labels = arrays[f"{half}_images"], arrays[f"{half}_labels"]
-        grey_or_rgb = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
-        if not grey_or_rgb or images.dtype != np.uint8 or 0 in images.shape:
-            raise InputError(
-                f"{path}: expected {half}_images uint8 [N, H, W, 3] or [N, H, W], "
-                f"got {images.dtype} {list(images.shape)}"
-            )
-        if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-            raise InputError(
-                f"{path}: expected {half}_labels integers [{len(images)}], "
-                f"got {labels.dtype} {list(labels.shape)}"
-            )
-    train, val = (
-        Split(arrays[f"{half}_images"], arrays[f"{half}_labels"].tolist()) for half in ("train", "val")
-    )
-    present = set(train.labels)
-    num_classes = max(present) + 1
-    wrong = [label for label in {*present, *val.labels} if not 0 <= label < num_classes]
-    if wrong:
-        raise InputError(
-            f"{path}: expected labels 0..{num_classes - 1} as in train_labels, got {shortened(sorted(wrong))}"
-        )
-    if len(present) < num_classes:
-        first = next(label for label in range(num_classes) if label not in present)
-        raise InputError(
-            f"{path}: expected train_labels of every class 0..{num_classes - 1}, got none of {first}"
-        )
-    return train, val, [str(label) for label in range(num_classes)]
+        data = read_npz(path)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return data["train"], data["val"], data["train"].classes or []
 
 
 def make_transforms(network: nn.Module, options: argparse.Namespace) -> tuple[Any, Any]:
@@ -279,7 +228,7 @@ def prepare(options: argparse.Namespace) -> Task:
         options.pretrained is not None,
         ImageSet(train, train_transform),
         ImageSet(val, val_transform),
-        train.labels,
+        train.targets,
         names,
         ("torchvision", *re.findall("^timm", options.backbone)),
     )

@@ -42,7 +42,7 @@ from lgla_losses.data import (
 SMALL_NETWORKS = {"resnet32": 5, "resnet20": 3, "resnet8": 1}
 
 #: What a recipe says beside options: the files it builds on, its cell, and what the paper reports there.
-ABOUT = ("base", "table", "row", "column", "paper", "protocol")
+ABOUT = ("base", "dataset", "table", "row", "column", "paper", "protocol")
 
 
 class PaperImages(torch.utils.data.Dataset[Any]):
@@ -70,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the data: torchvision's folders, a pack of arrays or JPEGs, list files, JSON",
     )
     add("--data", type=Path, default=Path("data"), help="folder or file of the images")
+    add("--download", action="store_true", help="let torchvision download what is missing of CIFAR")
     add("--train-list", type=Path, help="list or JSON file of the training images")
     add("--val-list", type=Path, help="list or JSON file of the test images")
     add("--imbalance-factor", type=number(float, 1), help="make the data long-tailed; None takes them as is")
@@ -117,9 +118,12 @@ def parse_setting(text: str) -> tuple[str, Any]:
 def as_arguments(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> list[str]:
     """Settings as a command line, which checks their values."""
     actions = {action.dest: action for action in parser._actions}
+    has_tau = settings.get("adjustment", "lgla") in ("lgla", "logit")
     arguments = []
     for key, value in settings.items():
         if key in ABOUT or value == "":  # nothing: the option's default
+            continue
+        if key == "tau" and not has_tau:  # of a data set's recipe, for the methods that have one
             continue
         if key not in actions or key in ("help", "resume", "seed", "log_dir"):
             close = ", ".join(get_close_matches(key, actions)) or "none"
@@ -141,7 +145,9 @@ def read_data(options: argparse.Namespace) -> tuple[ImageData, ImageData]:
     try:
         if options.format in ("cifar10", "cifar100"):
             classes = int(options.format[5:])
-            train, val = (read_cifar(options.data, classes, train=train) for train in (True, False))
+            train, val = (
+                read_cifar(options.data, classes, train, options.download) for train in (True, False)
+            )
         elif options.format == "npz":
             train, val = map(read_npz(options.data).__getitem__, ("train", "val"))
         else:

@@ -118,3 +118,13 @@ def to_numpy(name: str, values: Any) -> npt.NDArray[Any]:
         return np.asarray(values)
     except ValueError as error:
         raise ValueError(f"{name}: expected a 1-D vector of numbers, got uneven rows") from error
+
+
+def integer_array(name: str, values: ArrayLike, way_out: str) -> npt.NDArray[np.int64]:
+    """``values`` as a vector of integers; an empty list is one."""
+    array = to_numpy(name, values)
+    if array.ndim != 1:
+        raise ValueError(f"{name}: expected a 1-D vector, got shape {list(array.shape)}; flatten it")
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"{name}: expected integers, got {array.dtype}; {way_out}")
+    return array.astype(np.int64)

@@ -353,7 +353,8 @@ def test_weight_decay_spares_norms_and_biases_alike_in_both_layouts():
 def test_schedules():
     def rates(**options):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        options = argparse.Namespace(epochs=10, milestones=[6, 8], **options)
+        rate = {"lr": 1.0, "final_lr": 0.0, "warmup_start": None}
+        options = argparse.Namespace(epochs=10, milestones=[6, 8], **rate, **options)
         schedule = recipe.make_schedule(optimizer, options, num_steps=2)
         found = []
         for _ in range(20):
@@ -432,10 +433,10 @@ def test_best_and_last(npz, tmp_path, tiny, monkeypatch):
 def test_an_infinite_loss_stops_the_run_and_keeps_the_last_checkpoint(npz, tmp_path, tiny, monkeypatch):
     original = training.Trainer._forward
 
-    def forward(self, batch):
-        output, target = original(self, batch)
+    def forward(self, inputs):
+        output = original(self, inputs)
         late = self.model.training and (self.progress.epoch, self.progress.step) == (1, 1)
-        return output._replace(logits=output.logits * (float("nan") if late else 1)), target
+        return output._replace(logits=output.logits * (float("nan") if late else 1))
 
     monkeypatch.setattr(training.Trainer, "_forward", forward)
     with pytest.raises(SystemExit, match=r"epoch 2, step 2: expected a finite loss, got nan; lower --lr"):

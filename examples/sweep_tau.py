@@ -1,0 +1,147 @@
+"""Which tau makes the ensemble best? Sweeps it for K = 2 to 7 on small long-tailed images.
+
+The mean of K experts carries the prior n_j ** ((K - 1 - tau) / K): uniform at tau = K - 1. Prints accuracy
+on a balanced test set by tau / (K - 1), and how far the predictions there lean to the head: the slope of
+the log of a class's mean predicted probability over log n_j.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from quickstart import COLORS, NUM_CLASSES, Split, fit, long_tailed_counts, long_tailed_digits
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from tqdm import tqdm
+
+from lgla_losses import count_classes
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+
+
+def read_split(path: Path) -> Split:
+    """Grey images of an .npz file as examples/make_data.py writes it, at half the resolution."""
+    with np.load(path) as file:
+        arrays = [
+            torch.from_numpy(file[f"{half}_{kind}"])
+            for half in ("train", "val")
+            for kind in ("images", "labels")
+        ]
+    train, train_labels, test, test_labels = arrays
+    images = [nn.functional.avg_pool2d(half[:, None].float() / 255, 2) for half in (train, test)]
+    return Split(images[0], train_labels.long(), images[1], test_labels.long())
+
+
+def measure(num_experts: int, tau: float, split: Split, epochs: int) -> dict[str, float]:
+    """Accuracies in percent, and the slope, of one run."""
+    counts = count_classes(split.train_labels, NUM_CLASSES)
+    model = fit(num_experts, {"tau": tau}, split, counts.tolist(), epochs, lambda: None)
+    with torch.no_grad():
+        logits = model(split.test_images).ensemble()
+    labels = split.test_labels
+    right = (logits.argmax(1) == labels).double()
+    recalls = torch.stack([right[labels == j].mean() for j in range(NUM_CLASSES)])
+    predicted = logits.softmax(1).mean(0).log()
+    slope = np.polyfit(counts.double().log(), predicted, 1)[0]
+    rarest = counts.argsort()[:3]
+    return {
+        "balanced": 100 * float(recalls.mean()),
+        "rarest": 100 * float(recalls[rarest].mean()),
+        "slope": float(slope),
+    }
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Accuracy and slope by tau / (K - 1), a line a K."""
+    figure, panels = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    titles = {
+        "balanced": "balanced accuracy (%)",
+        "rarest": "accuracy of the three rarest classes (%)",
+        "slope": "lean to the head: slope of log predicted share over log n",
+    }
+    for axes, (column, title) in zip(panels, titles.items(), strict=True):
+        for num_experts, color in zip(record["experts"], [*COLORS, "#CC79A7"], strict=False):
+            cells = [cell for cell in record["cells"] if cell["experts"] == num_experts]
+            ratios = [cell["ratio"] for cell in cells]
+            means = [statistics.mean(cell[column]) for cell in cells]
+            axes.plot(ratios, means, "o-", color=color, label=f"K = {num_experts}", markersize=4)
+        axes.set(title=title, xlabel="tau / (K - 1)")
+        axes.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
+        axes.legend()
+    panels[2].axhline(0.0, color="grey", linewidth=0.8, linestyle=":")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Sweep, print the table, write the record and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help=".npz of grey images; by default scikit-learn's digits")
+    parser.add_argument("--experts", type=int, nargs="+", default=[2, 3, 4, 5, 6, 7], metavar="K")
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), metavar="TAU/(K-1)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
+    parser.add_argument("--epochs", type=int, default=50, help="epochs a run (default 50)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("sweep_tau.json"), help="the record; a .png beside"
+    )
+    options = parser.parse_args(arguments)
+    if options.data is not None and not options.data.is_file():
+        parser.error(f"--data: there is no {options.data}; examples/make_data.py fashion-mnist makes one")
+
+    cells: dict[tuple[int, float], dict[str, list[float]]] = {}
+    runs = [
+        (k, ratio, seed) for seed in range(options.seeds) for k in options.experts for ratio in options.ratios
+    ]
+    for num_experts, ratio, seed in tqdm(runs, mininterval=0.1 if sys.stderr.isatty() else 30.0):
+        if options.data is None:
+            split = long_tailed_digits(long_tailed_counts(50.0), seed, "cpu")
+        else:
+            split = read_split(options.data)
+        torch.manual_seed(seed)
+        results = measure(num_experts, ratio * (num_experts - 1), split, options.epochs)
+        cell = cells.setdefault((num_experts, ratio), {column: [] for column in results})
+        for column, value in results.items():
+            cell[column].append(round(value, 4))
+    record = {
+        "command": shlex.join(["python", *sys.argv]),
+        "device": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "class_counts": count_classes(split.train_labels, NUM_CLASSES).tolist(),
+        "test_samples": len(split.test_labels),
+        "epochs": options.epochs,
+        "experts": options.experts,
+        "cells": [{"experts": k, "ratio": ratio, **columns} for (k, ratio), columns in cells.items()],
+    }
+    options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    draw(record, options.output.with_suffix(".png"))
+    table = Table(title=f"Balanced accuracy (%), its deviation, slope; {options.seeds} seeds")
+    for column in ("K", *(f"{ratio:g}" for ratio in options.ratios)):
+        table.add_column(column, justify="right")
+    for k in options.experts:
+        row = [cells[k, ratio] for ratio in options.ratios]
+        spreads = [statistics.stdev(c["balanced"]) if options.seeds > 1 else 0.0 for c in row]
+        texts = [
+            f"{statistics.mean(c['balanced']):.1f} ± {spread:.1f}, {statistics.mean(c['slope']):+.2f}"
+            for c, spread in zip(row, spreads, strict=True)
+        ]
+        table.add_row(str(k), *texts)
+    Console(width=140).print(table)
+    print(f"record: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Long-tailed data sets: how many samples a class keeps, which ones, and the files they come in.
+
+Only what opens images needs more than PyTorch: ``pip install "lgla-losses[vision]"``.
+"""
+
+from lgla_losses.data.files import read_cifar, read_inaturalist, read_list, read_npz
+from lgla_losses.data.images import ImageData, read_image
+from lgla_losses.data.long_tail import long_tailed_counts, long_tailed_indices
+
+__all__ = [
+    "ImageData",
+    "long_tailed_counts",
+    "long_tailed_indices",
+    "read_cifar",
+    "read_image",
+    "read_inaturalist",
+    "read_list",
+    "read_npz",
+]

@@ -1,0 +1,97 @@
+"""How many samples a class of a long-tailed data set keeps, and which ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lgla_losses.checks import describe, finite_float, one_of, positive_int
+from lgla_losses.counts import ArrayLike, count_classes, integer_array, label_array
+
+
+def long_tailed_counts(n_max: int, num_classes: int, imbalance_factor: float, kind: str = "exp") -> Tensor:
+    r"""Samples per class of a long-tailed data set; class 0 is the largest.
+
+    ``"exp"``: :math:`n_j = \lfloor n_{max} \, IF^{-j / (C - 1)} \rfloor`. ``"step"``: the first half of
+    the classes keeps :math:`n_{max}`, the second :math:`\lfloor n_{max} / IF \rfloor`. At least 1 each.
+
+    Source: Cui et al., CVPR 2019 (``"exp"``); Cao et al., NeurIPS 2019 (both). Rounded as their code does.
+
+    Args:
+        n_max: samples of the largest class: 500 for CIFAR-100, 5000 for CIFAR-10.
+        num_classes: number of classes ``C``.
+        imbalance_factor: largest class over smallest, at least 1.
+        kind: ``"exp"`` or ``"step"``.
+
+    Returns:
+        int64 ``[C]``.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a number is out of its range, or ``kind`` is another word.
+
+    Example:
+        >>> long_tailed_counts(500, num_classes=5, imbalance_factor=100)
+        tensor([500, 158,  50,  15,   5])
+    """
+    n_max = positive_int("n_max", n_max, "give the samples of the largest class")
+    num_classes = positive_int("num_classes", num_classes, "give the number of classes")
+    expected = "a finite number >= 1, the largest class over the smallest"
+    factor = finite_float("imbalance_factor", imbalance_factor, low=1.0, high=math.inf, expected=expected)
+    if one_of("kind", kind, ("exp", "step")) == "exp":
+        # The same arithmetic as in the published code: 1 / IF first, or a count could round to its neighbour.
+        counts = [int(n_max * (1 / factor) ** (j / max(1.0, num_classes - 1.0))) for j in range(num_classes)]
+    else:
+        head = (num_classes + 1) // 2
+        counts = [n_max] * head + [int(n_max / factor)] * (num_classes - head)
+    return torch.tensor(counts).clamp_min(1)
+
+
+def long_tailed_indices(labels: ArrayLike | Dataset[Any], counts: ArrayLike, seed: int = 0) -> Tensor:
+    """The samples of a long-tailed subset: for equal seeds those of the conventional CIFAR-LT.
+
+    One legacy NumPy generator shuffles the samples of class 0, of class 1, and so on; of each class the
+    first are taken. The global NumPy generator is left alone.
+
+    Source: the code of Cao et al., NeurIPS 2019, which seeds with 0.
+
+    Args:
+        labels: what :func:`~lgla_losses.count_classes` takes.
+        counts: samples to take of every class, positive integers ``[C]``.
+        seed: 0 to 2**32 - 1.
+
+    Returns:
+        Indices of samples, int64, class by class.
+
+    Raises:
+        TypeError: labels or counts are not integers.
+        ValueError: a label lies outside ``0..C-1``, a count is below 1, or a class has too few samples.
+
+    Example:
+        >>> long_tailed_indices([1, 0, 0, 1], counts=[2, 1])
+        tensor([2, 1, 0])
+    """
+    wanted = integer_array("counts", counts, "long_tailed_counts makes such ones")
+    if len(wanted) == 0 or wanted.min() < 1:
+        raise ValueError(f"counts: expected at least 1 of every class [C], got {describe(wanted.tolist())}")
+    held = count_classes(labels, len(wanted)).numpy()
+    short = np.flatnonzero(held < wanted)
+    if short.size:
+        j = short[0]
+        raise ValueError(
+            f"counts: expected at most as many as there are, got {wanted[j]} for class {j}, "
+            f"which has {held[j]} ({len(short)} such of {len(wanted)}); lower n_max of long_tailed_counts"
+        )
+    array = label_array(labels)
+    generator = np.random.RandomState(seed)
+    chosen = []
+    for j, count in enumerate(wanted.tolist()):
+        index = np.flatnonzero(array == j)
+        generator.shuffle(index)
+        chosen.append(index[:count])
+    return torch.from_numpy(np.concatenate(chosen).astype(np.int64))

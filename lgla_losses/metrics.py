@@ -1,0 +1,162 @@
+"""Accuracy on many-, medium- and few-shot classes, as a metric of torchmetrics.
+
+Needs torchmetrics: ``pip install "lgla-losses[metrics]"``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lgla_losses.checks import (
+    describe,
+    finite_float,
+    floating_tensor,
+    same_device,
+    target_tensor,
+    target_values,
+    values_readable,
+)
+from lgla_losses.counts import ArrayLike, as_class_counts
+
+try:
+    from torchmetrics import Metric
+except ImportError as error:
+    raise ImportError(
+        f'lgla_losses.metrics needs torchmetrics ({error}): pip install "lgla-losses[metrics]"'
+    ) from error
+
+__all__ = ["ShotAccuracy"]
+
+#: The rows of ``ShotAccuracy.splits``.
+SPLITS = ("many", "medium", "few")
+
+
+class ShotAccuracy(Metric):
+    """Mean per-class recall over all classes, and over many-, medium- and few-shot classes.
+
+    The splits go by training samples: more than ``many``, fewer than ``few``, and between, both
+    inclusive. Classes without test samples take no part, so on a balanced test set the means are
+    accuracies. Over several ranks the samples of all are counted.
+
+    Source: Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019.
+
+    Args:
+        class_counts: training samples per class ``[C]``, positive.
+        many: many-shot classes have more.
+        few: few-shot classes have fewer; at most ``many``.
+        kwargs: of ``torchmetrics.Metric``, such as ``process_group``.
+
+    Attributes:
+        correct: samples of every class that were predicted right, int64 ``[C]``.
+        total: samples of every class, int64 ``[C]``.
+        splits: which classes are many-, medium- and few-shot, bool ``[3, C]``.
+
+    Raises:
+        TypeError: an argument, ``pred`` or ``target`` is of another type.
+        ValueError: a threshold, shape or class index is out of range; the indices are read on the CPU
+            only.
+
+    Shape:
+        - pred: class indices int64 ``[N]``, or scores ``[N, C]``, whose largest is taken
+        - target: class indices int64 ``[N]``
+        - output: a dict of scalars ``all``, ``many``, ``medium``, ``few``; NaN without classes
+
+    Example:
+        >>> metric = ShotAccuracy([500, 50, 5])
+        >>> metric.update(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 2]))
+        >>> metric.compute()
+        {'all': tensor(0.6667), 'many': tensor(1.), 'medium': tensor(1.), 'few': tensor(0.)}
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    correct: Tensor
+    total: Tensor
+    splits: Tensor
+
+    def __init__(self, class_counts: ArrayLike, many: float = 100, few: float = 20, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        counts = as_class_counts(class_counts)
+        self.many = finite_float("many", many, low=0, high=float("inf"), expected="a finite number >= 0")
+        self.few = finite_float("few", few, low=0, high=self.many, expected=f"a number in 0..many={many}")
+        is_many, is_few = counts > self.many, counts < self.few
+        splits = torch.stack([is_many, ~(is_many | is_few), is_few])
+        self.register_buffer("splits", splits, persistent=False)
+        for name in ("correct", "total"):
+            zeros = torch.zeros(len(counts), dtype=torch.int64)
+            self.add_state(name, zeros, dist_reduce_fx="sum")
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        """Count a batch."""
+        target = target_tensor(target)
+        pred = self._class_indices(pred, len(target))
+        same_device(pred=pred, target=target, metric=self.total)
+        num_classes = len(self.total)
+        if values_readable(target, None):
+            target_values(target, num_classes)
+            wrong = pred[(pred < 0) | (pred >= num_classes)]
+            if len(wrong):
+                raise ValueError(
+                    f"pred: expected class indices 0..{num_classes - 1}, got {int(wrong[0])}; "
+                    "they are numbered as class_counts"
+                )
+        self.correct = self.correct.index_add(0, target, (pred == target).long())
+        self.total = self.total.index_add(0, target, torch.ones_like(target))
+
+    def _class_indices(self, pred: Tensor, num_samples: int) -> Tensor:
+        if isinstance(pred, Tensor) and pred.is_floating_point():
+            shape = (num_samples, len(self.total))
+            if floating_tensor("pred", pred, "[N, C]").shape != shape:
+                raise ValueError(
+                    f"pred: expected scores {list(shape)} as target and class_counts say, "
+                    f"got {list(pred.shape)}"
+                )
+            return pred.argmax(dim=1)
+        if not isinstance(pred, Tensor) or pred.dtype != torch.int64:
+            raise TypeError(
+                "pred: expected int64 class indices [N] or floating-point scores [N, C], "
+                f"got {describe(pred)}; integers of another type convert with pred.long()"
+            )
+        if pred.shape != (num_samples,):
+            raise ValueError(
+                f"pred: expected one class index a sample, shape [{num_samples}], got {list(pred.shape)}"
+            )
+        return pred
+
+    def compute(self) -> dict[str, Tensor]:
+        """The mean recalls ``all``, ``many``, ``medium``, ``few``."""
+        recall = self.correct / self.total
+        means = {name: recall[split].nanmean() for name, split in zip(SPLITS, self.splits, strict=True)}
+        return {"all": recall.nanmean(), **means}
+
+    def per_class(self) -> Tensor:
+        """The recall of every class ``[C]`` over all ranks; NaN without test samples.
+
+        A collective where there are several ranks: all of them call it.
+        """
+        # Inside a sync_context of the caller the states are those of all ranks already.
+        synced = self._is_synced
+        with self.sync_context(
+            dist_sync_fn=self.dist_sync_fn,
+            should_sync=self._to_sync and not synced,
+            should_unsync=not synced,
+        ):
+            return self.correct / self.total
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        wrapped = super()._wrap_compute(compute)
+
+        def without_warning(*args: Any, **kwargs: Any) -> Any:
+            # A rank may have no batch at all; NaN says what there is to say.
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
+                return wrapped(*args, **kwargs)
+
+        return without_warning

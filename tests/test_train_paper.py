@@ -1,0 +1,339 @@
+"""The paper's recipes: what the files say, and miniature runs from the recipe to the page."""
+
+import json
+import re
+from argparse import Namespace
+
+import make_data
+import numpy as np
+import paper_results
+import pytest
+import recipe
+import torch
+import train_paper
+from augment import TRAINING, Cutout, transforms
+from cli import InputError, parse_options
+from PIL import Image
+from scripts import ROOT
+
+RECIPES = ROOT / "examples" / "paper"
+CELLS = sorted(path for path in RECIPES.glob("*_*.toml"))
+#: Options of a run in seconds.
+SMALL = [
+    "backbone=resnet8",
+    "image_size=8",
+    "epochs=2",
+    "milestones=[1]",
+    "warmup_epochs=0",
+    "evaluate_every=2",
+]
+
+
+@pytest.fixture
+def digits(tmp_path):
+    make_data.main(["digits", str(tmp_path / "digits.npz"), "--imbalance", "20"])
+    return tmp_path / "digits.npz"
+
+
+def options_of(*settings, files=()):
+    said = {}
+    for file in files:
+        said |= train_paper.read_recipe(RECIPES / file)
+    said |= dict(map(train_paper.parse_setting, settings))
+    parser = train_paper.make_parser()
+    return parse_options(parser, train_paper.as_arguments(parser, said))
+
+
+def run(tmp_path, digits, *arguments, recipes=("table5_lgla.toml",), settings=()):
+    train_paper.main(
+        [
+            *(str(RECIPES / name) for name in recipes),
+            *(
+                "--set",
+                f"data={digits}",
+                "format=npz",
+                'imbalance_factor=""',
+                "augment=cifar-weak",
+                "workers=0",
+            ),
+            *SMALL,
+            *settings,
+            *("--runs", str(tmp_path / "runs"), "--records", str(tmp_path / "records")),
+            *arguments,
+        ]
+    )
+
+
+@pytest.mark.parametrize("path", CELLS, ids=lambda path: path.stem)
+def test_every_recipe_is_one(path):
+    options = options_of(files=[path.name])
+    said = train_paper.read_recipe(path)
+    assert {"dataset", "table", "row", "column"} <= said.keys()
+    assert ("paper" in said) == ("protocol" in said)
+    assert options.adjustment in ("lgla", "balanced", "softmax")
+    assert (options.tau is None) or options.adjustment == "lgla"
+
+
+def test_cells_of_every_table_are_there():
+    names = {path.stem for path in CELLS}
+    for table, number in (("table1", 8), ("table2", 5), ("table3", 2), ("table4", 6), ("table5", 5)):
+        assert len([name for name in names if name.startswith(table)]) == number
+    assert {f"figure7_k{k}" for k in range(2, 8)} <= names
+    assert {"figure3_linear", "figure6_four_experts", "figure8_ic", "figure8_gc", "figure8_leaky"} <= names
+
+
+def test_the_recipe_of_cifar_is_the_authors():
+    options = options_of(files=["table5_lgla.toml"])
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2))
+    optimizer = recipe.make_optimizer(model, options)
+    (decayed, kept) = optimizer.param_groups
+    assert (len(decayed["params"]), len(kept["params"]), decayed["weight_decay"]) == (4, 0, 2e-4)
+    assert (decayed["momentum"], decayed["nesterov"]) == (0.9, True)
+    schedule = recipe.make_schedule(optimizer, options, num_steps=2)
+    rates = []
+    for _ in range(2 * options.epochs):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:10:2] == pytest.approx([0.0333, 0.0467, 0.06, 0.0733, 0.0867], abs=5e-5)
+    assert rates[:10:2] == rates[1:10:2]
+    assert [rates[2 * epoch] for epoch in (5, 319, 320, 359, 360, 399)] == pytest.approx(
+        [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    )
+
+
+def test_a_cosine_ends_at_the_final_rate():
+    options = options_of(files=["table3_inaturalist_gc.toml"])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.lr)
+    schedule = recipe.make_schedule(optimizer, options, num_steps=1)
+    factor = schedule.lr_lambdas[0]
+    assert (options.lr * factor(0), options.lr * factor(options.epochs)) == pytest.approx((0.2, 1e-4))
+
+
+def test_later_recipes_and_settings_override():
+    options = options_of(
+        "epochs=3", "tau=1.5", files=["table5_lgla.toml", "data/cifar10_lt.toml", "cpu.toml"]
+    )
+    assert (options.format, options.backbone, options.epochs, options.tau) == ("cifar10", "resnet8", 3, 1.5)
+    assert options_of("tau=", files=["table1_cifar10_lt_if50_gc.toml"]).tau is None
+    assert options_of(files=["table5_balms.toml", "data/cifar10_lt.toml"]).tau is None
+    assert not options_of("aaw=false", files=["table5_lgla.toml"]).aaw
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["epoch=3"], "epoch: there is no such option; close names: epochs"),
+        (["seed=3"], "seed: there is no such option"),
+        (["epochs"], "expected key=value, got 'epochs'"),
+    ],
+)
+def test_unknown_settings_are_named(settings, message):
+    with pytest.raises(InputError, match=message):
+        options_of(*settings, files=["table5_lgla.toml"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected at least one recipe"),
+        (["table5_lgal.toml"], "there is no such recipe; close names: .*table5_lgla.toml"),
+        (["table5_lgla.toml", "--set", "epochs=some"], "argument --epochs: invalid"),
+        (["table5_lgla.toml", "--set", "groups=shots"], "--groups shots: expected --num-experts 4, got 3"),
+        (
+            ["table5_lgla.toml", "--set", "cuda_graphs=true", "device=cpu"],
+            "--cuda-graphs: expected --device cuda",
+        ),
+        (
+            ["table5_lgla.toml", "--set", "leaky=true", "layout=independent"],
+            "leaky: expected one of resnet32",
+        ),
+        (["table5_lgla.toml", "--set", "data=nowhere"], "nowhere.*download"),
+        (["table5_lgla.toml", "--set", "format=npz", "data=nowhere.npz"], "nowhere.npz"),
+        (
+            ["table2_places_lt_ic.toml", "--set", 'train_list=""'],
+            "format list: expected train_list and val_list",
+        ),
+        (["table2_places_lt_ic.toml", "--set", "workers=0"], "Places_LT_train.txt"),
+    ],
+)
+def test_bad_input_ends_with_what_to_do(arguments, message, tmp_path, capsys):
+    paths = [str(RECIPES / text) if text.endswith(".toml") else text for text in arguments]
+    with pytest.raises(SystemExit) as stop:
+        train_paper.main([*paths, "--runs", str(tmp_path), "--records", str(tmp_path)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+
+
+def test_options_are_listed(capsys):
+    train_paper.main(["--options"])
+    assert "--imbalance-factor" in capsys.readouterr().out
+
+
+def test_from_recipe_to_record(tmp_path, digits, capsys):
+    run(tmp_path, digits, "--seeds", "0", "1")
+    path = tmp_path / "records" / "table5_lgla.json"
+    record = json.loads(path.read_text())
+    assert (record["paper"], record["table"], record["row"]) == (57.15, "Table 5", "LGLA")
+    assert [result["seed"] for result in record["runs"]] == [0, 1]
+    assert [bool(entry["scores"]) for entry in record["runs"][0]["curve"]] == [False, True]
+    accuracies = [100 * result["final"]["scores"]["ensemble"]["balanced"] for result in record["runs"]]
+    assert record["runs"][0]["curve"][0]["loss"] != record["runs"][1]["curve"][0]["loss"]
+    assert record["summary"]["final"]["balanced"]["mean"] == pytest.approx(np.mean(accuracies))
+    assert record["summary"]["final"]["balanced"]["deviation"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert record["configuration"]["class_counts"][0] == 150
+    outputs = paper_results.read_outputs(tmp_path / "runs" / "table5_lgla" / "seed0" / "outputs.npz")
+    assert outputs["logits"].shape == (240, 3, 10)
+    right = (outputs["logits"].float().mean(1).argmax(1) == outputs["target"]).double().mean()
+    assert 100 * right == pytest.approx(accuracies[0], abs=1)  # logits are kept in half precision
+
+    # A second call makes nothing anew but the record.
+    results = list((tmp_path / "runs").rglob("result.json"))
+    before = [result.stat().st_mtime_ns for result in results]
+    path.unlink()
+    run(tmp_path, digits, "--seeds", "0", "1")
+    assert [result.stat().st_mtime_ns for result in results] == before
+    assert json.loads(path.read_text())["summary"] == record["summary"]
+
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Results\n<!-- bars: table5_lgla -->\n![A title](bars.png)\n\n"
+        "<!-- cells: table5_lgla -->\n<!-- end -->\n<!-- shift: analyses/table5_lgla -->\n<!-- end -->\nEnd\n"
+    )
+    arguments = [
+        "--records",
+        str(tmp_path / "records"),
+        "--page",
+        str(page),
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
+    paper_results.main(arguments)
+    filled = page.read_text()
+    mean, deviation = record["summary"]["final"]["balanced"].values()
+    assert f"| LGLA | {mean:.1f} ± {deviation:.1f} |" in filled
+    assert "57.15 (CIFAR-100-LT, ResNet-32, 400 epochs)" in filled
+    assert "| uniform | 240 |" in filled
+    assert filled.endswith("<!-- end -->\nEnd\n")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    paper_results.main(arguments)
+    assert page.read_text() == filled
+
+
+def test_a_run_that_was_cut_short_goes_on(tmp_path, digits):
+    run(tmp_path, digits)
+    folder = tmp_path / "runs" / "table5_lgla" / "seed0"
+    whole = json.loads((folder / "result.json").read_text())
+    checkpoint = torch.load(folder / "last.pt")
+    (folder / "result.json").unlink()
+    run(tmp_path, digits)
+    again = json.loads((folder / "result.json").read_text())
+    assert again["final"] == whole["final"]
+    assert checkpoint["progress"]["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("recipes", "settings"),
+    [
+        (["figure8_leaky.toml"], []),
+        (["figure8_ic.toml"], []),
+        (["figure3_linear.toml"], []),
+        (["figure6_four_experts.toml"], []),
+        (["table5_softmax.toml"], ["num_experts=1"]),
+    ],
+)
+def test_other_cells_run(tmp_path, digits, recipes, settings):
+    run(tmp_path, digits, recipes=recipes, settings=["epochs=1", 'milestones=""', *settings])
+    (path,) = (tmp_path / "records").glob("*.json")
+    page = tmp_path / "page.md"
+    paper_results.main(
+        ["--records", str(tmp_path / "records"), "--runs", str(tmp_path / "runs"), "--page", str(page)]
+    )
+    assert "![Accuracy](accuracy.png)" in page.read_text()
+    assert "| LGLA" in page.read_text() or "| Softmax" in page.read_text()
+    pictures = [picture.name for picture in (tmp_path / "records").glob("*.png")]
+    expected = {"figure3_linear": "norms", "figure6_four_experts": "fusion"}.get(path.stem)
+    assert pictures == ([f"{path.stem}_{expected}.png"] if expected else [])
+
+
+def test_shots_group_by_training_images():
+    options = Namespace(groups="shots", num_experts=4, tau=None, aaw=True, classifier="cosine", scale=30.0)
+    options.adjustment = "lgla"
+    criterion = recipe.build_criterion(torch.tensor([500, 101, 100, 20, 19, 1]), options)
+    assert criterion.grouper.group_index.tolist() == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(InputError, match="few-shot"):
+        recipe.build_criterion(torch.tensor([500, 101, 100, 20]), options)
+
+
+def test_long_tail_is_cut_from_the_data(digits):
+    options = options_of(
+        f"data={digits}", "format=npz", "imbalance_factor=10", "largest_class=30", "image_size=8",
+        files=["table5_lgla.toml"],
+    )  # fmt: skip
+    train, val = train_paper.read_data(options)
+    assert np.bincount(train.targets).tolist()[::9] == [30, 3]
+    assert train.images.shape[1:] == (8, 8, 3)
+    assert len(val.targets) == 240
+    options.largest_class = 500
+    with pytest.raises(InputError, match="class 0"):
+        train_paper.read_data(options)
+
+
+def test_cutout_is_a_square_that_the_border_may_cut():
+    image, sizes = torch.ones(3, 16, 16), set()
+    for seed in range(200):
+        torch.manual_seed(seed)
+        black = Cutout(8)(image) == 0
+        assert torch.equal(black, black.any(0).expand_as(black))
+        height, width = black[0].any(1).sum().item(), black[0].any(0).sum().item()
+        assert black[0].sum() == height * width
+        sizes |= {height, width}
+    assert sizes == {4, 5, 6, 7, 8}
+    assert image.min() == 1
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_augmentations(name):
+    size = 32 if name.startswith("cifar") else 64
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8))
+    train, val = transforms(name, size)
+    assert train(image).shape == val(image).shape == (3, size, size)
+    torch.testing.assert_close(val(image), val(image))
+    assert not torch.equal(train(image), train(image))
+
+
+def shifted_outputs(num_samples):
+    """Exact logits of three experts for Gaussian classes."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(4, 5, generator=generator)
+    target = torch.arange(4).repeat_interleave(num_samples)
+    points = means[target] + torch.randn(len(target), 5, generator=generator)
+    likelihood = -0.5 * (points[:, None] - means).square().sum(-1)
+    counts = torch.tensor([1000, 300, 60, 10])
+    prior = torch.softmax(0.3 * counts.double().log(), 0)
+    logits = (likelihood.double() + prior.log())[:, None].expand(-1, 3, -1)
+    return {"logits": logits, "target": target, "class_counts": counts, "implied_prior": prior}
+
+
+def test_a_fitted_prior_helps_where_the_test_set_is_shifted():
+    rows = {row["imbalance"]: row for row in paper_results.label_shift(shifted_outputs(2000))}
+    assert rows[50]["samples"] == 2000 + int(2000 * 50 ** (-1 / 3)) + int(2000 * 50 ** (-2 / 3)) + 40
+    for factor in (50, -50):
+        row = rows[factor]
+        assert row["distance"] < 0.02
+        assert row["fitted prior"] > row["as it is"] + 0.5
+        assert row["fitted prior"] == pytest.approx(row["true prior"], abs=0.5)
+    assert rows[-50]["samples"] == rows[50]["samples"]
+
+
+def test_the_fusion_weight_decides_whom_the_ensemble_follows():
+    outputs = shifted_outputs(50)
+    experts = torch.nn.functional.one_hot(torch.arange(4) % 4, 4)[None].expand(200, 4, 4).double()
+    outputs |= {"logits": 10 * experts}  # expert k always says class k
+    rows = paper_results.fusion_sweep(outputs)
+    assert len(rows) == 27
+    assert [row["many"] for row in rows if (row["expert"], row["weight"]) in ((0, 0.9), (2, 0.9))] == [
+        50.0,
+        0.0,
+    ]
