@@ -29,6 +29,7 @@ bench-layouts: $(VENV)/.bench  ## what grouped experts cost against independent 
 # Every method of the paper's ablation in miniature, from the recipe to the page, on scikit-learn's digits.
 SMOKE := runs/smoke
 paper-smoke: $(VENV)/.test  ## the paper's recipes in minutes on a CPU
+	mkdir -p $(SMOKE)
 	$(RUN) examples/make_data.py digits $(SMOKE)/digits.npz --imbalance 50
 	for method in softmax balms cla balms_aaw lgla; do \
 		$(RUN) tests/torchvision_shim.py examples/train_paper.py examples/paper/table5_$$method.toml \
