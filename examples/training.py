@@ -33,6 +33,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from lgla_losses import ExpertOutput, count_classes
+from lgla_losses.metrics import ShotAccuracy
 
 #: Options that may change when a run is resumed.
 FREE_OPTIONS = {"data", "device", "workers", "log_dir", "resume"}
@@ -41,27 +42,17 @@ FREE_OPTIONS = {"data", "device", "workers", "log_dir", "resume"}
 Scores = dict[str, dict[str, float | None]]
 
 
-def score(correct: Tensor, total: Tensor, class_counts: Tensor) -> Scores:
-    """Accuracies of the ensemble and of each expert.
-
-    Args:
-        correct: right predictions by class, of the ensemble and of each expert ``[C, 1 + K]``.
-        total: evaluated samples by class ``[C]``; a class without one takes no part.
-        class_counts: training samples by class ``[C]``: many are over 100, few under 20.
-    """
-    per_class = correct / total[:, None]
-    seen = total > 0
-    many, few = class_counts > 100, class_counts < 20
-    columns = {"balanced": seen, "many": seen & many, "medium": seen & ~many & ~few, "few": seen & few}
-    scores: Scores = {}
-    for k in range(correct.shape[1]):
-        row: dict[str, float | None] = {
-            name: per_class[members, k].mean().item() if members.any() else None
-            for name, members in columns.items()
-        }
-        row["top-1"] = (correct[:, k].sum() / total.sum()).item()
-        scores[f"expert {k}" if k else "ensemble"] = row
-    return scores
+def score(metric: ShotAccuracy) -> dict[str, float | None]:
+    """Accuracies of all samples counted so far, by column."""
+    means = metric.compute()
+    columns = {
+        "balanced": means["all"],
+        "many": means["many"],
+        "medium": means["medium"],
+        "few": means["few"],
+    }
+    columns["top-1"] = metric.correct.sum() / metric.total.sum()
+    return {name: None if value.isnan() else value.item() for name, value in columns.items()}
 
 
 def differing_tensors(expected: dict[str, Tensor], got: dict[str, Any]) -> str:
@@ -285,14 +276,14 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> Scores:
         """Accuracies on the validation set."""
-        num_classes = len(self.class_counts)
-        correct = torch.zeros(num_classes, 1 + self.options.num_experts, dtype=torch.float64)
-        total = torch.zeros(num_classes, dtype=torch.float64)
+        rows = ["ensemble", *(f"expert {k + 1}" for k in range(self.options.num_experts))]
+        metrics = {row: ShotAccuracy(self.class_counts).to(self.device) for row in rows}
         for output, target in self.outputs():
-            predictions = torch.cat([output.ensemble()[:, None], output.logits], dim=1).argmax(-1)
-            correct.index_add_(0, target.cpu(), (predictions == target[:, None]).cpu().double())
-            total += target.cpu().bincount(minlength=num_classes)
-        return score(correct, total, self.class_counts)
+            for metric, logits in zip(
+                metrics.values(), [output.ensemble(), *output.logits.unbind(1)], strict=True
+            ):
+                metric.update(logits.float(), target)
+        return {row: score(metric) for row, metric in metrics.items()}
 
     def _end_epoch(self, writer: SummaryWriter) -> None:
         """Evaluate where it is time to, and count the epoch as done."""

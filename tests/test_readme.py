@@ -11,7 +11,9 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_drop_in_example_runs_and_learns():
-    example, own_heads, backbone, many_classes = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, own_heads, backbone, unknown_prior, many_classes = re.findall(
+        r"```python\n(.*?)```", README, re.DOTALL
+    )
     names = {}
     exec(compile(example, "README.md", "exec"), names)
     assert names["loss"].isfinite()
@@ -23,6 +25,9 @@ def test_the_drop_in_example_runs_and_learns():
     exec(compile(backbone, "README.md", "exec"), names)
     assert names["loss"].isfinite()
     assert names["output"].features.shape == torch.Size([2, 3, 2048])
+    exec(compile(unknown_prior, "README.md", "exec"), names)
+    assert names["train_index"].shape == torch.Size([10_847])
+    assert names["metric"].compute().keys() == {"all", "many", "medium", "few"}
     exec(compile(many_classes, "README.md", "exec"), names)
     assert names["weight"].grad.isfinite().all()
     assert len([line for line in backbone.splitlines() if line.strip()]) <= 10
@@ -40,7 +45,7 @@ def test_every_make_command_is_a_target():
 
 def test_links_lead_to_files():
     for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert link.startswith("https://") or (ROOT / link).is_file(), link
+        assert link.startswith("https://") or (ROOT / link).exists(), link
 
 
 def test_the_demos_table_is_the_recorded_one():

@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from lgla_losses import GroupConvExperts
+from lgla_losses.metrics import ShotAccuracy
 
 make_data = load("examples/make_data.py")
 train_images = load("examples/train_images.py")
@@ -317,19 +318,17 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_samples(npz, tmp_path, tiny, 
 
 def test_shot_accuracies_by_hand():
     """Classes of 200, 101 | 100, 20 | 19, 1 training images; the last has no sample to evaluate."""
-    correct = torch.tensor([[10, 9], [5, 2], [4, 8], [0, 1], [3, 1], [0, 0]], dtype=torch.float64)
-    total = torch.tensor([10, 10, 8, 2, 4, 0], dtype=torch.float64)
-    scores = training.score(correct, total, torch.tensor([200, 101, 100, 20, 19, 1]))
-    assert scores == {
-        "ensemble": pytest.approx(
-            {"balanced": 0.55, "many": 0.75, "medium": 0.25, "few": 0.75, "top-1": 22 / 34}
-        ),
-        "expert 1": pytest.approx(
-            {"balanced": 0.57, "many": 0.55, "medium": 0.75, "few": 0.25, "top-1": 21 / 34}
-        ),
-    }
-    without_few = training.score(correct[:2], total[:2], torch.tensor([200, 101]))
-    assert without_few["ensemble"]["few"] is None
+    metric = ShotAccuracy([200, 101, 100, 20, 19, 1])
+    for label, (correct, total) in enumerate([(10, 10), (5, 10), (4, 8), (0, 2), (3, 4), (0, 0)]):
+        wrong = (label + 1) % 6
+        predicted = torch.tensor([label] * correct + [wrong] * (total - correct), dtype=torch.int64)
+        metric.update(predicted, torch.full((total,), label))
+    columns = {"balanced": 0.55, "many": 0.75, "medium": 0.25, "few": 0.75, "top-1": 22 / 34}
+    assert training.score(metric) == pytest.approx(columns)
+    without_few = ShotAccuracy([200, 101])
+    without_few.update(torch.tensor([1, 1]), torch.tensor([0, 1]))
+    columns = {"balanced": 0.5, "many": 0.5, "medium": None, "few": None, "top-1": 0.5}
+    assert training.score(without_few) == columns
 
 
 def test_weight_decay_spares_norms_and_biases_alike_in_both_layouts():

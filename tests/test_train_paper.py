@@ -10,6 +10,7 @@ import paper_results
 import pytest
 import recipe
 import torch
+import torchvision
 import train_paper
 from augment import TRAINING, Cutout, transforms
 from cli import InputError, parse_options
@@ -255,6 +256,46 @@ def test_other_cells_run(tmp_path, digits, recipes, settings):
     pictures = [picture.name for picture in (tmp_path / "records").glob("*.png")]
     expected = {"figure3_linear": "norms", "figure6_four_experts": "fusion"}.get(path.stem)
     assert pictures == ([f"{path.stem}_{expected}.png"] if expected else [])
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_a_list_of_files_in_the_recipe_of_imagenet(tmp_path, pretrained):
+    """The recipe of ImageNet-LT, or of Places-LT from weights in a file, on a handful of images."""
+    generator = np.random.default_rng(0)
+    for half, per_class in (("train", (9, 3, 2)), ("test", (2, 2, 2))):
+        lines = []
+        for label, number in enumerate(per_class):
+            for i in range(number):
+                path = tmp_path / half / f"{label} {i}.jpg"
+                path.parent.mkdir(exist_ok=True)
+                Image.fromarray(generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
+                lines.append(f"{half}/{path.name} {label}\n")
+        (tmp_path / f"{half}.txt").write_text("".join(lines))
+    cell = "table2_places_lt_ic" if pretrained else "table2_imagenet_lt_resnet50_gc"
+    weights = torchvision.models.resnet18().state_dict()
+    torch.save(weights, tmp_path / "resnet18.pth")
+    settings = [f"pretrained={tmp_path / 'resnet18.pth'}"] if pretrained else []
+    train_paper.main(
+        [
+            str(RECIPES / f"{cell}.toml"),
+            *(
+                "--set",
+                f"data={tmp_path}",
+                f"train_list={tmp_path / 'train.txt'}",
+                f"val_list={tmp_path / 'test.txt'}",
+            ),
+            *("backbone=torchvision:resnet18", "image_size=32", "epochs=1", 'milestones=""', "workers=0"),
+            *("batch_size=7", "amp=none", "lr=1e-6", *settings),
+            *("--runs", str(tmp_path / "runs"), "--records", str(tmp_path)),
+        ]
+    )
+    record = json.loads((tmp_path / f"{cell}.json").read_text())
+    assert record["configuration"]["class_counts"] == [9, 3, 2]
+    assert record["runs"][0]["final"]["scores"].keys() == {"ensemble", "expert 1", "expert 2", "expert 3"}
+    if pretrained:
+        checkpoint = torch.load(tmp_path / "runs" / cell / "seed0" / "last.pt")
+        drift = checkpoint["model"]["trunk.conv1.weight"] - weights["conv1.weight"]
+        assert 0 < drift.abs().max() < 1e-3
 
 
 def test_shots_group_by_training_images():
