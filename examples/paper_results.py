@@ -17,14 +17,16 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
+from cli import library
 from torch import Tensor
 
 from lgla_losses.data import long_tailed_counts, long_tailed_indices
 from lgla_losses.label_shift import estimate_prior, shift_prior
-from lgla_losses.metrics import ShotAccuracy
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+
+ShotAccuracy = library("lgla_losses.metrics").ShotAccuracy  # which imports torchvision where there is one
 
 COLORS = [
     "#000000",
@@ -37,6 +39,7 @@ COLORS = [
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"(<!-- (cells|shift|tau): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 BARS = re.compile(r"<!-- bars: (.*?) -->\s*!\[(.*?)\]\((.*?)\)")
+SMOOTHING = 3.0  # of the prior that is fitted to a test set
 SPLITS = ("all", "many", "medium", "few")
 
 
@@ -76,14 +79,16 @@ def cells_table(records: list[dict[str, Any]]) -> str:
 
 def shift_table(records: list[dict[str, Any]]) -> str:
     """A row a test distribution, averaged over the seeds of one record."""
-    columns = ("as it is", "fitted prior", "true prior", "distance")
+    columns = ("as it is", "uniform", "fitted", "fitted, smoothed", "true")
+    distances = ("distance, fitted", "distance, fitted, smoothed")
     rows: list[list[object]] = []
     for same in zip(*records[0]["label_shift"], strict=True):
         factor = same[0]["imbalance"]
         name = "uniform" if factor == 1 else f"{'head' if factor > 0 else 'tail'} first, IF {abs(factor)}"
-        means = [statistics.mean(row[column] for row in same) for column in columns]
-        rows.append([name, same[0]["samples"], *(f"{mean:.1f}" for mean in means[:3]), f"{means[3]:.3f}"])
-    return grid(["test set", "samples", *columns[:3], "distance of the fitted prior"], rows)
+        accuracies = [f"{statistics.mean(row[column] for row in same):.1f}" for column in columns]
+        away = [f"{statistics.mean(row[column] for row in same):.2f}" for column in distances]
+        rows.append([name, same[0]["samples"], *accuracies, *away])
+    return grid(["test set", "samples", *columns, *distances], rows)
 
 
 def tau_table(records: list[dict[str, Any]]) -> str:
@@ -142,7 +147,7 @@ def fusion_sweep(outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
 
 
 def label_shift(outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Top-1 accuracy on test sets of other priors: as it is, with the fitted prior, and with the true one."""
+    """Top-1 accuracy on test sets of other priors: as it is, and with priors assumed, fitted and true."""
     ensemble, target = outputs["logits"].float().mean(dim=1), outputs["target"]
     prior, num_classes = outputs["implied_prior"], outputs["logits"].shape[2]
     by_frequency = outputs["class_counts"].argsort(descending=True, stable=True)
@@ -162,18 +167,23 @@ def label_shift(outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
         counts[order] = long_tailed_counts(available, num_classes, abs(factor))
         chosen = long_tailed_indices(target, counts)
         logits, labels, true = ensemble[chosen].double(), target[chosen], counts / counts.sum()
-        fitted = estimate_prior(logits, prior)
-        choices = {
-            "as it is": logits,
-            "fitted prior": shift_prior(logits, prior, fitted),
-            "true prior": shift_prior(logits, prior, true),
+        priors = {
+            "as it is": prior,
+            "uniform": torch.full_like(prior, 1 / num_classes),
+            "fitted": estimate_prior(logits, prior),
+            "fitted, smoothed": estimate_prior(logits, prior, smoothing=SMOOTHING),
+            "true": true,
         }
+        choices = {name: shift_prior(logits, prior, assumed) for name, assumed in priors.items()}
         accuracy = {
             name: round(100 * float((v.argmax(1) == labels).double().mean()), 2)
             for name, v in choices.items()
         }
-        distance = float((fitted - true).abs().sum() / 2)
-        rows.append({"imbalance": factor, "samples": len(labels), "distance": round(distance, 4), **accuracy})
+        distances = {
+            name: float((priors[name] - true).abs().sum() / 2) for name in ("fitted", "fitted, smoothed")
+        }
+        rounded = {f"distance, {name}": round(distance, 4) for name, distance in distances.items()}
+        rows.append({"imbalance": factor, "samples": len(labels), **accuracy, **rounded})
     return rows
 
 

@@ -33,7 +33,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from lgla_losses import ExpertOutput, count_classes
-from lgla_losses.metrics import ShotAccuracy
+
+ShotAccuracy = library("lgla_losses.metrics").ShotAccuracy  # which imports torchvision where there is one
 
 #: Options that may change when a run is resumed.
 FREE_OPTIONS = {"data", "device", "workers", "log_dir", "resume"}
@@ -42,7 +43,7 @@ FREE_OPTIONS = {"data", "device", "workers", "log_dir", "resume"}
 Scores = dict[str, dict[str, float | None]]
 
 
-def score(metric: ShotAccuracy) -> dict[str, float | None]:
+def score(metric: Any) -> dict[str, float | None]:
     """Accuracies of all samples counted so far, by column."""
     means = metric.compute()
     columns = {

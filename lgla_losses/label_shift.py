@@ -2,7 +2,8 @@ r"""The class prior of a test set without labels, and predictions under it.
 
 Both functions hold where the classes look alike in training and test, :math:`p(x|j)` unchanged, and the
 logits are calibrated: log-likelihood plus log prior, up to a constant per sample. Overconfident logits, as
-of networks trained for long, bias the estimate; calibrate them on held-out data first.
+of networks trained for long, bias the estimate; calibrate them on held-out data first. Where classes are
+many and the model weak, the likelihood alone fits noise: ``smoothing`` holds the estimate back.
 
 Source: Saerens, Latinne and Decaestecker, Neural Computation 14(1), 2002.
 """
@@ -24,7 +25,12 @@ __all__ = ["estimate_prior", "shift_prior"]
 
 @torch.no_grad()
 def estimate_prior(
-    logits: Tensor, prior: ArrayLike, *, max_steps: int = 1000, tolerance: float = 1e-6
+    logits: Tensor,
+    prior: ArrayLike,
+    *,
+    smoothing: float = 0.0,
+    max_steps: int = 1000,
+    tolerance: float = 1e-6,
 ) -> Tensor:
     r"""The class prior under which the samples are most likely, by expectation maximisation.
 
@@ -42,6 +48,8 @@ def estimate_prior(
         logits: finite log-likelihood plus log ``prior`` ``[N, C]``, up to a constant per sample.
         prior: what the logits hold, positive ``[C]``, divided by its sum; of an LGLA ensemble
             ``criterion.adjuster.implied_prior()``.
+        smoothing: evenly spread samples that count beside the test samples, per test sample: 0 trusts the
+            likelihood alone, 1 weighs it as much as the uniform distribution.
         max_steps: most steps, at least 1.
         tolerance: stops when no probability changes by more.
 
@@ -59,6 +67,7 @@ def estimate_prior(
     """
     num_classes = _check_logits(logits)
     max_steps = positive_int("max_steps", max_steps, "it bounds the loop")
+    smoothing = finite_float("smoothing", smoothing, low=0.0, high=math.inf, expected="a finite number >= 0")
     tolerance = finite_float("tolerance", tolerance, low=0.0, high=math.inf, expected="a finite number >= 0")
     if len(logits) == 0:
         raise ValueError("logits: expected at least one sample [N, C], got none; leave empty test sets out")
@@ -70,7 +79,7 @@ def estimate_prior(
     likelihood = (log_likelihood - log_likelihood.amax(dim=1, keepdim=True)).exp()
     for _ in range(max_steps):
         evidence = likelihood @ p
-        before, p = p, p * (evidence.reciprocal() @ likelihood) / len(logits)
+        before, p = p, p * (evidence.reciprocal() @ likelihood) / len(logits) + smoothing / num_classes
         p = p / p.sum()
         if (p - before).abs().max() <= tolerance:
             break

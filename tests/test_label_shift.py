@@ -77,22 +77,34 @@ def test_a_step_is_the_mean_posterior():
         torch.testing.assert_close(found, p, rtol=1e-12, atol=1e-12)
 
 
-def test_the_fixed_point_is_the_maximum():
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+def test_the_fixed_point_is_the_maximum(smoothing):
     """Against all priors of three classes on a fine grid, then a finer one around the best."""
     likelihood, _ = sample(SHIFTED, 200)
     likelihood = likelihood[:, :3]
-    found = estimate_prior(likelihood, torch.ones(3), max_steps=20_000, tolerance=1e-12)
+    found = estimate_prior(likelihood, torch.ones(3), smoothing=smoothing, max_steps=20_000, tolerance=1e-12)
     centre, width = np.array([0.5, 0.5]), 0.5
     for _ in range(8):
         first, second = (np.linspace(c - width, c + width, 41) for c in centre)
         grid = np.stack(np.meshgrid(first, second), axis=-1).reshape(-1, 2)
         grid = grid[(grid > 0).all(axis=1) & (grid.sum(axis=1) < 1)]
         priors = torch.from_numpy(np.c_[grid, 1 - grid.sum(axis=1)])
-        values = (likelihood.exp() @ priors.T).log().mean(dim=0)
+        values = (likelihood.exp() @ priors.T).log().mean(dim=0) + smoothing * priors.log().mean(dim=1)
         centre, width = grid[int(values.argmax())], width / 5
     best = np.array([*centre, 1 - centre.sum()])
     assert found.numpy() == pytest.approx(best, abs=1e-4)
-    assert log_likelihood(likelihood, found) >= log_likelihood(likelihood, best) - 1e-12
+    if not smoothing:
+        assert log_likelihood(likelihood, found) >= log_likelihood(likelihood, best) - 1e-12
+
+
+def test_smoothing_holds_the_estimate_back():
+    """From the likelihood's prior to the uniform one."""
+    likelihood, _ = sample(SHIFTED, 500)
+    estimates = [estimate_prior(likelihood, [1] * 4, smoothing=s) for s in (0.0, 0.3, 3.0, 1e9)]
+    away = [(estimate - 0.25).abs().sum().item() for estimate in estimates]
+    assert away == sorted(away, reverse=True)
+    assert away[0] > 0.2
+    assert away[-1] < 1e-6
 
 
 @given(
@@ -178,5 +190,7 @@ def test_bad_options():
         estimate_prior(ROW.log(), [1, 1])
     with pytest.raises(ValueError, match="max_steps: expected an integer >= 1, got 0"):
         estimate_prior(ROW, [1, 1], max_steps=0)
+    with pytest.raises(ValueError, match="smoothing: expected a finite number >= 0, got -1"):
+        estimate_prior(ROW, [1, 1], smoothing=-1)
     with pytest.raises(ValueError, match="tolerance: expected a finite number >= 0, got -1"):
         estimate_prior(ROW, [1, 1], tolerance=-1)

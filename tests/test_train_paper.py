@@ -362,9 +362,10 @@ def test_a_fitted_prior_helps_where_the_test_set_is_shifted():
     assert rows[50]["samples"] == 2000 + int(2000 * 50 ** (-1 / 3)) + int(2000 * 50 ** (-2 / 3)) + 40
     for factor in (50, -50):
         row = rows[factor]
-        assert row["distance"] < 0.02
-        assert row["fitted prior"] > row["as it is"] + 0.5
-        assert row["fitted prior"] == pytest.approx(row["true prior"], abs=0.5)
+        assert row["distance, fitted"] < 0.02 < row["distance, fitted, smoothed"]
+        assert row["fitted"] > row["as it is"] + 0.5
+        assert row["fitted"] == pytest.approx(row["true"], abs=0.5)
+    assert rows[1]["uniform"] == rows[1]["true"] > rows[1]["as it is"]
     assert rows[-50]["samples"] == rows[50]["samples"]
 
 
