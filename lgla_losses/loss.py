@@ -18,6 +18,16 @@ from lgla_losses.output import ExpertLogits, ExpertOutput, check_logits
 _WORTH_AN_OPERATOR = 512
 
 
+def _converted_once(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """The adjustments as memory of their own, for a compiler that would convert them anew for every sample.
+
+    It fuses the conversion from float64 into its loops over the logits, which then take up to half as long
+    again; what is seen through strides it computes first.
+    """
+    converted = table.to(dtype).contiguous()
+    return converted.as_strided(converted.shape, converted.stride())
+
+
 class LGLALoss(ExpertLoss):
     r"""Local and Global Logit Adjustments for long-tailed learning.
 
@@ -153,6 +163,8 @@ class LGLALoss(ExpertLoss):
         divisor = self._divisor(target, normalizer, samples, functional.compute_dtype(first.dtype))
         table, ignore_index, label_smoothing = self.adjuster.table, self.ignore_index, self.label_smoothing
         if engine is None:
+            if torch.compiler.is_compiling() and not table.requires_grad:
+                table = _converted_once(table, functional.compute_dtype(first.dtype))
             loss = functional.lgla_loss(
                 logits, target, table, weights, ignore_index=ignore_index, label_smoothing=label_smoothing
             )
