@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint bench bench-gpu bench-layouts paper-smoke paper-gpu dist clean
+.PHONY: demo test test-slow lint bench bench-gpu bench-layouts paper-smoke paper-cpu paper-gpu dist clean
 .SECONDARY:
 
 demo: $(VENV)/.examples    ## train LGLA beside its baselines on long-tailed digits
@@ -33,30 +33,61 @@ paper-smoke: $(VENV)/.test  ## the paper's recipes in minutes on a CPU
 	$(RUN) examples/make_data.py digits $(SMOKE)/digits.npz --imbalance 50
 	for method in softmax balms cla balms_aaw lgla; do \
 		$(RUN) tests/torchvision_shim.py examples/train_paper.py examples/paper/table5_$$method.toml \
-			examples/paper/cpu.toml --set data=$(SMOKE)/digits.npz format=npz image_size=8 batch_size=64 \
+			examples/paper/cpu.toml --set data=$(SMOKE)/digits.npz format=npz imbalance_factor= image_size=8 batch_size=64 \
 			--seeds 0 1 --runs $(SMOKE) --records $(SMOKE)/records || exit 1; \
 	done
 	$(RUN) tests/torchvision_shim.py examples/paper_results.py --records $(SMOKE)/records --runs $(SMOKE) \
 		--page $(SMOKE)/results.md
 	cat $(SMOKE)/results.md
 
-# The paper's ablation and figures on a GPU, whose own PyTorch, torchvision and torchmetrics are used:
-# make paper-gpu PYTHON=python TINY=tiny_imagenet_lt.npz CIFAR10=cifar10.npz
+# The paper's ablation on real images at the scale of a CPU, with one thread a run; figures need their test logits.
+# make paper-cpu TINY=tiny_imagenet_lt.npz CIFAR10=cifar10.npz
 TINY ?= data/tiny_imagenet_lt_if100_32x32_jpeg.npz
 CIFAR10 ?= data/cifar10_jpeg.npz
-ABLATION := table5_softmax table5_balms table5_cla table5_balms_aaw table5_lgla figure8_ic figure8_leaky \
+TABLE5 := table5_softmax table5_balms table5_cla table5_balms_aaw table5_lgla
+TABLE1 := table1_cifar10_lt_if100_ic table1_cifar10_lt_if100_gc table1_cifar10_lt_if50_ic table1_cifar10_lt_if50_gc
+RECIPES := examples/paper
+RECORDS := benchmarks/results/paper
+ON_CPU = OMP_NUM_THREADS=1 $(RUN) tests/torchvision_shim.py examples/train_paper.py --records $(RECORDS)
+TINY_CPU := $(RECIPES)/data/tiny_imagenet_lt.toml $(RECIPES)/cpu.toml --set data=$(TINY) amp=bf16
+CIFAR_CPU := $(RECIPES)/cpu.toml --set data=$(CIFAR10) format=npz amp=bf16
+paper-cpu: $(VENV)/.test   ## what docs/results.md shows, in three hours or so
+	for cell in $(TABLE5); do \
+		$(ON_CPU) --seeds 0 1 2 --name cifar10_cpu_$$cell $(RECIPES)/$$cell.toml $(RECIPES)/data/cifar10_lt.toml \
+			$(CIFAR_CPU) || exit 1; \
+		$(ON_CPU) --seeds 0 1 2 --name tiny_cpu_$$cell $(RECIPES)/$$cell.toml $(TINY_CPU) || exit 1; \
+	done
+	for cell in $(TABLE1); do \
+		$(ON_CPU) --seeds 0 1 2 --name cifar10_cpu_$$cell $(RECIPES)/$$cell.toml $(CIFAR_CPU) || exit 1; \
+	done
+	for cell in figure7_k2 figure7_k3 figure7_k4 figure7_k5; do \
+		$(ON_CPU) --seeds 0 1 --name cifar10_cpu_$$cell $(RECIPES)/$$cell.toml \
+			$(RECIPES)/data/cifar10_lt.toml $(CIFAR_CPU) tau= || exit 1; \
+	done
+	for cell in figure6_four_experts figure3_linear; do \
+		$(ON_CPU) --name tiny_cpu_$$cell $(RECIPES)/$$cell.toml $(TINY_CPU) || exit 1; \
+	done
+	$(ON_CPU) --seeds 0 1 2 --name tiny_cpu_tau_uniform $(RECIPES)/table5_lgla.toml $(TINY_CPU) tau=2.0 \
+		'column="tau = K - 1"'
+	$(ON_CPU) --seeds 0 1 2 --name cifar10_cpu_tau_uniform $(RECIPES)/table5_lgla.toml \
+		$(RECIPES)/data/cifar10_lt.toml $(CIFAR_CPU) tau=2.0 'column="tau = K - 1"'
+	OMP_NUM_THREADS=1 $(RUN) examples/sweep_tau.py --output benchmarks/results/sweep_tau_digits.json
+	$(RUN) tests/torchvision_shim.py examples/paper_results.py --runs runs/paper
+
+# The paper's ablation and figures on a GPU, whose own PyTorch, torchvision and torchmetrics are used:
+# make paper-gpu PYTHON=python TINY=tiny_imagenet_lt.npz CIFAR10=cifar10.npz
+ABLATION := $(TABLE5) figure8_ic figure8_leaky \
 	figure3_linear figure6_four_experts figure7_k2 figure7_k4 figure7_k5 figure7_k6 figure7_k7
 paper-gpu:                 ## the paper's recipes in full, with 3 seeds
 	for cell in $(ABLATION); do \
 		$(PYTHON) examples/train_paper.py examples/paper/$$cell.toml examples/paper/data/tiny_imagenet_lt.toml \
 			examples/paper/gpu.toml --set data=$(TINY) --seeds 0 1 2 --name tiny_gpu_$$cell \
-			--records benchmarks/results/paper || exit 1; \
+			--records $(RECORDS) || exit 1; \
 	done
-	for cell in table1_cifar10_lt_if100_ic table1_cifar10_lt_if100_gc table1_cifar10_lt_if50_ic \
-		table1_cifar10_lt_if50_gc; do \
+	for cell in $(TABLE1); do \
 		$(PYTHON) examples/train_paper.py examples/paper/$$cell.toml examples/paper/gpu.toml \
 			--set data=$(CIFAR10) format=npz --seeds 0 1 2 --name gpu_$$cell \
-			--records benchmarks/results/paper || exit 1; \
+			--records $(RECORDS) || exit 1; \
 	done
 
 # On a machine with a GPU, whose own PyTorch is used: PYTHON must have it. The C library is built in place.

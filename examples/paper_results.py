@@ -100,7 +100,8 @@ def tau_table(records: list[dict[str, Any]]) -> str:
         texts = []
         for ratio in ratios:
             values = cells[k, ratio]["balanced"]
-            score = {"mean": statistics.mean(values), "deviation": statistics.stdev(values)}
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            score = {"mean": statistics.mean(values), "deviation": deviation}
             texts.append(f"{cell_text(score)} ({statistics.mean(cells[k, ratio]['slope']):+.2f})")
         rows.append([f"K = {k}", *texts])
     return grid(["tau / (K - 1)", *(f"{ratio:g}" for ratio in ratios)], rows)
@@ -193,12 +194,12 @@ def read_outputs(path: Path) -> dict[str, Tensor]:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
-def analyse(folder: Path) -> dict[str, Any]:
+def analyse(folder: Path, by_shots: bool) -> dict[str, Any]:
     """What the test logits of a run's seeds say: fusion, label shift, norms of the class weights."""
     seeds = [read_outputs(path) for path in sorted(folder.glob("seed*/outputs.npz"))]
     return {
         "label_shift": [label_shift(outputs) for outputs in seeds],
-        "fusion": fusion_sweep(seeds[0]) if seeds[0]["logits"].shape[1] == 4 else None,
+        "fusion": fusion_sweep(seeds[0]) if by_shots else None,
         "norms": [[round(float(v), 4) for v in expert] for expert in seeds[0]["norms"]],
         "class_counts": seeds[0]["class_counts"].tolist(),
     }
@@ -215,7 +216,7 @@ def draw_fusion(analysis: dict[str, Any], path: Path) -> None:
                 [row["weight"] for row in rows], [row[split] for row in rows], "o-", color=color, label=split
             )
         axes.set(title=f"weight of the {names[k]} expert", xlabel="fusion weight", ylabel="accuracy (%)")
-        axes.legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", title="accuracy of")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -273,12 +274,13 @@ def main(arguments: list[str] | None = None) -> None:
     for path in sorted(options.records.glob("*.json")) if options.runs else []:
         if not list(options.runs.glob(f"{path.stem}/seed*/outputs.npz")):
             continue
-        analysis = analyse(options.runs / path.stem)
+        configuration = json.loads(path.read_text(encoding="utf-8"))["configuration"]
+        analysis = analyse(options.runs / path.stem, configuration["groups"] == "shots")
         (options.records / "analyses").mkdir(exist_ok=True)
         (options.records / "analyses" / path.name).write_text(json.dumps(analysis) + "\n", encoding="utf-8")
         if analysis["fusion"]:
             draw_fusion(analysis, options.records / f"{path.stem}_fusion.png")
-        if json.loads(path.read_text(encoding="utf-8"))["configuration"]["classifier"] == "linear":
+        if configuration["classifier"] == "linear":
             draw_norms(analysis, options.records / f"{path.stem}_norms.png")
     if not options.page.exists():
         names = " ".join(path.stem for path in sorted(options.records.glob("*.json")))

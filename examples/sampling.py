@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -61,10 +62,19 @@ class Seeded(Dataset[Sample]):
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        with torch.random.fork_rng(devices=[]):
-            # The CPU's generator alone: torch.manual_seed would reach that of a GPU, which draws dropout.
-            torch.default_generator.manual_seed(mixed_seed(self.seed, *key))
-            return self.samples[key[1]]
+        seed = mixed_seed(self.seed, *key)
+        # timm's RandAugment draws from the generators of Python and NumPy.
+        others = random.getstate(), np.random.get_state()  # noqa: NPY002
+        try:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            with torch.random.fork_rng(devices=[]):
+                # The CPU's generator alone: torch.manual_seed would reach that of a GPU, which draws dropout.
+                torch.default_generator.manual_seed(seed)
+                return self.samples[key[1]]
+        finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])  # noqa: NPY002
 
 
 def ignore_interrupts(worker: int) -> None:

@@ -71,7 +71,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     titles = {
         "balanced": "balanced accuracy (%)",
         "rarest": "accuracy of the three rarest classes (%)",
-        "slope": "lean to the head: slope of log predicted share over log n",
+        "slope": "lean to the head (slope over log n)",
     }
     for axes, (column, title) in zip(panels, titles.items(), strict=True):
         for num_experts, color in zip(record["experts"], [*COLORS, "#CC79A7"], strict=False):

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from augment import TRAINING, transforms
-from cli import InputError, add_options, library, number, parse_options
+from cli import InputError, add_options, library, number, parse_options, shortened
 from recipe import Task
 from resnet32 import ResNet32
 from torch import nn
 from train_images import load_pretrained, network_factory
-from training import Trainer
+from training import FREE_OPTIONS, Trainer
 
 from lgla_losses.data import (
     ImageData,
@@ -83,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--pretrained", type=Path, help="a state_dict of a torchvision or timm backbone")
     parser.set_defaults(small_images=False)
     add_options(parser)
+    parser.set_defaults(split_at="layer3")
     return parser
 
 
@@ -117,7 +118,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 def as_arguments(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> list[str]:
     """Settings as a command line, which checks their values."""
-    actions = {action.dest: action for action in parser._actions}
+    not_settings = ("help", "resume", "seed", "log_dir")  # --seeds and --runs say these
+    actions = {action.dest: action for action in parser._actions if action.dest not in not_settings}
     has_tau = settings.get("adjustment", "lgla") in ("lgla", "logit")
     arguments = []
     for key, value in settings.items():
@@ -125,12 +127,14 @@ def as_arguments(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> l
             continue
         if key == "tau" and not has_tau:  # of a data set's recipe, for the methods that have one
             continue
-        if key not in actions or key in ("help", "resume", "seed", "log_dir"):
+        if key not in actions:
             close = ", ".join(get_close_matches(key, actions)) or "none"
             raise InputError(f"{key}: there is no such option; close names: {close}; all: --options")
         flag = f"--{key.replace('_', '-')}"
         if isinstance(value, bool):
             negative = f"--no-{key.replace('_', '-')}"
+            if actions[key].nargs != 0:
+                raise InputError(f"{key}: expected a value, got {str(value).lower()}")
             if value or negative in actions[key].option_strings:
                 arguments.append(flag if value else negative)
         elif isinstance(value, list):
@@ -160,6 +164,11 @@ def read_data(options: argparse.Namespace) -> tuple[ImageData, ImageData]:
             largest = options.largest_class or train.targets.count(0)
             counts = long_tailed_counts(largest, num_classes, options.imbalance_factor, options.imbalance)
             train = train.subset(long_tailed_indices(train.targets, counts))
+        if max(val.targets) > max(train.targets):
+            raise InputError(
+                f"{options.val_list or options.data}: expected test classes that are trained, "
+                f"0..{max(train.targets)}, got {max(val.targets)}"
+            )
     except (OSError, ValueError) as error:
         raise InputError(str(error)) from error
     if options.augment.startswith("cifar"):
@@ -188,7 +197,6 @@ def prepare(options: argparse.Namespace) -> Task:
         return ResNet32(num_classes, options.num_experts, layout, options.scale, options.classifier, blocks)
 
     make_network = make_small if small else network_factory(options)
-    options.split_at = options.split_at or "layer3"
     pretrained = options.pretrained is not None
     train_transform, val_transform = transforms(options.augment, options.image_size)
     return Task(
@@ -206,11 +214,13 @@ def prepare(options: argparse.Namespace) -> Task:
 def run_seed(arguments: list[str], seed: int, folder: Path, command: str) -> dict[str, Any]:
     """The record of a run, made now or before."""
     record = folder / "result.json"
-    resume = ["--resume"] if (folder / "last.pt").exists() and not record.exists() else []
+    resume = ["--resume"] if (folder / "last.pt").exists() else []
     parser = make_parser()
-    if not record.exists():
+    options = parse_options(parser, [*arguments, f"--seed={seed}", f"--log-dir={folder}", *resume])
+    if record.exists():
+        refuse_another_run(record, options)
+    else:
         try:
-            options = parse_options(parser, [*arguments, f"--seed={seed}", f"--log-dir={folder}", *resume])
             torch.manual_seed(seed)
             trainer = Trainer(prepare(options), options, command)
             if resume:
@@ -221,6 +231,22 @@ def run_seed(arguments: list[str], seed: int, folder: Path, command: str) -> dic
         keep_outputs(trainer, folder / "outputs.npz")
     result: dict[str, Any] = json.loads(record.read_text())
     return result
+
+
+def refuse_another_run(record: Path, options: argparse.Namespace) -> None:
+    """Say so where the run that was made before had other settings."""
+    then = json.loads(record.read_text(encoding="utf-8"))["configuration"]
+    free = FREE_OPTIONS - {"data"}
+    differing = [
+        f"{name} {then.get(name)}, now {value}"
+        for name, value in vars(options).items()
+        if name not in free and then.get(name) != (str(value) if isinstance(value, Path) else value)
+    ]
+    if differing:
+        raise InputError(
+            f"{record}: expected a run of these settings, got one of {shortened(differing)}; name the new "
+            "one by --name, or delete the old"
+        )
 
 
 def keep_outputs(trainer: Trainer, path: Path) -> None:
@@ -299,7 +325,10 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in options.seeds:
         folder: Path = options.runs / name / f"seed{int(seed)}"
         print(f"{name}, seed {seed}: {folder}", flush=True)
-        runs.append(run_seed(run_arguments, int(seed), folder, command))
+        try:
+            runs.append(run_seed(run_arguments, int(seed), folder, command))
+        except InputError as error:
+            parser.error(str(error))
     scores = summary(runs)
     configuration = {
         key: value for key, value in runs[0]["configuration"].items() if key not in ("seed", "log_dir")

@@ -280,10 +280,12 @@ class Trainer:
         rows = ["ensemble", *(f"expert {k + 1}" for k in range(self.options.num_experts))]
         metrics = {row: ShotAccuracy(self.class_counts).to(self.device) for row in rows}
         for output, target in self.outputs():
+            # In float32: means in bfloat16 tie, and ties go to the class of lower index, of the head.
+            output = output._replace(logits=output.logits.float())
             for metric, logits in zip(
                 metrics.values(), [output.ensemble(), *output.logits.unbind(1)], strict=True
             ):
-                metric.update(logits.float(), target)
+                metric.update(logits, target)
         return {row: score(metric) for row, metric in metrics.items()}
 
     def _end_epoch(self, writer: SummaryWriter) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from argparse import Namespace
 
 import make_data
@@ -15,7 +16,10 @@ import train_paper
 from augment import TRAINING, Cutout, transforms
 from cli import InputError, parse_options
 from PIL import Image
+from sampling import Seeded
 from scripts import ROOT
+
+from lgla_losses.data import ImageData
 
 RECIPES = ROOT / "examples" / "paper"
 CELLS = sorted(path for path in RECIPES.glob("*_*.toml"))
@@ -24,7 +28,6 @@ SMALL = [
     "backbone=resnet8",
     "image_size=8",
     "epochs=2",
-    "milestones=[1]",
     "warmup_epochs=0",
     "evaluate_every=2",
 ]
@@ -119,6 +122,15 @@ def test_later_recipes_and_settings_override():
     assert options_of("tau=", files=["table1_cifar10_lt_if50_gc.toml"]).tau is None
     assert options_of(files=["table5_balms.toml", "data/cifar10_lt.toml"]).tau is None
     assert not options_of("aaw=false", files=["table5_lgla.toml"]).aaw
+    # Recipes of data say nothing of how to train.
+    for data in ("tiny_imagenet_lt", "cifar10_lt"):
+        assert options_of(files=["table4_lgla_weak.toml", f"data/{data}.toml"]).augment == "cifar-weak"
+
+
+def test_shorter_runs_lower_the_rate_too():
+    assert options_of(files=["table5_lgla.toml"]).milestones == [320, 360]
+    assert options_of("epochs=20", files=["table5_lgla.toml"]).milestones == [16, 18]
+    assert options_of("epochs=10", files=["table5_lgla.toml", "cpu.toml"]).milestones == [8, 9]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +139,7 @@ def test_later_recipes_and_settings_override():
         (["epoch=3"], "epoch: there is no such option; close names: epochs"),
         (["seed=3"], "seed: there is no such option"),
         (["epochs"], "expected key=value, got 'epochs'"),
+        (["epochs=false"], "epochs: expected a value, got false"),
     ],
 )
 def test_unknown_settings_are_named(settings, message):
@@ -197,6 +210,12 @@ def test_from_recipe_to_record(tmp_path, digits, capsys):
     assert [result.stat().st_mtime_ns for result in results] == before
     assert json.loads(path.read_text())["summary"] == record["summary"]
 
+    # Nor does it pass it off as a run of other settings.
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(tmp_path, digits, settings=["lr=7.0", "tau=9.0"])
+    assert re.search("got one of tau None, now 9.0, lr 0.1, now 7.0; name the new", capsys.readouterr().err)
+
     page = tmp_path / "page.md"
     page.write_text(
         "# Results\n<!-- bars: table5_lgla -->\n![A title](bars.png)\n\n"
@@ -214,7 +233,7 @@ def test_from_recipe_to_record(tmp_path, digits, capsys):
     filled = page.read_text()
     mean, deviation = record["summary"]["final"]["balanced"].values()
     assert f"| LGLA | {mean:.1f} ± {deviation:.1f} |" in filled
-    assert "57.15 (CIFAR-100-LT, ResNet-32, 400 epochs)" in filled
+    assert "57.15 (CIFAR-100-LT, ResNet-32, their GC, 400 epochs)" in filled
     assert "| uniform | 240 |" in filled
     assert filled.endswith("<!-- end -->\nEnd\n")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
@@ -222,16 +241,35 @@ def test_from_recipe_to_record(tmp_path, digits, capsys):
     assert page.read_text() == filled
 
 
-def test_a_run_that_was_cut_short_goes_on(tmp_path, digits):
+def test_a_run_that_was_cut_short_goes_on(tmp_path, digits, monkeypatch):
+    folder, save = tmp_path / "runs" / "table5_lgla" / "seed0", train_paper.Trainer._save
+
+    def save_and_keep_the_first(trainer, name):
+        save(trainer, name)
+        if name == "last.pt" and trainer.progress.epoch == 1:
+            shutil.copy(folder / "last.pt", folder / "first.pt")
+
+    monkeypatch.setattr(train_paper.Trainer, "_save", save_and_keep_the_first)
     run(tmp_path, digits)
-    folder = tmp_path / "runs" / "table5_lgla" / "seed0"
     whole = json.loads((folder / "result.json").read_text())
-    checkpoint = torch.load(folder / "last.pt")
+    (folder / "first.pt").replace(folder / "last.pt")
     (folder / "result.json").unlink()
     run(tmp_path, digits)
     again = json.loads((folder / "result.json").read_text())
-    assert again["final"] == whole["final"]
-    assert checkpoint["progress"]["epoch"] == 2
+    assert again["curve"] == whole["curve"]
+    assert not (folder / "first.pt").exists()  # the first epoch was not done again
+
+
+def test_test_classes_must_be_trained(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "train.txt").write_text("a.png 0\na.png 1\n")
+    (tmp_path / "val.txt").write_text("a.png 0\na.png 1\na.png 2\n")
+    options = options_of(
+        f"data={tmp_path}", f"train_list={tmp_path / 'train.txt'}", f"val_list={tmp_path / 'val.txt'}",
+        files=["table2_places_lt_ic.toml"],
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"val\.txt: expected test classes that are trained, 0\.\.1, got 2"):
+        train_paper.read_data(options)
 
 
 @pytest.mark.parametrize(
@@ -342,6 +380,8 @@ def test_augmentations(name):
     assert train(image).shape == val(image).shape == (3, size, size)
     torch.testing.assert_close(val(image), val(image))
     assert not torch.equal(train(image), train(image))
+    seeded = Seeded(ImageData(np.asarray(image)[None], [0], train), seed=0)
+    torch.testing.assert_close(seeded[5, 0][0], seeded[5, 0][0])
 
 
 def shifted_outputs(num_samples):
@@ -379,3 +419,13 @@ def test_the_fusion_weight_decides_whom_the_ensemble_follows():
         50.0,
         0.0,
     ]
+
+
+def test_the_results_page_is_made_of_the_records():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    folder = ROOT / "benchmarks" / "results" / "paper"
+    assert paper_results.fill(page, folder) == page
+    shown = " ".join(found[3] for found in paper_results.TABLE.finditer(page)).split()
+    assert {path.stem for path in folder.glob("*.json")} <= set(shown)
+    for picture in re.findall(r"!\[.+?\]\((.+?)\)", page):
+        assert (ROOT / "docs" / picture).exists(), picture

@@ -23,7 +23,8 @@ PACK = ("train_jpg", "train_off", "train_y", "test_jpg", "test_off", "test_y")
 IMAGE_SOURCES = (
     "ImageNet's images come from image-net.org, those of Places365 by "
     "torchvision.datasets.Places365(download=True), those of iNaturalist by "
-    "torchvision.datasets.INaturalist(download=True)"
+    "torchvision.datasets.INaturalist(version='2018', download=True), whose folder 2018 is to be named "
+    "train_val2018"
 )
 
 
@@ -39,8 +40,14 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, ImageData]:
         ``{"train": ..., "val": ...}``, with the numbers of the classes as their names.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is another, or its arrays do not fit.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{path}: expected an .npz file with the arrays {', '.join(ARRAYS)} (or {', '.join(PACK)}), got "
+            "none; put one there, or for CIFAR let torchvision download it: read_cifar(..., download=True)"
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*ARRAYS, *PACK) if name in file}
@@ -163,7 +170,7 @@ def read_list(list_file: str | os.PathLike[str], root: str | os.PathLike[str]) -
             "https://github.com/zhmiao/OpenLongTailRecognition-OLTR (ImageNet-LT, Places-LT), or your own; "
             f"{IMAGE_SOURCES}"
         )
-    paths, labels = [], []
+    paths, labels, largest = [], [], (-1, 0)
     with list_file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.isspace():
@@ -176,13 +183,14 @@ def read_list(list_file: str | os.PathLike[str], root: str | os.PathLike[str]) -
                 )
             paths.append(fields[0])
             labels.append(int(fields[1]))
+            largest = max(largest, (labels[-1], number))
     if not paths:
         raise ValueError(f"{list_file}: expected lines 'path label', got none")
     absent = _absent(labels)
     if absent:
         raise ValueError(
-            f"{list_file}: expected every class 0..{max(labels)}, got none of {_first(absent)}; "
-            "number the classes without gaps from 0"
+            f"{list_file}: expected every class 0..{largest[0]} (line {largest[1]}), got none of "
+            f"{_first(absent)}; number the classes without gaps from 0"
         )
     return ImageData(_under(root, paths), labels)
 
