@@ -51,7 +51,7 @@ RECORDS := benchmarks/results/paper
 ON_CPU = OMP_NUM_THREADS=1 $(RUN) tests/torchvision_shim.py examples/train_paper.py --records $(RECORDS)
 TINY_CPU := $(RECIPES)/data/tiny_imagenet_lt.toml $(RECIPES)/cpu.toml --set data=$(TINY) amp=bf16
 CIFAR_CPU := $(RECIPES)/cpu.toml --set data=$(CIFAR10) format=npz amp=bf16
-paper-cpu: $(VENV)/.test   ## what docs/results.md shows, in three hours or so
+paper-cpu: $(VENV)/.test   ## what docs/results.md shows, in about four hours
 	for cell in $(TABLE5); do \
 		$(ON_CPU) --seeds 0 1 2 --name cifar10_cpu_$$cell $(RECIPES)/$$cell.toml $(RECIPES)/data/cifar10_lt.toml \
 			$(CIFAR_CPU) || exit 1; \

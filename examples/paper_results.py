@@ -251,13 +251,15 @@ def draw_cells(records: list[dict[str, Any]], title: str, path: Path) -> None:
     columns = {"balanced": "all", "many": "many", "medium": "medium", "few": "few"}
     for i, (column, name) in enumerate(columns.items()):
         scores = [record["summary"]["final"].get(column) for record in records]
+        if not any(scores):  # a split without classes
+            continue
         place = np.arange(len(records)) + 0.2 * i - 0.3
         heights = [score["mean"] if score else 0.0 for score in scores]
         deviations = [score["deviation"] or 0.0 if score else 0.0 for score in scores]
         axes.bar(place, heights, 0.2, yerr=deviations, color=COLORS[i], label=name, capsize=2)
     axes.set_xticks(np.arange(len(records)), [label(record) for record in records])
     axes.set(title=title, ylabel="accuracy (%)")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
