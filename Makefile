@@ -76,7 +76,7 @@ paper-cpu: $(VENV)/.test   ## what docs/results.md shows, in about four hours
 
 # The paper's ablation and figures on a GPU, whose own PyTorch, torchvision and torchmetrics are used:
 # make paper-gpu PYTHON=python TINY=tiny_imagenet_lt.npz CIFAR10=cifar10.npz
-ABLATION := $(TABLE5) figure8_ic figure8_leaky \
+ABLATION := $(TABLE5) table4_softmax_weak table4_balms_weak table4_lgla_weak figure8_ic figure8_leaky \
 	figure3_linear figure6_four_experts figure7_k2 figure7_k4 figure7_k5 figure7_k6 figure7_k7
 paper-gpu:                 ## the paper's recipes in full, with 3 seeds
 	for cell in $(ABLATION); do \
@@ -89,6 +89,7 @@ paper-gpu:                 ## the paper's recipes in full, with 3 seeds
 			--set data=$(CIFAR10) format=npz --seeds 0 1 2 --name gpu_$$cell \
 			--records $(RECORDS) || exit 1; \
 	done
+	$(PYTHON) examples/paper_results.py --runs runs/paper
 
 # On a machine with a GPU, whose own PyTorch is used: PYTHON must have it. The C library is built in place.
 bench-gpu:                 ## the tests on CUDA, then every benchmark there

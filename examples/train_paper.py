@@ -213,11 +213,11 @@ def prepare(options: argparse.Namespace) -> Task:
 
 def run_seed(arguments: list[str], seed: int, folder: Path, command: str) -> dict[str, Any]:
     """The record of a run, made now or before."""
-    record = folder / "result.json"
+    record, outputs = folder / "result.json", folder / "outputs.npz"
     resume = ["--resume"] if (folder / "last.pt").exists() else []
     parser = make_parser()
     options = parse_options(parser, [*arguments, f"--seed={seed}", f"--log-dir={folder}", *resume])
-    if record.exists():
+    if record.exists() and outputs.exists():
         refuse_another_run(record, options)
     else:
         try:
@@ -228,7 +228,7 @@ def run_seed(arguments: list[str], seed: int, folder: Path, command: str) -> dic
         except InputError as error:
             parser.error(str(error))
         trainer.fit()
-        keep_outputs(trainer, folder / "outputs.npz")
+        keep_outputs(trainer, outputs)
     result: dict[str, Any] = json.loads(record.read_text())
     return result
 

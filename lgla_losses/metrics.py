@@ -58,8 +58,8 @@ class ShotAccuracy(Metric):
 
     Raises:
         TypeError: an argument, ``pred`` or ``target`` is of another type.
-        ValueError: a threshold, shape or class index is out of range; the indices are read on the CPU
-            only.
+        ValueError: a threshold, shape or class index is out of range, or a score NaN; values are read on
+            the CPU only.
 
     Shape:
         - pred: class indices int64 ``[N]``, or scores ``[N, C]``, whose largest is taken
@@ -118,6 +118,8 @@ class ShotAccuracy(Metric):
                     f"pred: expected scores {list(shape)} as target and class_counts say, "
                     f"got {list(pred.shape)}"
                 )
+            if values_readable(pred, None) and pred.isnan().any():
+                raise ValueError("pred: expected scores, got NaN, which would count as a prediction")
             return pred.argmax(dim=1)
         if not isinstance(pred, Tensor) or pred.dtype != torch.int64:
             raise TypeError(

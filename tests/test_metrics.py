@@ -187,6 +187,12 @@ LABELS = torch.tensor([0, 1])
         (ValueError, r"pred: expected shape \[N, C\], got \[2\]", torch.zeros(2), LABELS),
         (TypeError, "pred: expected int64 class indices .* pred.long()", LABELS.int(), LABELS),
         (TypeError, "pred: expected int64 class indices .* got .0, 1.", [0, 1], LABELS),
+        (
+            ValueError,
+            "expected scores, got NaN",
+            torch.full((3, len(COUNTS)), torch.nan),
+            torch.tensor([0, 1, 2]),
+        ),
     ],
 )
 def test_bad_batches(error, message, pred, target):

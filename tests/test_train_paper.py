@@ -210,6 +210,12 @@ def test_from_recipe_to_record(tmp_path, digits, capsys):
     assert [result.stat().st_mtime_ns for result in results] == before
     assert json.loads(path.read_text())["summary"] == record["summary"]
 
+    # Test logits that were lost are computed again from the last checkpoint.
+    (tmp_path / "runs" / "table5_lgla" / "seed1" / "outputs.npz").unlink()
+    run(tmp_path, digits, "--seeds", "0", "1")
+    assert json.loads(path.read_text())["summary"] == record["summary"]
+    assert (tmp_path / "runs" / "table5_lgla" / "seed1" / "outputs.npz").exists()
+
     # Nor does it pass it off as a run of other settings.
     capsys.readouterr()
     with pytest.raises(SystemExit):
