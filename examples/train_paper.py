@@ -215,18 +215,14 @@ def run_seed(arguments: list[str], seed: int, folder: Path, command: str) -> dic
     """The record of a run, made now or before."""
     record, outputs = folder / "result.json", folder / "outputs.npz"
     resume = ["--resume"] if (folder / "last.pt").exists() else []
-    parser = make_parser()
-    options = parse_options(parser, [*arguments, f"--seed={seed}", f"--log-dir={folder}", *resume])
+    options = parse_options(make_parser(), [*arguments, f"--seed={seed}", f"--log-dir={folder}", *resume])
     if record.exists() and outputs.exists():
         refuse_another_run(record, options)
     else:
-        try:
-            torch.manual_seed(seed)
-            trainer = Trainer(prepare(options), options, command)
-            if resume:
-                trainer.resume()
-        except InputError as error:
-            parser.error(str(error))
+        torch.manual_seed(seed)
+        trainer = Trainer(prepare(options), options, command)
+        if resume:
+            trainer.resume()
         trainer.fit()
         keep_outputs(trainer, outputs)
     result: dict[str, Any] = json.loads(record.read_text())
@@ -335,7 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     record = {
         "name": name,
-        **{key: settings.get(key) for key in ABOUT[1:]},
+        **{key: settings.get(key) or None for key in ABOUT[1:]},
         "command": command,
         "commit": commit(),
         "settings": {key: value for key, value in settings.items() if key not in ABOUT},
