@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, SupportsIndex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from lgla_losses.checks import (
     positive_int,
     values_readable,
 )
-from lgla_losses.collectives import sum_over_ranks
+from lgla_losses.collectives import Note, digest_of, refuse_data_parallel, tell_and_raise
 from lgla_losses.counts import ArrayLike, as_class_counts
 from lgla_losses.grouping import ClassGrouper, check_grouper
 from lgla_losses.kernels import Engine
@@ -84,6 +85,9 @@ class ExpertLoss(nn.Module):
         )
         self.validate_args = validate_args
         self.backend = _runnable_backend(backend)
+        grouper = self.adjuster.grouper
+        self._digest = digest_of([grouper.class_counts, grouper.group_index, self.adjuster.table])
+        self._compared = False
 
     @property
     def ignore_index(self) -> int:
@@ -120,30 +124,83 @@ class ExpertLoss(nn.Module):
         return None
 
     def _weights(
-        self, engine: Engine | None, source: Tensor, target: Tensor, *, scale: float | None, check: bool
+        self,
+        engine: Engine | None,
+        source: Tensor,
+        target: Tensor,
+        *,
+        scale: float | None,
+        check: bool,
+        sample_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Eq. 8 ``[N, K]``, and the number of samples a rank.
 
         ``source`` is the angles, or with ``scale`` cosine logits ``[N, K, C]``.
         """
-        if engine is not None and self.weighter.is_plain():
+        num_ranks = self.weighter.num_ranks()
+        if scale is None and num_ranks > 1:
+            try:
+                self.weighter.check_values(source, target)
+            except ValueError as problem:
+                self._refuse(problem, target.device)
+        note = self._note(target)
+        if engine is not None and sample_weight is None and self.weighter.is_plain():
             if not torch.compiler.is_compiling():
-                return self.weighter.of_batch(source, target, scale=scale, engine=engine, check=check)
-            if self.weighter.num_ranks() == 1 and not values_readable(target, self.validate_args):
+                return self.weighter.of_batch(
+                    source, target, scale=scale, engine=engine, check=check, note=note
+                )
+            if num_ranks == 1 and not values_readable(target, self.validate_args):
                 grouper, ignore_index = self.weighter.grouper, self.ignore_index
                 return fused.compiled_weights(source, target, grouper, scale, ignore_index, self.backend)
         if scale is not None:
             source = functional.angles_from_logits(source, self._own_class(target), scale)
-        statistics = self.weighter.statistics(source, target)
-        samples = statistics[:, -1].sum().clamp(min=1) / self.weighter.num_ranks()
-        return self.weighter(source, target, statistics), samples
+        local = self.weighter.local_statistics(source, target, sample_weight)
+        statistics = self.weighter.sum_over_ranks(local, note)
+        weights = self.weighter(source, target, statistics)
+        if sample_weight is not None:
+            weights = weights * sample_weight[:, None].to(weights.dtype)
+        return weights, self._samples_a_rank(statistics[:, -1].sum())
+
+    def _samples_a_rank(self, samples: Tensor) -> Tensor:
+        """The samples of all ranks over the number of ranks; 1 where there are none to divide by."""
+        samples = samples.to(functional.widest_dtype(samples.device))
+        return torch.where(samples > 0, samples, 1) / self.weighter.num_ranks()
+
+    def _note(self, target: Tensor) -> Note:
+        """What this rank tells the others: in the first step, what constants it holds.
+
+        On a GPU that step waits for it, once, unless it is recorded.
+        """
+        if torch.compiler.is_compiling() or self.weighter.num_ranks() == 1:
+            return Note()
+        readable = values_readable(target, self.validate_args)
+        recorded = target.is_cuda and torch.cuda.is_current_stream_capturing()
+        first = not self._compared and not recorded and self.validate_args is not False
+        self._compared = True
+        return Note(self._digest if first else 0, readable or first)
+
+    def _refuse(self, problem: ValueError, device: torch.device, communicates: bool = True) -> NoReturn:
+        """Raise for bad values of this rank; other ranks that wait for its numbers are told."""
+        num_ranks = self.weighter.num_ranks()
+        if num_ranks > 1 and communicates and (self.aaw or self.reduction == "mean"):
+            numbers = self.grouper.num_groups * (self.num_experts + 1) if self.aaw else 1
+            tell_and_raise(problem, numbers, num_ranks, self.weighter.process_group, device)
+        raise problem
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        refuse_data_parallel(self)
 
     def _own_class(self, target: Tensor) -> Tensor:
         """The targets; ignored samples have no class, so any stands in, as their weight is 0."""
         return torch.where(target == self.ignore_index, 0, target)
 
     def _divisor(
-        self, target: Tensor, normalizer: float | Tensor | None, samples: Tensor | None, dtype: torch.dtype
+        self,
+        target: Tensor,
+        normalizer: float | Tensor | None,
+        samples: Tensor | None,
+        dtype: torch.dtype,
+        sample_weight: Tensor | None = None,
     ) -> Tensor | None:
         """What the sum over the batch is divided by: by default the samples not ignored, a rank's share."""
         if self.reduction != "mean":
@@ -151,9 +208,10 @@ class ExpertLoss(nn.Module):
         if normalizer is not None:
             return torch.as_tensor(normalizer, dtype=dtype, device=target.device)
         if samples is None:
-            num_ranks, group = self.weighter.num_ranks(), self.weighter.process_group
-            count = sum_over_ranks((target != self.ignore_index).sum(), num_ranks, group)
-            samples = count.clamp(min=1).to(dtype) / num_ranks
+            counts = target != self.ignore_index
+            if sample_weight is not None:
+                counts = counts * sample_weight.to(functional.widest_dtype(sample_weight.device))
+            samples = self._samples_a_rank(self.weighter.sum_over_ranks(counts.sum(), self._note(target)))
         return samples.to(dtype)
 
     def _reduced(self, losses: Tensor, divisor: Tensor | None) -> Tensor:
@@ -167,14 +225,16 @@ class ExpertLoss(nn.Module):
         learns = divisor is not None and divisor.requires_grad
         return self.reduction != "none" and engine is not None and not learns
 
-    def _check_features(self, features: Tensor, weight: Tensor, num_samples: int) -> None:
-        floating_tensor("features", features, "[N, K, d]")
+    def _check_features(self, features: Tensor, weight: Tensor, samples: Sequence[int]) -> None:
+        n, *maps = samples
+        floating_tensor("features", features, f"[N, K, d{', S' * len(maps)}]")
         floating_tensor("weight", weight, "[K, C, d]")
-        sizes = (num_samples, self.num_experts, self.num_classes)
-        if (*features.shape[:2], weight.shape[1]) != sizes or weight.shape[::2] != features.shape[1:]:
-            n, k, c = sizes
+        k, c = self.num_experts, self.num_classes
+        d = features.shape[2]
+        if list(features.shape) != [n, k, d, *maps] or list(weight.shape) != [k, c, d]:
+            of_maps = "".join(f", {size}" for size in maps)
             raise ValueError(
-                f"features, weight: expected shapes [{n}, {k}, d] and [{k}, {c}, d], "
+                f"features, weight: expected shapes [{n}, {k}, d{of_maps}] and [{k}, {c}, d], "
                 f"got {list(features.shape)} and {list(weight.shape)}"
             )
 

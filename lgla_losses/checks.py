@@ -66,8 +66,8 @@ def floating_tensor(name: str, value: object, shape: str) -> Tensor:
     return value
 
 
-def target_tensor(target: object, num_samples: int | None = None) -> Tensor:
-    """``target`` if it is int64 ``[N]``; its values are not read."""
+def target_tensor(target: object, samples: Sequence[int] | None = None) -> Tensor:
+    """``target`` if it is int64 of the samples' shape, by default ``[N]``; its values are not read."""
     if not isinstance(target, Tensor):
         raise TypeError(
             f"target: expected an int64 tensor [N] of class indices, got {describe(target)}; "
@@ -78,13 +78,69 @@ def target_tensor(target: object, num_samples: int | None = None) -> Tensor:
             f"target: expected an int64 tensor [N] of class indices, got {target.dtype}; "
             "integer labels of another type convert with target.long()"
         )
-    if target.dim() != 1 or (num_samples is not None and target.shape[0] != num_samples):
-        size = "N" if num_samples is None else str(num_samples)
+    if (target.dim() != 1) if samples is None else (tuple(target.shape) != tuple(samples)):
+        size = "[N]" if samples is None else str(list(samples))
         raise ValueError(
-            f"target: expected shape [{size}], one class index a sample, "
+            f"target: expected shape {size}, one class index a sample, "
             f"got {list(target.shape)}; flatten it, or check the batch dimension"
         )
     return target
+
+
+def probability_tensor(target: Tensor, samples: Sequence[int], num_classes: int) -> Tensor:
+    """``target`` if it has the shape of class probabilities ``[N, C, ...]``; its values are not read."""
+    shape = [samples[0], num_classes, *samples[1:]]
+    if list(target.shape) != shape:
+        raise ValueError(
+            f"target: expected class probabilities of shape {shape}, got {list(target.shape)}; class indices "
+            "are int64"
+        )
+    if target.requires_grad:
+        raise ValueError(
+            "target: expected probabilities without gradient, got some that want one; detach them"
+        )
+    return target
+
+
+def probability_values(target: Tensor) -> None:
+    """Every sample's probabilities sum to 1, or are all 0 for one that counts nothing; reads the values."""
+    sums = target.sum(dim=1, dtype=torch.promote_types(target.dtype, torch.float32))
+    # Those of 16-bit numbers are rounded.
+    wrong = ((sums - 1).abs() > 1e-2) & (sums != 0)
+    if not (target >= 0).all() or wrong.any() or not sums.isfinite().all():
+        raise ValueError(
+            "target: expected class probabilities >= 0 that sum to 1 over the classes (dimension 1), or to 0 "
+            f"for a sample to ignore, got values from {float(target.min()):.4g} and sums from "
+            f"{float(sums.min()):.4g} to {float(sums.max()):.4g}; softmax(dim=1) makes such ones"
+        )
+
+
+def sample_weight_tensor(sample_weight: object, samples: Sequence[int]) -> Tensor:
+    """``sample_weight`` if it is one constant for every sample; its values are not read."""
+    if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
+        raise TypeError(
+            f"sample_weight: expected a floating-point tensor {list(samples)}, got {describe(sample_weight)}"
+        )
+    if tuple(sample_weight.shape) != tuple(samples):
+        raise ValueError(
+            f"sample_weight: expected shape {list(samples)}, one weight a sample, "
+            f"got {list(sample_weight.shape)}"
+        )
+    if sample_weight.requires_grad:
+        raise ValueError(
+            "sample_weight: expected weights without gradient, got some that want one; detach them, or "
+            "multiply the losses of reduction='none' by them"
+        )
+    return sample_weight
+
+
+def sample_weight_values(sample_weight: Tensor) -> None:
+    """All are finite and at least 0; reads the values."""
+    if not (sample_weight.isfinite() & (sample_weight >= 0)).all():
+        raise ValueError(
+            f"sample_weight: expected finite numbers >= 0, got {float(sample_weight.min()):.4g} to "
+            f"{float(sample_weight.max()):.4g}"
+        )
 
 
 def same_device(**tensors: Tensor | None) -> None:
@@ -111,11 +167,12 @@ def target_values(target: Tensor, num_classes: int, ignore_index: int | None = N
     if ignore_index is not None:
         wrong &= target != ignore_index
     if wrong.any():
-        position = int(wrong.nonzero()[0])
+        first = tuple(wrong.nonzero()[0].tolist())
+        position = first[0] if len(first) == 1 else first
         ignored = "" if ignore_index is None else f" or ignore_index={ignore_index}"
         raise ValueError(
             f"target: expected class indices 0..{num_classes - 1}{ignored}, "
-            f"got {int(target[position])} at position {position}; "
+            f"got {int(target[first])} at position {position}; "
             "labels that start at 1 need target - 1"
         )
 

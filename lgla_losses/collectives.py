@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import zlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,30 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+#: What a rank with bad values adds to the number that rides along; the digests of 65,536 ranks are less.
+_BAD = 1 << 40
+
+
+class Note(NamedTuple):
+    """What a rank tells the others beside its numbers, in one number more.
+
+    Attributes:
+        digest: of the constants that must be the same on all ranks, or 0; see :func:`digest_of`.
+        read: look at what came, which waits for a GPU; alike on all ranks.
+    """
+
+    digest: int = 0
+    read: bool = False
+
+
+def digest_of(constants: Iterable[Tensor]) -> int:
+    """A number of 24 bits that differs, in all likelihood, where one of the tensors differs."""
+    digest = 0
+    for tensor in constants:
+        if not tensor.is_meta:
+            digest = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), digest)
+    return digest & 0xFFFFFF
 
 
 def ranks_to_sync(sync: bool, process_group: ProcessGroup | None) -> int:
@@ -28,10 +54,71 @@ def ranks_to_sync(sync: bool, process_group: ProcessGroup | None) -> int:
     return num_ranks
 
 
-def sum_over_ranks(values: Tensor, num_ranks: int, process_group: ProcessGroup | None) -> Tensor:
-    """The elementwise sum over the ranks; ``values`` itself where there is one rank."""
+def sum_over_ranks(
+    values: Tensor, num_ranks: int, process_group: ProcessGroup | None, note: Note | None = None
+) -> Tensor:
+    """The elementwise sum over the ranks; ``values`` itself where there is one rank.
+
+    Raises:
+        ValueError: the note is to be read, and another rank has bad values or other constants.
+    """
     if num_ranks == 1:
         return values
-    total = values.clone()
-    dist.all_reduce(total, group=process_group)
-    return total
+    note = note or Note()
+    packed = torch.cat([values.flatten(), values.new_full((1,), note.digest)])
+    dist.all_reduce(packed, group=process_group)
+    if note.read and packed[-1] != num_ranks * note.digest:
+        _explain(packed[-1] >= _BAD, note.digest, num_ranks, process_group, values)
+    return packed[:-1].view_as(values)
+
+
+def tell_and_raise(
+    problem: ValueError,
+    numbers: int,
+    num_ranks: int,
+    process_group: ProcessGroup | None,
+    device: torch.device,
+) -> NoReturn:
+    """Raise ``problem``, after the other ranks were told, which wait for as many numbers of this one."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    packed = torch.zeros(numbers + 1, dtype=dtype, device=device)
+    packed[-1] = _BAD
+    dist.all_reduce(packed, group=process_group)
+    _gather(-1, num_ranks, process_group, packed)
+    raise ValueError(f"rank {dist.get_rank()}: {problem}") from problem
+
+
+def _explain(
+    bad: Tensor, digest: int, num_ranks: int, process_group: ProcessGroup | None, like: Tensor
+) -> NoReturn:
+    digests = _gather(digest, num_ranks, process_group, like)
+    ranks = dist.get_process_group_ranks(process_group)
+    if bad:
+        named = [rank for rank, value in zip(ranks, digests, strict=True) if value < 0]
+        raise ValueError(
+            f"rank {dist.get_rank()}: expected finite logits or features and valid targets on all ranks, got "
+            f"others on rank {', '.join(map(str, named))}, whose own error says which"
+        )
+    named = [rank for rank, value in zip(ranks, digests, strict=True) if value != digests[0]]
+    raise ValueError(
+        "class_counts, adjustment: expected the same class counts, groups and adjustments on all ranks, got "
+        f"others on rank {', '.join(map(str, named))} than on rank {ranks[0]}; construct the loss from the "
+        "same class counts and arguments everywhere"
+    )
+
+
+def _gather(number: int, num_ranks: int, process_group: ProcessGroup | None, like: Tensor) -> list[int]:
+    """One number of every rank of the group."""
+    numbers = torch.zeros(num_ranks, dtype=torch.int64, device=like.device)
+    numbers[dist.get_rank(process_group)] = number
+    dist.all_reduce(numbers, group=process_group)
+    found: list[int] = numbers.tolist()
+    return found
+
+
+def refuse_data_parallel(module: torch.nn.Module) -> NoReturn:
+    """For ``_replicate_for_data_parallel``, which torch.nn.DataParallel calls for a module it copies."""
+    raise TypeError(
+        f"{type(module).__name__}: expected one process a device, got torch.nn.DataParallel, whose copies "
+        "see parts of the batch and know of no other; use DistributedDataParallel under torchrun"
+    )

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Self, SupportsIndex, cast
+from typing import Any, NoReturn, Self, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lgla_losses.checks import describe, integer, one_of, positive_float, positive_int
 from lgla_losses.classifiers import ExpertClassifiers
+from lgla_losses.collectives import refuse_data_parallel
 from lgla_losses.output import ExpertOutput
 from lgla_losses.stacking import (
     apply_per_copy,
@@ -175,6 +176,9 @@ class GroupConvExperts(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         per_copy = partial(apply_per_copy, fn=fn) if self.layout == "grouped" else fn
         return cast(Self, super()._apply(per_copy, recurse))  # type: ignore[no-untyped-call]
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        refuse_data_parallel(self)  # it would put the copies' class weights one after the other
 
     def to_independent(self) -> GroupConvExperts:
         """The same function as K independent modules; new ones that share nothing with these."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from lgla_losses.partition import partition_sorted
 
 __all__ = [
+    "aaw_references",
     "aaw_statistics",
     "aaw_weights",
     "angles_from_features",
@@ -31,6 +32,10 @@ __all__ = [
     "lgla_loss",
     "log_prior_table",
     "partition_classes",
+    "smoothed_probabilities",
+    "soft_aaw_statistics",
+    "soft_aaw_weights",
+    "soft_cross_entropy",
     "target_groups",
     "unit_vectors",
     "widest_dtype",
@@ -185,7 +190,9 @@ def target_groups(target: Tensor, group_index: Tensor, ignore_index: int) -> Ten
     return torch.where(ignored, -1, group_index[torch.where(ignored, 0, target)])
 
 
-def aaw_statistics(angles: Tensor, group: Tensor, num_groups: int) -> Tensor:
+def aaw_statistics(
+    angles: Tensor, group: Tensor, num_groups: int, sample_weight: Tensor | None = None
+) -> Tensor:
     r"""What a batch contributes to the reference angles of section 3.3.
 
     Sums over batches or ranks may be added before they are divided.
@@ -194,6 +201,7 @@ def aaw_statistics(angles: Tensor, group: Tensor, num_groups: int) -> Tensor:
         angles: radians ``[N, K]``.
         group: group of every sample ``[N]``, -1 for ignored ones.
         num_groups: ``G``.
+        sample_weight: as how many samples each counts ``[N]``; None for 1.
 
     Returns:
         ``[G, K + 1]``: for each group the sum of every expert's angles over its samples, and in
@@ -203,6 +211,8 @@ def aaw_statistics(angles: Tensor, group: Tensor, num_groups: int) -> Tensor:
     dtype = widest_dtype(angles.device)
     ones = angles.new_ones((angles.shape[0], 1), dtype=dtype)
     rows = torch.cat([angles.detach().to(dtype), ones], dim=1)
+    if sample_weight is not None:
+        rows = rows * sample_weight.to(dtype)[:, None]
     # One more row takes the ignored samples, whatever their angles hold.
     sums = rows.new_zeros((num_groups + 1, rows.shape[1]))
     return sums.index_add(0, torch.where(group < 0, num_groups, group), rows)[:num_groups]
@@ -223,9 +233,71 @@ def aaw_weights(angles: Tensor, group: Tensor, statistics: Tensor) -> Tensor:
         ``[N, K]`` in the angles' dtype, detached: 0 for ignored samples, else within
         :math:`[1, 1 + \pi]`.
     """
-    references = statistics[:, :-1] / statistics[:, -1:].clamp(min=1.0)
-    excess = (angles.detach() - references[group.clamp(min=0)]).clamp(min=0.0)
+    excess = (angles.detach() - aaw_references(statistics)[group.clamp(min=0)]).clamp(min=0.0)
     return torch.where(group[:, None] < 0, 0.0, 1.0 + excess).to(angles.dtype)
+
+
+def aaw_references(statistics: Tensor) -> Tensor:
+    r"""The reference angles :math:`\theta^{ref}` ``[G, K]`` of section 3.3; 0 for a group without samples.
+
+    Args:
+        statistics: from :func:`aaw_statistics` or :func:`soft_aaw_statistics`, ``[G, K + 1]``.
+    """
+    samples = statistics[:, -1:]
+    return statistics[:, :-1] / torch.where(samples > 0, samples, 1.0)
+
+
+def soft_aaw_statistics(
+    angles: Tensor,
+    probabilities: Tensor,
+    group_index: Tensor,
+    num_groups: int,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    r"""As :func:`aaw_statistics`, where a sample belongs to every class by its probability.
+
+    .. math::
+        \theta_{gk}^{ref} = \frac{\sum_i \sum_{y \in g} q_{iy} \theta_{ik}^y}{\sum_i \sum_{y \in g} q_{iy}}
+
+    (Our extension of section 3.3, which it is for one-hot targets.)
+
+    Args:
+        angles: radians to every class ``[N, K, C]``.
+        probabilities: ``[N, C]``.
+        group_index: group of every class ``[C]``.
+        num_groups: ``G``.
+        sample_weight: as how many samples each counts ``[N]``; None for 1.
+
+    Returns:
+        float64 ``[G, K + 1]``.
+    """
+    dtype = widest_dtype(angles.device)
+    if sample_weight is not None:
+        probabilities = probabilities * sample_weight[:, None].to(probabilities.dtype)
+    by_class = (angles * probabilities[:, None]).sum(dim=0, dtype=dtype)
+    rows = torch.cat([by_class, probabilities.sum(dim=0, dtype=dtype)[None]])
+    return rows.new_zeros((num_groups, len(rows))).index_add(0, group_index, rows.T)
+
+
+def soft_aaw_weights(
+    angles: Tensor, probabilities: Tensor, group_index: Tensor, statistics: Tensor
+) -> Tensor:
+    r"""As :func:`aaw_weights`, averaged over the classes a sample belongs to.
+
+    .. math:: \sum_y q_{iy} (1 + \max(0, \theta_{ik}^y - \theta_{g(y)k}^{ref}))
+
+    Args:
+        angles: radians to every class ``[N, K, C]``.
+        probabilities: ``[N, C]``.
+        group_index: group of every class ``[C]``.
+        statistics: from :func:`soft_aaw_statistics`, ``[G, K + 1]``.
+
+    Returns:
+        ``[N, K]`` in the angles' dtype.
+    """
+    references = aaw_references(statistics).to(angles.dtype)[group_index]
+    excess = (angles - references.T).clamp(min=0.0)
+    return ((1.0 + excess) * probabilities[:, None].to(angles.dtype)).sum(dim=-1)
 
 
 def lgla_loss(
@@ -244,27 +316,58 @@ def lgla_loss(
     Plain differentiable PyTorch: the yardstick for every other backend.
 
     Args:
-        logits: ``[N, K, C]``, or ``K`` tensors ``[N, C]``.
-        target: class indices ``[N]``.
+        logits: ``[N, K, C]``, or ``K`` tensors ``[N, C]``; maps have further dimensions ``[N, K, C, ...]``.
+        target: class indices ``[N, ...]``, or probabilities ``[N, C, ...]``.
         table: adjustments ``[K, C]``.
-        weights: constants ``[N, K]``, or None for ones.
+        weights: constants ``[N, ..., K]``, or None for ones.
         ignore_index: target of samples that count nothing.
         label_smoothing: as in :func:`torch.nn.functional.cross_entropy`, of ``v + T``.
 
     Returns:
-        ``[N]`` in float32, or float64 for float64 logits; 0 for ignored samples.
+        ``[N, ...]`` in float32, or float64 for float64 logits; 0 for ignored samples.
     """
     losses = []
     for expert, adjustment in zip(expert_logits(logits), table, strict=True):
         dtype = compute_dtype(expert.dtype)
+        adjusted = expert.to(dtype) + adjustment.to(dtype).view(-1, *[1] * (expert.dim() - 2))
+        if target.is_floating_point():
+            losses.append(soft_cross_entropy(adjusted, target, label_smoothing, dim=1))
+            continue
         losses.append(
             F.cross_entropy(
-                expert.to(dtype) + adjustment.to(dtype),
+                adjusted,
                 target,
                 ignore_index=ignore_index,
                 reduction="none",
                 label_smoothing=label_smoothing,
             )
         )
-    loss = torch.stack(losses, dim=1)
-    return (loss if weights is None else weights.to(loss.dtype) * loss).sum(dim=1)
+    loss = torch.stack(losses, dim=-1)
+    return (loss if weights is None else weights.to(loss.dtype) * loss).sum(dim=-1)
+
+
+def soft_cross_entropy(adjusted: Tensor, probabilities: Tensor, label_smoothing: float, dim: int) -> Tensor:
+    r"""Cross entropy with class probabilities, :math:`-\sum_j q_j \log p_j`.
+
+    Unlike :func:`torch.nn.functional.cross_entropy` no NaN where a class of probability 0 is masked by -inf.
+
+    Args:
+        adjusted: logits.
+        probabilities: of the same shape; 0 everywhere for a sample that counts nothing.
+        label_smoothing: share of the probability that is spread over all classes.
+        dim: of the classes.
+
+    Returns:
+        The shape without ``dim``.
+    """
+    smoothed = smoothed_probabilities(probabilities.to(adjusted.dtype), label_smoothing, dim)
+    log_softmax = torch.log_softmax(adjusted, dim=dim)
+    return -(torch.where(smoothed == 0, 0.0, log_softmax) * smoothed).sum(dim=dim)
+
+
+def smoothed_probabilities(probabilities: Tensor, label_smoothing: float, dim: int) -> Tensor:
+    """A share of the probability spread over all classes, of which ``dim`` is the dimension."""
+    if not label_smoothing:
+        return probabilities
+    spread = probabilities.sum(dim=dim, keepdim=True) * (label_smoothing / probabilities.shape[dim])
+    return (1 - label_smoothing) * probabilities + spread

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from lgla_losses import functional, fused
 from lgla_losses.base import WAY_OUT, ExpertLoss
-from lgla_losses.checks import floating_tensor, same_device, target_tensor, target_values, values_readable
+from lgla_losses.checks import (
+    floating_tensor,
+    same_device,
+    sample_weight_tensor,
+    sample_weight_values,
+    target_tensor,
+    target_values,
+    values_readable,
+)
 from lgla_losses.kernels import chunked
 
 #: Logits in memory at a time, in bytes. A matrix product is as fast as ever with these many.
@@ -68,6 +76,7 @@ class LinearLGLALoss(ExpertLoss):
         target: Tensor,
         bias: Tensor | None = None,
         *,
+        sample_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
         """Eq. 9 of a batch.
@@ -77,29 +86,36 @@ class LinearLGLALoss(ExpertLoss):
             weight: weights of the classifiers ``[K, C, d]``.
             target: class indices ``[N]``.
             bias: of the classifiers ``[K, C]``; -inf masks a class.
-            normalizer: as in :class:`LGLALoss`.
+            sample_weight: as in :meth:`LGLALoss.forward`.
+            normalizer: as in :meth:`LGLALoss.forward`.
         """
-        self._check_inputs(features, weight, target, bias, normalizer)
+        self._check_inputs(features, weight, target, bias, sample_weight, normalizer)
         readable = values_readable(features, self.validate_args)
         if readable:
-            target_values(target, self.num_classes, self.ignore_index)
-            if not features.isfinite().all():
-                raise ValueError(f"features: expected finite numbers, got NaN or infinity; {WAY_OUT}")
-        inputs = features, weight, target, bias, normalizer
+            try:
+                self._check_values(features, target, sample_weight)
+            except ValueError as problem:
+                self._refuse(problem, target.device, communicates=self.aaw or normalizer is None)
+        inputs = features, weight, target, bias, sample_weight, normalizer
         engine = self._engine(*inputs)
         if engine is None and self.backend != "reference" and fused.unfit(*inputs) is None:
             engine = chunked
         weights = samples = None
         if self.aaw:
             angles = functional.angles_from_features(features, weight, self._own_class(target))
-            weights, samples = self._weights(engine, angles, target, scale=None, check=False)
+            weights, samples = self._weights(
+                engine, angles, target, scale=None, check=False, sample_weight=sample_weight
+            )
+        elif sample_weight is not None:
+            weights = sample_weight[:, None].expand(-1, self.num_experts)
         features, weight, bias = _as_autocast_would(features, weight, bias)
         if weight.dtype != features.dtype:
             raise ValueError(
                 f"weight: expected the features' dtype {features.dtype}, got {weight.dtype}; "
                 "convert one of them, or train under torch.autocast, which leaves float64 as it is"
             )
-        divisor = self._divisor(target, normalizer, samples, functional.compute_dtype(features.dtype))
+        dtype = functional.compute_dtype(features.dtype)
+        divisor = self._divisor(target, normalizer, samples, dtype, sample_weight)
         compiling = torch.compiler.is_compiling()
         reduce = self._engine_adds_up(engine, divisor) and not compiling
         call = fused.Call(
@@ -124,6 +140,13 @@ class LinearLGLALoss(ExpertLoss):
             self._check_loss(loss.detach())
         return loss
 
+    def _check_values(self, features: Tensor, target: Tensor, sample_weight: Tensor | None) -> None:
+        target_values(target, self.num_classes, self.ignore_index)
+        if sample_weight is not None:
+            sample_weight_values(sample_weight)
+        if not features.isfinite().all():
+            raise ValueError(f"features: expected finite numbers, got NaN or infinity; {WAY_OUT}")
+
     def _check_loss(self, loss: Tensor) -> None:
         # Smoothing makes a loss infinite where a class is masked, and rightly so.
         wrong = loss.isnan() if self.label_smoothing else ~loss.isfinite()
@@ -139,17 +162,27 @@ class LinearLGLALoss(ExpertLoss):
         weight: Tensor,
         target: Tensor,
         bias: Tensor | None,
+        sample_weight: Tensor | None,
         normalizer: float | Tensor | None,
     ) -> None:
         target_tensor(target)
-        self._check_features(features, weight, len(target))
+        self._check_features(features, weight, target.shape)
+        if sample_weight is not None:
+            sample_weight_tensor(sample_weight, target.shape)
         if bias is not None:
             floating_tensor("bias", bias, "[K, C]")
             if bias.shape != weight.shape[:2]:
                 raise ValueError(f"bias: expected shape {list(weight.shape[:2])}, got {list(bias.shape)}")
             if self.scale is not None:
                 raise ValueError(f"bias: expected None with scale={self.scale}: cosine classifiers have none")
-        same_device(features=features, target=target, weight=weight, bias=bias, criterion=self.adjuster.table)
+        same_device(
+            features=features,
+            target=target,
+            weight=weight,
+            bias=bias,
+            sample_weight=sample_weight,
+            criterion=self.adjuster.table,
+        )
         self._check_normalizer(normalizer)
 
 

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lgla_losses import functional, fused
+from lgla_losses import functional, fused, targets
 from lgla_losses.base import WAY_OUT, ExpertLoss
-from lgla_losses.checks import same_device, target_tensor, target_values, values_readable
-from lgla_losses.kernels import Engine, native
+from lgla_losses.checks import (
+    probability_tensor,
+    probability_values,
+    same_device,
+    sample_weight_tensor,
+    sample_weight_values,
+    target_tensor,
+    target_values,
+    values_readable,
+)
+from lgla_losses.kernels import Engine, chunked, native
 from lgla_losses.output import ExpertLogits, ExpertOutput, check_logits
 
 #: With fewer classes a compiler's own code takes less time than the call of an operator opaque to it.
@@ -82,9 +92,12 @@ class LGLALoss(ExpertLoss):
 
     Shape:
         - output: an :class:`ExpertOutput`, logits ``[N, K, C]``, or K tensors ``[N, C]``
-        - target: int64 ``[N]``
+        - target: int64 ``[N]``, or class probabilities ``[N, C]`` (mixup, distillation)
         - features: ``[N, K, d]``, weight: ``[K, C, d]``, for the angles of Eq. 7 of any head
+        - sample_weight: ``[N]``
         - result: float32 (float64 for float64 logits) scalar, or ``[N]`` without reduction
+        - maps, as in segmentation, have further dimensions at the end of all but the classifiers' weight:
+          logits ``[N, K, C, H, W]``, target ``[N, H, W]`` or ``[N, C, H, W]``; every position is a sample
 
     Example:
         >>> criterion = LGLALoss([500, 100, 20], num_experts=3)
@@ -101,15 +114,18 @@ class LGLALoss(ExpertLoss):
         *,
         features: Tensor | None = None,
         weight: Tensor | None = None,
+        sample_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
         """Eq. 9 of a batch.
 
         Args:
             output: what the experts gave.
-            target: class indices ``[N]``.
+            target: class indices ``[N]``, or class probabilities ``[N, C]``.
             features: inputs of the classifiers ``[N, K, d]``, where ``output`` is logits.
             weight: weights of the classifiers ``[K, C, d]``, where ``output`` is logits.
+            sample_weight: as how many samples each counts ``[N]``: in its loss, in the reference angles
+                and in the number that ``"mean"`` divides by. Finite, at least 0, without gradient.
             normalizer: divisor for ``"mean"``, taken as it is, instead of the number of samples. For
                 gradient accumulation the samples of all micro-batches, under DDP divided by the number
                 of ranks; exact without ``aaw``, whose references are those of each micro-batch.
@@ -118,25 +134,35 @@ class LGLALoss(ExpertLoss):
             if features is not None or weight is not None:
                 raise ValueError("features, weight: expected none beside an ExpertOutput, which holds them")
             output, features, weight = output
-        logits = check_logits(output, self.num_experts, self.num_classes)
+        logits = check_logits(output, self.num_experts, self.num_classes, maps=True)
         first = logits if isinstance(logits, Tensor) else logits[0]
-        self._check_inputs(first, target, features, weight, normalizer)
+        self._check_inputs(logits, target, features, weight, sample_weight, normalizer)
         tensors = [logits] if isinstance(logits, Tensor) else logits
-        engine = self._engine(*tensors, target, features, weight, normalizer)
+        engine = self._engine(*tensors, target, features, weight, sample_weight, normalizer)
         readable = values_readable(first, self.validate_args)
+        plain = target.dim() == 1 and not target.is_floating_point()
         # The C library reads every value of stacked logits anyway and tells when one is wrong.
-        tells = readable and engine is native and isinstance(logits, Tensor) and self._is_alone()
-        if readable and not tells:
-            self._check_values(logits, target, from_logits=features is None)
-        elif readable and features is not None:
-            target_values(target, self.num_classes, self.ignore_index)
+        tells = readable and plain and engine is native and isinstance(logits, Tensor) and self._is_alone()
+        if readable:
+            try:
+                if sample_weight is not None:
+                    sample_weight_values(sample_weight)
+                if not tells:
+                    self._check_values(logits, target, from_logits=features is None)
+                elif features is not None:
+                    target_values(target, self.num_classes, self.ignore_index)
+            except ValueError as problem:
+                self._refuse(problem, target.device, communicates=self.aaw or normalizer is None)
+        batch = logits, target, features, weight, sample_weight, normalizer
+        if not plain:
+            return self._loss_of_maps(engine, *batch)
         try:
-            return self._loss(engine, logits, target, features, weight, normalizer, check=tells)
+            return self._loss(engine, *batch, check=tells)
         except native.BadValuesError:
             if not readable:
                 raise
             self._check_values(logits, target, from_logits=features is None)
-        return self._loss(engine, logits, target, features, weight, normalizer, check=False)
+        return self._loss(engine, *batch, check=False)
 
     def _is_alone(self) -> bool:
         """Whether an error may come late: no rank waits for this one, no hook and no compiler looks on."""
@@ -151,20 +177,26 @@ class LGLALoss(ExpertLoss):
         target: Tensor,
         features: Tensor | None,
         weight: Tensor | None,
+        sample_weight: Tensor | None,
         normalizer: float | Tensor | None,
         check: bool,
     ) -> Tensor:
         """Eq. 9, as :meth:`forward` gives it."""
+        first = logits if isinstance(logits, Tensor) else logits[0]
+        dtype = functional.compute_dtype(first.dtype)
         weights = samples = None
         if self.aaw:
             source, scale = self._angles(logits, target, features, weight)
-            weights, samples = self._weights(engine, source, target, scale=scale, check=check)
-        first = logits if isinstance(logits, Tensor) else logits[0]
-        divisor = self._divisor(target, normalizer, samples, functional.compute_dtype(first.dtype))
+            weights, samples = self._weights(
+                engine, source, target, scale=scale, check=check, sample_weight=sample_weight
+            )
+        elif sample_weight is not None:
+            weights = sample_weight[:, None].to(dtype).expand(-1, self.num_experts)
+        divisor = self._divisor(target, normalizer, samples, dtype, sample_weight)
         table, ignore_index, label_smoothing = self.adjuster.table, self.ignore_index, self.label_smoothing
         if engine is None:
             if torch.compiler.is_compiling() and not table.requires_grad:
-                table = _converted_once(table, functional.compute_dtype(first.dtype))
+                table = _converted_once(table, dtype)
             loss = functional.lgla_loss(
                 logits, target, table, weights, ignore_index=ignore_index, label_smoothing=label_smoothing
             )
@@ -193,21 +225,113 @@ class LGLALoss(ExpertLoss):
         loss = functools.reduce(torch.add, parts)
         return loss if reduce else self._reduced(loss, divisor)
 
-    def _angles(
-        self, logits: ExpertLogits, target: Tensor, features: Tensor | None, weight: Tensor | None
-    ) -> tuple[Tensor, float | None]:
-        """The angles of Eq. 7 ``[N, K]``, or cosine logits and their scale."""
+    def _loss_of_maps(
+        self,
+        engine: Engine | None,
+        logits: ExpertLogits,
+        target: Tensor,
+        features: Tensor | None,
+        weight: Tensor | None,
+        sample_weight: Tensor | None,
+        normalizer: float | Tensor | None,
+    ) -> Tensor:
+        """Eq. 9 for maps of targets and for class probabilities: samples first, and block by block."""
+        stacked = [logits] if isinstance(logits, Tensor) else [expert.unsqueeze(1) for expert in logits]
+        experts = [targets.samples_first(part) for part in stacked]
+        if features is not None:
+            features = targets.samples_first(features)
+        soft = target.is_floating_point()
+        if soft:
+            target = target.movedim(1, -1)
+        samples = experts[0].shape[:-2]
+        dtype = functional.compute_dtype(experts[0].dtype)
+        weights = number = None
+        if self.aaw and soft:
+            weights, number = self._soft_weights(experts, target, features, weight, sample_weight)
+        elif self.aaw:
+            own = self._own_class(target)
+            if features is not None and weight is not None:
+                angles = targets.own_angles_from_features(features, weight, own)
+            else:
+                angles = targets.own_angles(experts, own, self._needed_scale())
+            weights, number = self._weights(
+                engine,
+                angles,
+                target.flatten(),
+                scale=None,
+                check=False,
+                sample_weight=None if sample_weight is None else sample_weight.flatten(),
+            )
+            weights = weights.view(*samples, self.num_experts)
+        elif sample_weight is not None:
+            weights = sample_weight[..., None].to(dtype).expand(*samples, self.num_experts)
+        if number is None and soft and normalizer is None and self.reduction == "mean":
+            mass = target.sum(dim=-1, dtype=functional.widest_dtype(target.device))
+            mass = mass if sample_weight is None else mass * sample_weight
+            number = self._samples_a_rank(self.weighter.sum_over_ranks(mass.sum(), self._note(target)))
+        divisor = self._divisor(target, normalizer, number, dtype, sample_weight)
+        reduce = self._engine_adds_up(engine, divisor) and not torch.compiler.is_compiling()
+        call = fused.Call(
+            engine or chunked,
+            target,
+            self.adjuster.table,
+            weights,
+            divisor if reduce else None,
+            self.ignore_index,
+            self.label_smoothing,
+            reduce,
+        )
+        problem = targets.BlockwiseCrossEntropy(call)
+        if engine is None or torch.compiler.is_compiling():
+            loss = problem.differentiable(experts)
+        else:
+            loss = fused.evaluate(problem, *experts)
+        return loss if reduce else self._reduced(loss, divisor)
+
+    def _soft_weights(
+        self,
+        experts: Sequence[Tensor],
+        probabilities: Tensor,
+        features: Tensor | None,
+        weight: Tensor | None,
+        sample_weight: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The weights of samples that belong to several classes ``[B, K]``, and the samples a rank."""
         if features is not None and weight is not None:
-            return functional.angles_from_features(features, weight, self._own_class(target)), None
+            angles = targets.class_angles_from_features(features, weight)
+        else:
+            angles = targets.class_angles(experts, self._needed_scale())
+        width = self.num_experts * self.num_classes
+        blocks = list(targets.blocks_of(probabilities.shape[:-1], width, probabilities.device))
+        local = targets.soft_statistics(
+            angles, blocks, probabilities, sample_weight, self.weighter, self.num_experts
+        )
+        statistics = self.weighter.sum_over_ranks(local, self._note(probabilities))
+        group_index = self.grouper.group_index
+        weights = targets.soft_weights(angles, blocks, probabilities, statistics, group_index)
+        if sample_weight is not None:
+            weights = weights * sample_weight[..., None].to(weights.dtype)
+        return weights, self._samples_a_rank(statistics[:, -1].sum())
+
+    def _needed_scale(self) -> float:
         if self.scale is None:
             raise ValueError(
                 "features, weight: expected features [N, K, d] and weight [K, C, d], got none, and logits of "
                 "a linear head (scale=None) do not give the angles of Eq. 7; pass them as "
                 "criterion(logits, target, features=f, weight=w) or an ExpertOutput, or set aaw=False"
             )
+        return self.scale
+
+    def _angles(
+        self, logits: ExpertLogits, target: Tensor, features: Tensor | None, weight: Tensor | None
+    ) -> tuple[Tensor, float | None]:
+        """The angles of Eq. 7 ``[N, K]``, or cosine logits and their scale."""
+        if features is not None and weight is not None:
+            return functional.angles_from_features(features, weight, self._own_class(target)), None
+        scale = self._needed_scale()
         if isinstance(logits, Tensor):
-            return logits.detach(), self.scale
-        return functional.angles_from_logits(logits, self._own_class(target), self.scale), None
+            return logits.detach(), scale
+        return functional.angles_from_logits(logits, self._own_class(target), scale), None
 
     def _engine(self, first: Tensor, *others: object) -> Engine | None:
         if self.backend == "auto" and torch.compiler.is_compiling() and self.num_classes < _WORTH_AN_OPERATOR:
@@ -216,30 +340,47 @@ class LGLALoss(ExpertLoss):
 
     def _check_inputs(
         self,
-        logits: Tensor,
+        logits: ExpertLogits,
         target: Tensor,
         features: Tensor | None,
         weight: Tensor | None,
+        sample_weight: Tensor | None,
         normalizer: float | Tensor | None,
     ) -> None:
-        target_tensor(target, num_samples=logits.shape[0])
+        first = logits if isinstance(logits, Tensor) else logits[0]
+        samples = [first.shape[0], *first.shape[3 if isinstance(logits, Tensor) else 2 :]]
+        if isinstance(target, Tensor) and target.is_floating_point() and target.dim() == len(samples) + 1:
+            probability_tensor(target, samples, self.num_classes)
+        else:
+            target_tensor(target, samples)
+        if sample_weight is not None:
+            sample_weight_tensor(sample_weight, samples)
         if (features is None) != (weight is None):
             raise ValueError("features, weight: expected both or neither, got one; Eq. 7 needs both")
         if features is not None and weight is not None:
-            self._check_features(features, weight, len(target))
+            self._check_features(features, weight, samples)
         same_device(
-            logits=logits, target=target, features=features, weight=weight, criterion=self.adjuster.table
+            logits=first,
+            target=target,
+            features=features,
+            weight=weight,
+            sample_weight=sample_weight,
+            criterion=self.adjuster.table,
         )
         self._check_normalizer(normalizer)
 
     def _check_values(self, logits: ExpertLogits, target: Tensor, from_logits: bool) -> None:
-        target_values(target, self.num_classes, self.ignore_index)
-        kept = target != self.ignore_index
-        index = torch.where(kept, target, 0)[:, None]
+        soft = target.is_floating_point()
+        if soft:
+            probability_values(target)
+        else:
+            target_values(target, self.num_classes, self.ignore_index)
+            kept = target != self.ignore_index
+            index = torch.where(kept, target, 0)[:, None]
         for k, expert in enumerate(functional.expert_logits(logits)):
             if expert.numel() == 0:
                 continue
-            own = expert.detach().gather(1, index)[kept[:, None]]
+            own = expert.detach()[target > 0] if soft else expert.detach().gather(1, index)[kept[:, None]]
             # The maximum carries NaN and +inf of the whole batch; -inf may mask other classes.
             if not (own.isfinite().all() and expert.detach().amax() < float("inf")):
                 raise ValueError(

@@ -76,10 +76,13 @@ def normalized_fusion(fusion: Tensor | Sequence[float] | None, num_experts: int)
     return weights / weights.sum()
 
 
-def check_logits(logits: object, num_experts: int, num_classes: int) -> ExpertLogits:
-    """``logits`` if they are floating-point ``[N, K, C]`` or K tensors ``[N, C]``."""
+def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool = False) -> ExpertLogits:
+    """``logits`` if they are floating-point ``[N, K, C]`` or K tensors ``[N, C]``.
+
+    With ``maps`` they may have further dimensions, as ``[N, K, C, H, W]``.
+    """
     if isinstance(logits, Sequence) and not isinstance(logits, str):
-        experts = [floating_tensor(f"logits[{k}]", v, "[N, C]") for k, v in enumerate(logits)]
+        experts = [_expert_tensor(f"logits[{k}]", v, "[N, C]", maps) for k, v in enumerate(logits)]
         got = f"{len(experts)} tensors of shapes {[list(v.shape) for v in experts]}"
         # No set of shapes: hashing a dynamic size would make torch.compile specialise on it.
         alike = all(
@@ -98,10 +101,16 @@ def check_logits(logits: object, num_experts: int, num_classes: int) -> ExpertLo
             f"logits: expected an ExpertOutput, a tensor {shape} or {num_experts} tensors "
             f"[N, {num_classes}], got {describe(logits)}"
         )
-    floating_tensor("logits", logits, "[N, K, C]")
-    if logits.shape[1:] != (num_experts, num_classes):
+    _expert_tensor("logits", logits, "[N, K, C]", maps)
+    if logits.shape[1:3] != (num_experts, num_classes):
         raise ValueError(
             f"logits: expected shape {shape}, got {list(logits.shape)}; experts lie on dimension 1, "
             "so K heads are stacked by torch.stack(heads, dim=1) or passed as a list"
         )
     return logits
+
+
+def _expert_tensor(name: str, value: object, shape: str, maps: bool) -> Tensor:
+    if maps and isinstance(value, Tensor) and value.dim() > shape.count(",") + 1:
+        shape = f"{shape[:-1]}{', S' * (value.dim() - shape.count(',') - 1)}]"
+    return floating_tensor(name, value, shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor, nn
 from torch.nn.modules import module
@@ -16,7 +16,7 @@ from lgla_losses.checks import (
     target_values,
     values_readable,
 )
-from lgla_losses.collectives import ranks_to_sync, sum_over_ranks
+from lgla_losses.collectives import Note, ranks_to_sync, refuse_data_parallel, sum_over_ranks
 from lgla_losses.grouping import ClassGrouper, check_grouper
 from lgla_losses.kernels import Engine
 
@@ -38,7 +38,7 @@ class AAWWeighter(nn.Module):
     nothing, ignored targets have weight 0 and enter no mean, and no gradient flows.
 
     Under an initialised ``torch.distributed``, with ``sync`` and gradients enabled, the means are
-    over the global batch, so R ranks equal one process; one collective of ``(K + 1)(K - 1)``
+    over the global batch, so R ranks equal one process; one collective of ``(K + 1)(K - 1) + 1``
     numbers. Without gradients it never communicates.
 
     Source: Tao et al., ICCV 2023, Eqs. 7 and 8.
@@ -90,9 +90,16 @@ class AAWWeighter(nn.Module):
         Their quotient is the reference angles; they serve logging, and the number of samples
         in the global batch needs no second collective.
         """
+        return self.sum_over_ranks(self.local_statistics(angles, target))
+
+    def local_statistics(self, angles: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """This rank's part of :meth:`statistics`; ``sample_weight`` ``[N]`` says as how many each counts."""
         group = functional.target_groups(target, self.grouper.group_index, self.ignore_index)
-        local = functional.aaw_statistics(angles, group, self.grouper.num_groups)
-        return sum_over_ranks(local, self.num_ranks(), self.process_group)
+        return functional.aaw_statistics(angles, group, self.grouper.num_groups, sample_weight)
+
+    def sum_over_ranks(self, values: Tensor, note: Note | None = None) -> Tensor:
+        """The sum of some numbers over the ranks of this step."""
+        return sum_over_ranks(values, self.num_ranks(), self.process_group, note)
 
     def num_ranks(self) -> int:
         """Number of ranks whose samples the means are over in this step."""
@@ -101,14 +108,17 @@ class AAWWeighter(nn.Module):
     def forward(self, angles: Tensor, target: Tensor, statistics: Tensor | None = None) -> Tensor:
         """Eq. 8; ``statistics`` from the method of that name saves computing them again."""
         floating_tensor("angles", angles, "[N, K]")
-        target_tensor(target, num_samples=angles.shape[0])
+        target_tensor(target, angles.shape[:1])
         same_device(angles=angles, target=target, grouper=self.grouper.group_index)
-        self._check_values(angles, target)
+        self.check_values(angles, target)
         angles = angles.to(functional.compute_dtype(angles.dtype))
         if statistics is None:
             statistics = self.statistics(angles, target)
         group = functional.target_groups(target, self.grouper.group_index, self.ignore_index)
         return functional.aaw_weights(angles, group, statistics)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        refuse_data_parallel(self)
 
     def is_plain(self) -> bool:
         """Whether nobody looks at, or changes, what passes through ``forward``."""
@@ -116,7 +126,14 @@ class AAWWeighter(nn.Module):
         return type(self).forward is AAWWeighter.forward and "forward" not in vars(self) and not any(hooks)
 
     def of_batch(
-        self, source: Tensor, target: Tensor, *, scale: float | None, engine: Engine, check: bool
+        self,
+        source: Tensor,
+        target: Tensor,
+        *,
+        scale: float | None,
+        engine: Engine,
+        check: bool,
+        note: Note | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Eq. 8 by an engine, and the number of samples a rank.
 
@@ -126,6 +143,7 @@ class AAWWeighter(nn.Module):
             scale: factor of cosine logits.
             engine: what computes.
             check: as in :class:`~lgla_losses.kernels.Engine`.
+            note: what goes to the other ranks.
 
         Returns:
             weights ``[N, K]`` and a scalar: the samples not ignored over all ranks, at least 1,
@@ -135,15 +153,14 @@ class AAWWeighter(nn.Module):
         num_ranks, ignore_index = self.num_ranks(), self.ignore_index
         if num_ranks == 1:
             if scale is None:
-                self._check_values(source, target)
+                self.check_values(source, target)
             return engine.weights_of(*batch, scale=scale, ignore_index=ignore_index, check=check)
         angles, parts = engine.statistics(*batch, scale=scale, ignore_index=ignore_index, check=check)
-        sums = sum_over_ranks(parts.sum(dim=0, keepdim=True), num_ranks, self.process_group)
-        if scale is None:  # after the collective, for which other ranks wait
-            self._check_values(source, target)
+        sums = self.sum_over_ranks(parts.sum(dim=0, keepdim=True), note)
         return engine.weights(angles, target, batch[2], sums, ignore_index=ignore_index, num_ranks=num_ranks)
 
-    def _check_values(self, angles: Tensor, target: Tensor) -> None:
+    def check_values(self, angles: Tensor, target: Tensor) -> None:
+        """Raise for targets out of range and angles that are not finite, where values may be read."""
         if not values_readable(target, self.validate_args):
             return
         target_values(target, self.grouper.num_classes, self.ignore_index)

@@ -16,6 +16,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 def shares(world_size):
     """Uneven, with an empty batch, ignored samples and groups missing on some ranks."""
+    torch.manual_seed(0)  # alike on all ranks
     target = torch.tensor([0, 0, 0, 1, 2, 3, -100, 0, 2, 1, 1])
     logits = 60 * torch.rand(len(target), 3, 4, dtype=torch.float64) - 30
     sizes = {2: [3, 8], 4: [3, 0, 5, 3]}[world_size]
@@ -58,7 +59,7 @@ def check_ddp(rank, world_size):
 
 
 def check_collectives(rank, world_size):
-    """One a step, of (K + 1)(K - 1) numbers; none without gradients or without sync."""
+    """One a step, of at most (K + 1)(K - 1) + 1 numbers; none without gradients or without sync."""
     sizes = []
     all_reduce = dist.all_reduce
 
@@ -71,17 +72,73 @@ def check_collectives(rank, world_size):
         logits, target, split = shares(world_size)
         inputs = (logits.split(split)[rank], target.split(split)[rank])
         LGLALoss(COUNTS)(*inputs)
-        assert sizes == [8], sizes
+        assert sizes == [9], sizes
         LGLALoss(COUNTS, aaw=False)(*inputs)
-        assert sizes == [8, 1], sizes
+        assert sizes == [9, 2], sizes
         LGLALoss(COUNTS, sync=False)(*inputs)
         AAWWeighter(ClassGrouper(COUNTS, 2), sync=False)(inputs[0][..., 0].abs() / 30, inputs[1])
         with torch.no_grad():
             if rank == 0:  # validation on one rank must wait for nobody
                 LGLALoss(COUNTS)(*inputs)
-        assert sizes == [8, 1], sizes
+        assert sizes == [9, 2], sizes
     finally:
         dist.all_reduce = all_reduce
+
+
+def check_other_targets(rank, world_size):
+    """Probabilities, weights of samples and maps; the samples of a rank are any, in any proportion."""
+    logits, target, sizes = shares(world_size)
+    q = torch.rand(len(target), 4, dtype=torch.float64).softmax(dim=1)
+    q[target == -100] = 0.0
+    sample_weight = torch.rand(len(target), dtype=torch.float64)
+    maps = 60 * torch.rand(len(target), 3, 4, 5, dtype=torch.float64) - 30
+    of_maps = torch.randint(0, 4, (len(target), 5))
+    for v, y, s in ((logits, q, sample_weight), (logits, target, sample_weight), (maps, of_maps, None)):
+        for aaw in (True, False):
+            whole = v.clone().requires_grad_()
+            LGLALoss(COUNTS, aaw=aaw, sync=False)(whole, y, sample_weight=s).backward()
+            mine = v.split(sizes)[rank].clone().requires_grad_()
+            weights = None if s is None else s.split(sizes)[rank]
+            LGLALoss(COUNTS, aaw=aaw)(mine, y.split(sizes)[rank], sample_weight=weights).backward()
+            torch.testing.assert_close(mine.grad / world_size, whole.grad.split(sizes)[rank], **CLOSE)
+
+
+def check_bad_values(rank, world_size):
+    """All ranks raise, and name the one whose values are bad; afterwards all is as before."""
+    criterion = LGLALoss(COUNTS)
+    for bad in ("NaN", "target", "features"):
+        logits, target, sizes = shares(world_size)
+        v, y = logits.split(sizes)[rank].clone(), target.split(sizes)[rank].clone()
+        features = torch.randn(len(y), 3, 2, dtype=torch.float64)
+        if rank == world_size - 1:
+            v[0] = float("nan") if bad == "NaN" else 0.0
+            y[0] = 4 if bad == "target" else 0
+            features[0] = float("nan") if bad == "features" else 1.0
+        inputs = {"features": features, "weight": torch.ones(3, 4, 2)} if bad == "features" else {}
+        for aaw in (True, False):
+            if bad == "features" and not aaw:
+                continue
+            own = LGLALoss(COUNTS, aaw=aaw)
+            for _ in range(2):
+                with pytest.raises(ValueError, match=f"rank {world_size - 1}"):
+                    own(v, y, **inputs)
+    check = criterion(*(t.split(sizes)[rank] for t in shares(world_size)[:2]))
+    assert check.isfinite()
+
+
+def check_mismatched_constants(rank, world_size):
+    """Found in the first step, before any gradient."""
+    logits, target, sizes = shares(world_size)
+    inputs = logits.split(sizes)[rank], target.split(sizes)[rank]
+    last = rank == world_size - 1
+    for options in (
+        {"class_counts": [40, 9, 5, 2] if last else COUNTS},
+        {"class_counts": COUNTS, "tau": 2.0 if last else 2.5},
+        {"class_counts": COUNTS, "tau": 2.0 if last else 2.5, "aaw": False},
+        {"class_counts": COUNTS, "adjustment": "balanced" if last else "lgla"},
+    ):
+        with pytest.raises(ValueError, match=f"on rank {world_size - 1} than on rank 0"):
+            LGLALoss(**options)(*inputs)
 
 
 def check_group(rank, world_size):
@@ -112,12 +169,14 @@ def check_compile(rank, world_size):
 def main(rank, world_size, store):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    torch.manual_seed(0)
     for aaw in (True, False):
         for reduction in ("mean", "sum", "none"):
             check_loss_and_gradients(rank, world_size, aaw, reduction)
     check_ddp(rank, world_size)
     check_collectives(rank, world_size)
+    check_other_targets(rank, world_size)
+    check_bad_values(rank, world_size)
+    check_mismatched_constants(rank, world_size)
     check_group(rank, world_size)
     check_compile(rank, world_size)
     dist.barrier()

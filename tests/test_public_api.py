@@ -28,9 +28,11 @@ SIGNATURES = {
     "LGLALoss": "class_counts=None, num_experts=None, tau=None, *, grouper=None, aaw=True, scale=30.0, "
     "adjustment='lgla', reduction='mean', ignore_index=-100, label_smoothing=0.0, sync=True, "
     "process_group=None, validate_args=None, backend='auto'",
-    "LGLALoss.forward": "self, output, target, *, features=None, weight=None, normalizer=None",
+    "LGLALoss.forward": "self, output, target, *, features=None, weight=None, sample_weight=None, "
+    "normalizer=None",
     "LinearLGLALoss": "class_counts=None, num_experts=None, tau=None, *, scale=None, **options",
-    "LinearLGLALoss.forward": "self, features, weight, target, bias=None, *, normalizer=None",
+    "LinearLGLALoss.forward": "self, features, weight, target, bias=None, *, sample_weight=None, "
+    "normalizer=None",
     "ExpertOutput": "logits, features, weight",
     "ExpertOutput.ensemble": "self, fusion=None",
     "GroupConvExperts": "stage, num_experts, num_classes, *, num_features=None, classifier='cosine', "
