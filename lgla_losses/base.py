@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lgla_losses import functional, fused
 from lgla_losses.adjustment import CLALogitAdjuster, check_tau
 from lgla_losses.checks import (
-    describe,
     finite_float,
     floating_tensor,
     one_of,
@@ -237,23 +236,6 @@ class ExpertLoss(nn.Module):
                 f"features, weight: expected shapes [{n}, {k}, d{of_maps}] and [{k}, {c}, d], "
                 f"got {list(features.shape)} and {list(weight.shape)}"
             )
-
-    def _check_normalizer(self, normalizer: float | Tensor | None) -> None:
-        if normalizer is None:
-            return
-        if self.reduction != "mean":
-            raise ValueError(
-                f"normalizer: expected None with reduction={self.reduction!r}, got {describe(normalizer)}; "
-                "it is the divisor of reduction='mean'"
-            )
-        if not isinstance(normalizer, Tensor):
-            positive_float("normalizer", normalizer, "the number of samples to divide by")
-        elif normalizer.dim() > 0 or normalizer.is_complex():
-            raise ValueError(
-                f"normalizer: expected a number or a real scalar tensor, got {describe(normalizer)}"
-            )
-        elif values_readable(normalizer, self.validate_args):
-            positive_float("normalizer", normalizer.item(), "the number of samples to divide by")
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""

@@ -177,6 +177,23 @@ def target_values(target: Tensor, num_classes: int, ignore_index: int | None = N
         )
 
 
+def normalizer_value(normalizer: float | Tensor | None, reduction: str, validate_args: bool | None) -> None:
+    """None, or a positive number that divides the sum of the losses."""
+    if normalizer is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"normalizer: expected None with reduction={reduction!r}, got {describe(normalizer)}; "
+            "it is the divisor of reduction='mean'"
+        )
+    if not isinstance(normalizer, Tensor):
+        positive_float("normalizer", normalizer, "the number of samples to divide by")
+    elif normalizer.dim() > 0 or normalizer.is_complex():
+        raise ValueError(f"normalizer: expected a number or a real scalar tensor, got {describe(normalizer)}")
+    elif values_readable(normalizer, validate_args):
+        positive_float("normalizer", normalizer.item(), "the number of samples to divide by")
+
+
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     """``value`` if it is one of the allowed words."""
     if not isinstance(value, str) or value not in allowed:

@@ -84,14 +84,14 @@ def tell_and_raise(
     packed = torch.zeros(numbers + 1, dtype=dtype, device=device)
     packed[-1] = _BAD
     dist.all_reduce(packed, group=process_group)
-    _gather(-1, num_ranks, process_group, packed)
+    gather_number(-1, num_ranks, process_group, packed)
     raise ValueError(f"rank {dist.get_rank()}: {problem}") from problem
 
 
 def _explain(
     bad: Tensor, digest: int, num_ranks: int, process_group: ProcessGroup | None, like: Tensor
 ) -> NoReturn:
-    digests = _gather(digest, num_ranks, process_group, like)
+    digests = gather_number(digest, num_ranks, process_group, like)
     ranks = dist.get_process_group_ranks(process_group)
     if bad:
         named = [rank for rank, value in zip(ranks, digests, strict=True) if value < 0]
@@ -107,8 +107,8 @@ def _explain(
     )
 
 
-def _gather(number: int, num_ranks: int, process_group: ProcessGroup | None, like: Tensor) -> list[int]:
-    """One number of every rank of the group."""
+def gather_number(number: int, num_ranks: int, process_group: ProcessGroup | None, like: Tensor) -> list[int]:
+    """A number of every rank of the group, on the device of ``like``."""
     numbers = torch.zeros(num_ranks, dtype=torch.int64, device=like.device)
     numbers[dist.get_rank(process_group)] = number
     dist.all_reduce(numbers, group=process_group)

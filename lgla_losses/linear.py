@@ -12,6 +12,7 @@ from lgla_losses import functional, fused
 from lgla_losses.base import WAY_OUT, ExpertLoss
 from lgla_losses.checks import (
     floating_tensor,
+    normalizer_value,
     same_device,
     sample_weight_tensor,
     sample_weight_values,
@@ -108,7 +109,7 @@ class LinearLGLALoss(ExpertLoss):
             )
         elif sample_weight is not None:
             weights = sample_weight[:, None].expand(-1, self.num_experts)
-        features, weight, bias = _as_autocast_would(features, weight, bias)
+        features, weight, bias = as_autocast_would(features, weight, bias)
         if weight.dtype != features.dtype:
             raise ValueError(
                 f"weight: expected the features' dtype {features.dtype}, got {weight.dtype}; "
@@ -183,10 +184,10 @@ class LinearLGLALoss(ExpertLoss):
             sample_weight=sample_weight,
             criterion=self.adjuster.table,
         )
-        self._check_normalizer(normalizer)
+        normalizer_value(normalizer, self.reduction, self.validate_args)
 
 
-def _as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
+def as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The inputs of a matrix product in the dtype it runs in."""
     device = next(t.device.type for t in tensors if t is not None)
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
@@ -235,7 +236,7 @@ class LinearCrossEntropy(NamedTuple):
         """The losses ``[N]``, and the gradients of their sum over the divisor."""
         features, weight, _ = inputs
         losses = features.new_zeros(len(features), dtype=functional.compute_dtype(features.dtype))
-        chunks = _chunks(features, num_classes=weight.shape[1])
+        chunks = chunks_of(features, num_classes=weight.shape[1])
         # Without samples nothing else fills them.
         new = torch.empty_like if chunks else torch.zeros_like
         gradients = [
@@ -270,8 +271,8 @@ class LinearCrossEntropy(NamedTuple):
         table = call.table[k : k + 1] if bias is None else call.table[k : k + 1] + bias
         rows_of, centres = features, weight
         if self.scale is not None:
-            rows_of = (self.scale * _directions(features, exact)).to(features.dtype)
-            centres = _directions(weight, exact).to(weight.dtype)
+            rows_of = (self.scale * directions(features, exact)).to(features.dtype)
+            centres = directions(weight, exact).to(weight.dtype)
         weight_sum = for_weight
         if (
             for_weight is not None
@@ -300,22 +301,22 @@ class LinearCrossEntropy(NamedTuple):
             if for_features is not None:
                 for_features[rows] = logits @ centres
             if weight_sum is not None:
-                _add_product(weight_sum, logits.T, some, first=rows.start == 0)
+                add_product(weight_sum, logits.T, some, first=rows.start == 0)
             if bias_sum is not None:
                 bias_sum += logits.sum(dim=0, dtype=exact)
 
         if self.scale is not None and for_features is not None:
             wide = for_features.to(exact) * self.scale
-            for_features.copy_(_through_directions_(wide, features.to(exact)))
+            for_features.copy_(through_directions_(wide, features.to(exact)))
         if self.scale is not None and weight_sum is not None:
-            _through_directions_(weight_sum, weight.to(exact))
+            through_directions_(weight_sum, weight.to(exact))
         if for_weight is not None and weight_sum is not None and weight_sum is not for_weight:
             for_weight.copy_(weight_sum)
         if for_bias is not None and bias_sum is not None:
             for_bias.copy_(bias_sum)
 
 
-def _chunks(features: Tensor, num_classes: int) -> list[slice]:
+def chunks_of(features: Tensor, num_classes: int) -> list[slice]:
     """Slices of the samples, of about equal size."""
     num_samples = len(features)
     most = _CHUNK_BYTES.get(features.device.type, 1 << 28) // (num_classes * features.element_size())
@@ -324,11 +325,12 @@ def _chunks(features: Tensor, num_classes: int) -> list[slice]:
     return [slice(start, min(start + size, num_samples)) for start in range(0, num_samples, max(size, 1))]
 
 
-def _directions(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+def directions(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit vectors, computed in ``dtype``."""
     return functional.unit_vectors(vectors.to(dtype))
 
 
-def _through_directions_(gradient: Tensor, vectors: Tensor) -> Tensor:
+def through_directions_(gradient: Tensor, vectors: Tensor) -> Tensor:
     """The gradient of the vectors, in place of that of their directions."""
     directions = functional.unit_vectors(vectors)
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
@@ -336,7 +338,7 @@ def _through_directions_(gradient: Tensor, vectors: Tensor) -> Tensor:
     return gradient.addcmul_(directions, along, value=-1).div_(torch.where(length == 0, torch.inf, length))
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """``total += left @ right``, or for the first ``total = left @ right``, in the total's precision."""
     if left.is_cuda and left.dtype != total.dtype and "dtype" in torch.ops.aten.mm.overloads():
         product = torch.mm(left, right, out_dtype=total.dtype)

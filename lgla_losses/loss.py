@@ -12,6 +12,7 @@ from torch import Tensor
 from lgla_losses import functional, fused, targets
 from lgla_losses.base import WAY_OUT, ExpertLoss
 from lgla_losses.checks import (
+    normalizer_value,
     probability_tensor,
     probability_values,
     same_device,
@@ -367,7 +368,7 @@ class LGLALoss(ExpertLoss):
             sample_weight=sample_weight,
             criterion=self.adjuster.table,
         )
-        self._check_normalizer(normalizer)
+        normalizer_value(normalizer, self.reduction, self.validate_args)
 
     def _check_values(self, logits: ExpertLogits, target: Tensor, from_logits: bool) -> None:
         soft = target.is_floating_point()
