@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
@@ -83,7 +84,7 @@ class ExpertLoss(nn.Module):
             "label_smoothing", label_smoothing, low=0.0, high=1.0, expected="a number in 0..1"
         )
         self.validate_args = validate_args
-        self.backend = _runnable_backend(backend)
+        self.backend = runnable_backend(backend)
 
     @property
     def ignore_index(self) -> int:
@@ -107,17 +108,10 @@ class ExpertLoss(nn.Module):
 
     def _engine(self, first: Tensor, *others: object) -> Engine | None:
         """What computes for such inputs; None stands for plain PyTorch."""
-        if self.backend == "reference":
-            return None
         unfit = fused.unfit(first, *others)
         if unfit is None and self.adjuster.table.requires_grad:
             unfit = "the adjustments are constant to it, and this table wants a gradient"
-        if unfit is None:
-            return fused.engine_for(self.backend, first.device)
-        if self.backend != "auto":
-            raise ValueError(f"backend: {self.backend!r} cannot run, as {unfit}; 'auto' takes what can")
-        fused.log_once(f"backend 'auto' takes 'reference', as {unfit}")
-        return None
+        return choose_engine(self.backend, unfit, first.device)
 
     def _weights(
         self, engine: Engine | None, source: Tensor, target: Tensor, *, scale: float | None, check: bool
@@ -243,12 +237,42 @@ def _group_classes(class_counts: ArrayLike | None, num_experts: int, needs_group
     return ClassGrouper(counts, max(1, min(num_groups, len(counts))))
 
 
-def _runnable_backend(backend: str) -> str:
+def runnable_backend(backend: str) -> str:
+    """``backend`` if there is such a one, and it can run."""
     one_of("backend", backend, BACKENDS)
     missing = fused.triton_missing() if backend == "triton" else None
     if missing is not None:
         raise ValueError(f"backend: 'triton' cannot run here: {missing}; 'auto' takes the fastest that can")
     return backend
+
+
+def choose_engine(backend: str, unfit: str | None, device: torch.device) -> Engine | None:
+    """What computes for a backend, or plain PyTorch (None) where the inputs are ``unfit`` for an engine."""
+    if backend == "reference" or unfit is None:
+        return fused.engine_for(backend, device)
+    if backend != "auto":
+        raise ValueError(f"backend: {backend!r} cannot run, as {unfit}; 'auto' takes what can")
+    fused.log_once(f"backend 'auto' takes 'reference', as {unfit}")
+    return None
+
+
+def target_logits(experts: Sequence[Tensor], target: Tensor, ignore_index: int) -> list[Tensor]:
+    """Every expert's logits of the targets not ignored, once all of ``K`` tensors ``[N, C]`` are checked."""
+    kept = target != ignore_index
+    index = torch.where(kept, target, 0)[:, None]
+    chosen = []
+    for k, expert in enumerate(experts):
+        if expert.numel() == 0:
+            continue
+        own = expert.detach().gather(1, index)[kept[:, None]]
+        # The maximum carries NaN and +inf of the whole batch; -inf may mask other classes.
+        if not (own.isfinite().all() and expert.detach().amax() < float("inf")):
+            raise ValueError(
+                f"logits: expected no NaN or +inf, and no -inf on the target, got one from expert {k}; "
+                f"{WAY_OUT}"
+            )
+        chosen.append(own)
+    return chosen
 
 
 def _make_adjuster(
