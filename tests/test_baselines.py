@@ -422,9 +422,10 @@ def test_the_focal_gradient_vanishes_with_the_loss(backend, gamma, dtype):
     loss, gradient = value_and_gradient(criterion, logits.to(dtype), target)
     assert gradient.isfinite().all()
     assert not gradient[-2:].any()
-    # Of 1 - p = e: e ** gamma * -log(1 - e), to the digits that float32 has of e.
+    # Of 1 - p = e: e ** gamma * -log(1 - e), to the digits that PyTorch's float32 has of e; C has them all.
     few = torch.sigmoid(-logits[:3, 0, 0].double())
-    torch.testing.assert_close(loss[:3].double(), few**gamma * -torch.log1p(-few), rtol=1e-2, atol=0)
+    rtol = 2e-5 if backend == "fused" and native.LIBRARY is not None else 1e-2
+    torch.testing.assert_close(loss[:3].double(), few**gamma * -torch.log1p(-few), rtol=rtol, atol=0)
 
 
 @every_loss
