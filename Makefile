@@ -95,7 +95,8 @@ paper-gpu:                 ## the paper's recipes in full, with 3 seeds
 bench-gpu:                 ## the tests on CUDA, then every benchmark there
 	$(PYTHON) -c "from setuptools import setup; setup()" --quiet build_ext --inplace
 	$(PYTHON) -m pytest -m "not slow" tests/test_engines.py tests/test_triton.py tests/test_fused.py tests/test_linear.py \
-		tests/test_loss.py tests/test_weighting.py tests/test_precision.py tests/test_gradients.py tests/test_compile.py
+		tests/test_loss.py tests/test_weighting.py tests/test_precision.py tests/test_gradients.py tests/test_compile.py \
+		tests/test_baselines.py
 	$(PYTHON) benchmarks/losses.py --device cuda
 	$(PYTHON) benchmarks/expert_layouts.py --device cuda
 

@@ -83,7 +83,7 @@ class ExpertLoss(nn.Module):
             "label_smoothing", label_smoothing, low=0.0, high=1.0, expected="a number in 0..1"
         )
         self.validate_args = validate_args
-        self.backend = _runnable_backend(backend)
+        self.backend = runnable_backend(backend)
         grouper = self.adjuster.grouper
         self._digest = digest_of([grouper.class_counts, grouper.group_index, self.adjuster.table])
         self._compared = False
@@ -110,17 +110,10 @@ class ExpertLoss(nn.Module):
 
     def _engine(self, first: Tensor, *others: object) -> Engine | None:
         """What computes for such inputs; None stands for plain PyTorch."""
-        if self.backend == "reference":
-            return None
         unfit = fused.unfit(first, *others)
         if unfit is None and self.adjuster.table.requires_grad:
             unfit = "the adjustments are constant to it, and this table wants a gradient"
-        if unfit is None:
-            return fused.engine_for(self.backend, first.device)
-        if self.backend != "auto":
-            raise ValueError(f"backend: {self.backend!r} cannot run, as {unfit}; 'auto' takes what can")
-        fused.log_once(f"backend 'auto' takes 'reference', as {unfit}")
-        return None
+        return choose_engine(self.backend, unfit, first.device)
 
     def _weights(
         self,
@@ -285,12 +278,49 @@ def _group_classes(class_counts: ArrayLike | None, num_experts: int, needs_group
     return ClassGrouper(counts, max(1, min(num_groups, len(counts))))
 
 
-def _runnable_backend(backend: str) -> str:
+def runnable_backend(backend: str) -> str:
+    """``backend`` if there is such a one, and it can run."""
     one_of("backend", backend, BACKENDS)
     missing = fused.triton_missing() if backend == "triton" else None
     if missing is not None:
         raise ValueError(f"backend: 'triton' cannot run here: {missing}; 'auto' takes the fastest that can")
     return backend
+
+
+def choose_engine(backend: str, unfit: str | None, device: torch.device) -> Engine | None:
+    """What computes for a backend, or plain PyTorch (None) where the inputs are ``unfit`` for an engine."""
+    if backend == "reference" or unfit is None:
+        return fused.engine_for(backend, device)
+    if backend != "auto":
+        raise ValueError(f"backend: {backend!r} cannot run, as {unfit}; 'auto' takes what can")
+    fused.log_once(f"backend 'auto' takes 'reference', as {unfit}")
+    return None
+
+
+def target_logits(experts: Sequence[Tensor], target: Tensor, ignore_index: int) -> list[Tensor]:
+    """Every expert's logits of the targets, ignored ones left out, once all of K tensors are checked.
+
+    Args:
+        experts: ``K`` tensors ``[N, C, ...]``.
+        target: class indices ``[N, ...]``, or probabilities ``[N, C, ...]``, of which those above 0 count.
+        ignore_index: target of samples that count nothing.
+    """
+    soft = target.is_floating_point()
+    kept = target > 0 if soft else (target != ignore_index)[:, None]
+    index = target if soft else torch.where(kept, target[:, None], 0)
+    chosen = []
+    for k, expert in enumerate(experts):
+        if expert.numel() == 0:
+            continue
+        own = (expert.detach() if soft else expert.detach().gather(1, index))[kept]
+        # The maximum carries NaN and +inf of the whole batch; -inf may mask other classes.
+        if not (own.isfinite().all() and expert.detach().amax() < float("inf")):
+            raise ValueError(
+                f"logits: expected no NaN or +inf, and no -inf on the target, got one from expert {k}; "
+                f"{WAY_OUT}"
+            )
+        chosen.append(own)
+    return chosen
 
 
 def _make_adjuster(

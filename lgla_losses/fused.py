@@ -292,8 +292,10 @@ def compiled_weights(
     return weights
 
 
-def compiled_cross_entropy(call: Call, logits: Tensor, backend: str) -> Tensor:
-    """Eq. 9 for :func:`torch.compile`."""
+def cross_entropy(call: Call, logits: Tensor, backend: str) -> Tensor:
+    """Eq. 9 for logits ``[N, K, C]``: an operator for :func:`torch.compile`, else as autograd sees it."""
+    if not torch.compiler.is_compiling():
+        return evaluate(CrossEntropy(call), logits)
     result: tuple[Tensor, Tensor] = torch.ops.lgla_losses.cross_entropy(
         logits, *call[1:8], torch.is_grad_enabled() and logits.requires_grad, backend
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lgla_losses import functional, fused, targets
-from lgla_losses.base import WAY_OUT, ExpertLoss
+from lgla_losses.base import ExpertLoss, target_logits
 from lgla_losses.checks import (
     normalizer_value,
     probability_tensor,
@@ -26,10 +26,10 @@ from lgla_losses.kernels import Engine, chunked, native
 from lgla_losses.output import ExpertLogits, ExpertOutput, check_logits
 
 #: With fewer classes a compiler's own code takes less time than the call of an operator opaque to it.
-_WORTH_AN_OPERATOR = 512
+WORTH_AN_OPERATOR = 512
 
 
-def _converted_once(table: Tensor, dtype: torch.dtype) -> Tensor:
+def converted_once(table: Tensor, dtype: torch.dtype) -> Tensor:
     """The adjustments as memory of their own, for a compiler that would convert them anew for every sample.
 
     It fuses the conversion from float64 into its loops over the logits, which then take up to half as long
@@ -197,7 +197,7 @@ class LGLALoss(ExpertLoss):
         table, ignore_index, label_smoothing = self.adjuster.table, self.ignore_index, self.label_smoothing
         if engine is None:
             if torch.compiler.is_compiling() and not table.requires_grad:
-                table = _converted_once(table, dtype)
+                table = converted_once(table, dtype)
             loss = functional.lgla_loss(
                 logits, target, table, weights, ignore_index=ignore_index, label_smoothing=label_smoothing
             )
@@ -219,10 +219,7 @@ class LGLALoss(ExpertLoss):
                 reduce,
                 check,
             )
-            if torch.compiler.is_compiling():
-                parts.append(fused.compiled_cross_entropy(call, block, self.backend))
-            else:
-                parts.append(fused.evaluate(fused.CrossEntropy(call), block))
+            parts.append(fused.cross_entropy(call, block, self.backend))
         loss = functools.reduce(torch.add, parts)
         return loss if reduce else self._reduced(loss, divisor)
 
@@ -335,7 +332,7 @@ class LGLALoss(ExpertLoss):
         return functional.angles_from_logits(logits, self._own_class(target), scale), None
 
     def _engine(self, first: Tensor, *others: object) -> Engine | None:
-        if self.backend == "auto" and torch.compiler.is_compiling() and self.num_classes < _WORTH_AN_OPERATOR:
+        if self.backend == "auto" and torch.compiler.is_compiling() and self.num_classes < WORTH_AN_OPERATOR:
             return None
         return super()._engine(first, *others)
 
@@ -371,23 +368,11 @@ class LGLALoss(ExpertLoss):
         normalizer_value(normalizer, self.reduction, self.validate_args)
 
     def _check_values(self, logits: ExpertLogits, target: Tensor, from_logits: bool) -> None:
-        soft = target.is_floating_point()
-        if soft:
+        if target.is_floating_point():
             probability_values(target)
         else:
             target_values(target, self.num_classes, self.ignore_index)
-            kept = target != self.ignore_index
-            index = torch.where(kept, target, 0)[:, None]
-        for k, expert in enumerate(functional.expert_logits(logits)):
-            if expert.numel() == 0:
-                continue
-            own = expert.detach()[target > 0] if soft else expert.detach().gather(1, index)[kept[:, None]]
-            # The maximum carries NaN and +inf of the whole batch; -inf may mask other classes.
-            if not (own.isfinite().all() and expert.detach().amax() < float("inf")):
-                raise ValueError(
-                    f"logits: expected no NaN or +inf, and no -inf on the target, got one from expert {k}; "
-                    f"{WAY_OUT}"
-                )
+        for own in target_logits(functional.expert_logits(logits), target, self.ignore_index):
             if from_logits and self.aaw and self.scale is not None:
                 self._warn_of_scale(own, self.scale)
 

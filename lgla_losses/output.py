@@ -114,3 +114,31 @@ def _expert_tensor(name: str, value: object, shape: str, maps: bool) -> Tensor:
     if maps and isinstance(value, Tensor) and value.dim() > shape.count(",") + 1:
         shape = f"{shape[:-1]}{', S' * (value.dim() - shape.count(',') - 1)}]"
     return floating_tensor(name, value, shape)
+
+
+def expert_blocks(output: ExpertOutput | ExpertLogits, num_classes: int | None) -> list[Tensor]:
+    """The logits as tensors ``[N, k, C]`` whose experts together are all; views, not copies."""
+    if isinstance(output, ExpertOutput):
+        output = output.logits
+    if isinstance(output, Sequence) and not isinstance(output, str):
+        if num_classes is None:
+            # check_logits has the experts agree with the first.
+            num_classes = output[0].shape[-1] if output and isinstance(output[0], Tensor) else 1
+        experts = check_logits(output, max(1, len(output)), num_classes)
+        return [expert.unsqueeze(1) for expert in experts]
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        raise TypeError(
+            "logits: expected an ExpertOutput, a floating-point tensor [N, C] or [N, K, C], or K tensors "
+            f"[N, C], got {describe(output)}"
+        )
+    width = "C" if num_classes is None else num_classes
+    if (
+        output.dim() not in (2, 3)
+        or 0 in output.shape[1:]
+        or output.shape[-1] != (num_classes or output.shape[-1])
+    ):
+        raise ValueError(
+            f"logits: expected shape [N, {width}] or [N, K, {width}], got {list(output.shape)}; class_counts "
+            "fixes the number of classes, and experts lie on dimension 1"
+        )
+    return [output if output.dim() == 3 else output.unsqueeze(1)]

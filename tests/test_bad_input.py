@@ -20,6 +20,14 @@ from lgla_losses import (
     LinearLGLALoss,
     count_classes,
 )
+from lgla_losses.baselines import (
+    BalancedSoftmaxLoss,
+    ClassBalancedLoss,
+    FocalLoss,
+    LDAMLoss,
+    LogitAdjustedLoss,
+    VSLoss,
+)
 
 COUNTS = [40, 9, 5, 1]
 LOGITS = torch.zeros(2, 3, 4)
@@ -309,6 +317,40 @@ CASES = {
     "linear: NaN features": (lambda: LinearLGLALoss([3, 2])(torch.full((2, 3, 4), math.nan), torch.zeros(3, 2, 4), torch.zeros(2, dtype=torch.int64)), ValueError, "features", "NaN", "learning rate"),
     "linear: NaN weight": (lambda: LinearLGLALoss([3, 2], aaw=False)(torch.zeros(2, 3, 4), torch.full((3, 2, 4), math.nan), torch.zeros(2, dtype=torch.int64)), ValueError, "features, weight, bias", "NaN", "learning rate"),
     "linear: NaN angles": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.full((3, 2, 4), math.nan), torch.zeros(2, dtype=torch.int64)), ValueError, "angles", "NaN"),
+    # baselines
+    "baseline without counts": (lambda: BalancedSoftmaxLoss(None), TypeError, "class_counts", "None", "count_classes"),
+    "zero count of a baseline": (lambda: LDAMLoss([3, 0]), ValueError, "class_counts", "positive", "0 for class 1"),
+    "counts for the focal loss": (lambda: FocalLoss([3, 1]), TypeError, "gamma", "number >= 0", "ClassBalancedLoss", "[3, 1]"),
+    "negative gamma": (lambda: FocalLoss(-1.0), ValueError, "gamma", ">= 0", "-1.0"),
+    "negative gamma of class-balanced": (lambda: ClassBalancedLoss([3, 1], gamma=-1.0), ValueError, "gamma", ">= 0", "None", "-1.0"),
+    "NaN gamma of vector scaling": (lambda: VSLoss([3, 1], gamma=math.nan), ValueError, "gamma", "finite", "nan"),
+    "negative tau of vector scaling": (lambda: VSLoss([3, 1], tau=-1.0), ValueError, "tau", ">= 0", "-1.0"),
+    "text tau of logit adjustment": (lambda: LogitAdjustedLoss([3, 1], "1"), TypeError, "tau", "number", "'1'"),
+    "beta of one": (lambda: ClassBalancedLoss([3, 1], beta=1.0), ValueError, "beta", "[0, 1)", "0.9999", "1.0"),
+    "negative beta": (lambda: LDAMLoss([3, 1], beta=-0.1), ValueError, "beta", "[0, 1)", "-0.1"),
+    "negative margin": (lambda: LDAMLoss([3, 1], -0.5), ValueError, "max_margin", ">= 0", "-0.5"),
+    "zero scale of LDAM": (lambda: LDAMLoss([3, 1], scale=0.0), ValueError, "scale", "positive", "linear", "0.0"),
+    "epoch for the re-weighting": (lambda: LDAMLoss([3, 1]).reweight(160), TypeError, "enabled", "True or False", "160", "epoch >="),
+    "reduction of a baseline": (lambda: FocalLoss(reduction="avg"), ValueError, "reduction", "'mean'", "'avg'"),
+    "ignore_index of a baseline": (lambda: FocalLoss(ignore_index=0.5), TypeError, "ignore_index", "integer", "0.5"),
+    "backend of a baseline": (lambda: FocalLoss(backend="cuda"), ValueError, "backend", "'reference'", "'cuda'"),
+    "smoothing of a baseline": (lambda: FocalLoss(label_smoothing=0.1), TypeError, "label_smoothing"),
+    "baseline: other classes": (lambda: VSLoss(COUNTS)(LOGITS[..., :3], TARGET), ValueError, "logits", "[N, 4] or [N, K, 4]", "[2, 3, 3]", "class_counts"),
+    "baseline: one dimension": (lambda: FocalLoss()(LOGITS[0, 0], TARGET), ValueError, "logits", "[N, C] or [N, K, C]", "[4]"),
+    "baseline: no expert": (lambda: FocalLoss()(LOGITS[:, :0], TARGET), ValueError, "logits", "[N, K, C]", "[2, 0, 4]"),
+    "baseline: empty list": (lambda: FocalLoss()([], TARGET), ValueError, "logits", "1 tensors", "0 tensors"),
+    "baseline: unlike experts": (lambda: FocalLoss()([LOGITS[:, 0], LOGITS[:, 0, :3]], TARGET), ValueError, "logits", "[2, 4]", "[2, 3]"),
+    "baseline: list of arrays": (lambda: FocalLoss()([LOGITS.numpy()], TARGET), TypeError, "logits[0]", "floating", "array"),
+    "baseline: integer logits": (lambda: FocalLoss()(LOGITS.long(), TARGET), TypeError, "logits", "floating", "int64"),
+    "baseline: no logits": (lambda: FocalLoss()("logits", TARGET), TypeError, "logits", "ExpertOutput", "'logits'"),
+    "baseline: float target": (lambda: FocalLoss()(LOGITS, TARGET.float()), TypeError, "target", "int64", "long()"),
+    "baseline: short target": (lambda: FocalLoss()(LOGITS, TARGET[:1]), ValueError, "target", "[2]", "[1]"),
+    "baseline: target too large": (lambda: FocalLoss()(LOGITS, TARGET + 1), ValueError, "target", "0..3", "got 4"),
+    "baseline: NaN logits": (lambda: FocalLoss()(LOGITS * math.nan, TARGET), ValueError, "logits", "NaN", "expert 0", "validate_args"),
+    "baseline: criterion elsewhere": (lambda: VSLoss(COUNTS)(LOGITS.to(META), TARGET.to(META)), ValueError, "logits on meta", "criterion on cpu", ".to("),
+    "baseline: fused under vmap": (
+        lambda: torch.func.grad(FocalLoss(backend="fused"))(LOGITS, TARGET), ValueError, "backend", "'fused'", "torch.func", "'auto'",
+    ),
     "3-D stage output": (
         lambda: experts(stage=nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(2)))(torch.zeros(2, 2, 5, 5)),
         ValueError, "stage", "[N, d]", "9", "pooling",

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 import lgla_losses
-from lgla_losses import functional
+from lgla_losses import baselines, functional
+from lgla_losses.adjusted import AdjustedLoss, Options
 
 SIGNATURES = {
     "count_classes": "labels, num_classes",
@@ -45,6 +46,19 @@ SIGNATURES = {
 }
 
 
+#: Modules of their own, whose names the package does not repeat.
+BASELINES = {
+    "BalancedSoftmaxLoss": "class_counts, **options",
+    "ClassBalancedLoss": "class_counts, beta=0.9999, gamma=None, **options",
+    "FocalLoss": "gamma=2.0, **options",
+    "LDAMLoss": "class_counts, max_margin=0.5, scale=30.0, beta=0.9999, **options",
+    "LDAMLoss.reweight": "self, enabled=True",
+    "LogitAdjustedLoss": "class_counts, tau=1.0, **options",
+    "VSLoss": "class_counts, gamma=0.3, tau=1.0, **options",
+}
+OPTIONS = "constants, *, reduction='mean', ignore_index=-100, validate_args=None, backend='auto'"
+
+
 def parameters(value):
     signature = inspect.signature(value)
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
@@ -57,6 +71,26 @@ def test_signature(name):
     for part in name.split("."):
         value = getattr(value, part)
     assert parameters(value) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_signature_of_a_baseline(name):
+    value = baselines
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert parameters(value) == BASELINES[name]
+    if inspect.isclass(value):
+        assert parameters(value.forward) == "self, output, target"
+        assert parameters(AdjustedLoss) == OPTIONS
+        assert issubclass(value, AdjustedLoss)
+        assert set(AdjustedLoss.__init__.__annotations__) - {"constants", "return"} == set(
+            Options.__annotations__
+        )
+
+
+def test_baselines_are_sorted_and_complete():
+    assert baselines.__all__ == sorted({name.split(".")[0] for name in BASELINES})
+    assert not set(baselines.__all__) & set(lgla_losses.__all__)
 
 
 def test_all_is_sorted_and_complete():
@@ -73,6 +107,7 @@ def test_all_is_sorted_and_complete():
 def test_every_public_name_is_documented_and_annotated():
     values = [getattr(lgla_losses, name) for name in lgla_losses.__all__ if name != "functional"]
     values += [getattr(functional, name) for name in functional.__all__]
+    values += [getattr(baselines, name) for name in baselines.__all__]
     for value in values:
         assert value.__doc__, value
         function = value if inspect.isfunction(value) else value.__init__

@@ -1,0 +1,187 @@
+"""What the losses of one model or of any number of experts share: adjust, weigh, sum."""
+
+from __future__ import annotations
+
+import functools
+from typing import SupportsIndex, TypedDict
+
+import torch
+from torch import Tensor
+
+from lgla_losses import functional, fused
+from lgla_losses.base import REDUCTIONS, choose_engine, runnable_backend, target_logits
+from lgla_losses.buffers import ConstantBuffers
+from lgla_losses.checks import integer, one_of, same_device, target_tensor, target_values, values_readable
+from lgla_losses.kernels import Engine, native
+from lgla_losses.loss import WORTH_AN_OPERATOR, converted_once
+from lgla_losses.output import ExpertLogits, ExpertOutput, expert_blocks
+
+
+class Options(TypedDict, total=False):
+    """What :class:`AdjustedLoss` takes beside its constants."""
+
+    reduction: str
+    ignore_index: SupportsIndex
+    validate_args: bool | None
+    backend: str
+
+
+class AdjustedLoss(ConstantBuffers):
+    r"""Cross entropy of adjusted logits, weighted by class, summed over one model or any number of experts.
+
+    .. math:: \sum_k w_y \, (1 - e^{-L_k})^\gamma L_k, \qquad
+        L_k = -\log \mathrm{softmax}_y(a(v_k) + T)
+
+    A subclass gives the constants :math:`T` and :math:`w`, the exponent :math:`\gamma`, and what
+    :math:`a` does to the logits.
+
+    Args:
+        constants: ``class_counts``, ``table`` (:math:`T`) and ``class_weight`` (:math:`w`), float64
+            ``[C]``, each optional, and further buffers of the subclass.
+        reduction: ``"mean"`` over the samples not ignored, ``"sum"``, or ``"none"``.
+        ignore_index: target of samples that count nothing.
+        validate_args: as in :class:`LGLALoss`.
+        backend: as in :class:`LGLALoss`.
+
+    Raises:
+        TypeError: an argument is of a wrong type.
+        ValueError: an argument is out of range, or shapes, devices or values do not fit.
+
+    Shape:
+        - output: logits ``[N, C]``; ``[N, K, C]``, K tensors ``[N, C]`` or an :class:`ExpertOutput`
+        - target: int64 ``[N]``
+        - result: float32 (float64 for float64 logits) scalar, or ``[N]`` without reduction
+    """
+
+    class_counts: Tensor | None
+    table: Tensor | None
+    class_weight: Tensor | None
+
+    #: The exponent, that of the focal loss; 0 is cross entropy.
+    focusing = 0.0
+    #: Whether ``"mean"`` divides by the sum of the samples' weights, not by their number.
+    divides_by_weights = False
+
+    def __init__(
+        self,
+        constants: dict[str, Tensor],
+        *,
+        reduction: str = "mean",
+        ignore_index: SupportsIndex = -100,
+        validate_args: bool | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        absent = dict.fromkeys(("class_counts", "table", "class_weight"))
+        for name, constant in (absent | constants).items():
+            self.register_buffer(name, constant)
+        self.reduction = one_of("reduction", reduction, REDUCTIONS)
+        self.ignore_index = integer("ignore_index", ignore_index, "-100 is usual")
+        self.validate_args = validate_args
+        self.backend = runnable_backend(backend)
+
+    def forward(self, output: ExpertOutput | ExpertLogits, target: Tensor) -> Tensor:
+        """The loss of a batch, a scalar or ``[N]``, in float32 (float64 for float64 logits).
+
+        Args:
+            output: logits of one model ``[N, C]``; of K experts ``[N, K, C]``, K tensors ``[N, C]`` or an
+                :class:`ExpertOutput`, whose losses are summed.
+            target: class indices, int64 ``[N]``.
+        """
+        blocks = expert_blocks(output, None if self.class_counts is None else len(self.class_counts))
+        first = blocks[0]
+        target_tensor(target, first.shape[:1])
+        same_device(logits=first, target=target, criterion=self.class_counts)
+        engine = self._engine(blocks, target)
+        readable = values_readable(first, self.validate_args)
+        # The C library reads every value anyway and tells when one is wrong.
+        tells = readable and engine is native and not torch.compiler.is_compiling()
+        if readable:
+            target_values(target, first.shape[2], self.ignore_index)
+        if readable and not tells:
+            self._check_logits(blocks, target)
+        try:
+            return self._loss(engine, blocks, target, check=tells)
+        except native.BadValuesError:
+            if not tells:
+                raise
+            self._check_logits(blocks, target)
+        return self._loss(engine, blocks, target, check=False)
+
+    def _engine(self, blocks: list[Tensor], target: Tensor) -> Engine | None:
+        few = blocks[0].shape[2] < WORTH_AN_OPERATOR
+        if self.backend == "auto" and few and torch.compiler.is_compiling():
+            return None
+        return choose_engine(self.backend, fused.unfit(*blocks, target), blocks[0].device)
+
+    def _check_logits(self, blocks: list[Tensor], target: Tensor) -> None:
+        target_logits([v for block in blocks for v in block.unbind(1)], target, self.ignore_index)
+
+    def _loss(self, engine: Engine | None, blocks: list[Tensor], target: Tensor, check: bool) -> Tensor:
+        dtype = functional.compute_dtype(blocks[0].dtype)
+        ignored = target == self.ignore_index
+        # Ignored samples have no class; any stands in, as they count nothing.
+        own = torch.where(ignored, 0, target)
+        weights = self._weights(own)
+        if weights is not None:
+            weights = torch.where(ignored, 0.0, weights).to(dtype)
+        divisor = self._divisor(ignored, weights, dtype)
+        if self.focusing > 0:
+            # The factor is of every expert's own probability.
+            blocks = [expert for block in blocks for expert in block.split(1, dim=1)]
+        reduce = engine is not None and self.reduction != "none" and self.focusing == 0
+        parts = []
+        for block in blocks:
+            logits = self._adjusted(block, own)
+            table = self._table(logits)
+            weight = None if weights is None else weights[:, None].expand(-1, logits.shape[1])
+            inner = None if self.focusing > 0 else weight
+            if engine is None:
+                if torch.compiler.is_compiling():
+                    table = converted_once(table, dtype)
+                loss = functional.lgla_loss(logits, target, table, inner, ignore_index=self.ignore_index)
+            else:
+                inside = divisor if reduce else None
+                call = fused.Call(engine, target, table, inner, inside, self.ignore_index, 0.0, reduce, check)
+                loss = fused.cross_entropy(call, logits, self.backend)
+            if self.focusing > 0:
+                loss = _focal(loss, self.focusing)
+                loss = loss if weights is None else weights * loss
+            parts.append(loss)
+        loss = functools.reduce(torch.add, parts)
+        return loss if reduce or self.reduction == "none" else fused.total(loss, divisor)
+
+    def _adjusted(self, logits: Tensor, own: Tensor) -> Tensor:
+        """The logits ``[N, K, C]`` but for the table; ``own`` are the classes of the samples ``[N]``."""
+        return logits
+
+    def _table(self, logits: Tensor) -> Tensor:
+        table = self.table
+        if table is None:
+            table = torch.zeros((), dtype=functional.widest_dtype(logits.device), device=logits.device)
+        return table.expand(logits.shape[1:])
+
+    def _weights(self, own: Tensor) -> Tensor | None:
+        """Weights of the samples ``[N]``, or None for ones."""
+        return None if self.class_weight is None else self.class_weight[own]
+
+    def _divisor(self, ignored: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        if self.reduction != "mean":
+            return None
+        whole = weights if self.divides_by_weights and weights is not None else ~ignored
+        divisor = whole.sum().to(dtype)
+        return torch.where(divisor == 0, 1.0, divisor)
+
+    def extra_repr(self) -> str:
+        """Configuration shown by ``repr``."""
+        classes = "" if self.class_counts is None else f"num_classes={len(self.class_counts)}, "
+        focal = f"gamma={self.focusing}, " if self.focusing > 0 else ""
+        return f"{classes}{focal}reduction={self.reduction!r}, backend={self.backend!r}"
+
+
+def _focal(losses: Tensor, gamma: float) -> Tensor:
+    """The cross entropies times ``(1 - p) ** gamma``, where p is the exponential of minus them."""
+    # expm1 keeps the digits of 1 - p near 0. Its power has no derivative at 0 for gamma < 1, and there the
+    # product's is 0: that of a constant.
+    missing = (-torch.expm1(-losses)).clamp(min=torch.finfo(losses.dtype).tiny)
+    return missing**gamma * losses
