@@ -72,7 +72,9 @@ class LongTailedClassifier(LightningModule):
         """Log accuracy over all, many-, medium- and few-shot classes, where there are such."""
         means = self.accuracy.compute()
         self.accuracy.reset()
-        self.log_dict({f"accuracy/{name}": mean for name, mean in means.items() if not mean.isnan()})
+        scores = {f"accuracy/{name}": mean for name, mean in means.items() if not mean.isnan()}
+        # The metric has counted the samples of all devices already; without sync_dist Lightning warns.
+        self.log_dict(scores, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """SGD, whose rate falls along a cosine."""

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from curves import curves
 from scripts import load
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lgla_losses
 
@@ -31,16 +31,6 @@ def run(data, log_dir, *options):
     options = ["--batch-size", "80", "--log-every", "2", "--devices", "1", *options]
     train_lightning.main([str(data), "--log-dir", str(log_dir), *options])
     return torch.load(log_dir / "last.ckpt", weights_only=True)
-
-
-def curves(log_dir):
-    """Steps and values of every scalar in the event files below a folder."""
-    found = {}
-    for path in sorted(log_dir.rglob("events.out.tfevents.*")):
-        events = EventAccumulator(str(path)).Reload()
-        for name in events.Tags()["scalars"]:
-            found.setdefault(name, []).extend((event.step, event.value) for event in events.Scalars(name))
-    return found
 
 
 def test_it_learns_and_logs_what_the_loss_does(digits, tmp_path, capsys):
