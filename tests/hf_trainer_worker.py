@@ -33,9 +33,9 @@ def train(case, data, folder, batch_size, accumulate):
         "lr_scheduler_type": "constant",
         "learning_rate": 0.1,
         "num_train_epochs": 1,
+        "logging_steps": 1,
         "vocabulary": 120,
         "use_cpu": True,
-        "ddp_backend": "gloo",
         "disable_tqdm": True,
     }
     train_hf_trainer.main([str(data), *(f"--{name}={value}" for name, value in options.items())])

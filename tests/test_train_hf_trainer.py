@@ -152,8 +152,8 @@ def test_ranks_equal_one_process(data, tmp_path):
     for case, (_, accumulate) in worker.CASES.items():
         worker.train(case, data, tmp_path / "alone", batch_size=14 * accumulate, accumulate=1)
         alone, together = (
-            load_file(next((tmp_path / job / case).glob("checkpoint-*")) / "model.safetensors")
-            for job in ("alone", "ranks")
+            load_file(next((tmp_path / folder / case).glob("checkpoint-*")) / "model.safetensors")
+            for folder in ("alone", "ranks")
         )
         torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
         assert curves(tmp_path / "ranks" / case)["angle/expert 1"]
