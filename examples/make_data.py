@@ -39,14 +39,18 @@ def long_tail(largest: int, imbalance: float, num_classes: int) -> list[int]:
 
 def digits(options: argparse.Namespace) -> None:
     """The demo's long-tailed training set and balanced test set."""
+    write_images(options.output, *long_tailed_digits(options.imbalance, options.seed))
+
+
+def long_tailed_digits(imbalance: float, seed: int) -> tuple[npt.NDArray[np.uint8], ...]:
+    """Images ``[N, 8, 8]`` and labels ``[N]`` for training, then for validation."""
     import quickstart
 
-    counts = quickstart.long_tailed_counts(options.imbalance)
-    split = quickstart.long_tailed_digits(counts, options.seed, "cpu")
-    images = [
+    split = quickstart.long_tailed_digits(quickstart.long_tailed_counts(imbalance), seed, "cpu")
+    train, val = (
         (255 * tensor[:, 0]).round().byte().numpy() for tensor in (split.train_images, split.test_images)
-    ]
-    write_images(options.output, images[0], split.train_labels.numpy(), images[1], split.test_labels.numpy())
+    )
+    return train, split.train_labels.numpy(), val, split.test_labels.numpy()
 
 
 def fashion_mnist(options: argparse.Namespace) -> None:

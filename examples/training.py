@@ -359,16 +359,11 @@ class Trainer:
         """Print the table and write result.json."""
         final, best = self.progress.curve[-1], self.progress.best
         best_accuracy = best["scores"]["ensemble"]["balanced"]
-        table = Table(
-            title=f"Accuracy (%) after the last epoch, {final['epoch']}",
-            caption=f"best epoch, chosen on these data: {best['epoch']}, balanced {percent(best_accuracy)}",
+        print_scores(
+            final["scores"],
+            f"Accuracy (%) after the last epoch, {final['epoch']}",
+            f"best epoch, chosen on these data: {best['epoch']}, balanced {percent(best_accuracy)}",
         )
-        table.add_column("")
-        for column in final["scores"]["ensemble"]:
-            table.add_column(column, justify="right")
-        for row, columns in final["scores"].items():
-            table.add_row(row, *map(percent, columns.values()))
-        Console(width=80).print(table)
         record = {
             "configuration": self.configuration,
             "versions": {
@@ -394,6 +389,17 @@ class Trainer:
 def percent(accuracy: float | None) -> str:
     """An accuracy as tables show it."""
     return "-" if accuracy is None else f"{100 * accuracy:.1f}"
+
+
+def print_scores(scores: Scores, title: str, caption: str | None = None) -> None:
+    """A table of accuracies, in percent."""
+    table = Table(title=title, caption=caption)
+    table.add_column("")
+    for column in scores["ensemble"]:
+        table.add_column(column, justify="right")
+    for row, columns in scores.items():
+        table.add_row(row, *map(percent, columns.values()))
+    Console(width=80).print(table)
 
 
 def run(

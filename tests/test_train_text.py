@@ -1,6 +1,5 @@
 """examples/train_text.py: what it adds to training.py, which test_train_images.py tests."""
 
-import csv
 import itertools
 import json
 import signal
@@ -10,15 +9,10 @@ import torch
 import training
 import transformers
 from scripts import load
+from texts import COUNTS, topic_rows, write_csv
 
 train_text = load("examples/train_text.py")
 
-TOPICS = {
-    "fruit": ("apple", "pear", "plum"),
-    "metal": ("iron", "zinc", "gold"),
-    "river": ("nile", "rhine", "ganges"),
-}
-COUNTS = {"fruit": 40, "metal": 20, "river": 10}
 TINY = {
     "model_type": "distilbert",
     "dim": 16,
@@ -30,22 +24,9 @@ TINY = {
 }
 
 
-def write_csv(path, rows, header=("text", "label")):
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    return path
-
-
 @pytest.fixture
 def rows():
-    """Texts of three topics, whose words tell them."""
-    words = {name: itertools.cycle(topic) for name, topic in TOPICS.items()}
-    filler = itertools.cycle(["the old", 'a, "new"', "one of"])
-    return [
-        (f"{next(filler)} {next(words[name])} " * (1 + i % 4), name)
-        for name, count in COUNTS.items()
-        for i in range(count)
-    ]
+    return topic_rows()
 
 
 @pytest.fixture

@@ -1,0 +1,194 @@
+"""Train LGLA with the Trainer of transformers on a CSV file of texts and labels.
+
+What is LGLA's own is the model's two parts, compute_loss and a callback, which shows on TensorBoard what the
+loss does; all options of TrainingArguments work. The encoder is a small BERT with new weights, its vocabulary
+one of word pieces of the training texts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from cli import number
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from train_text import SMALL_BERT, Row, TextSet, hold_out, middle_layer, new_tokenizer, read_rows
+from training import print_scores
+from transformers import (
+    AutoModel,
+    BertConfig,
+    EvalPrediction,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.utils.generic import ModelOutput
+
+from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss, count_classes, split_backbone
+from lgla_losses.metrics import ShotAccuracy
+from lgla_losses.monitor import LossMonitor
+
+DEFAULTS: dict[str, Any] = {
+    "output_dir": "runs/train_hf_trainer",
+    "num_train_epochs": 6,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 128,
+    "learning_rate": 5e-4,
+    "weight_decay": 0.01,
+    "warmup_steps": 50,
+    "lr_scheduler_type": "cosine",
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "logging_steps": 10,
+    "label_names": ["labels"],  # which the model does not take: they go to compute_loss
+    "ddp_find_unused_parameters": False,
+    "dataloader_pin_memory": torch.cuda.is_available(),
+    "report_to": ["none"],  # main() adds TensorBoard
+}
+
+
+@dataclass
+class ExpertModelOutput(ModelOutput):
+    """The fields of an ExpertOutput: logits ``[N, K, C]``, features ``[N, K, d]``, weight ``[K, C, d]``."""
+
+    logits: Tensor | None = None
+    features: Tensor | None = None
+    weight: Tensor | None = None
+
+
+class TextExperts(nn.Module):
+    """The lower half of an encoder, shared, and K experts with an upper half each."""
+
+    def __init__(self, config: BertConfig, num_classes: int, num_experts: int = 3) -> None:
+        super().__init__()
+        encoder = AutoModel.from_config(config)
+        at = middle_layer(encoder, config.num_hidden_layers)
+        self.trunk, _ = split_backbone(encoder, at)
+        self.experts = GroupConvExperts(
+            # New weights for each; pretrained ones are kept by GroupConvExperts(stage, ..., reset=False).
+            lambda: split_backbone(AutoModel.from_config(config), at)[1],
+            num_experts,
+            num_classes,
+            reset=False,
+        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> ExpertModelOutput:
+        """What every expert makes of the texts."""
+        output: ExpertOutput = self.experts(self.trunk(input_ids, attention_mask))
+        return ExpertModelOutput(**output._asdict())
+
+
+def compute_loss(
+    outputs: ExpertModelOutput,
+    labels: Tensor,
+    num_items_in_batch: Tensor | None = None,
+    *,
+    criterion: LGLALoss,
+) -> Tensor:
+    """The loss of a micro-batch, as its part of the mean over all samples of the step.
+
+    Trainer counts them over the accumulated batches and all ranks, and multiplies the loss by the number of
+    ranks, over which DDP averages gradients. So the normalizer is their number undivided.
+    """
+    loss: Tensor = criterion(ExpertOutput(**outputs), labels, normalizer=num_items_in_batch)
+    return loss
+
+
+def ensemble_scores(outputs: Any, labels: Tensor) -> Tensor:
+    """What evaluation keeps of a batch; the class weights are no rows of it."""
+    return ExpertOutput(*outputs).ensemble()
+
+
+def compute_metrics(prediction: EvalPrediction, class_counts: Tensor) -> dict[str, float]:
+    """Accuracy over all, many-, medium- and few-shot classes, where there are such."""
+    metric = ShotAccuracy(class_counts)
+    metric.update(torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids))
+    return {name: mean.item() for name, mean in metric.compute().items() if not mean.isnan()}
+
+
+class LogLoss(TrainerCallback):
+    """Writes what the loss made of its batches, as often as Trainer logs."""
+
+    def __init__(self, monitor: LossMonitor, writer: SummaryWriter) -> None:
+        self.monitor = monitor
+        self.writer = writer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Write what was seen since the last time."""
+        if control.should_log:
+            self.monitor.write(self.writer, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Stop watching."""
+        self.monitor.close()
+
+
+def samples(rows: list[Row], names: list[str], encode: Any) -> Any:
+    """A data set whose samples Trainer's own collator pads."""
+    texts = TextSet(rows, names, encode)
+    return [{"input_ids": ids, "labels": label} for ids, label in zip(texts.ids, texts.labels, strict=True)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train; --help lists the options."""
+    parser = HfArgumentParser(TrainingArguments, description=__doc__)  # type: ignore[arg-type]
+    add = parser.add_argument
+    add("data", type=Path, metavar="FILE.csv", help="texts and labels")
+    add("--text_column", default="text", help="its name")
+    add("--label_column", default="label", help="its name")
+    add("--val_fraction", type=number(float, 0.01, 0.99), default=0.2, help="held out, of every label")
+    add("--num_experts", type=number(int, 2), default=3, help="the paper's K")
+    add("--max_length", type=number(int, 3, 512), default=32, help="tokens of a text; the rest is cut off")
+    add("--vocabulary", type=number(int, 100), default=8000, help="word pieces")
+    parser.set_defaults(**DEFAULTS)
+    try:
+        args, options = parser.parse_args_into_dataclasses(arguments)
+        options.seed = args.seed
+        train, val = hold_out(read_rows(options.data, options), options)
+        names = sorted({label for _, label in train})
+        class_counts = count_classes([names.index(label) for _, label in train], len(names))
+        criterion = LGLALoss(class_counts, options.num_experts).to(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is not None and not Path(checkpoint, "trainer_state.json").is_file():
+        parser.error(f"--resume_from_checkpoint: expected a checkpoint, got {checkpoint}")
+    if args.n_gpu > 1:
+        parser.error(f"expected one GPU a process, got {args.n_gpu}; start it by torchrun --nproc-per-node")
+
+    set_seed(args.seed)
+    tokenizer = new_tokenizer([text for text, _ in train], options.vocabulary)
+    encode = partial(tokenizer, truncation=True, max_length=options.max_length)
+    vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    config = BertConfig.from_dict(SMALL_BERT | vocabulary)
+    train_set, val_set = samples(train, names, encode), samples(val, names, encode)
+    trainer = Trainer(
+        TextExperts(config, len(names), options.num_experts),
+        args,
+        train_dataset=train_set,
+        eval_dataset=val_set,
+        processing_class=tokenizer,
+        compute_loss_func=partial(compute_loss, criterion=criterion),
+        compute_metrics=partial(compute_metrics, class_counts=class_counts),
+        preprocess_logits_for_metrics=ensemble_scores,
+    )
+    if trainer.is_world_process_zero():
+        writer = SummaryWriter(args.output_dir)
+        trainer.add_callback(TensorBoardCallback(writer))
+        trainer.add_callback(LogLoss(LossMonitor(criterion), writer))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    scores = trainer.predict(val_set, metric_key_prefix="").metrics or {}
+    if trainer.is_world_process_zero():
+        columns = {name: scores.get(f"_{name}") for name in ("all", "many", "medium", "few")}
+        print_scores({"ensemble": columns}, f"Accuracy (%) after step {trainer.state.global_step}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Train LGLA in Lightning, with what the loss does on TensorBoard.
+
+What is LGLA's own is the model's last two lines of layers, the loss, and a callback; checkpoints, resuming,
+devices and strategies are Lightning's. Gradients accumulated by Lightning are means of the batches' means.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cli import number
+from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from make_data import long_tailed_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from training import print_scores
+
+from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss, count_classes
+from lgla_losses.data import ImageData, read_npz
+from lgla_losses.metrics import ShotAccuracy
+from lgla_losses.monitor import LossMonitor
+
+
+class LongTailedClassifier(LightningModule):
+    """A shared convolution, K experts, the loss, and accuracy by shots; images ``[N, 3, H, W]``."""
+
+    def __init__(self, class_counts: list[int], num_experts: int = 3, lr: float = 0.1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr = lr
+        self.trunk = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
+        stage = nn.Sequential(
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+        )
+        self.experts = GroupConvExperts(stage, num_experts, num_classes=len(class_counts))
+        # As a part of the module the loss goes to its device, and into its checkpoints.
+        self.criterion = LGLALoss(class_counts, num_experts)
+        self.accuracy = ShotAccuracy(class_counts)
+
+    def forward(self, images: Tensor) -> ExpertOutput:
+        """What every expert makes of the images."""
+        output: ExpertOutput = self.experts(self.trunk(images))
+        return output
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """The loss; over several devices it is that of the whole batch."""
+        images, labels = batch
+        loss: Tensor = self.criterion(self(images), labels)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Count what the ensemble gets right."""
+        images, labels = batch
+        output = self(images)
+        # In float32: means in bfloat16 tie, and ties go to the class of lower index, of the head.
+        self.accuracy.update(output._replace(logits=output.logits.float()).ensemble(), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracy over all, many-, medium- and few-shot classes, where there are such."""
+        means = self.accuracy.compute()
+        self.accuracy.reset()
+        scores = {f"accuracy/{name}": mean for name, mean in means.items() if not mean.isnan()}
+        # The metric has counted the samples of all devices already; without sync_dist Lightning warns.
+        self.log_dict(scores, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """SGD, whose rate falls along a cosine."""
+        optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=5e-4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs or 1)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class LogLoss(Callback):
+    """Gives what ``module.criterion`` makes of its batches to the trainer's loggers, as often as they log."""
+
+    def __init__(self, every: int = 10) -> None:
+        self.every = every
+
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        """Begin to watch."""
+        self.monitor = LossMonitor(module.criterion, self.every)
+        self.interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self.due = trainer.global_step + self.interval
+
+    def on_train_batch_end(self, trainer: Trainer, *batch: Any) -> None:
+        """Log what was seen since the last time."""
+        if trainer.global_step >= self.due:
+            self.due += self.interval
+            for logger in trainer.loggers:
+                logger.log_metrics(self.monitor.compute(), trainer.global_step)
+            self.monitor.reset()
+
+    def on_train_end(self, trainer: Trainer, module: Any) -> None:
+        """Stop watching."""
+        self.monitor.close()
+
+
+def read_images(path: Path | None) -> tuple[ImageData, ImageData]:
+    """Training and validation images."""
+    if path is None:
+        train, train_labels, val, val_labels = long_tailed_digits(imbalance=50.0, seed=0)
+        data = {"train": ImageData(train, train_labels), "val": ImageData(val, val_labels)}
+    else:
+        data = read_npz(path)
+    for half in data.values():
+        half.transform = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    return data["train"], data["val"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train; --help lists the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("data", nargs="?", type=Path, metavar="FILE.npz", help="as train_images.py takes it; None is digits")
+    add("--epochs", type=number(int, 1), default=30, help="passes over the training data")
+    add("--batch-size", type=number(int, 1), default=64, help="samples of a step and device")
+    add("--lr", type=number(float, 0), default=0.1, help="highest learning rate")
+    add("--devices", default="auto", help="Lightning's: how many, or auto")
+    add("--strategy", default="auto", help="Lightning's: ddp, fsdp, ...")
+    add("--log-every", type=number(int, 1), default=5, help="steps from one log to the next")
+    add("--log-dir", type=Path, default=Path("runs/train_lightning"), help="checkpoints and curves")
+    add("--resume", action="store_true", help="continue the run in --log-dir")
+    options = parser.parse_args(arguments)
+    last = options.log_dir / "last.ckpt"
+    if options.resume and not last.is_file():
+        parser.error(f"--resume: there is no {last}; leave --resume out to begin a run")
+    if last.is_file() and not options.resume:
+        parser.error(
+            f"--log-dir: {last} is of an earlier run; --resume continues it, another folder begins one"
+        )
+
+    seed_everything(0)
+    checkpoints = [
+        ModelCheckpoint(options.log_dir, "last", enable_version_counter=False),
+        ModelCheckpoint(options.log_dir, "best", "accuracy/all", mode="max", enable_version_counter=False),
+    ]
+    try:
+        train, val = read_images(options.data)
+        class_counts = count_classes(train.targets, max(train.targets) + 1).tolist()
+        model = LongTailedClassifier(class_counts, lr=options.lr)
+        trainer = Trainer(
+            devices=options.devices,
+            strategy=options.strategy,
+            max_epochs=options.epochs,
+            log_every_n_steps=options.log_every,
+            logger=TensorBoardLogger(options.log_dir, name=None),
+            callbacks=[*checkpoints, LogLoss(every=options.log_every)],
+        )
+    except (OSError, ValueError, MisconfigurationException) as error:
+        parser.error(str(error))
+    loaders = DataLoader(train, options.batch_size, shuffle=True), DataLoader(val, options.batch_size)
+    trainer.fit(model, *loaders, ckpt_path=last if options.resume else None)
+    (scores,) = trainer.validate(model, loaders[1], verbose=False)
+    if trainer.is_global_zero:
+        columns: dict[str, float | None] = {name.partition("/")[2]: mean for name, mean in scores.items()}
+        print_scores({"ensemble": columns}, f"Accuracy (%) after the last epoch, {options.epochs}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""examples/train_lightning.py: Lightning trains, logs, saves and resumes with the loss and its monitor."""
+
+import math
+
+import pytest
+import torch
+from curves import curves
+from scripts import load
+
+import lgla_losses
+
+make_data = load("examples/make_data.py")
+train_lightning = load("examples/train_lightning.py")
+
+pytestmark = [
+    # Lightning's own, of a small machine and of a run that goes on in its folder.
+    pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
+]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    make_data.main(["digits", str(path), "--imbalance", "20"])
+    return path
+
+
+def run(data, log_dir, *options):
+    options = ["--batch-size", "80", "--log-every", "2", "--devices", "1", *options]
+    train_lightning.main([str(data), "--log-dir", str(log_dir), *options])
+    return torch.load(log_dir / "last.ckpt", weights_only=True)
+
+
+def test_it_learns_and_logs_what_the_loss_does(digits, tmp_path, capsys):
+    run(digits, tmp_path, "--epochs", "5")
+    logged = curves(tmp_path)
+    assert logged["accuracy/all"][-1][1] > 0.5
+    assert logged["loss"][-1][1] < 0.5 * logged["loss"][0][1]
+    steps = [step for step, _ in logged["angle/expert 1"]]
+    assert steps == list(range(2, steps[-1] + 1, 2))
+    assert logged["angle/expert 1"][-1][1] < logged["angle/expert 1"][0][1] < math.pi
+    assert all(value >= 1 for _, value in logged["weight/expert 3"])
+    for name in ("hard share/expert 2", "accuracy/ensemble/group 2", "reference/expert 1/group 1"):
+        assert len(logged[name]) == len(steps), name
+    printed = capsys.readouterr().out
+    assert all(column in printed for column in ("all", "many", "medium", "few"))
+    row = next(line for line in printed.splitlines() if line.startswith("│ ensemble "))
+    assert f" {100 * logged['accuracy/all'][-1][1]:.1f} " in row
+
+
+def test_the_monitor_changes_nothing_that_is_trained(digits, tmp_path, monkeypatch):
+    watched = run(digits, tmp_path / "watched", "--epochs", "1")["state_dict"]
+    monkeypatch.setattr(train_lightning, "LogLoss", lambda every: train_lightning.Callback())
+    without = run(digits, tmp_path / "without", "--epochs", "1")["state_dict"]
+    torch.testing.assert_close(watched, without, rtol=0, atol=0)
+
+
+def test_a_killed_run_resumes(digits, tmp_path, monkeypatch, capsys):
+    def killed(self):
+        if self.current_epoch == 2:
+            raise OSError("killed")
+
+    monkeypatch.setattr(train_lightning.LongTailedClassifier, "on_train_epoch_start", killed)
+    with pytest.raises(OSError, match="killed"):
+        run(digits, tmp_path, "--epochs", "3")
+    monkeypatch.undo()
+    before = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert before["epoch"] == 1
+    with pytest.raises(SystemExit) as stopped:
+        run(digits, tmp_path, "--epochs", "3")
+    assert stopped.value.code == 2
+    assert "is of an earlier run; --resume continues it" in capsys.readouterr().err
+    after = run(digits, tmp_path, "--epochs", "3", "--resume")
+    assert after["epoch"] == 2
+    assert after["global_step"] == before["global_step"] * 3 // 2
+    steps = [step for step, _ in curves(tmp_path)["angle/expert 1"]]
+    assert steps == sorted(set(steps))
+    assert steps[-1] > before["global_step"]
+
+
+def test_a_checkpoint_is_a_whole_model(digits, tmp_path):
+    """With the loss, whose groups and adjustments it holds."""
+    run(digits, tmp_path, "--epochs", "1")
+    model = train_lightning.LongTailedClassifier.load_from_checkpoint(
+        tmp_path / "best.ckpt", map_location="cpu"
+    ).eval()
+    assert model.criterion.grouper.class_counts.tolist() == make_data.long_tail(150, 20.0, 10)
+    output = model(torch.rand(2, 3, 8, 8))
+    assert isinstance(output, lgla_losses.ExpertOutput)
+    assert output.ensemble().shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.npz"], "nowhere.npz: expected an .npz file with the arrays train_images"),
+        (["--strategy", "abacus"], "abacus"),
+        (["--devices", "0"], "0"),
+        (["--resume"], "--resume: there is no "),
+        (["--epochs", "0"], "--epochs: expected a number from 1 to inf, got 0"),
+    ],
+)
+def test_wrong_input_is_refused(digits, tmp_path, capsys, arguments, message):
+    data = [] if arguments[0].endswith(".npz") else [str(digits)]
+    with pytest.raises(SystemExit) as stopped:
+        train_lightning.main([*data, *arguments, "--log-dir", str(tmp_path / "run")])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_default_data(tmp_path):
+    train, val = train_lightning.read_images(None)
+    assert max(train.targets) == 9
+    assert train[0][0].shape == (3, 8, 8)
+    assert 0 <= train[0][0].min() < train[0][0].max() <= 1
+    assert len(val) == 240
