@@ -8,6 +8,7 @@ import multiprocessing
 import platform
 import random
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -200,13 +201,14 @@ def _peaks_here(name: str, shape: Shape, dtype: torch.dtype, compiler: str, thre
                 Path("/proc/self/clear_refs").write_text("5")
             except OSError:
                 return {}
-            before = _resident("VmRSS")
+            before = resident("VmRSS")
             call(batch)
-            found[phase] = float(_resident("VmHWM") - before)
+            found[phase] = float(resident("VmHWM") - before)
     return found
 
 
-def _resident(which: str) -> int:
+def resident(which: str) -> int:
+    """Resident memory of this process in bytes, as Linux counts it: ``VmRSS`` now, ``VmHWM`` the peak."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition(f"{which}:")[2].split()[0])
 
@@ -269,3 +271,12 @@ def cpu_model() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return model or platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of the checkout, marked where files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

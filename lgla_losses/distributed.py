@@ -337,48 +337,52 @@ class _ClassParallel(NamedTuple):
         features, weight, bias = inputs
         loss, scale = self.loss, self.loss.scale
         exact = functional.compute_dtype(features.dtype)
-        rows_of, centres = features, weight
-        if scale is not None:
-            rows_of = (scale * directions(features, exact)).to(features.dtype)
-            centres = directions(weight, exact).to(weight.dtype)
-        table = loss.table.to(exact) if bias is None else loss.table.to(exact) + bias.to(exact)
         factor = self._factor(upstream, features, exact)
-        known = log_sums is not None
         losses = features.new_zeros(len(features), dtype=exact)
-        log_sums = features.new_empty(features.shape[:2], dtype=exact) if log_sums is None else log_sums
-        for_features, for_weight, for_bias = (
+        known = log_sums is not None
+        if log_sums is None:
+            log_sums = features.new_empty(features.shape[:2], dtype=exact)
+        sums = [
             torch.zeros_like(v, dtype=exact, memory_format=torch.contiguous_format) if w else None
             for v, w in zip(inputs, wanted, strict=True)
-        )
+        ]
+        # As many samples at a time as if this rank had all classes, so that all ranks have as many chunks.
+        chunks = chunks_of(features, num_classes=loss.num_classes)
+        # One memory for all of them, which is warm from the second on.
+        buffer = features.new_empty((chunks[0].stop if chunks else 0, weight.shape[1]))
         with torch.autocast(features.device.type, enabled=False):
-            # As many samples as if this rank had all classes, so that all ranks have as many chunks.
-            for rows in chunks_of(features, num_classes=loss.num_classes * loss.num_experts):
-                some = rows_of[rows].transpose(0, 1)
-                logits = torch.bmm(some, centres.transpose(1, 2)).to(exact).add_(table[:, None])
-                own = _Own(self.own.place[rows], self.own.mask[rows])
-                if not known:
-                    log_sum, of_rows = self._exchange(logits, own, self.target[rows])
-                    log_sums[rows] = log_sum.T
-                    if self.weights is not None:
-                        of_rows = of_rows * self.weights[rows].T.to(exact)
-                    ignored = self.target[rows] == loss.ignore_index
-                    losses[rows] = of_rows.sum(dim=0).masked_fill(ignored, 0.0)
-                if not any(wanted):
-                    continue
-                gradient = self._logit_gradient(logits, own, log_sums[rows].T, factor[rows].T)
-                gradient = gradient.to(features.dtype)
-                if for_features is not None:
-                    for_features[rows] = torch.bmm(gradient, centres).transpose(0, 1).to(exact)
-                if for_weight is not None:
-                    for k in range(loss.num_experts):
-                        add_product(for_weight[k], gradient[k].T, some[k], first=rows.start == 0)
-                if for_bias is not None:
-                    for_bias += gradient.sum(dim=1, dtype=exact)
-        if scale is not None and for_features is not None:
-            through_directions_(for_features.mul_(scale), features.to(exact))
-        if scale is not None and for_weight is not None:
-            through_directions_(for_weight, weight.to(exact))
-        return losses, log_sums, [for_features, for_weight, for_bias]
+            for k in range(loss.num_experts):
+                rows_of, centres = features[:, k], weight[k]
+                if scale is not None:
+                    rows_of = (scale * directions(rows_of, exact)).to(features.dtype)
+                    centres = directions(centres, exact).to(weight.dtype)
+                table = loss.table[k].to(exact) + (0.0 if bias is None else bias[k].to(exact))
+                of_features, of_weight, of_bias = (
+                    None if v is None else v[:, k] if v is sums[0] else v[k] for v in sums
+                )
+                for rows in chunks:
+                    own = _Own(self.own.place[rows], self.own.mask[rows])
+                    some = rows_of[rows]
+                    logits = torch.mm(some, centres.T, out=buffer[: len(some)]).to(exact).add_(table)
+                    if known:
+                        shares = logits.sub_(log_sums[rows, k, None]).exp_()
+                    else:
+                        shares, log_sums[rows, k], entropy = self._exchange(logits, own, self.target[rows])
+                        losses[rows] += entropy if self.weights is None else self.weights[rows, k] * entropy
+                    if not any(wanted):
+                        continue
+                    gradient = self._logit_gradient(shares, own, factor[rows, k, None]).to(features.dtype)
+                    if of_features is not None:
+                        of_features[rows] = gradient @ centres
+                    if of_weight is not None:
+                        add_product(of_weight, gradient.T, some, first=rows.start == 0)
+                    if of_bias is not None:
+                        of_bias += gradient.sum(dim=0, dtype=exact)
+        if scale is not None and sums[0] is not None:
+            through_directions_(sums[0].mul_(scale), features.to(exact))
+        if scale is not None and sums[1] is not None:
+            through_directions_(sums[1], weight.to(exact))
+        return losses.masked_fill(self.target == loss.ignore_index, 0.0), log_sums, sums
 
     def _factor(self, upstream: Tensor | None, features: Tensor, exact: torch.dtype) -> Tensor:
         """The gradient of the result by every row's cross entropy ``[N, K]``."""
@@ -391,18 +395,23 @@ class _ClassParallel(NamedTuple):
             factor = factor / self.divisor
         return factor.masked_fill((self.target == self.loss.ignore_index)[:, None], 0.0)
 
-    def _exchange(self, logits: Tensor, own: _Own, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The logarithms of the sums of exponentials and the cross entropies ``[K, n]``, over all classes."""
+    def _exchange(self, logits: Tensor, own: _Own, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one expert's logits ``[n, C_r]`` the probabilities, in the logits' memory.
+
+        And ``[n]`` each, over all classes: the logarithms of the sums of exponentials, the cross entropies.
+        """
         loss, smoothing = self.loss, self.loss.label_smoothing
-        # One expert at a time, for the memory of its exponentials.
-        log_sum = torch.stack([expert.logsumexp(dim=-1) for expert in logits])
-        own_logit = torch.zeros_like(log_sum)
+        own_logit = logits.new_zeros(len(logits))
+        peak = logits.new_zeros((len(logits), 1))
         if len(loss.class_counts):
-            found = logits.gather(-1, own.place[None, :, None].expand(len(logits), -1, 1)).squeeze(-1)
+            found = logits.gather(1, own.place[:, None])[:, 0]
             own_logit = torch.where(own.mask, found, 0.0)
-        owners = own.mask.to(log_sum.dtype).expand_as(log_sum)
-        parts = [log_sum, own_logit, owners, *([logits.sum(dim=-1)] if smoothing else [])]
-        mine = torch.stack(parts)
+            peak = logits.amax(dim=1, keepdim=True)
+            peak = torch.where(peak == -torch.inf, 0.0, peak)
+        total = [logits.sum(dim=1)] if smoothing else []
+        shares = logits.sub_(peak).exp_()
+        log_sum = peak[:, 0] + shares.sum(dim=1).log()
+        mine = torch.stack([log_sum, own_logit, own.mask.to(log_sum.dtype), *total])
         every = mine[None]
         if loss.num_ranks > 1:
             every = mine.new_empty(loss.num_ranks, *mine.shape)
@@ -413,12 +422,13 @@ class _ClassParallel(NamedTuple):
         entropy = (1 - smoothing) * (log_sum - own_logit)
         if smoothing:
             entropy = entropy + smoothing * (log_sum - every[:, 3].sum(dim=0) / loss.num_classes)
-        return log_sum, entropy
+        return shares.mul_((peak - log_sum[:, None]).exp()), log_sum, entropy
 
     def _check_exchanged(self, every: Tensor, target: Tensor) -> None:
         kept = target != self.loss.ignore_index
-        bad = (every[:, 0].isnan() | (every[:, 0] == torch.inf))[..., kept].flatten(1).any(dim=1)
-        bad |= ~every[:, 1, :, kept].isfinite().flatten(1).all(dim=1)
+        log_sum, own_logit, owners = every[:, 0, kept], every[:, 1, kept], every[:, 2, kept]
+        bad = log_sum.isnan() | (log_sum == torch.inf) | ~own_logit.isfinite()
+        bad = bad.any(dim=1)
         if bad.any():
             ranks = [0]
             if _in_distributed_training():
@@ -428,24 +438,22 @@ class _ClassParallel(NamedTuple):
                 "weight, bias: expected finite logits on the targets, no NaN or +inf elsewhere, got others "
                 f"on rank {named}; {WAY_OUT}"
             )
-        if (every[:, 2].sum(dim=0)[:, kept] != 1).any():
+        if (owners.sum(dim=0) != 1).any():
             raise ValueError(
                 "target: expected the same class indices on all ranks that share the classes, got others; "
                 f"{_SAME_SAMPLES}"
             )
 
-    def _logit_gradient(self, logits: Tensor, own: _Own, log_sum: Tensor, factor: Tensor) -> Tensor:
-        """That of this rank's logits ``[K, n, C_r]``, in their place."""
-        smoothing, spread = self.loss.label_smoothing, self.loss.label_smoothing / self.loss.num_classes
+    def _logit_gradient(self, shares: Tensor, own: _Own, factor: Tensor) -> Tensor:
+        """That of one expert's logits ``[n, C_r]``, in the memory of its probabilities."""
+        smoothing = self.loss.label_smoothing
         if not len(self.loss.class_counts):
-            return logits
-        index = own.place[None, :, None].expand(len(logits), -1, 1)
-        gradient = logits.sub_(log_sum[..., None]).exp_()
+            return shares
         if smoothing:
-            gradient -= spread
-        at_own = gradient.gather(-1, index)
-        at_own = torch.where(own.mask[:, None], at_own - (1 - smoothing), at_own) * factor[..., None]
-        return gradient.mul_(factor[..., None]).scatter_(-1, index, at_own)
+            shares -= smoothing / self.loss.num_classes
+        at_own = shares.gather(1, own.place[:, None])
+        at_own = torch.where(own.mask[:, None], at_own - (1 - smoothing), at_own) * factor
+        return shares.mul_(factor).scatter_(1, own.place[:, None], at_own)
 
 
 class _Differentiable(torch.autograd.Function):
