@@ -160,13 +160,13 @@ class Run:
         return total.item()
 
     @torch.no_grad()
-    def _evaluate(self) -> dict[str, float | None]:
-        """Accuracies on the samples of all ranks."""
+    def _evaluate(self) -> dict[str, float]:
+        """Accuracies on the samples of all ranks, of the columns that have classes."""
         metric = ShotAccuracy(self.class_counts).to(self.device)
         self.model.eval()
         for images, target in self.val_loader:
             metric.update(self.model(images.to(self.device)).ensemble(), target.to(self.device))
-        return {name: None if value.isnan() else value.item() for name, value in metric.compute().items()}
+        return {name: value.item() for name, value in metric.compute().items() if not value.isnan()}
 
     def _save(self, path: Path) -> None:
         """Gather the state from all ranks; rank 0 writes it, whole or not at all."""
