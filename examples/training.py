@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 from cli import AMP_DTYPES, InputError, library, parse_options, shortened
@@ -77,6 +77,16 @@ def load_plain(path: Path) -> Any:
     except Exception as error:  # of whatever kind: their readers are many
         reason = re.split(r"\. |\n", str(error))[0]
         raise InputError(f"{path}: expected tensors of torch.save or safetensors, got {reason}") from error
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all, whenever the process or the machine stops."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())  # or the new name could outlive a power cut and the content not
+    os.replace(temporary, path)
 
 
 class Interruption:
@@ -322,8 +332,7 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }
-        torch.save(checkpoint, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        write_whole(path, lambda file: torch.save(checkpoint, file))
 
     def resume(self) -> None:
         """Go on where last.pt ends."""
@@ -382,7 +391,8 @@ class Trainer:
             "seconds": round(self.progress.seconds, 1),
         }
         path = self.options.log_dir / "result.json"
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        content = json.dumps(record, indent=1) + "\n"
+        write_whole(path, lambda file: file.write(content.encode()))
         print(f"record: {path}")
 
 

@@ -13,6 +13,7 @@ from lgla_losses.adjustment import CLALogitAdjuster, check_tau
 from lgla_losses.checks import (
     finite_float,
     floating_tensor,
+    gathered_weight,
     one_of,
     positive_float,
     positive_int,
@@ -221,6 +222,7 @@ class ExpertLoss(nn.Module):
         n, *maps = samples
         floating_tensor("features", features, f"[N, K, d{', S' * len(maps)}]")
         floating_tensor("weight", weight, "[K, C, d]")
+        gathered_weight(weight)
         k, c = self.num_experts, self.num_classes
         d = features.shape[2]
         if list(features.shape) != [n, k, d, *maps] or list(weight.shape) != [k, c, d]:

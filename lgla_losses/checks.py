@@ -66,6 +66,25 @@ def floating_tensor(name: str, value: object, shape: str) -> Tensor:
     return value
 
 
+def gathered_weight(weight: Tensor) -> None:
+    """Class weights that FSDP2 has not taken away; alike on all ranks, whatever their batches."""
+    if torch.compiler.is_compiling():
+        return
+    sharded = hasattr(weight, "device_mesh")
+    freed = (
+        type(weight) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(weight)
+        and not weight.is_meta
+        and weight.numel() > 0 == weight.untyped_storage().size()
+    )
+    if sharded or freed:
+        raise ValueError(
+            f"weight: expected the class weights in memory, got {'a DTensor' if sharded else 'none there'}, "
+            "as from a unit of FSDP2 that reshards after forward; give fully_shard(unit, "
+            "reshard_after_forward=False) for the unit that holds the whole GroupConvExperts"
+        )
+
+
 def target_tensor(target: object, samples: Sequence[int] | None = None) -> Tensor:
     """``target`` if it is int64 of the samples' shape, by default ``[N]``; its values are not read."""
     if not isinstance(target, Tensor):

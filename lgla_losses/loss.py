@@ -355,7 +355,7 @@ class LGLALoss(ExpertLoss):
             sample_weight_tensor(sample_weight, samples)
         if (features is None) != (weight is None):
             raise ValueError("features, weight: expected both or neither, got one; Eq. 7 needs both")
-        if features is not None and weight is not None:
+        if features is not None and weight is not None and self.aaw:  # for nothing else are they read
             self._check_features(features, weight, samples)
         same_device(
             logits=first,
