@@ -1,0 +1,47 @@
+"""examples/train_class_parallel.py in miniature, on two ranks of torchrun."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from scripts import ROOT, load
+
+
+def torchrun(*options):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "examples"))),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = ROOT / "examples" / "train_class_parallel.py"
+    command = [*launcher, script, *map(str, options)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+
+@pytest.mark.parametrize("data_ranks", [1, 2])
+def test_it_learns(data_ranks):
+    done = torchrun("--classes", 301, "--steps", 60, "--data-ranks", data_ranks)
+    assert done.returncode == 0, done.stderr
+    assert f"301 classes, {151 if data_ranks == 1 else 301} of them on this rank" in done.stdout
+    first, last, hits = map(
+        float, re.search(r"loss (\S+) -> (\S+), .* accuracy (\S+) %", done.stdout).groups()
+    )
+    assert last < first / 2
+    assert hits > 20  # chance is 0.3 %
+
+
+def test_ranks_that_form_no_mesh_are_refused(monkeypatch, capsys):
+    script = load("examples/train_class_parallel.py")
+    for world_size, message in (
+        ("3", "--data-ranks: expected a number that divides 3 ranks"),
+        (None, "torchrun"),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", world_size) if world_size else monkeypatch.delenv("WORLD_SIZE")
+        with pytest.raises(SystemExit) as stopped:
+            script.main(["--data-ranks", "2"])
+        assert stopped.value.code == 2
+        assert message in " ".join(capsys.readouterr().err.split())
