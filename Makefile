@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint bench bench-gpu bench-layouts paper-smoke paper-cpu paper-gpu dist clean
+.PHONY: demo test test-slow lint bench bench-gpu bench-class-parallel bench-layouts paper-smoke paper-cpu paper-gpu dist clean
 .SECONDARY:
 
 demo: $(VENV)/.examples    ## train LGLA beside its baselines on long-tailed digits
@@ -22,6 +22,9 @@ lint: $(VENV)/.dev         ## style and types
 
 bench: $(VENV)/.bench      ## the losses beside their peers and the physical limit, on whatever device there is
 	$(RUN) benchmarks/losses.py
+
+bench-class-parallel: $(VENV)/.bench  ## classes spread over ranks: memory, numbers sent, time
+	$(RUN) benchmarks/class_parallel.py
 
 bench-layouts: $(VENV)/.bench  ## what grouped experts cost against independent ones
 	$(RUN) tests/torchvision_shim.py benchmarks/expert_layouts.py
@@ -45,13 +48,14 @@ paper-smoke: $(VENV)/.test  ## the paper's recipes in minutes on a CPU
 TINY ?= data/tiny_imagenet_lt_if100_32x32_jpeg.npz
 CIFAR10 ?= data/cifar10_jpeg.npz
 TABLE5 := table5_softmax table5_balms table5_cla table5_balms_aaw table5_lgla
+TABLE4 := table4_softmax_strong table4_balms_strong table4_lgla_strong
 TABLE1 := table1_cifar10_lt_if100_ic table1_cifar10_lt_if100_gc table1_cifar10_lt_if50_ic table1_cifar10_lt_if50_gc
 RECIPES := examples/paper
 RECORDS := benchmarks/results/paper
 ON_CPU = OMP_NUM_THREADS=1 $(RUN) tests/torchvision_shim.py examples/train_paper.py --records $(RECORDS)
 TINY_CPU := $(RECIPES)/data/tiny_imagenet_lt.toml $(RECIPES)/cpu.toml --set data=$(TINY) amp=bf16
 CIFAR_CPU := $(RECIPES)/cpu.toml --set data=$(CIFAR10) format=npz amp=bf16
-paper-cpu: $(VENV)/.test   ## what docs/results.md shows, in about four hours
+paper-cpu: $(VENV)/.test   ## what docs/results.md shows, in about six hours
 	for cell in $(TABLE5); do \
 		$(ON_CPU) --seeds 0 1 2 --name cifar10_cpu_$$cell $(RECIPES)/$$cell.toml $(RECIPES)/data/cifar10_lt.toml \
 			$(CIFAR_CPU) || exit 1; \
@@ -60,12 +64,18 @@ paper-cpu: $(VENV)/.test   ## what docs/results.md shows, in about four hours
 	for cell in $(TABLE1); do \
 		$(ON_CPU) --seeds 0 1 2 --name cifar10_cpu_$$cell $(RECIPES)/$$cell.toml $(CIFAR_CPU) || exit 1; \
 	done
+	for cell in $(TABLE4); do \
+		$(ON_CPU) --seeds 0 1 2 --name cifar10_cpu_$$cell $(RECIPES)/$$cell.toml $(RECIPES)/data/cifar10_lt.toml \
+			$(CIFAR_CPU) augment=cifar-strong || exit 1; \
+		$(ON_CPU) --seeds 0 1 2 --name tiny_cpu_$$cell $(RECIPES)/$$cell.toml $(TINY_CPU) augment=cifar-strong \
+			|| exit 1; \
+	done
 	for cell in figure7_k2 figure7_k3 figure7_k4 figure7_k5; do \
 		$(ON_CPU) --seeds 0 1 2 --name cifar10_cpu_$$cell $(RECIPES)/$$cell.toml \
 			$(RECIPES)/data/cifar10_lt.toml $(CIFAR_CPU) tau= || exit 1; \
 	done
-	for cell in figure6_four_experts figure3_linear; do \
-		$(ON_CPU) --name tiny_cpu_$$cell $(RECIPES)/$$cell.toml $(TINY_CPU) || exit 1; \
+	for cell in figure6_four_experts figure3_linear figure8_leaky; do \
+		$(ON_CPU) --seeds 0 1 2 --name tiny_cpu_$$cell $(RECIPES)/$$cell.toml $(TINY_CPU) || exit 1; \
 	done
 	$(ON_CPU) --seeds 0 1 2 --name tiny_cpu_tau_uniform $(RECIPES)/table5_lgla.toml $(TINY_CPU) tau=2.0 \
 		'column="tau = K - 1"' paper=
@@ -96,7 +106,7 @@ bench-gpu:                 ## the tests on CUDA, then every benchmark there
 	$(PYTHON) -c "from setuptools import setup; setup()" --quiet build_ext --inplace
 	$(PYTHON) -m pytest -m "not slow" tests/test_engines.py tests/test_triton.py tests/test_fused.py tests/test_linear.py \
 		tests/test_loss.py tests/test_weighting.py tests/test_precision.py tests/test_gradients.py tests/test_compile.py \
-		tests/test_baselines.py
+		tests/test_baselines.py tests/test_targets.py tests/test_monitor.py
 	$(PYTHON) benchmarks/losses.py --device cuda
 	$(PYTHON) benchmarks/expert_layouts.py --device cuda
 

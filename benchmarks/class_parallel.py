@@ -21,8 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from measure import commit, cpu_model, resident
-from rich.console import Console
-from rich.table import Table
 from torch.multiprocessing import get_context
 
 from lgla_losses import LinearLGLALoss
@@ -112,6 +110,20 @@ def run(num_ranks: int, options: argparse.Namespace) -> dict[str, Any]:
     return {name: max(figure[name] for figure in figures) for name in figures[0]}
 
 
+def markdown(record: dict[str, Any]) -> str:
+    """The table of the README."""
+    lines = [
+        "| loss | ranks | MB a rank | times R, over one process | numbers sent a rank | seconds a step |"
+    ]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    lines += [
+        f"| `{row['loss']}` | {row['ranks']} | {row['peak_mb']:.0f} | "
+        f"{row['memory_times_ranks_over_single']:.2f} | {row['numbers_sent']} | {row['seconds']:.2f} |"
+        for row in record["rows"]
+    ]
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table and write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -123,9 +135,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "class_parallel_cpu.json")
     options = parser.parse_args(arguments)
 
-    table = Table(title=f"{options.samples} x 3 x {options.classes}, d = {options.features}")
-    for column in ("loss", "ranks", "MB a rank", "of 1/R", "numbers sent", "seconds"):
-        table.add_column(column, justify="left" if column == "loss" else "right")
     rows: list[dict[str, Any]] = []
     for num_ranks in (0, *options.ranks):
         figures = run(num_ranks, options)
@@ -137,15 +146,6 @@ def main(arguments: list[str] | None = None) -> None:
             **figures,
         }
         rows.append(row)
-        table.add_row(
-            row["loss"],
-            str(row["ranks"]),
-            f"{row['peak_mb']:.0f}",
-            f"{row['memory_times_ranks_over_single']:.2f}",
-            str(row["numbers_sent"]),
-            f"{row['seconds']:.2f}",
-        )
-    Console(width=88).print(table)
     record = {
         "what": "forward + backward, float32, gloo, one thread a rank, all ranks on this machine, seed 0",
         "classes": options.classes,
@@ -162,6 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
         "rows": rows,
     }
     options.output.write_text(json.dumps(record, indent=2) + "\n")
+    print(markdown(record))
     print(f"record: {options.output}")
 
 

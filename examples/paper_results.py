@@ -147,6 +147,14 @@ def fusion_sweep(outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
     return rows
 
 
+def mean_of_seeds(sweeps: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of a fusion sweep, with the accuracies averaged over the seeds."""
+    return [
+        same[0] | {split: round(statistics.mean(row[split] for row in same), 2) for split in SPLITS}
+        for same in zip(*sweeps, strict=True)
+    ]
+
+
 def label_shift(outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Top-1 accuracy on test sets of other priors: as it is, and with priors assumed, fitted and true."""
     ensemble, target = outputs["logits"].float().mean(dim=1), outputs["target"]
@@ -199,8 +207,11 @@ def analyse(folder: Path, by_shots: bool) -> dict[str, Any]:
     seeds = [read_outputs(path) for path in sorted(folder.glob("seed*/outputs.npz"))]
     return {
         "label_shift": [label_shift(outputs) for outputs in seeds],
-        "fusion": fusion_sweep(seeds[0]) if by_shots else None,
-        "norms": [[round(float(v), 4) for v in expert] for expert in seeds[0]["norms"]],
+        "fusion": mean_of_seeds([fusion_sweep(outputs) for outputs in seeds]) if by_shots else None,
+        "norms": [
+            [round(float(v), 4) for v in expert]
+            for expert in torch.stack([outputs["norms"] for outputs in seeds]).mean(dim=0)
+        ],
         "class_counts": seeds[0]["class_counts"].tolist(),
     }
 

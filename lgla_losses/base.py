@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn, SupportsIndex
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lgla_losses import functional, fused
@@ -178,6 +179,8 @@ class ExpertLoss(nn.Module):
         if num_ranks > 1 and communicates and (self.aaw or self.reduction == "mean"):
             numbers = self.grouper.num_groups * (self.num_experts + 1) if self.aaw else 1
             tell_and_raise(problem, numbers, num_ranks, self.weighter.process_group, device)
+        if num_ranks > 1:
+            raise ValueError(f"rank {dist.get_rank()}: {problem}") from problem
         raise problem
 
     def _replicate_for_data_parallel(self) -> NoReturn:

@@ -138,7 +138,10 @@ class LinearLGLALoss(ExpertLoss):
         if not reduce:
             loss = self._reduced(loss, divisor)
         if readable:
-            self._check_loss(loss.detach())
+            try:
+                self._check_loss(loss.detach())
+            except ValueError as problem:  # too late to tell other ranks, which soon miss this one
+                self._refuse(problem, target.device, communicates=False)
         return loss
 
     def _check_values(self, features: Tensor, target: Tensor, sample_weight: Tensor | None) -> None:

@@ -123,3 +123,27 @@ def test_wrong_arguments_end_before_any_measuring():
     result = run("--device", "meta")
     assert result.returncode == 2
     assert "expected cpu or cuda" in result.stderr
+
+
+def test_class_parallel_ranks_share_memory_and_send_little(tmp_path):
+    """In miniature; memory is not asserted, as little of it is the loss's here."""
+    script, path = ROOT / "benchmarks" / "class_parallel.py", tmp_path / "record.json"
+    options = ["--classes", "300", "--samples", "8", "--features", "4", "--repeats", "1", "--ranks", "2"]
+    command = [sys.executable, script, *options, "--output", path]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    record = json.loads(path.read_text())
+    assert [(row["loss"], row["ranks"]) for row in record["rows"]] == [
+        ("LinearLGLALoss", 1),
+        ("ClassParallelLGLALoss", 2),
+    ]
+    # Angles and groups, three numbers a sample and expert, and the features' gradient.
+    assert [row["numbers_sent"] for row in record["rows"]] == [0, 8 * (3 + 1) + 3 * 8 * 3 + 8 * 3 * 4]
+
+
+def test_the_readmes_table_of_class_parallel_ranks_is_the_records():
+    record = json.loads((ROOT / "benchmarks" / "results" / "class_parallel_cpu.json").read_text())
+    assert load("benchmarks/class_parallel.py").markdown(record) in (ROOT / "README.md").read_text()
+    ranks = [row for row in record["rows"] if row["ranks"] > 1]
+    assert max(row["memory_times_ranks_over_single"] for row in ranks) < 1.2
+    assert len({row["numbers_sent"] for row in ranks}) == 1

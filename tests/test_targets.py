@@ -365,3 +365,17 @@ def test_references_of_groups_with_fractions_of_a_sample():
     torch.testing.assert_close(
         criterion(logits, target, sample_weight=quarter), 0.25 * criterion(logits, target), **EXACT
     )
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("backend", ["fused", "auto"])
+def test_every_device_agrees(device, backend, soft):
+    inputs = batch(5, 3, 4)
+    target = mixed(5, 3, 4) if soft else torch.randint(0, 6, (5, 3, 4))
+    sample_weight = torch.rand(5, 3, 4).double()
+    expected = call("cosine", *inputs, target, sample_weight=sample_weight)
+    criterion = LGLALoss(COUNTS, backend=backend).to(device)
+    leaf = inputs[0].to(device).requires_grad_()
+    loss = criterion(leaf, target.to(device), sample_weight=sample_weight.to(device))
+    loss.backward(torch.full((), 0.5, dtype=torch.float64, device=device))  # as ``call`` does for a scalar
+    assert_alike((loss.detach().cpu(), leaf.grad.cpu()), expected)
