@@ -157,8 +157,12 @@ def read_data(options: argparse.Namespace) -> tuple[ImageData, ImageData]:
         else:
             if options.train_list is None or options.val_list is None:
                 raise InputError(f"format {options.format}: expected train_list and val_list, got none")
-            read = read_list if options.format == "list" else read_inaturalist
-            train, val = (read(file, options.data) for file in (options.train_list, options.val_list))
+            if options.format == "list":
+                train = read_list(options.train_list, options.data)
+                val = read_list(options.val_list, options.data, max(train.targets) + 1)
+            else:
+                lists = options.train_list, options.val_list
+                train, val = (read_inaturalist(file, options.data) for file in lists)
         if options.imbalance_factor is not None:
             num_classes = max(train.targets) + 1
             largest = options.largest_class or train.targets.count(0)

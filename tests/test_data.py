@@ -384,6 +384,13 @@ def test_lists(root, tmp_path):
     assert data.classes is None
 
 
+def test_a_test_list_may_lack_classes(root, tmp_path):
+    (tmp_path / "test.txt").write_text("a b/2.png 1\n\na b/0.png 3")
+    assert read_list(tmp_path / "test.txt", root, num_classes=5).targets == [1, 3]
+    with pytest.raises(ValueError, match=r"test.txt, line 3: expected a class index 0..2, got 3"):
+        read_list(tmp_path / "test.txt", root, num_classes=3)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -439,7 +446,7 @@ def test_bad_inaturalist(root, tmp_path, content, message):
 
 
 def test_missing_files_say_what_to_put_where(root, tmp_path):
-    sources = r".*image-net.org.*Places365\(download=True\).*INaturalist\(version='2018', download=True\)"
+    sources = r".*image-net.org.*Places365\(small=True.*INaturalist\(version='2018', download=True\)"
     for read, content in ((read_list, "a.png 0"), (read_inaturalist, json.dumps(INATURALIST))):
         with pytest.raises(FileNotFoundError, match="nowhere: expected .* got none; put " + sources):
             read(tmp_path / "nowhere", root)

@@ -274,7 +274,7 @@ def test_test_classes_must_be_trained(tmp_path):
         f"data={tmp_path}", f"train_list={tmp_path / 'train.txt'}", f"val_list={tmp_path / 'val.txt'}",
         files=["table2_places_lt_ic.toml"],
     )  # fmt: skip
-    with pytest.raises(InputError, match=r"val\.txt: expected test classes that are trained, 0\.\.1, got 2"):
+    with pytest.raises(InputError, match=r"val\.txt, line 3: expected a class index 0\.\.1, got 2"):
         train_paper.read_data(options)
 
 

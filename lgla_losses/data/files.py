@@ -22,7 +22,8 @@ PACK = ("train_jpg", "train_off", "train_y", "test_jpg", "test_off", "test_y")
 #: Where the images come from that a list or a JSON file names.
 IMAGE_SOURCES = (
     "ImageNet's images come from image-net.org, those of Places365 by "
-    "torchvision.datasets.Places365(download=True), those of iNaturalist by "
+    "torchvision.datasets.Places365(small=True, download=True), with split='val' too, whose folder "
+    "data_256_standard is to be named data_256, those of iNaturalist by "
     "torchvision.datasets.INaturalist(version='2018', download=True), whose folder 2018 is to be named "
     "train_val2018"
 )
@@ -144,7 +145,9 @@ def read_cifar(
     return ImageData(cifar.data, cifar.targets, classes=cifar.classes)
 
 
-def read_list(list_file: str | os.PathLike[str], root: str | os.PathLike[str]) -> ImageData:
+def read_list(
+    list_file: str | os.PathLike[str], root: str | os.PathLike[str], num_classes: int | None = None
+) -> ImageData:
     """The images of a list file, as it is published for ImageNet-LT and Places-LT, or made for others.
 
     A line is a path and a class index; the path may contain spaces, empty lines are skipped. Images are
@@ -155,13 +158,16 @@ def read_list(list_file: str | os.PathLike[str], root: str | os.PathLike[str]) -
     Args:
         list_file: text in UTF-8.
         root: the folder that the paths start from.
+        num_classes: the classes of a test list, which may lack some; None means those of the list, which
+            lacks none.
 
     Returns:
         The images as paths, in the order of the lines.
 
     Raises:
         FileNotFoundError: the list, the folder or the first image is missing.
-        ValueError: a line is no path and class index, or a class of ``0..C-1`` has no line.
+        ValueError: a line is no path and class index, a class of ``0..C-1`` has no line, or one is not below
+            ``num_classes``.
     """
     list_file, root = Path(list_file), Path(root)
     if not list_file.is_file():
@@ -186,7 +192,11 @@ def read_list(list_file: str | os.PathLike[str], root: str | os.PathLike[str]) -
             largest = max(largest, (labels[-1], number))
     if not paths:
         raise ValueError(f"{list_file}: expected lines 'path label', got none")
-    absent = _absent(labels)
+    if num_classes is not None and largest[0] >= num_classes:
+        raise ValueError(
+            f"{list_file}, line {largest[1]}: expected a class index 0..{num_classes - 1}, got {largest[0]}"
+        )
+    absent = _absent(labels) if num_classes is None else []
     if absent:
         raise ValueError(
             f"{list_file}: expected every class 0..{largest[0]} (line {largest[1]}), got none of "
