@@ -307,7 +307,8 @@ def target_logits(experts: Sequence[Tensor], target: Tensor, ignore_index: int) 
 
     Args:
         experts: ``K`` tensors ``[N, C, ...]``.
-        target: class indices ``[N, ...]``, or probabilities ``[N, C, ...]``, of which those above 0 count.
+        target: class indices ``[N, ...]``, or probabilities ``[N, C, ...]``, which give the least and largest of
+            the logits where they are above 0.
         ignore_index: target of samples that count nothing.
     """
     soft = target.is_floating_point()
@@ -317,9 +318,13 @@ def target_logits(experts: Sequence[Tensor], target: Tensor, ignore_index: int) 
     for k, expert in enumerate(experts):
         if expert.numel() == 0:
             continue
-        own = (expert.detach() if soft else expert.detach().gather(1, index))[kept]
+        expert = expert.detach()
+        if soft:
+            own = torch.stack(torch.where(kept, expert, 0.0).aminmax())
+        else:
+            own = expert.gather(1, index)[kept]
         # The maximum carries NaN and +inf of the whole batch; -inf may mask other classes.
-        if not (own.isfinite().all() and expert.detach().amax() < float("inf")):
+        if not (own.isfinite().all() and expert.amax() < float("inf")):
             raise ValueError(
                 f"logits: expected no NaN or +inf, and no -inf on the target, got one from expert {k}; "
                 f"{WAY_OUT}"
