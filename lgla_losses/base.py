@@ -307,8 +307,8 @@ def target_logits(experts: Sequence[Tensor], target: Tensor, ignore_index: int) 
 
     Args:
         experts: ``K`` tensors ``[N, C, ...]``.
-        target: class indices ``[N, ...]``, or probabilities ``[N, C, ...]``, which give the least and largest of
-            the logits where they are above 0.
+        target: class indices ``[N, ...]``, or probabilities ``[N, C, ...]``, which give the least and the
+            largest of the logits where they are above 0.
         ignore_index: target of samples that count nothing.
     """
     soft = target.is_floating_point()
@@ -319,10 +319,7 @@ def target_logits(experts: Sequence[Tensor], target: Tensor, ignore_index: int) 
         if expert.numel() == 0:
             continue
         expert = expert.detach()
-        if soft:
-            own = torch.stack(torch.where(kept, expert, 0.0).aminmax())
-        else:
-            own = expert.gather(1, index)[kept]
+        own = torch.stack(torch.where(kept, expert, 0.0).aminmax()) if soft else expert.gather(1, index)[kept]
         # The maximum carries NaN and +inf of the whole batch; -inf may mask other classes.
         if not (own.isfinite().all() and expert.amax() < float("inf")):
             raise ValueError(
