@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 
-def run_ranks(worker, world_size, folder, timeout=240):
-    """Runs a script of tests/ once a rank, on gloo; every rank must end well and say that it agrees."""
+def run_ranks(worker, world_size, folder, *, exit_codes=True):
+    """Runs a script of tests/ once a rank, on gloo; every rank must say that it agrees, and end well."""
     script = Path(__file__).with_name(worker)
     ranks = [
         subprocess.Popen(
@@ -18,10 +18,10 @@ def run_ranks(worker, world_size, folder, timeout=240):
         for rank in range(world_size)
     ]
     try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in ranks]
+        outputs = [process.communicate(timeout=240)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()
     for rank, (process, output) in enumerate(zip(ranks, outputs, strict=True)):
-        assert process.returncode == 0, output
-        assert f"rank {rank} agrees" in output
+        assert f"rank {rank} agrees" in output, output
+        assert process.returncode == 0 or not exit_codes, output

@@ -60,7 +60,7 @@ def torchrun(kind, data, *options):
     )
 
 
-@pytest.mark.parametrize("kind", ["images", "ddp"])
+@pytest.mark.parametrize("kind", ["images", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_one_left_alone(kind, data, tmp_path):
     """By SIGKILL at random moments and while a checkpoint is written; one process, and two ranks."""
     status, output, _ = run([ROOT / "tests" / "faults_worker.py", kind, data, tmp_path])
@@ -76,6 +76,7 @@ def test_a_rank_that_dies_ends_the_job(data):
     assert not (data.parent / "run" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_job_when_the_others_lose_patience(data):
     status, output, seconds = torchrun("hangs", data, "--timeout", 5)
     assert status != 0

@@ -4,13 +4,13 @@ import copy
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import run_ranks
 from torchmetrics import MetricCollection
 
 from lgla_losses.metrics import ShotAccuracy
@@ -138,24 +138,7 @@ def test_in_a_collection():
 
 def test_ranks_are_counted_together(tmp_path):
     """Two processes on gloo, of which the last has no sample."""
-    worker = Path(__file__).with_name("metrics_worker.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, worker, str(rank), "2", tmp_path / "store"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    for rank, (process, output) in enumerate(zip(ranks, outputs, strict=True)):
-        assert process.returncode == 0, output
-        assert f"rank {rank} agrees" in output
+    run_ranks("metrics_worker.py", 2, tmp_path)
 
 
 def test_without_torchmetrics_the_error_says_what_to_install():
