@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--batch-size", type=number(int, 1), default=64, help="samples of a step and device")
     add("--lr", type=number(float, 0), default=0.1, help="highest learning rate")
     add("--devices", default="auto", help="Lightning's: how many, or auto")
-    add("--strategy", default="auto", help="Lightning's: ddp, fsdp, ...")
+    add("--strategy", default="auto", help="Lightning's, ddp say")
     add("--log-every", type=number(int, 1), default=5, help="steps from one log to the next")
     add("--log-dir", type=Path, default=Path("runs/train_lightning"), help="checkpoints and curves")
     add("--resume", action="store_true", help="continue the run in --log-dir")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lgla_losses import functional, fused
 from lgla_losses.adjustment import CLALogitAdjuster, check_tau
 from lgla_losses.checks import (
+    WAY_OUT,
     finite_float,
     floating_tensor,
     gathered_weight,
@@ -32,11 +33,6 @@ if TYPE_CHECKING:
 ADJUSTMENTS = ("lgla", "softmax", "balanced", "logit")
 BACKENDS = ("auto", "reference", "fused", "triton")
 REDUCTIONS = ("mean", "sum", "none")
-#: What to do about numbers that are not finite.
-WAY_OUT = (
-    "lower the learning rate, clip gradients, or look for a division by zero upstream "
-    "(validate_args=False skips this check)"
-)
 
 
 class ExpertLoss(nn.Module):
@@ -86,8 +82,6 @@ class ExpertLoss(nn.Module):
         )
         self.validate_args = validate_args
         self.backend = runnable_backend(backend)
-        grouper = self.adjuster.grouper
-        self._digest = digest_of([grouper.class_counts, grouper.group_index, self.adjuster.table])
         self._compared = False
 
     @property
@@ -137,19 +131,22 @@ class ExpertLoss(nn.Module):
                 self.weighter.check_values(source, target)
             except ValueError as problem:
                 self._refuse(problem, target.device)
-        note = self._note(target)
         if engine is not None and sample_weight is None and self.weighter.is_plain():
             if not torch.compiler.is_compiling():
-                return self.weighter.of_batch(
+                note = self._note(target)
+                found = self.weighter.of_batch(
                     source, target, scale=scale, engine=engine, check=check, note=note
                 )
+                self._compared |= note.digest > 0
+                return found
             if num_ranks == 1 and not values_readable(target, self.validate_args):
                 grouper, ignore_index = self.weighter.grouper, self.ignore_index
                 return fused.compiled_weights(source, target, grouper, scale, ignore_index, self.backend)
         if scale is not None:
             source = functional.angles_from_logits(source, self._own_class(target), scale)
-        local = self.weighter.local_statistics(source, target, sample_weight)
-        statistics = self.weighter.sum_over_ranks(local, note)
+        statistics = self._sum_over_ranks(
+            self.weighter.local_statistics(source, target, sample_weight), target
+        )
         weights = self.weighter(source, target, statistics)
         if sample_weight is not None:
             weights = weights * sample_weight[:, None].to(weights.dtype)
@@ -160,23 +157,36 @@ class ExpertLoss(nn.Module):
         samples = samples.to(functional.widest_dtype(samples.device))
         return torch.where(samples > 0, samples, 1) / self.weighter.num_ranks()
 
-    def _note(self, target: Tensor) -> Note:
-        """What this rank tells the others: in the first step, what constants it holds.
+    def _sum_over_ranks(self, values: Tensor, target: Tensor) -> Tensor:
+        """The sum of a step's numbers, with what the ranks tell each other beside them."""
+        note = self._note(target)
+        total = self.weighter.sum_over_ranks(values.to(functional.widest_dtype(values.device)), note)
+        self._compared |= note.digest > 0
+        return total
 
-        On a GPU that step waits for it, once, unless it is recorded.
+    def _compares(self, target: Tensor) -> bool:
+        """Whether the ranks compare their constants in this step: the first that all of them end well.
+
+        On a GPU that step waits for it, once, unless it is recorded; compiled steps compare nothing.
         """
-        if torch.compiler.is_compiling() or self.weighter.num_ranks() == 1:
-            return Note()
-        readable = values_readable(target, self.validate_args)
+        if self._compared or self.validate_args is False or torch.compiler.is_compiling():
+            return False
         recorded = target.is_cuda and torch.cuda.is_current_stream_capturing()
-        first = not self._compared and not recorded and self.validate_args is not False
-        self._compared = True
-        return Note(self._digest if first else 0, readable or first)
+        return self.weighter.num_ranks() > 1 and not recorded
+
+    def _note(self, target: Tensor) -> Note:
+        """What this rank tells the others: in the first step, what constants it holds."""
+        if self._compares(target):
+            options = [self.scale or 0.0, self.label_smoothing, float(self.ignore_index)]
+            grouper = self.grouper
+            constants = grouper.class_counts, grouper.group_index, self.adjuster.table, torch.tensor(options)
+            return Note(digest_of(constants), read=True)
+        return Note(read=values_readable(target, self.validate_args))
 
     def _refuse(self, problem: ValueError, device: torch.device, communicates: bool = True) -> NoReturn:
         """Raise for bad values of this rank; other ranks that wait for its numbers are told."""
         num_ranks = self.weighter.num_ranks()
-        if num_ranks > 1 and communicates and (self.aaw or self.reduction == "mean"):
+        if num_ranks > 1 and communicates:
             numbers = self.grouper.num_groups * (self.num_experts + 1) if self.aaw else 1
             tell_and_raise(problem, numbers, num_ranks, self.weighter.process_group, device)
         if num_ranks > 1:
@@ -199,16 +209,20 @@ class ExpertLoss(nn.Module):
         sample_weight: Tensor | None = None,
     ) -> Tensor | None:
         """What the sum over the batch is divided by: by default the samples not ignored, a rank's share."""
+        if samples is None and self._communicates(target, normalizer):
+            counts = target != self.ignore_index
+            if sample_weight is not None:
+                counts = counts * sample_weight.to(functional.widest_dtype(sample_weight.device))
+            samples = self._samples_a_rank(self._sum_over_ranks(counts.sum(), target))
         if self.reduction != "mean":
             return None
         if normalizer is not None:
             return torch.as_tensor(normalizer, dtype=dtype, device=target.device)
-        if samples is None:
-            counts = target != self.ignore_index
-            if sample_weight is not None:
-                counts = counts * sample_weight.to(functional.widest_dtype(sample_weight.device))
-            samples = self._samples_a_rank(self.weighter.sum_over_ranks(counts.sum(), self._note(target)))
-        return samples.to(dtype)
+        return None if samples is None else samples.to(dtype)
+
+    def _communicates(self, target: Tensor, normalizer: float | Tensor | None) -> bool:
+        """Whether this step's samples are counted over the ranks, or their constants compared."""
+        return self.aaw or (self.reduction == "mean" and normalizer is None) or self._compares(target)
 
     def _reduced(self, losses: Tensor, divisor: Tensor | None) -> Tensor:
         """The losses ``[N]`` as ``reduction`` says."""

@@ -16,13 +16,14 @@ class ConstantBuffers(nn.Module):
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        return super()._apply(lambda t: _move(t, fn), recurse)  # type: ignore[no-untyped-call, no-any-return]
+        return super()._apply(lambda t: moved(t, fn), recurse)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _move(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+def moved(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Where ``fn`` takes the buffer, but in its own precision."""
     try:
-        moved = fn(buffer)
+        there = fn(buffer)
     except TypeError:
         # Apple's MPS has no float64; float32 is the full precision there.
         return fn(buffer.float())
-    return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+    return there if there.dtype == buffer.dtype else buffer.to(there.device)

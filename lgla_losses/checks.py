@@ -12,6 +12,12 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
+#: What to do about numbers that are not finite.
+WAY_OUT = (
+    "lower the learning rate, clip gradients, or look for a division by zero upstream "
+    "(validate_args=False skips this check)"
+)
+
 
 def describe(value: object) -> str:
     """A short text of what came, for the "got" part of an error."""
@@ -75,7 +81,8 @@ def gathered_weight(weight: Tensor) -> None:
         type(weight) in (Tensor, torch.nn.Parameter)
         and not torch._C._functorch.is_functorch_wrapped_tensor(weight)
         and not weight.is_meta
-        and weight.numel() > 0 == weight.untyped_storage().size()
+        and weight.numel() > 0
+        and weight.untyped_storage().size() == 0
     )
     if sharded or freed:
         raise ValueError(
@@ -178,6 +185,13 @@ def values_readable(tensor: Tensor, validate_args: bool | None) -> bool:
     if validate_args is None:
         return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
     return validate_args
+
+
+def finite_tensors(**tensors: Tensor | None) -> None:
+    """No NaN and no infinity; reads the values."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.isfinite().all():
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity; {WAY_OUT}")
 
 
 def target_values(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:

@@ -17,6 +17,24 @@ if TYPE_CHECKING:
 _BAD = 1 << 40
 
 
+class RanksOf:
+    """A process group that a module holds: copies of the module share it, as a group cannot be copied."""
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, object]) -> RanksOf:
+        return self
+
+    def __reduce__(self) -> tuple[type[RanksOf], tuple[None]]:
+        if self.group is not None:
+            raise TypeError(
+                "process_group: expected a loss of all ranks (None) to pickle, got one with a group, which "
+                "belongs to this process; save the state_dict and construct the loss anew"
+            )
+        return RanksOf, (None,)
+
+
 class Note(NamedTuple):
     """What a rank tells the others beside its numbers, in one number more.
 
@@ -30,12 +48,12 @@ class Note(NamedTuple):
 
 
 def digest_of(constants: Iterable[Tensor]) -> int:
-    """A number of 24 bits that differs, in all likelihood, where one of the tensors differs."""
+    """A positive number of 24 bits that differs, in all likelihood, where one of the tensors differs."""
     digest = 0
     for tensor in constants:
         if not tensor.is_meta:
             digest = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), digest)
-    return digest & 0xFFFFFF
+    return max(1, digest & 0xFFFFFF)
 
 
 def ranks_to_sync(sync: bool, process_group: ProcessGroup | None) -> int:
@@ -43,7 +61,12 @@ def ranks_to_sync(sync: bool, process_group: ProcessGroup | None) -> int:
 
     Without gradients, as in validation on one rank, nothing may wait for other ranks.
     """
-    if not (sync and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
+    return group_size(process_group) if sync and torch.is_grad_enabled() else 1
+
+
+def group_size(process_group: ProcessGroup | None) -> int:
+    """Number of ranks of a group that holds this one; 1 outside distributed training."""
+    if not (dist.is_available() and dist.is_initialized()):
         return 1
     num_ranks = dist.get_world_size(process_group)
     if num_ranks < 1:
@@ -68,7 +91,7 @@ def sum_over_ranks(
     packed = torch.cat([values.flatten(), values.new_full((1,), note.digest)])
     dist.all_reduce(packed, group=process_group)
     if note.read and packed[-1] != num_ranks * note.digest:
-        _explain(packed[-1] >= _BAD, note.digest, num_ranks, process_group, values)
+        explain(packed[-1] >= _BAD, note.digest, num_ranks, process_group, values)
     return packed[:-1].view_as(values)
 
 
@@ -88,9 +111,10 @@ def tell_and_raise(
     raise ValueError(f"rank {dist.get_rank()}: {problem}") from problem
 
 
-def _explain(
-    bad: Tensor, digest: int, num_ranks: int, process_group: ProcessGroup | None, like: Tensor
+def explain(
+    bad: bool | Tensor, digest: int, num_ranks: int, process_group: ProcessGroup | None, like: Tensor
 ) -> NoReturn:
+    """Raise on a rank that has no bad values itself; on all such ranks alike."""
     digests = gather_number(digest, num_ranks, process_group, like)
     ranks = dist.get_process_group_ranks(process_group)
     if bad:
@@ -101,9 +125,9 @@ def _explain(
         )
     named = [rank for rank, value in zip(ranks, digests, strict=True) if value != digests[0]]
     raise ValueError(
-        "class_counts, adjustment: expected the same class counts, groups and adjustments on all ranks, got "
-        f"others on rank {', '.join(map(str, named))} than on rank {ranks[0]}; construct the loss from the "
-        "same class counts and arguments everywhere"
+        "class_counts, adjustment: expected the same class counts, groups, adjustments and options on all "
+        f"ranks, got others on rank {', '.join(map(str, named))} than on rank {ranks[0]}; construct the loss "
+        "from the same class counts and arguments everywhere"
     )
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from lgla_losses import functional, fused
-from lgla_losses.base import WAY_OUT, ExpertLoss
-from lgla_losses.buffers import ConstantBuffers
+from lgla_losses.base import ExpertLoss
+from lgla_losses.buffers import moved
 from lgla_losses.checks import (
+    WAY_OUT,
+    finite_tensors,
     floating_tensor,
     normalizer_value,
     same_device,
@@ -23,11 +25,14 @@ from lgla_losses.checks import (
 )
 from lgla_losses.collectives import (
     Note,
+    RanksOf,
     digest_of,
     gather_number,
+    group_size,
     ranks_to_sync,
     refuse_data_parallel,
     sum_over_ranks,
+    tell_and_raise,
 )
 from lgla_losses.linear import add_product, as_autocast_would, chunks_of, directions, through_directions_
 
@@ -35,9 +40,12 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _SAME_SAMPLES = (
-    "give these ranks the same batches (a sampler by the data-parallel rank, not by the rank), and split the "
-    "batch over data_group"
+    "give these ranks the same batches (a sampler by the data-parallel rank, not by the rank) and the same "
+    "random numbers for dropout, and split the batch over data_group"
 )
+
+#: How far the sketches of the same features may be apart, in their lengths: ranks may round otherwise.
+_SAME_FEATURES = 0.02
 
 __all__ = ["ClassParallelLGLALoss", "class_shard"]
 
@@ -53,7 +61,7 @@ def class_shard(num_classes: int, rank: int, num_ranks: int) -> slice:
     return slice(min(rank * size, num_classes), min((rank + 1) * size, num_classes))
 
 
-class ClassParallelLGLALoss(ConstantBuffers):
+class ClassParallelLGLALoss(nn.Module):
     r"""The LGLA loss of classifiers whose classes are spread over ranks.
 
     Equal to :class:`~lgla_losses.LinearLGLALoss` in one process, in loss and gradients. Features and
@@ -68,7 +76,9 @@ class ClassParallelLGLALoss(ConstantBuffers):
     ``data_group``: on a device mesh of two dimensions, data and classes, a batch is split along the
     first, and reference angles and ``"mean"`` are over all of it.
 
-    Class counts and adjustments are kept for the rank's own classes only, and so is its ``state_dict``.
+    Class counts and adjustments are kept for the rank's own classes only. They are no buffers, as
+    DistributedDataParallel would send those of rank 0 to all, and a checkpoint hold those of one rank:
+    construct the loss from the same counts again. Construct it after ``init_process_group``.
 
     Source: Tao et al., ICCV 2023, Eq. 9.
 
@@ -93,8 +103,9 @@ class ClassParallelLGLALoss(ConstantBuffers):
 
     Raises:
         TypeError: an argument is of a wrong type.
-        ValueError: an argument is out of range, shapes or devices do not fit, or, on all ranks alike where
-            values may be read, targets differ between the ranks, or a rank's logits are not finite.
+        ValueError: an argument is out of range, or shapes or devices do not fit; and, on all ranks that share
+            the classes alike, where values may be read: targets or features differ between them, or a rank
+            has bad values. In the first step: they were constructed from other arguments.
 
     Shape:
         - features: ``[N, K, d]``
@@ -109,10 +120,6 @@ class ClassParallelLGLALoss(ConstantBuffers):
         >>> weight = torch.randn(3, 3, 16, requires_grad=True)
         >>> criterion(features, weight, torch.arange(8) % 3).backward()
     """
-
-    class_counts: Tensor
-    group_index: Tensor
-    table: Tensor
 
     def __init__(
         self,
@@ -135,29 +142,41 @@ class ClassParallelLGLALoss(ConstantBuffers):
             )
         whole = ExpertLoss(class_counts, num_experts, tau, scale=scale, **options)
         grouper, table = whole.grouper, whole.adjuster.table
-        self.process_group, self.data_group = process_group, data_group
+        self._ranks, self._data_ranks = RanksOf(process_group), RanksOf(data_group)
         self.num_classes, self.num_experts = whole.num_classes, whole.num_experts
         self.num_groups = grouper.num_groups
         self.scale, self.aaw, self.reduction = whole.scale, whole.aaw, whole.reduction
         self.ignore_index, self.label_smoothing = whole.ignore_index, whole.label_smoothing
         self.sync, self.validate_args = whole.weighter.sync, whole.validate_args
+        self.num_ranks, self.rank = self._place()
         self.classes = class_shard(whole.num_classes, self.rank, self.num_ranks)
         # Copies, so that the other ranks' classes take no memory.
-        self.register_buffer("class_counts", grouper.class_counts[self.classes].clone())
-        self.register_buffer("group_index", grouper.group_index[self.classes].clone())
-        self.register_buffer("table", table[:, self.classes].clone())
-        self._digest = digest_of([grouper.class_counts, grouper.group_index, table])
+        self.class_counts = grouper.class_counts[self.classes].clone()
+        self.group_index = grouper.group_index[self.classes].clone()
+        self.table = table[:, self.classes].clone()
+        numbers = torch.tensor([self.scale or 0.0, self.label_smoothing, float(self.ignore_index)])
+        self._digest = digest_of([grouper.class_counts, grouper.group_index, table, numbers])
         self._compared = False
 
     @property
-    def num_ranks(self) -> int:
-        """Number of ranks that share the classes; 1 outside distributed training."""
-        return dist.get_world_size(self.process_group) if _in_distributed_training() else 1
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks that share the classes; None means all."""
+        return self._ranks.group
 
     @property
-    def rank(self) -> int:
-        """The number of this rank among them."""
-        return dist.get_rank(self.process_group) if _in_distributed_training() else 0
+    def data_group(self) -> ProcessGroup | None:
+        """The ranks that share the batch, or None."""
+        return self._data_ranks.group
+
+    def _place(self) -> tuple[int, int]:
+        """Number of ranks that share the classes, and the number of this one among them."""
+        num_ranks = group_size(self.process_group)
+        return num_ranks, dist.get_rank(self.process_group) if num_ranks > 1 else 0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for name in ("class_counts", "group_index", "table"):
+            setattr(self, name, moved(getattr(self, name), fn))
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def forward(
         self,
@@ -181,13 +200,18 @@ class ClassParallelLGLALoss(ConstantBuffers):
         bias = None if bias is None else self._own_part("bias", bias)
         self._check_inputs(features, weight, target, bias)
         normalizer_value(normalizer, self.reduction, self.validate_args)
+        if isinstance(normalizer, Tensor) and normalizer.requires_grad:
+            raise ValueError(
+                "normalizer: expected a number without gradient, got one that wants it; detach it"
+            )
         readable = values_readable(features, self.validate_args)
-        if readable:
-            target_values(target, self.num_classes, self.ignore_index)
-            if not features.isfinite().all():
-                raise ValueError(f"features: expected finite numbers, got NaN or infinity; {WAY_OUT}")
         num_data_ranks = 1 if self.data_group is None else ranks_to_sync(self.sync, self.data_group)
-        note = self._compare_once(target, num_data_ranks, readable)
+        counts = self.reduction == "mean" and normalizer is None
+        # What the ranks that share the batch wait for.
+        numbers = self.num_groups * (self.num_experts + 1) if self.aaw else int(counts)
+        if readable:
+            self._agree(features, target, numbers if num_data_ranks > 1 else 0, num_data_ranks)
+        note = self._compare_once(target, readable)
 
         place, size = target - self.classes.start, len(self.class_counts)
         own = _Own(place.clamp(0, max(size - 1, 0)), (place >= 0) & (place < size))
@@ -197,9 +221,10 @@ class ClassParallelLGLALoss(ConstantBuffers):
             local = functional.aaw_statistics(angles, group, self.num_groups)
             statistics = sum_over_ranks(local, num_data_ranks, self.data_group, note)
             weights, samples = functional.aaw_weights(angles, group, statistics), statistics[:, -1].sum()
-        elif self.reduction == "mean" and normalizer is None:
-            count = (target != self.ignore_index).sum()
+        elif counts:
+            count = (target != self.ignore_index).sum().to(functional.widest_dtype(target.device))
             samples = sum_over_ranks(count, num_data_ranks, self.data_group, note)
+        self._compared |= note.digest > 0  # by all ranks, now that the sums are done
         features, weight, bias = as_autocast_would(features, weight, bias)
         if weight.dtype != features.dtype:
             raise ValueError(
@@ -209,12 +234,15 @@ class ClassParallelLGLALoss(ConstantBuffers):
         divisor = None
         if self.reduction == "mean":
             if normalizer is None and samples is not None:
-                normalizer = samples.clamp(min=1).to(functional.widest_dtype(target.device)) / num_data_ranks
+                normalizer = samples.clamp(min=1) / num_data_ranks
             dtype = functional.compute_dtype(features.dtype)
             divisor = torch.as_tensor(normalizer, dtype=dtype, device=target.device)
         problem = _ClassParallel(self, target, own, weights, divisor, readable)
-        losses: Tensor = _Differentiable.apply(problem, features, weight, bias)  # type: ignore[no-untyped-call]
-        return losses
+        inputs = features, weight, bias
+        if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
+            loss: Tensor = _Differentiable.apply(problem, *inputs)  # type: ignore[no-untyped-call]
+            return loss
+        return problem.reduced(problem.run(inputs, (False, False, False))[0])
 
     def _own_part(self, name: str, tensor: Tensor) -> Tensor:
         """A ``DTensor``'s part on this rank, or the tensor itself."""
@@ -248,9 +276,15 @@ class ClassParallelLGLALoss(ConstantBuffers):
             if self.scale is not None:
                 raise ValueError(f"bias: expected None with scale={self.scale}: cosine classifiers have none")
         same_device(features=features, target=target, weight=weight, bias=bias, criterion=self.table)
+        if self._place() != (self.num_ranks, self.rank):
+            raise ValueError(
+                f"process_group: expected this to be rank {self.rank} of {self.num_ranks}, as when the loss "
+                f"was constructed, got rank {self._place()[1]} of {self._place()[0]}; construct it after "
+                "init_process_group"
+            )
 
-    def _compare_once(self, target: Tensor, num_data_ranks: int, readable: bool) -> Note:
-        """In the first step: the ranks have the same constants, and those of a group as many samples.
+    def _compare_once(self, target: Tensor, readable: bool) -> Note:
+        """In the first step: the ranks have the same constants.
 
         Returns:
             What goes to the data-parallel ranks with the step's own numbers.
@@ -258,17 +292,45 @@ class ClassParallelLGLALoss(ConstantBuffers):
         recorded = target.is_cuda and torch.cuda.is_current_stream_capturing()
         if self._compared or recorded or self.validate_args is False:
             return Note(read=readable)
-        self._compared = True
+        note = Note(self._digest, read=True)
         if self.num_ranks > 1:
-            note = Note(self._digest, read=True)
             sum_over_ranks(target.new_zeros(1), self.num_ranks, self.process_group, note)
-            sizes = gather_number(len(target), self.num_ranks, self.process_group, target)
-            if len(set(sizes)) > 1:
-                raise ValueError(
-                    "features, target: expected the same samples on all ranks that share the classes, got "
-                    f"{sizes} samples on its ranks; {_SAME_SAMPLES}"
-                )
-        return Note(self._digest if num_data_ranks > 1 else 0, read=True)
+        return note
+
+    def _agree(self, features: Tensor, target: Tensor, numbers: int, num_data_ranks: int) -> None:
+        """Raise on all ranks that share the classes if one has bad values, or another number of samples.
+
+        And on those that share the batch, which wait for so many numbers.
+        """
+        problem = None
+        try:
+            target_values(target, self.num_classes, self.ignore_index)
+            finite_tensors(features=features)
+        except ValueError as error:
+            problem = error
+        found = [-1 if problem else len(target)]
+        if self.num_ranks > 1:
+            found = gather_number(found[0], self.num_ranks, self.process_group, target)
+        if problem is None and min(found) < 0:
+            bad = [rank for rank, number in zip(self._global_ranks(), found, strict=True) if number < 0]
+            problem = ValueError(
+                "features, target: expected finite features and valid targets on all ranks, got others on "
+                f"rank {', '.join(map(str, bad))}, whose own error says which"
+            )
+        elif problem is None and len(set(found)) > 1:
+            problem = ValueError(
+                "features, target: expected the same samples on all ranks that share the classes, got "
+                f"{found} samples on its ranks; {_SAME_SAMPLES}"
+            )
+        if problem is not None and numbers:
+            tell_and_raise(problem, numbers, num_data_ranks, self.data_group, target.device)
+        if problem is not None and self.num_ranks > 1:
+            raise ValueError(f"rank {dist.get_rank()}: {problem}") from problem
+        if problem is not None:
+            raise problem
+
+    def _global_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.process_group) if self.num_ranks > 1 else [0]
 
     def _angles(self, features: Tensor, weight: Tensor, target: Tensor, own: _Own) -> tuple[Tensor, Tensor]:
         """The angles of Eq. 7 ``[N, K]``, and the groups of the samples ``[N]``, -1 for ignored ones.
@@ -296,10 +358,6 @@ class ClassParallelLGLALoss(ConstantBuffers):
             f"classes={self.classes.start}..{self.classes.stop - 1} of {self.num_classes}, aaw={self.aaw}, "
             f"scale={self.scale}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}"
         )
-
-
-def _in_distributed_training() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 class _Own(NamedTuple):
@@ -367,7 +425,9 @@ class _ClassParallel(NamedTuple):
                     if known:
                         shares = logits.sub_(log_sums[rows, k, None]).exp_()
                     else:
-                        shares, log_sums[rows, k], entropy = self._exchange(logits, own, self.target[rows])
+                        shares, log_sums[rows, k], entropy = self._exchange(
+                            logits, own, self.target[rows], features[rows, k]
+                        )
                         losses[rows] += entropy if self.weights is None else self.weights[rows, k] * entropy
                     if not any(wanted):
                         continue
@@ -395,7 +455,9 @@ class _ClassParallel(NamedTuple):
             factor = factor / self.divisor
         return factor.masked_fill((self.target == self.loss.ignore_index)[:, None], 0.0)
 
-    def _exchange(self, logits: Tensor, own: _Own, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _exchange(
+        self, logits: Tensor, own: _Own, target: Tensor, features: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Of one expert's logits ``[n, C_r]`` the probabilities, in the logits' memory.
 
         And ``[n]`` each, over all classes: the logarithms of the sums of exponentials, the cross entropies.
@@ -408,10 +470,12 @@ class _ClassParallel(NamedTuple):
             own_logit = torch.where(own.mask, found, 0.0)
             peak = logits.amax(dim=1, keepdim=True)
             peak = torch.where(peak == -torch.inf, 0.0, peak)
-        total = [logits.sum(dim=1)] if smoothing else []
+        told = [logits.sum(dim=1)] if smoothing else []
+        if self.readable:
+            told += [target.to(logits.dtype), *_sketch(features)]
         shares = logits.sub_(peak).exp_()
         log_sum = peak[:, 0] + shares.sum(dim=1).log()
-        mine = torch.stack([log_sum, own_logit, own.mask.to(log_sum.dtype), *total])
+        mine = torch.stack([log_sum, own_logit, *told])
         every = mine[None]
         if loss.num_ranks > 1:
             every = mine.new_empty(loss.num_ranks, *mine.shape)
@@ -421,28 +485,30 @@ class _ClassParallel(NamedTuple):
         log_sum, own_logit = every[:, 0].logsumexp(dim=0), every[:, 1].sum(dim=0)
         entropy = (1 - smoothing) * (log_sum - own_logit)
         if smoothing:
-            entropy = entropy + smoothing * (log_sum - every[:, 3].sum(dim=0) / loss.num_classes)
+            entropy = entropy + smoothing * (log_sum - every[:, 2].sum(dim=0) / loss.num_classes)
         return shares.mul_((peak - log_sum[:, None]).exp()), log_sum, entropy
 
     def _check_exchanged(self, every: Tensor, target: Tensor) -> None:
+        targets, sketches, lengths = every[:, -3], every[:, -2], every[:, -1]
+        others = (sketches - sketches[0]).abs() > _SAME_FEATURES * lengths.amax(dim=0)
+        if (targets != targets[0]).any() or others.any():
+            raise ValueError(
+                "features, target: expected the same on all ranks that share the classes, got other "
+                f"{'features' if others.any() else 'targets'} on some; {_SAME_SAMPLES}"
+            )
         kept = target != self.loss.ignore_index
-        log_sum, own_logit, owners = every[:, 0, kept], every[:, 1, kept], every[:, 2, kept]
-        bad = log_sum.isnan() | (log_sum == torch.inf) | ~own_logit.isfinite()
-        bad = bad.any(dim=1)
+        log_sum, own_logit = every[:, 0, kept], every[:, 1, kept]
+        bad = (log_sum.isnan() | (log_sum == torch.inf) | ~own_logit.isfinite()).any(dim=1)
         if bad.any():
-            ranks = [0]
-            if _in_distributed_training():
-                ranks = dist.get_process_group_ranks(self.loss.process_group)
-            named = ", ".join(str(rank) for rank, b in zip(ranks, bad.tolist(), strict=True) if b)
+            named = [str(r) for r, b in zip(self.loss._global_ranks(), bad.tolist(), strict=True) if b]
             raise ValueError(
                 "weight, bias: expected finite logits on the targets, no NaN or +inf elsewhere, got others "
-                f"on rank {named}; {WAY_OUT}"
+                f"on rank {', '.join(named)}; {WAY_OUT}"
             )
-        if (owners.sum(dim=0) != 1).any():
-            raise ValueError(
-                "target: expected the same class indices on all ranks that share the classes, got others; "
-                f"{_SAME_SAMPLES}"
-            )
+
+    def reduced(self, losses: Tensor) -> Tensor:
+        """The losses ``[N]`` as ``reduction`` says."""
+        return losses if self.loss.reduction == "none" else fused.total(losses, self.divisor)
 
     def _logit_gradient(self, shares: Tensor, own: _Own, factor: Tensor) -> Tensor:
         """That of one expert's logits ``[n, C_r]``, in the memory of its probabilities."""
@@ -456,6 +522,13 @@ class _ClassParallel(NamedTuple):
         return shares.mul_(factor).scatter_(1, own.place[:, None], at_own)
 
 
+def _sketch(features: Tensor) -> tuple[Tensor, Tensor]:
+    """A number of features ``[n, d]`` by which ranks tell whether theirs are the same, and their length."""
+    exact = features.to(functional.compute_dtype(features.dtype))
+    direction = torch.arange(exact.shape[1], dtype=exact.dtype, device=exact.device).cos()
+    return exact @ direction, torch.linalg.vector_norm(exact, dim=1)
+
+
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: _ClassParallel, *inputs: Tensor | None) -> Tensor:
@@ -463,8 +536,9 @@ class _Differentiable(torch.autograd.Function):
         at_once = reduction != "none" and not any(v is not None and v.dtype == torch.float16 for v in inputs)
         losses, log_sums, gradients = problem.run(inputs, [w and at_once for w in wanted])
         ctx.problem, ctx.gradients = problem, gradients if at_once else None
-        ctx.save_for_backward(log_sums, *inputs)
-        return losses if reduction == "none" else fused.total(losses, problem.divisor)
+        # Saved, so that a change of any before backward raises there.
+        ctx.save_for_backward(log_sums, problem.target, problem.weights, problem.divisor, *inputs)
+        return problem.reduced(losses)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -474,7 +548,7 @@ class _Differentiable(torch.autograd.Function):
                 "LinearLGLALoss has one"
             )
         problem, wanted = ctx.problem, ctx.needs_input_grad[1:]
-        log_sums, *inputs = ctx.saved_tensors
+        log_sums, _, _, _, *inputs = ctx.saved_tensors
         # From now on they are the caller's; a second backward computes its own.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None:

@@ -24,6 +24,7 @@ __all__ = [
     "aaw_weights",
     "angles_from_features",
     "angles_from_logits",
+    "angles_of",
     "cla_margin",
     "cla_table",
     "compute_dtype",
@@ -176,7 +177,13 @@ def angles_from_logits(logits: Tensor | Sequence[Tensor], target: Tensor, scale:
         rounds beyond 1 is clamped.
     """
     own = torch.cat([v.detach().gather(1, target[:, None]) for v in expert_logits(logits)], dim=1)
-    return (own.to(compute_dtype(own.dtype)) / scale).clamp(-1.0, 1.0).acos()
+    return angles_of(own, scale)
+
+
+def angles_of(cosine_logits: Tensor, scale: float) -> Tensor:
+    """The angles of cosine logits of any shape, in radians, as in :func:`angles_from_logits`."""
+    dtype = compute_dtype(cosine_logits.dtype)
+    return (cosine_logits.to(dtype) / scale).clamp(-1.0, 1.0).acos()
 
 
 def expert_logits(logits: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
@@ -272,8 +279,9 @@ def soft_aaw_statistics(
         float64 ``[G, K + 1]``.
     """
     dtype = widest_dtype(angles.device)
+    probabilities = probabilities.to(angles.dtype)
     if sample_weight is not None:
-        probabilities = probabilities * sample_weight[:, None].to(probabilities.dtype)
+        probabilities = probabilities * sample_weight[:, None].to(angles.dtype)
     by_class = (angles * probabilities[:, None]).sum(dim=0, dtype=dtype)
     rows = torch.cat([by_class, probabilities.sum(dim=0, dtype=dtype)[None]])
     return rows.new_zeros((num_groups, len(rows))).index_add(0, group_index, rows.T)

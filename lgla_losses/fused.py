@@ -108,7 +108,7 @@ class Call(NamedTuple):
 
     Attributes:
         engine: what computes.
-        target: class indices ``[N]``.
+        target: class indices ``[N]``, or what :mod:`lgla_losses.targets` says.
         table: adjustments ``[K, C]``.
         weights: constants ``[N, K]``, or None for ones.
         divisor: scalar that a reduced loss is divided by, or None for 1.
@@ -136,7 +136,8 @@ class Call(NamedTuple):
         """The gradient of every sample's loss ``[N]``, given that of the result."""
         if not self.reduce:
             return upstream
-        return (upstream if self.divisor is None else upstream / self.divisor).expand(len(self.target))
+        upstream = upstream if self.divisor is None else upstream / self.divisor
+        return upstream.expand(self.target.shape[: -1 if self.target.is_floating_point() else None])
 
 
 class Fusible(Protocol):

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from lgla_losses import functional, fused
-from lgla_losses.base import WAY_OUT, ExpertLoss
+from lgla_losses.base import ExpertLoss
 from lgla_losses.checks import (
+    WAY_OUT,
+    finite_tensors,
     floating_tensor,
     normalizer_value,
     same_device,
@@ -96,7 +98,7 @@ class LinearLGLALoss(ExpertLoss):
             try:
                 self._check_values(features, target, sample_weight)
             except ValueError as problem:
-                self._refuse(problem, target.device, communicates=self.aaw or normalizer is None)
+                self._refuse(problem, target.device, communicates=self._communicates(target, normalizer))
         inputs = features, weight, target, bias, sample_weight, normalizer
         engine = self._engine(*inputs)
         if engine is None and self.backend != "reference" and fused.unfit(*inputs) is None:
@@ -148,8 +150,7 @@ class LinearLGLALoss(ExpertLoss):
         target_values(target, self.num_classes, self.ignore_index)
         if sample_weight is not None:
             sample_weight_values(sample_weight)
-        if not features.isfinite().all():
-            raise ValueError(f"features: expected finite numbers, got NaN or infinity; {WAY_OUT}")
+        finite_tensors(features=features)
 
     def _check_loss(self, loss: Tensor) -> None:
         # Smoothing makes a loss infinite where a class is masked, and rightly so.

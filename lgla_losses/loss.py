@@ -12,6 +12,7 @@ from torch import Tensor
 from lgla_losses import functional, fused, targets
 from lgla_losses.base import ExpertLoss, target_logits
 from lgla_losses.checks import (
+    finite_tensors,
     normalizer_value,
     probability_tensor,
     probability_values,
@@ -148,12 +149,14 @@ class LGLALoss(ExpertLoss):
             try:
                 if sample_weight is not None:
                     sample_weight_values(sample_weight)
+                if target.is_floating_point() and self.aaw:  # else the angles are checked
+                    finite_tensors(features=features, weight=weight)
                 if not tells:
                     self._check_values(logits, target, from_logits=features is None)
                 elif features is not None:
                     target_values(target, self.num_classes, self.ignore_index)
             except ValueError as problem:
-                self._refuse(problem, target.device, communicates=self.aaw or normalizer is None)
+                self._refuse(problem, target.device, communicates=self._communicates(target, normalizer))
         batch = logits, target, features, weight, sample_weight, normalizer
         if not plain:
             return self._loss_of_maps(engine, *batch)
@@ -263,10 +266,10 @@ class LGLALoss(ExpertLoss):
             weights = weights.view(*samples, self.num_experts)
         elif sample_weight is not None:
             weights = sample_weight[..., None].to(dtype).expand(*samples, self.num_experts)
-        if number is None and soft and normalizer is None and self.reduction == "mean":
+        if number is None and soft and self._communicates(target, normalizer):
             mass = target.sum(dim=-1, dtype=functional.widest_dtype(target.device))
             mass = mass if sample_weight is None else mass * sample_weight
-            number = self._samples_a_rank(self.weighter.sum_over_ranks(mass.sum(), self._note(target)))
+            number = self._samples_a_rank(self._sum_over_ranks(mass.sum(), target))
         divisor = self._divisor(target, normalizer, number, dtype, sample_weight)
         reduce = self._engine_adds_up(engine, divisor) and not torch.compiler.is_compiling()
         call = fused.Call(
@@ -304,7 +307,7 @@ class LGLALoss(ExpertLoss):
         local = targets.soft_statistics(
             angles, blocks, probabilities, sample_weight, self.weighter, self.num_experts
         )
-        statistics = self.weighter.sum_over_ranks(local, self._note(probabilities))
+        statistics = self._sum_over_ranks(local, probabilities)
         group_index = self.grouper.group_index
         weights = targets.soft_weights(angles, blocks, probabilities, statistics, group_index)
         if sample_weight is not None:

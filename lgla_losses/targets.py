@@ -54,7 +54,7 @@ def own_angles(experts: Sequence[Tensor], target: Tensor, scale: float) -> Tenso
     own = [
         v.detach().gather(-1, target[..., None, None].expand(*v.shape[:-1], 1)).squeeze(-1) for v in experts
     ]
-    return _angles(rows_of(torch.cat(own, dim=-1), 1), scale)
+    return functional.angles_of(rows_of(torch.cat(own, dim=-1), 1), scale)
 
 
 def own_angles_from_features(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -71,14 +71,9 @@ def class_angles(experts: Sequence[Tensor], scale: float) -> Callable[[Block], T
     """Of a block the angles to every class ``[M, K, C]``, from cosine logits."""
 
     def angles(block: Block) -> Tensor:
-        return _angles(torch.cat([rows_of(v.detach()[block], 2) for v in experts], dim=1), scale)
+        return functional.angles_of(torch.cat([rows_of(v.detach()[block], 2) for v in experts], dim=1), scale)
 
     return angles
-
-
-def _angles(cosine_logits: Tensor, scale: float) -> Tensor:
-    dtype = functional.compute_dtype(cosine_logits.dtype)
-    return (cosine_logits.to(dtype) / scale).clamp(-1.0, 1.0).acos()
 
 
 def class_angles_from_features(features: Tensor, weight: Tensor) -> Callable[[Block], Tensor]:
@@ -151,10 +146,7 @@ class BlockwiseCrossEntropy(NamedTuple):
         self, inputs: fused.Inputs, upstream: Tensor, state: Any, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         """As in :class:`~lgla_losses.fused.Fusible`."""
-        call = self.call
-        if call.reduce:
-            upstream = upstream if call.divisor is None else upstream / call.divisor
-            upstream = upstream.expand(inputs[0].shape[:-2])
+        call, upstream = self.call, self.call.per_sample(upstream)
         weights = upstream[..., None].expand(*upstream.shape, len(call.table))
         if call.weights is not None:
             weights = weights * call.weights

@@ -16,7 +16,7 @@ from lgla_losses.checks import (
     target_values,
     values_readable,
 )
-from lgla_losses.collectives import Note, ranks_to_sync, refuse_data_parallel, sum_over_ranks
+from lgla_losses.collectives import Note, RanksOf, ranks_to_sync, refuse_data_parallel, sum_over_ranks
 from lgla_losses.grouping import ClassGrouper, check_grouper
 from lgla_losses.kernels import Engine
 
@@ -81,8 +81,13 @@ class AAWWeighter(nn.Module):
         self.grouper = check_grouper(grouper)
         self.ignore_index = integer("ignore_index", ignore_index, "as in torch.nn.CrossEntropyLoss")
         self.sync = sync
-        self.process_group = process_group
+        self._ranks = RanksOf(process_group)
         self.validate_args = validate_args
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks that the means are taken over; None means all."""
+        return self._ranks.group
 
     def statistics(self, angles: Tensor, target: Tensor) -> Tensor:
         """Sums of angles ``[G, K]`` beside the number of samples ``[G, 1]``, over all ranks.

@@ -1,5 +1,6 @@
 """One rank of tests/test_class_parallel.py: classes spread over ranks against one process."""
 
+import copy
 import os
 import sys
 
@@ -125,6 +126,11 @@ def check_mesh(rank, world_size):
         total = own.detach().clone()
         dist.all_reduce(total, group=groups["data_group"])
         torch.testing.assert_close(total / 2, loss.detach(), **CLOSE)
+        criterion = ClassParallelLGLALoss(COUNTS, **groups, **options)
+        bad = features[rows] * (float("nan") if of_data else 1.0)
+        with pytest.raises(ValueError, match=r"rank [23]"):
+            criterion(bad, weight[:, mine], target[rows])
+        assert criterion(features[rows], weight[:, mine], target[rows]).isfinite()
 
 
 def check_communication(rank, world_size):
@@ -145,24 +151,22 @@ def check_communication(rank, world_size):
         counts = list(range(num_classes, 0, -1))
         features, weight, target, _ = batch(counts)
         mine = class_shard(num_classes, rank, world_size)
-        criterion = ClassParallelLGLALoss(counts)
-        criterion(features, weight[:, mine], target)  # the first step compares constants
-        dist.all_reduce, dist.all_gather = counted_sum, counted_gather
-        try:
-            gradients(criterion, features, weight[:, mine], target)
-        finally:
-            dist.all_reduce, dist.all_gather = originals
-        volumes[num_classes] = sizes
+        for validate_args in (None, False):
+            criterion = ClassParallelLGLALoss(counts, validate_args=validate_args)
+            criterion(features, weight[:, mine], target)  # the first step compares constants
+            dist.all_reduce, dist.all_gather = counted_sum, counted_gather
+            try:
+                gradients(criterion, features, weight[:, mine], target)
+            finally:
+                dist.all_reduce, dist.all_gather = originals
+            volumes[num_classes, validate_args] = sizes[:]
+            sizes.clear()
     n, k, d = features.shape
-    assert (
-        volumes[20]
-        == volumes[2000]
-        == [
-            ("sum", n * (k + 1)),
-            *[("gather", 3 * n)] * k,
-            ("sum", n * k * d),
-        ]
-    )
+    angles, gradient = ("sum", n * (k + 1)), ("sum", n * k * d)
+    assert volumes[20, False] == volumes[2000, False] == [angles, *[("gather", 2 * n)] * k, gradient]
+    # Checks take a number a rank, and three a sample and expert.
+    checked = [("sum", world_size), angles, *[("gather", 5 * n)] * k, gradient]
+    assert volumes[20, None] == volumes[2000, None] == checked
 
 
 def check_bad_input(rank, world_size):
@@ -176,17 +180,34 @@ def check_bad_input(rank, world_size):
     for aaw in (True, False):
         with pytest.raises(ValueError, match=f"rank {world_size - 1}"):
             ClassParallelLGLALoss(COUNTS, aaw=aaw)(features, bad, target)
-        with pytest.raises(ValueError, match="same class indices on all ranks"):
-            ClassParallelLGLALoss(COUNTS, aaw=aaw)(
-                features, weight[:, mine], (target + (target >= 0) * last) % 7
-            )
+        ignored, of_the_same_rank = target.clone(), target.clone()
+        if last:
+            ignored[0], of_the_same_rank[:] = -100, 1 - (target == 1).long()
+        for other in (ignored, of_the_same_rank):
+            with pytest.raises(ValueError, match="got other targets on some"):
+                ClassParallelLGLALoss(COUNTS, aaw=aaw)(features, weight[:, mine], other)
+        dropped = torch.nn.functional.dropout(features, 0.1 * last)
+        with pytest.raises(ValueError, match="got other features on some"):
+            ClassParallelLGLALoss(COUNTS, aaw=aaw)(dropped, weight[:, mine], target)
+        criterion = ClassParallelLGLALoss(COUNTS, aaw=aaw)
+        for inputs in (
+            (features * (float("nan") if last else 1.0), weight[:, mine], target),
+            (features, weight[:, mine], target.clamp(min=0) + 7 * last),
+        ):
+            for _ in range(2):
+                with pytest.raises(ValueError, match=f"rank {world_size - 1}"):
+                    criterion(*inputs)
+            assert criterion(features, weight[:, mine], target).isfinite()  # with the next batch it goes on
         with pytest.raises(ValueError, match=f"on rank {world_size - 1} than on rank 0"):
             ClassParallelLGLALoss(COUNTS, tau=2.0 if last else 1.0, aaw=aaw)(
                 features, weight[:, mine], target
             )
         rows = slice(0, 4 if last else 5)
         with pytest.raises(ValueError, match=r"got \[5,.* 4\] samples"):
-            ClassParallelLGLALoss(COUNTS, aaw=aaw)(features[rows], weight[:, mine], target[rows])
+            criterion(features[rows], weight[:, mine], target[rows])
+        for options in ({"scale": 20.0 if last else None}, {"label_smoothing": 0.1 * last}):
+            with pytest.raises(ValueError, match=f"on rank {world_size - 1} than on rank 0"):
+                ClassParallelLGLALoss(COUNTS, aaw=aaw, **options)(features, weight[:, mine], target)
     with pytest.raises(ValueError, match=r"as torch\.chunk cuts them"):
         ClassParallelLGLALoss(COUNTS)(features, weight, target)
 
@@ -220,10 +241,40 @@ def check_training(rank, world_size):
     empty = gradients(criterion, features[:0], weight[:, mine], target[:0])
     assert empty[0] == 0
     assert (empty[2] == 0).all()
-    state = {name: value.clone() for name, value in criterion.state_dict().items()}
-    other = ClassParallelLGLALoss([1] * len(COUNTS))
-    other.load_state_dict(state)
-    torch.testing.assert_close(other(features, weight[:, mine], target), evaluated, **CLOSE)
+    for parameter in (True, False):  # nothing of a gradient is computed that nobody asked for
+        with torch.no_grad():
+            w = weight[:, mine].clone().requires_grad_(parameter)
+            torch.testing.assert_close(criterion(features, w, target), evaluated, **CLOSE)
+
+
+def check_constants(rank, world_size):
+    """DDP sends no rank's constants to others, checkpoints hold none, and copies have them."""
+    features, weight, target, _ = batch()
+    mine = class_shard(len(COUNTS), rank, world_size)
+    holder = torch.nn.ModuleDict({"trunk": torch.nn.Linear(5, 5).double()})
+    holder["criterion"] = ClassParallelLGLALoss(COUNTS, process_group=dist.new_group(range(world_size)))
+    expected = holder["criterion"](features, weight[:, mine], target)
+    table = holder["criterion"].table.clone()
+    DistributedDataParallel(holder)
+    assert holder["criterion"].table.equal(table)
+    assert holder["criterion"].state_dict() == {}
+    copied = copy.deepcopy(holder["criterion"]).half()
+    assert copied.table.dtype == torch.float64
+    torch.testing.assert_close(copied(features, weight[:, mine], target), expected, **CLOSE)
+
+
+def check_place(rank, world_size):
+    """A loss belongs to the ranks that it was constructed for."""
+    features, weight, target, _ = batch()
+    group = dist.new_group([0])
+    if rank > 0:
+        with pytest.raises(ValueError, match="process_group: expected a group that holds this rank"):
+            ClassParallelLGLALoss(COUNTS, process_group=group)
+        return
+    criterion = ClassParallelLGLALoss(COUNTS, process_group=group)
+    criterion._ranks = type(criterion._ranks)(None)
+    with pytest.raises(ValueError, match=f"got rank 0 of {world_size}; construct it after"):
+        criterion(features, weight, target)
 
 
 CHECKS = [
@@ -235,6 +286,8 @@ CHECKS = [
     check_bad_input,
     check_low_precision,
     check_training,
+    check_constants,
+    check_place,
 ]
 
 

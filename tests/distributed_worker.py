@@ -1,6 +1,8 @@
 """One rank of tests/test_distributed.py: compares its part of a job with one process."""
 
+import copy
 import os
+import pickle
 import sys
 
 import pytest
@@ -105,25 +107,26 @@ def check_other_targets(rank, world_size):
 
 def check_bad_values(rank, world_size):
     """All ranks raise, and name the one whose values are bad; afterwards all is as before."""
-    criterion = LGLALoss(COUNTS)
-    for bad in ("NaN", "target", "features"):
+    for bad in ("NaN", "target", "features", "soft features"):
         logits, target, sizes = shares(world_size)
         v, y = logits.split(sizes)[rank].clone(), target.split(sizes)[rank].clone()
         features = torch.randn(len(y), 3, 2, dtype=torch.float64)
         if rank == world_size - 1:
             v[0] = float("nan") if bad == "NaN" else 0.0
             y[0] = 4 if bad == "target" else 0
-            features[0] = float("nan") if bad == "features" else 1.0
-        inputs = {"features": features, "weight": torch.ones(3, 4, 2)} if bad == "features" else {}
+            features[0] = float("nan") if "features" in bad else 1.0
+        inputs = {"features": features, "weight": torch.ones(3, 4, 2)} if "features" in bad else {}
+        if bad == "soft features":
+            y = torch.full((len(y), 4), 0.25)
         for aaw in (True, False):
-            if bad == "features" and not aaw:
+            if "features" in bad and not aaw:
                 continue
             own = LGLALoss(COUNTS, aaw=aaw)
             for _ in range(2):
                 with pytest.raises(ValueError, match=f"rank {world_size - 1}"):
                     own(v, y, **inputs)
-    check = criterion(*(t.split(sizes)[rank] for t in shares(world_size)[:2]))
-    assert check.isfinite()
+            # A script that catches the error and takes the next batch goes on.
+            assert own(*(t.split(sizes)[rank] for t in (logits, target))).isfinite()
 
 
 def check_mismatched_constants(rank, world_size):
@@ -136,9 +139,28 @@ def check_mismatched_constants(rank, world_size):
         {"class_counts": COUNTS, "tau": 2.0 if last else 2.5},
         {"class_counts": COUNTS, "tau": 2.0 if last else 2.5, "aaw": False},
         {"class_counts": COUNTS, "adjustment": "balanced" if last else "lgla"},
+        {"class_counts": COUNTS, "scale": 20.0 if last else 30.0},
+        {"class_counts": COUNTS, "label_smoothing": 0.1 * last, "aaw": False, "reduction": "sum"},
     ):
         with pytest.raises(ValueError, match=f"on rank {world_size - 1} than on rank 0"):
             LGLALoss(**options)(*inputs)
+    with pytest.raises(ValueError, match=f"on rank {world_size - 1} than on rank 0"):
+        LGLALoss(COUNTS, tau=2.0 + last, aaw=False)(*inputs, normalizer=4.0)
+    # What counts is what a loss holds when it begins.
+    loaded = LGLALoss([3, 2, 1, 1] if last else COUNTS)
+    loaded.load_state_dict(LGLALoss(COUNTS).state_dict())
+    assert loaded(*inputs).isfinite()
+
+
+def check_copies(rank, world_size):
+    """Of a loss with a group share it, as an average of models needs; a group cannot be pickled."""
+    logits, target, sizes = shares(world_size)
+    inputs = logits.split(sizes)[rank], target.split(sizes)[rank]
+    criterion = LGLALoss(COUNTS, process_group=dist.new_group(range(world_size)))
+    torch.testing.assert_close(copy.deepcopy(criterion)(*inputs), criterion(*inputs), **CLOSE)
+    with pytest.raises(TypeError, match="state_dict"):
+        pickle.dumps(criterion)
+    pickle.loads(pickle.dumps(LGLALoss(COUNTS)))(*inputs)
 
 
 def check_group(rank, world_size):
@@ -177,6 +199,7 @@ def main(rank, world_size, store):
     check_other_targets(rank, world_size)
     check_bad_values(rank, world_size)
     check_mismatched_constants(rank, world_size)
+    check_copies(rank, world_size)
     check_group(rank, world_size)
     check_compile(rank, world_size)
     dist.barrier()

@@ -137,8 +137,8 @@ def test_class_parallel_ranks_share_memory_and_send_little(tmp_path):
         ("LinearLGLALoss", 1),
         ("ClassParallelLGLALoss", 2),
     ]
-    # Angles and groups, three numbers a sample and expert, and the features' gradient.
-    assert [row["numbers_sent"] for row in record["rows"]] == [0, 8 * (3 + 1) + 3 * 8 * 3 + 8 * 3 * 4]
+    # A number a rank, angles and groups, five numbers a sample and expert, and the features' gradient.
+    assert [row["numbers_sent"] for row in record["rows"]] == [0, 2 + 8 * (3 + 1) + 5 * 8 * 3 + 8 * 3 * 4]
 
 
 def test_the_readmes_table_of_class_parallel_ranks_is_the_records():
@@ -146,4 +146,4 @@ def test_the_readmes_table_of_class_parallel_ranks_is_the_records():
     assert load("benchmarks/class_parallel.py").markdown(record) in (ROOT / "README.md").read_text()
     ranks = [row for row in record["rows"] if row["ranks"] > 1]
     assert max(row["memory_times_ranks_over_single"] for row in ranks) < 1.2
-    assert len({row["numbers_sent"] for row in ranks}) == 1
+    assert max(row["numbers_sent"] for row in ranks) < 60_000  # of 154 million logits

@@ -11,7 +11,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_drop_in_example_runs_and_learns():
-    example, own_heads, backbone, monitored, unknown_prior, many_classes = re.findall(
+    example, own_heads, backbone, monitored, over_ranks, unknown_prior, many_classes = re.findall(
         r"```python\n(.*?)```", README, re.DOTALL
     )
     names = {}
@@ -26,6 +26,8 @@ def test_the_drop_in_example_runs_and_learns():
     assert names["loss"].isfinite()
     assert names["output"].features.shape == torch.Size([2, 3, 2048])
     exec(compile(monitored, "README.md", "exec"), names)
+    exec(compile(over_ranks, "README.md", "exec"), names)
+    assert names["loss"].isfinite()
     section = README.partition("## In Lightning")[2].partition("\n## ")[0]
     named = re.findall(r"\(`(\w+/[^`]+)`\)", section)
     assert len(named) == 3

@@ -292,6 +292,15 @@ def test_low_precision(dtype, soft, close):
     torch.testing.assert_close(got[1].double(), exact[1], **TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_samples_keep_their_digits_beside_probabilities_of_16_bits(dtype):
+    logits, target = batch(12)[0].to(dtype), torch.arange(12) % 6
+    sample_weight = 1e5 * (1 + torch.rand(12))
+    hard = LGLALoss(COUNTS)(logits, target, sample_weight=sample_weight)
+    soft = LGLALoss(COUNTS)(logits, F.one_hot(target, 6).to(dtype), sample_weight=sample_weight)
+    torch.testing.assert_close(soft, hard, **TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradients_of_gradients(soft, reduction):
