@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,17 @@ def converted_once(table: Tensor, dtype: torch.dtype) -> Tensor:
     """
     converted = table.to(dtype).contiguous()
     return converted.as_strided(converted.shape, converted.stride())
+
+
+class _Batch(NamedTuple):
+    """The arguments of :meth:`LGLALoss.forward`, checked."""
+
+    logits: ExpertLogits
+    target: Tensor
+    features: Tensor | None
+    weight: Tensor | None
+    sample_weight: Tensor | None
+    normalizer: float | Tensor | None
 
 
 class LGLALoss(ExpertLoss):
@@ -144,7 +156,8 @@ class LGLALoss(ExpertLoss):
         readable = values_readable(first, self.validate_args)
         plain = target.dim() == 1 and not target.is_floating_point()
         # The C library reads every value of stacked logits anyway and tells when one is wrong.
-        tells = readable and plain and engine is native and isinstance(logits, Tensor) and self._is_alone()
+        tells = readable and plain and sample_weight is None and engine is native and self._is_alone()
+        tells = tells and isinstance(logits, Tensor)
         if readable:
             try:
                 if sample_weight is not None:
@@ -157,16 +170,16 @@ class LGLALoss(ExpertLoss):
                     target_values(target, self.num_classes, self.ignore_index)
             except ValueError as problem:
                 self._refuse(problem, target.device, communicates=self._communicates(target, normalizer))
-        batch = logits, target, features, weight, sample_weight, normalizer
+        batch = _Batch(logits, target, features, weight, sample_weight, normalizer)
         if not plain:
-            return self._loss_of_maps(engine, *batch)
+            return self._loss_of_maps(engine, batch)
         try:
-            return self._loss(engine, *batch, check=tells)
+            return self._loss(engine, batch, check=tells)
         except native.BadValuesError:
             if not readable:
                 raise
             self._check_values(logits, target, from_logits=features is None)
-        return self._loss(engine, *batch, check=False)
+        return self._loss(engine, batch, check=False)
 
     def _is_alone(self) -> bool:
         """Whether an error may come late: no rank waits for this one, no hook and no compiler looks on."""
@@ -174,18 +187,9 @@ class LGLALoss(ExpertLoss):
             self.weighter.num_ranks() == 1 and self.weighter.is_plain() and not torch.compiler.is_compiling()
         )
 
-    def _loss(
-        self,
-        engine: Engine | None,
-        logits: ExpertLogits,
-        target: Tensor,
-        features: Tensor | None,
-        weight: Tensor | None,
-        sample_weight: Tensor | None,
-        normalizer: float | Tensor | None,
-        check: bool,
-    ) -> Tensor:
+    def _loss(self, engine: Engine | None, batch: _Batch, check: bool) -> Tensor:
         """Eq. 9, as :meth:`forward` gives it."""
+        logits, target, features, weight, sample_weight, normalizer = batch
         first = logits if isinstance(logits, Tensor) else logits[0]
         dtype = functional.compute_dtype(first.dtype)
         weights = samples = None
@@ -226,17 +230,9 @@ class LGLALoss(ExpertLoss):
         loss = functools.reduce(torch.add, parts)
         return loss if reduce else self._reduced(loss, divisor)
 
-    def _loss_of_maps(
-        self,
-        engine: Engine | None,
-        logits: ExpertLogits,
-        target: Tensor,
-        features: Tensor | None,
-        weight: Tensor | None,
-        sample_weight: Tensor | None,
-        normalizer: float | Tensor | None,
-    ) -> Tensor:
+    def _loss_of_maps(self, engine: Engine | None, batch: _Batch) -> Tensor:
         """Eq. 9 for maps of targets and for class probabilities: samples first, and block by block."""
+        logits, target, features, weight, sample_weight, normalizer = batch
         stacked = [logits] if isinstance(logits, Tensor) else [expert.unsqueeze(1) for expert in logits]
         experts = [targets.samples_first(part) for part in stacked]
         if features is not None:

@@ -388,3 +388,11 @@ def test_every_device_agrees(device, backend, soft):
     loss = criterion(leaf, target.to(device), sample_weight=sample_weight.to(device))
     loss.backward(torch.full((), 0.5, dtype=torch.float64, device=device))  # as ``call`` does for a scalar
     assert_alike((loss.detach().cpu(), leaf.grad.cpu()), expected)
+
+
+def test_a_linear_head_under_a_cosine_scale_is_noticed_beside_weights_of_samples():
+    logits = batch(6)[0]
+    logits[0, 0, 0] = 40.0
+    target = torch.arange(6)
+    with pytest.warns(UserWarning, match="exceeds scale=30"):
+        LGLALoss(COUNTS, backend="fused")(logits, target, sample_weight=torch.ones(6))
