@@ -821,9 +821,11 @@ def _mark_groups(axes: Axes, edges: Numbers, group: npt.NDArray[np.int64]) -> No
     """Number the groups along the top, where classes lie between these edges; every second is shaded."""
     cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(group)]
     longest: dict[int, tuple[float, float]] = {}
+    axes.get_xlim()  # settles the limits, which matplotlib puts off
+    to_axes = axes.transData + axes.transAxes.inverted()
+    places = to_axes.transform(np.stack([edges, np.ones_like(edges)], axis=1))[:, 0]
     for i, (start, stop) in enumerate(pairwise(cuts)):
-        ends = axes.transData.transform([(edges[start], 1.0), (edges[stop], 1.0)])[:, 0]
-        low, high = sorted(axes.transAxes.inverted().transform([(end, 0.0) for end in ends])[:, 0])
+        low, high = sorted((places[start], places[stop]))
         # Groups of one's own that are scattered over the frequencies would only make stripes.
         if i % 2 and len(cuts) <= 2 * FEW_CLASSES:
             axes.axvspan(edges[start], edges[stop], color=_ink(axes), alpha=0.07, linewidth=0)

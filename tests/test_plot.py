@@ -127,6 +127,20 @@ def test_margins_name_the_cases_where_they_hold(num_experts):
         assert margin == pytest.approx(values[case](n), abs=1e-12), case
 
 
+def test_the_numbers_of_the_groups_stand_over_their_classes():
+    adjuster, counts = adjuster_of(1000, 4), counts_of(1000)
+    for name, axes in (("table", plot.plot_table(adjuster)), ("margins", plot.plot_margins(adjuster, 0))):
+        saved(axes)
+        numbers = [text for text in axes.texts if "case" not in text.get_text()]
+        assert [text.get_text().removeprefix("group ") for text in numbers] == ["1", "2", "3"]
+        for g, text in enumerate(numbers):
+            own = [i for i, j in enumerate(by_frequency(counts)) if adjuster.grouper.group_index[j] == g]
+            places = [i + 1 for i in own] if name == "table" else [sorted(counts)[::-1][i] for i in own]
+            to_axes = axes.transData + axes.transAxes.inverted()
+            ends = to_axes.transform([(places[0], 1), (places[-1], 1)])[:, 0]
+            assert text.get_position()[0] == pytest.approx(ends.mean(), abs=0.01), (name, g)
+
+
 def test_margins_of_a_table_of_ones_own_have_no_cases():
     adjuster = CLALogitAdjuster.from_table(ClassGrouper([9, 3, 1], 2), torch.randn(2, 3))
     axes = plot.plot_margins(adjuster, 1)
