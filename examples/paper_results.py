@@ -17,16 +17,15 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from cli import library
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from lgla_losses.data import long_tailed_counts, long_tailed_indices
 from lgla_losses.label_shift import estimate_prior, shift_prior
+from lgla_losses.plot import fusion_sweep, plot_fusion_sweep, plot_weight_norms
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
-
-ShotAccuracy = library("lgla_losses.metrics").ShotAccuracy  # which imports torchvision where there is one
 
 COLORS = [
     "#000000",
@@ -124,34 +123,20 @@ def fill(page: str, folder: Path) -> str:
     return TABLE.sub(make, page)
 
 
-def accuracies(scores: Tensor, target: Tensor, class_counts: Tensor) -> dict[str, float]:
-    """Of all, many, medium and few, in percent."""
-    metric = ShotAccuracy(class_counts)
-    metric.update(scores, target)
-    return {split: round(100 * float(value), 2) for split, value in metric.compute().items()}
+def pooled(seeds: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, targets and counts; the seeds share a test set, so a recall of all is the mean of theirs."""
+    logits, target = (torch.cat([outputs[name] for outputs in seeds]) for name in ("logits", "target"))
+    return logits.float(), target, seeds[0]["class_counts"]
 
 
-def fusion_sweep(outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
+def fusion_rows(seeds: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
     """Figure 6: the accuracy of every split as the weight of one local expert grows from 0.1 to 0.9."""
-    logits, counts = outputs["logits"].float(), outputs["class_counts"]
-    num_experts = logits.shape[1]
-    rows = []
-    for expert in range(num_experts - 1):
-        for weight in np.linspace(0.1, 0.9, 9):
-            fusion = torch.full((num_experts,), float(1 - weight) / (num_experts - 2))
-            # The global expert's weight is fixed, at the share it has in the mean.
-            fusion[expert], fusion[-1] = float(weight), 1 / (num_experts - 1)
-            fused = torch.einsum("nkc,k->nc", logits, fusion / fusion.sum())
-            scores = accuracies(fused, outputs["target"], counts)
-            rows.append({"expert": expert, "weight": round(float(weight), 2), **scores})
-    return rows
-
-
-def mean_of_seeds(sweeps: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows of a fusion sweep, with the accuracies averaged over the seeds."""
+    weights = [i / 10 for i in range(1, 10)]
     return [
-        same[0] | {split: round(statistics.mean(row[split] for row in same), 2) for split in SPLITS}
-        for same in zip(*sweeps, strict=True)
+        {"expert": k, "weight": weight}
+        | {split: round(100 * float(value), 2) for split, value in zip(SPLITS, scores, strict=True)}
+        for k, expert in enumerate(fusion_sweep(*pooled(seeds), weights))
+        for weight, scores in zip(weights, expert, strict=True)
     ]
 
 
@@ -202,12 +187,11 @@ def read_outputs(path: Path) -> dict[str, Tensor]:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
-def analyse(folder: Path, by_shots: bool) -> dict[str, Any]:
+def analyse(seeds: list[dict[str, Tensor]], by_shots: bool) -> dict[str, Any]:
     """What the test logits of a run's seeds say: fusion, label shift, norms of the class weights."""
-    seeds = [read_outputs(path) for path in sorted(folder.glob("seed*/outputs.npz"))]
     return {
         "label_shift": [label_shift(outputs) for outputs in seeds],
-        "fusion": mean_of_seeds([fusion_sweep(outputs) for outputs in seeds]) if by_shots else None,
+        "fusion": fusion_rows(seeds) if by_shots else None,
         "norms": [
             [round(float(v), 4) for v in expert]
             for expert in torch.stack([outputs["norms"] for outputs in seeds]).mean(dim=0)
@@ -216,44 +200,21 @@ def analyse(folder: Path, by_shots: bool) -> dict[str, Any]:
     }
 
 
-def draw_fusion(analysis: dict[str, Any], path: Path) -> None:
-    """Figure 6."""
-    names = ("many-shot", "medium-shot", "few-shot")
-    figure, panels = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for k, axes in enumerate(panels):
-        rows = [row for row in analysis["fusion"] if row["expert"] == k]
-        for split, color in zip(SPLITS, COLORS, strict=False):
-            axes.plot(
-                [row["weight"] for row in rows], [row[split] for row in rows], "o-", color=color, label=split
-            )
-        axes.set(title=f"weight of the {names[k]} expert", xlabel="fusion weight", ylabel="accuracy (%)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", title="accuracy of")
+def draw_fusion(seeds: list[dict[str, Tensor]], path: Path) -> None:
+    """Figure 6, of experts for many-, medium- and few-shot classes."""
+    figure = plot_fusion_sweep(*pooled(seeds))
+    for axes, name in zip(figure.axes, SPLITS[1:], strict=True):
+        axes.set_title(f"weight of the {name}-shot expert")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def draw_norms(analysis: dict[str, Any], path: Path) -> None:
-    """The norms of the class weights in Figure 3."""
-    norms = np.array(analysis["norms"])
-    order = np.argsort(-np.array(analysis["class_counts"]), kind="stable")
-    names = [
-        *(f"local expert {k + 1}" for k in range(len(norms) - 1)),
-        "global expert",
-        "mean of the experts",
-    ]
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for row, name, color in zip(
-        [*norms, norms.mean(0)], names, [*COLORS[1 : len(norms) + 1], COLORS[0]], strict=True
-    ):
-        axes.plot(row[order], color=color, label=name, linewidth=1)
-    axes.set(
-        title="Norms of the class weights of linear heads",
-        xlabel="class, from the most to the least frequent",
-    )
-    axes.set_ylabel("L2 norm")
-    axes.legend()
+    """The norms of the class weights in Figure 3; a vector of one number has that as its norm."""
+    norms = torch.tensor(analysis["norms"])[:, :, None]
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
+    axes = plot_weight_norms(norms, analysis["class_counts"], ax=figure.add_subplot())
+    axes.set_title("Norms of the class weights of linear heads")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def draw_cells(records: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -285,14 +246,16 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     for path in sorted(options.records.glob("*.json")) if options.runs else []:
-        if not list(options.runs.glob(f"{path.stem}/seed*/outputs.npz")):
+        kept = sorted(options.runs.glob(f"{path.stem}/seed*/outputs.npz"))
+        if not kept:
             continue
+        seeds = [read_outputs(outputs) for outputs in kept]
         configuration = json.loads(path.read_text(encoding="utf-8"))["configuration"]
-        analysis = analyse(options.runs / path.stem, configuration["groups"] == "shots")
+        analysis = analyse(seeds, configuration["groups"] == "shots")
         (options.records / "analyses").mkdir(exist_ok=True)
         (options.records / "analyses" / path.name).write_text(json.dumps(analysis) + "\n", encoding="utf-8")
         if analysis["fusion"]:
-            draw_fusion(analysis, options.records / f"{path.stem}_fusion.png")
+            draw_fusion(seeds, options.records / f"{path.stem}_fusion.png")
         if configuration["classifier"] == "linear":
             draw_norms(analysis, options.records / f"{path.stem}_norms.png")
     if not options.page.exists():

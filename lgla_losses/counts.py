@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from lgla_losses.checks import positive_int
+from lgla_losses.checks import finite_float, positive_int
 
 #: A vector of samples per class, or of labels.
 ArrayLike: TypeAlias = "Tensor | npt.NDArray[Any] | Sequence[Any]"
@@ -106,6 +106,14 @@ def as_class_counts(class_counts: ArrayLike) -> Tensor:
             "divide all counts by the same number"
         )
     return torch.from_numpy(exact)
+
+
+def shot_splits(class_counts: Tensor, many: float, few: float) -> Tensor:
+    """Many-, medium- and few-shot classes, bool ``[3, C]``; counts of ``many`` and ``few`` are medium."""
+    many = finite_float("many", many, low=0, high=math.inf, expected="a finite number >= 0")
+    few = finite_float("few", few, low=0, high=many, expected=f"a number in 0..many={many:g}")
+    is_many, is_few = class_counts > many, class_counts < few
+    return torch.stack([is_many, ~(is_many | is_few), is_few])
 
 
 def to_numpy(name: str, values: Any) -> npt.NDArray[Any]:

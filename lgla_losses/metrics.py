@@ -14,14 +14,13 @@ from torch import Tensor
 
 from lgla_losses.checks import (
     describe,
-    finite_float,
     floating_tensor,
     same_device,
     target_tensor,
     target_values,
     values_readable,
 )
-from lgla_losses.counts import ArrayLike, as_class_counts
+from lgla_losses.counts import ArrayLike, as_class_counts, shot_splits
 
 try:
     from torchmetrics import Metric
@@ -84,11 +83,8 @@ class ShotAccuracy(Metric):
     def __init__(self, class_counts: ArrayLike, many: float = 100, few: float = 20, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         counts = as_class_counts(class_counts)
-        self.many = finite_float("many", many, low=0, high=float("inf"), expected="a finite number >= 0")
-        self.few = finite_float("few", few, low=0, high=self.many, expected=f"a number in 0..many={many}")
-        is_many, is_few = counts > self.many, counts < self.few
-        splits = torch.stack([is_many, ~(is_many | is_few), is_few])
-        self.register_buffer("splits", splits, persistent=False)
+        self.register_buffer("splits", shot_splits(counts, many, few), persistent=False)
+        self.many, self.few = float(many), float(few)
         for name in ("correct", "total"):
             zeros = torch.zeros(len(counts), dtype=torch.int64)
             self.add_state(name, zeros, dist_reduce_fx="sum")

@@ -19,6 +19,7 @@ from lgla_losses import (
     LGLALoss,
     LinearLGLALoss,
     count_classes,
+    plot,
 )
 from lgla_losses.baselines import (
     BalancedSoftmaxLoss,
@@ -33,6 +34,7 @@ COUNTS = [40, 9, 5, 1]
 LOGITS = torch.zeros(2, 3, 4)
 TARGET = torch.tensor([0, 3])
 META = torch.device("meta")
+ADJUSTER = CLALogitAdjuster(ClassGrouper(COUNTS, 2))
 
 
 def criterion(**options):
@@ -351,6 +353,42 @@ CASES = {
     "baseline: fused under vmap": (
         lambda: torch.func.grad(FocalLoss(backend="fused"))(LOGITS, TARGET), ValueError, "backend", "'fused'", "torch.func", "'auto'",
     ),
+    # pictures
+    "plot: a loss as adjuster": (
+        lambda: plot.plot_table(LGLALoss(COUNTS)), TypeError, "adjuster: expected a CLALogitAdjuster", "got LGLALoss", "criterion.adjuster",
+    ),
+    "plot: adjuster as grouper": (lambda: plot.plot_groups(ADJUSTER), TypeError, "grouper: expected a ClassGrouper", "got CLALogitAdjuster"),
+    "plot: class out of range": (lambda: plot.plot_margins(ADJUSTER, 4), ValueError, "target_class: expected class indices 0..3", "got 4", "from 0"),
+    "plot: class not an integer": (lambda: plot.plot_margins(ADJUSTER, 1.5), TypeError, "target_class: expected an integer", "got 1.5"),
+    "plot: no rival": (lambda: plot.plot_margins(CLALogitAdjuster(ClassGrouper([1], 1)), 0), ValueError, "expected two classes or more", "got one"),
+    "plot: one class to compare": (lambda: plot.plot_boundaries(ADJUSTER, [1]), ValueError, "classes: expected two or more different", "got [1]"),
+    "plot: the same class twice": (lambda: plot.plot_boundaries(ADJUSTER, [1, 2, 1]), ValueError, "classes: expected", "got [1, 2, 1]"),
+    "plot: negative class": (lambda: plot.plot_boundaries(ADJUSTER, [1, -1]), ValueError, "classes: expected class indices 0..3", "got -1"),
+    "plot: names as classes": (lambda: plot.plot_boundaries(ADJUSTER, ["cat", "dog"]), TypeError, "classes: expected integers", "got"),
+    "plot: centres in 3-D": (lambda: plot.plot_boundaries(ADJUSTER, [0, 1], torch.ones(2, 3)), ValueError, "centres: expected", "[2, 2]", "got [2, 3]"),
+    "plot: centres that coincide": (lambda: plot.plot_boundaries(ADJUSTER, [0, 1], torch.ones(2, 2)), ValueError, "centres: expected finite, different points", "got"),
+    "plot: complex centres": (lambda: plot.plot_boundaries(ADJUSTER, [0, 1], torch.ones(2, 2) * 1j), TypeError, "centres: expected real numbers", "got complex64"),
+    "plot: weight of one head": (lambda: plot.plot_weight_norms(torch.ones(4, 5), COUNTS), ValueError, "weight: expected shape [K, C, d]", "got [4, 5]"),
+    "plot: weight of other classes": (lambda: plot.plot_weight_norms(torch.ones(3, 5, 2), COUNTS), ValueError, "weight: expected shape [K, 4, d]", "got [3, 5, 2]", "torch.stack"),
+    "plot: weight as a list": (lambda: plot.plot_weight_norms([[1.0]], COUNTS), TypeError, "weight: expected a floating-point tensor [K, C, d]", "got"),
+    "plot: weight not finite": (lambda: plot.plot_weight_norms(torch.full((1, 4, 2), math.nan), COUNTS), ValueError, "weight: expected finite", "got NaN"),
+    "plot: count of zero": (lambda: plot.plot_weight_norms(torch.ones(1, 2, 2), [3, 0]), ValueError, "class_counts: expected positive", "got 0"),
+    "plot: fusion of two": (lambda: plot.plot_implied_prior(ADJUSTER, [1, 1]), ValueError, "fusion: expected one weight for each of 3", "got shape [2]"),
+    "plot: one expert": (lambda: plot.plot_fusion_sweep(LOGITS[:, :1], TARGET, COUNTS), ValueError, "logits: expected two experts or more", "got one"),
+    "plot: no sample": (lambda: plot.fusion_sweep(LOGITS[:0], TARGET[:0], COUNTS), ValueError, "logits: expected one test sample or more", "got none"),
+    "plot: NaN logits": (lambda: plot.fusion_sweep(LOGITS / 0, TARGET, COUNTS), ValueError, "logits: expected finite", "got NaN"),
+    "plot: logits of other classes": (lambda: plot.fusion_sweep(LOGITS[..., :3], TARGET, COUNTS), ValueError, "logits: expected shape", "got [2, 3, 3]"),
+    "plot: target too long": (lambda: plot.fusion_sweep(LOGITS, TARGET.repeat(2), COUNTS), ValueError, "target: expected shape [2]", "got [4]"),
+    "plot: target out of range": (lambda: plot.fusion_sweep(LOGITS, TARGET + 1, COUNTS), ValueError, "target: expected class indices 0..3", "got 4"),
+    "plot: fusion weight above 1": (lambda: plot.fusion_sweep(LOGITS, TARGET, COUNTS, [0.5, 1.5]), ValueError, "weights: expected", "0..1", "got 1.5"),
+    "plot: no fusion weight": (lambda: plot.fusion_sweep(LOGITS, TARGET, COUNTS, []), ValueError, "weights: expected one fusion weight or more", "got shape [0]"),
+    "plot: words as fusion weights": (lambda: plot.fusion_sweep(LOGITS, TARGET, COUNTS, ["much"]), TypeError, "weights: expected", "got 'much'"),
+    "plot: few above many": (lambda: plot.fusion_sweep(LOGITS, TARGET, COUNTS, many=5, few=9), ValueError, "few: expected a number in 0..many=5", "got 9"),
+    "plot: angles in degrees": (lambda: plot.plot_angles(torch.full((2, 3), 60.0), TARGET, ADJUSTER.grouper), ValueError, "angles: expected radians", "got 60", "torch.deg2rad"),
+    "plot: NaN angles": (lambda: plot.plot_angles(torch.full((2, 3), math.nan), TARGET, ADJUSTER.grouper), ValueError, "angles: expected radians", "got nan"),
+    "plot: angles without experts": (lambda: plot.plot_angles(torch.zeros(2), TARGET, ADJUSTER.grouper), ValueError, "angles: expected shape [N, K]", "got [2]"),
+    "plot: all ignored": (lambda: plot.plot_angles(torch.zeros(2, 3), TARGET * 0 - 100, ADJUSTER.grouper), ValueError, "angles: expected angles of a sample", "got [2, 3]"),
+    "plot: no bins": (lambda: plot.plot_angles(torch.zeros(2, 3), TARGET, ADJUSTER.grouper, bins=0), ValueError, "bins: expected an integer >= 1", "got 0"),
     "3-D stage output": (
         lambda: experts(stage=nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(2)))(torch.zeros(2, 2, 5, 5)),
         ValueError, "stage", "[N, d]", "9", "pooling",

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import lgla_losses
-from lgla_losses import baselines, functional
+from lgla_losses import baselines, functional, plot
 from lgla_losses.adjusted import AdjustedLoss, Options
 
 SIGNATURES = {
@@ -56,6 +56,17 @@ BASELINES = {
     "LogitAdjustedLoss": "class_counts, tau=1.0, **options",
     "VSLoss": "class_counts, gamma=0.3, tau=1.0, **options",
 }
+PICTURES = {
+    "fusion_sweep": "logits, target, class_counts, weights=None, *, many=100, few=20",
+    "plot_angles": "angles, target, grouper, *, ignore_index=-100, bins=40, figure=None",
+    "plot_boundaries": "adjuster, classes, centres=None, *, figure=None",
+    "plot_fusion_sweep": "logits, target, class_counts, weights=None, *, many=100, few=20, figure=None",
+    "plot_groups": "grouper, *, ax=None",
+    "plot_implied_prior": "adjuster, fusion=None, *, ax=None",
+    "plot_margins": "adjuster, target_class, *, ax=None",
+    "plot_table": "adjuster, *, ax=None",
+    "plot_weight_norms": "weight, class_counts, *, ax=None",
+}
 OPTIONS = "constants, *, reduction='mean', ignore_index=-100, validate_args=None, backend='auto'"
 
 
@@ -88,6 +99,12 @@ def test_signature_of_a_baseline(name):
         )
 
 
+@pytest.mark.parametrize("name", PICTURES)
+def test_signature_of_a_picture(name):
+    assert parameters(getattr(plot, name)) == PICTURES[name]
+    assert plot.__all__ == sorted(PICTURES)
+
+
 def test_baselines_are_sorted_and_complete():
     assert baselines.__all__ == sorted({name.split(".")[0] for name in BASELINES})
     assert not set(baselines.__all__) & set(lgla_losses.__all__)
@@ -108,6 +125,7 @@ def test_every_public_name_is_documented_and_annotated():
     values = [getattr(lgla_losses, name) for name in lgla_losses.__all__ if name != "functional"]
     values += [getattr(functional, name) for name in functional.__all__]
     values += [getattr(baselines, name) for name in baselines.__all__]
+    values += [getattr(plot, name) for name in plot.__all__]
     for value in values:
         assert value.__doc__, value
         function = value if inspect.isfunction(value) else value.__init__

@@ -419,7 +419,7 @@ def test_the_fusion_weight_decides_whom_the_ensemble_follows():
     outputs = shifted_outputs(50)
     experts = torch.nn.functional.one_hot(torch.arange(4) % 4, 4)[None].expand(200, 4, 4).double()
     outputs |= {"logits": 10 * experts}  # expert k always says class k
-    rows = paper_results.fusion_sweep(outputs)
+    rows = paper_results.fusion_rows([outputs, outputs])
     assert len(rows) == 27
     assert [row["many"] for row in rows if (row["expert"], row["weight"]) in ((0, 0.9), (2, 0.9))] == [
         50.0,

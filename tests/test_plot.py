@@ -1,0 +1,441 @@
+"""What the pictures hold is what the library computes; none touches the caller's matplotlib."""
+
+import io
+import math
+import subprocess
+import sys
+
+import matplotlib as mpl
+import matplotlib.style
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from reference import assert_raises
+
+from lgla_losses import CLALogitAdjuster, ClassGrouper, ExpertOutput, functional, plot
+from lgla_losses.metrics import ShotAccuracy
+
+#: Classes and experts.
+SIZES = [(3, 2), (3, 3), (3, 4), (1000, 2), (1000, 3), (1000, 4), (1000, 5)]
+sizes = pytest.mark.parametrize(("num_classes", "num_experts"), SIZES)
+
+
+def counts_of(num_classes):
+    """Long-tailed with ties, in no order."""
+    counts = [max(1, round(2000 * 500 ** (-j / max(1, num_classes - 1)))) for j in range(num_classes)]
+    return np.random.default_rng(0).permutation(counts).tolist()
+
+
+def adjuster_of(num_classes, num_experts, **options):
+    return CLALogitAdjuster(ClassGrouper(counts_of(num_classes), num_experts - 1), **options)
+
+
+def by_frequency(counts):
+    """Classes by falling count, ties by index."""
+    return sorted(range(len(counts)), key=lambda j: (-counts[j], j))
+
+
+def samples(num_classes, num_experts, num_samples=300):
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randint(num_classes, (num_samples,), generator=generator)
+    logits = torch.randn(num_samples, num_experts, num_classes, generator=generator)
+    logits[torch.arange(num_samples), :, target] += 2 * torch.rand(num_experts, generator=generator)
+    return logits, target
+
+
+def saved(drawn):
+    """The PNG of the figure; a warning, of a layout that failed for one, is an error."""
+    figure = drawn if isinstance(drawn, Figure) else drawn.figure
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=40)
+    assert file.getvalue().startswith(b"\x89PNG")
+    return figure
+
+
+def ydata(axes):
+    return {line.get_label(): np.asarray(line.get_ydata()) for line in axes.get_lines()}
+
+
+def expert_names(num_experts):
+    return [*(f"local expert {k + 1}" for k in range(num_experts - 1)), "global expert"]
+
+
+@sizes
+def test_groups(num_classes, num_experts):
+    counts = counts_of(num_classes)
+    grouper = ClassGrouper(counts, num_experts - 1)
+    axes = plot.plot_groups(grouper)
+    *areas, curve = axes.patches[:num_experts]
+    order = by_frequency(counts)
+    np.testing.assert_array_equal(curve.get_data().values, np.array(counts)[order])
+    np.testing.assert_array_equal(curve.get_data().edges, np.arange(num_classes + 1) + 0.5)
+    for g, (area, text) in enumerate(zip(areas, axes.get_legend().get_texts(), strict=True)):
+        drawn = np.nan_to_num(area.get_data().values)
+        own = grouper.group_index.numpy()[order] == g
+        np.testing.assert_array_equal(drawn, np.where(own, np.array(counts)[order], 0))
+        assert f"{int(grouper.group_masses[g]):,} samples" in text.get_text()
+        assert f"group {g + 1}: {int(grouper.group_sizes[g]):,} class" in text.get_text()
+    assert axes.get_yscale() == "log"
+    assert axes.get_ylim()[0] < min(counts)
+    assert axes.get_ylim()[1] > max(counts)
+    saved(axes)
+
+
+@sizes
+def test_table(num_classes, num_experts, device):
+    adjuster = adjuster_of(num_classes, num_experts).to(device)
+    axes = plot.plot_table(adjuster)
+    lines, order = ydata(axes), by_frequency(counts_of(num_classes))
+    assert list(lines) == expert_names(num_experts)
+    np.testing.assert_array_equal(list(lines.values()), adjuster.table.cpu().numpy()[:, order])
+    saved(axes)
+
+
+@sizes
+def test_margins(num_classes, num_experts, device):
+    adjuster = adjuster_of(num_classes, num_experts).to(device)
+    counts = counts_of(num_classes)
+    for target_class in (0, num_classes // 2, num_classes - 1):
+        axes = plot.plot_margins(adjuster, target_class)
+        rivals = [j for j in by_frequency(counts) if j != target_class]
+        expected = adjuster.margin(torch.tensor([target_class], device=device))[0].cpu().numpy()
+        for k, line in enumerate(axes.get_lines()[:num_experts]):
+            np.testing.assert_array_equal(line.get_xdata(), np.array(counts)[rivals])
+            np.testing.assert_array_equal(line.get_ydata(), expected[k, rivals])
+    saved(axes)
+
+
+@pytest.mark.parametrize("num_experts", [3, 4, 5, 7])
+def test_margins_name_the_cases_where_they_hold(num_experts):
+    """At every number the line is that of Eq. 6's case."""
+    adjuster, counts = adjuster_of(1000, num_experts), counts_of(1000)
+    tau, largest = float(adjuster.tau), max(counts)
+    y = by_frequency(counts)[900]
+    axes = plot.plot_margins(adjuster, y)
+    cases = {text.get_text(): text.xy for text in axes.texts if "case" in text.get_text()}
+    assert sorted(cases) == [f"case {case}" for case in (1, 2, 3, 4, 5)]
+    values = {
+        "case 1": lambda n: math.log(n / counts[y]),
+        "case 2": lambda n: math.log(largest / counts[y]),
+        "case 3": lambda n: math.log(n / largest),
+        "case 4": lambda n: 0.0,
+        "case 5": lambda n: tau * math.log(n / counts[y]),
+    }
+    for case, (n, margin) in cases.items():
+        assert margin == pytest.approx(values[case](n), abs=1e-12), case
+
+
+def test_the_numbers_of_the_groups_stand_over_their_classes():
+    adjuster, counts = adjuster_of(1000, 4), counts_of(1000)
+    for name, axes in (("table", plot.plot_table(adjuster)), ("margins", plot.plot_margins(adjuster, 0))):
+        saved(axes)
+        numbers = [text for text in axes.texts if "case" not in text.get_text()]
+        assert [text.get_text().removeprefix("group ") for text in numbers] == ["1", "2", "3"]
+        for g, text in enumerate(numbers):
+            own = [i for i, j in enumerate(by_frequency(counts)) if adjuster.grouper.group_index[j] == g]
+            places = [i + 1 for i in own] if name == "table" else [sorted(counts)[::-1][i] for i in own]
+            to_axes = axes.transData + axes.transAxes.inverted()
+            ends = to_axes.transform([(places[0], 1), (places[-1], 1)])[:, 0]
+            assert text.get_position()[0] == pytest.approx(ends.mean(), abs=0.01), (name, g)
+
+
+def test_margins_of_a_table_of_ones_own_have_no_cases():
+    adjuster = CLALogitAdjuster.from_table(ClassGrouper([9, 3, 1], 2), torch.randn(2, 3))
+    axes = plot.plot_margins(adjuster, 1)
+    assert not any("case" in text.get_text() for text in axes.texts)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["expert 1", "expert 2"]
+
+
+@sizes
+@pytest.mark.parametrize("pair", [True, False])
+def test_boundaries(num_classes, num_experts, pair):
+    """Every pixel shows the largest adjusted logit, and on the solid line of a pair both are equal."""
+    adjuster, order = adjuster_of(num_classes, num_experts), by_frequency(counts_of(num_classes))
+    classes = [order[0], order[-1]] if pair else [order[0], order[num_classes // 2], order[-1]]
+    figure = plot.plot_boundaries(adjuster, classes)
+    assert len(figure.axes) == num_experts
+    for k, axes in enumerate(figure.axes):
+        (image,) = axes.images
+        left, right, bottom, top = image.get_extent()
+        drawn = np.asarray(image.get_array())
+        centres = np.array([line.get_xydata()[0] for line in axes.get_lines()])
+        xs, ys = np.linspace(left, right, drawn.shape[1]), np.linspace(bottom, top, drawn.shape[0])
+        points = np.stack(np.meshgrid(xs, ys), axis=-1)
+        plain = -0.5 * np.square(points[:, :, None] - centres).sum(-1)
+        probability = torch.softmax(torch.from_numpy(plain) + adjuster.table[k, classes], dim=-1).numpy()
+        two = np.sort(probability, axis=-1)
+        clear = two[..., -1] - two[..., -2] > 1e-9
+        np.testing.assert_array_equal(drawn[clear], probability.argmax(-1)[clear])
+        if pair:
+            margin = float(adjuster.margin(torch.tensor(classes[:1]))[0, k, classes[1]])
+            assert f"{margin:+.2f} nats" in axes.get_title()
+            (line,) = (c for c in axes.collections if c.get_linestyle()[0][1] is None)
+            ((x, y),) = line.get_paths()[0].vertices[:1]
+            logits = [-0.5 * ((x - a) ** 2 + (y - b) ** 2) for a, b in centres]
+            assert logits[0] == pytest.approx(logits[1] + margin, abs=1e-6)
+    saved(figure)
+
+
+def test_boundaries_around_centres_of_ones_own():
+    adjuster = adjuster_of(10, 3)
+    centres = [[0.0, 0.0], [3.0, 0.5], [1.0, 2.0]]
+    figure = plot.plot_boundaries(adjuster, torch.tensor([4, 1, 0]), torch.tensor(centres))
+    assert [line.get_xydata()[0].tolist() for line in figure.axes[0].get_lines()] == centres
+    # A margin larger than the distance bears leaves no boundary in sight, which is no error.
+    saved(plot.plot_boundaries(adjuster, [0, 4], [[0.0, 0.0], [1e-3, 0.0]]))
+
+
+@sizes
+def test_weight_norms(num_classes, num_experts, device):
+    counts = counts_of(num_classes)
+    weight = torch.randn(num_experts, num_classes, 4, device=device, requires_grad=True)
+    axes = plot.plot_weight_norms(weight, counts)
+    norms = weight.detach().double().norm(dim=-1).cpu().numpy()[:, by_frequency(counts)]
+    norms = np.concatenate([norms, norms.mean(0)[None]])
+    labelled = {label: row for label, row in ydata(axes).items() if label[0] != "_"}
+    assert list(labelled) == [*expert_names(num_experts), "mean of the experts"]
+    raw = [line for line in axes.get_lines() if line.get_label()[0] == "_"] or axes.get_lines()
+    np.testing.assert_allclose([line.get_ydata() for line in raw], norms, rtol=1e-12)
+    if num_classes == 1000:  # the means over 10 neighbours on either side
+        smooth = labelled["global expert"]
+        assert smooth[500] == pytest.approx(norms[-2, 490:511].mean())
+        assert smooth[0] == pytest.approx(norms[-2, :11].mean())
+    saved(axes)
+
+
+def test_weight_norms_of_one_head():
+    axes = plot.plot_weight_norms(torch.eye(3)[None], [3, 2, 1])
+    assert [line.get_label() for line in axes.get_lines()] == ["expert 1"]
+
+
+@sizes
+@pytest.mark.parametrize("equal", [True, False])
+def test_implied_prior(num_classes, num_experts, equal, device):
+    adjuster = adjuster_of(num_classes, num_experts).to(device)
+    fusion = None if equal else list(range(num_experts))
+    axes = plot.plot_implied_prior(adjuster, fusion)
+    lines, counts = ydata(axes), counts_of(num_classes)
+    order = by_frequency(counts)
+    np.testing.assert_array_equal(lines["fused experts"], adjuster.implied_prior(fusion).cpu().numpy()[order])
+    np.testing.assert_allclose(lines["training data"], np.array(counts)[order] / sum(counts), rtol=1e-12)
+    np.testing.assert_allclose(lines["uniform"], 1 / num_classes)
+    assert axes.get_yscale() == "log"
+    saved(axes)
+
+
+@sizes
+def test_fusion_sweep(num_classes, num_experts):
+    """As many ensembles as the picture has points, and the metric of torchmetrics on each."""
+    logits, target = samples(num_classes, num_experts)
+    counts, weights = counts_of(num_classes), [0.0, 0.25, 1.0]
+    figure = plot.plot_fusion_sweep(logits.unbind(1), target, counts, weights)
+    computed = plot.fusion_sweep(logits, target, counts, weights)
+    assert len(figure.axes) == num_experts - 1
+    output = ExpertOutput(logits.double(), logits[..., :1], logits[0, ..., None])
+    for k, axes in enumerate(figure.axes):
+        lines = ydata(axes)
+        for i, w in enumerate(weights):
+            fusion = [(1 - w) / max(1, num_experts - 2)] * (num_experts - 1)
+            fusion[k] = w
+            fusion.append(1 / (num_experts - 1) if num_experts > 2 else 1 - w)
+            metric = ShotAccuracy(counts)
+            metric.update(output.ensemble(fusion), target)
+            expected = {name: float(value) for name, value in metric.compute().items()}
+            assert computed[k, i].tolist() == pytest.approx(list(expected.values()), nan_ok=True, abs=1e-6)
+            for name, value in expected.items():
+                label = "all classes" if name == "all" else f"{name}-shot"
+                if label in lines:
+                    assert lines[label][i] == pytest.approx(100 * value, abs=1e-4)
+                else:
+                    assert math.isnan(value)
+    saved(figure)
+
+
+def test_an_expert_without_weight_takes_no_part():
+    """Nor where it masks a class; K = 2 at w = 1 is the local expert alone."""
+    logits = torch.tensor([[[1.0, 0.0], [-math.inf, 5.0]]])
+    result = plot.fusion_sweep(logits, torch.tensor([0]), [5, 5], [1.0, 0.5])
+    assert result[0, :, 0].tolist() == [1.0, 0.0]
+    assert result[0, :, 3].tolist() == [1.0, 0.0]
+    assert result[0, :, 1].isnan().all()
+
+
+@sizes
+def test_angles(num_classes, num_experts):
+    generator = torch.Generator().manual_seed(1)
+    grouper = ClassGrouper(counts_of(num_classes), num_experts - 1)
+    target = torch.randint(num_classes, (400,), generator=generator)
+    angles = 0.4 + torch.rand(400, num_experts, generator=generator)
+    target[:3], angles[:3] = -100, math.nan  # ignored, whatever they hold
+    figure = plot.plot_angles(angles, target, grouper, bins=17)
+    group = functional.target_groups(target, grouper.group_index, -100)
+    statistics = functional.aaw_statistics(angles, group, num_experts - 1)
+    references = functional.aaw_references(statistics)
+    assert [axes.get_title() for axes in figure.axes] == expert_names(num_experts)
+    for k, axes in enumerate(figure.axes):
+        present = [g for g in range(num_experts - 1) if (group == g).any()]
+        assert [patch.get_label() for patch in axes.patches] == [f"group {g + 1}" for g in present]
+        for g, patch, line in zip(present, axes.patches, axes.get_lines(), strict=True):
+            shares, edges, _ = patch.get_data()
+            assert len(shares) == 17
+            own = angles[group == g, k].double().numpy()
+            np.testing.assert_allclose(shares, 100 * np.histogram(own, edges)[0] / len(own))
+            assert shares.sum() == pytest.approx(100)
+            assert line.get_xdata()[0] == pytest.approx(float(references[g, k]), abs=1e-6)
+    saved(figure)
+
+
+def test_a_group_without_samples_has_no_angles():
+    figure = plot.plot_angles(torch.full((2, 3), 0.5), torch.tensor([0, 0]), ClassGrouper([9, 3, 1], 2))
+    assert [len(axes.patches) for axes in figure.axes] == [1, 1, 1]
+    saved(figure)
+
+
+def single_panels():
+    adjuster = adjuster_of(10, 3)
+    weight = torch.ones(3, 10, 2)
+    return {
+        "groups": lambda **on: plot.plot_groups(adjuster.grouper, **on),
+        "table": lambda **on: plot.plot_table(adjuster, **on),
+        "margins": lambda **on: plot.plot_margins(adjuster, 4, **on),
+        "norms": lambda **on: plot.plot_weight_norms(weight, counts_of(10), **on),
+        "prior": lambda **on: plot.plot_implied_prior(adjuster, **on),
+    }
+
+
+def several_panels():
+    adjuster = adjuster_of(10, 3)
+    logits, target = samples(10, 3)
+    angles = torch.rand(300, 3)
+    return {
+        "boundaries": lambda **on: plot.plot_boundaries(adjuster, [0, 1], **on),
+        "sweep": lambda **on: plot.plot_fusion_sweep(logits, target, counts_of(10), **on),
+        "angles": lambda **on: plot.plot_angles(angles, target, adjuster.grouper, **on),
+    }
+
+
+@pytest.mark.parametrize("name", single_panels())
+def test_ax_is_respected(name):
+    figure = Figure(layout="constrained")
+    other, axes = figure.subplots(1, 2)
+    assert single_panels()[name](ax=axes) is axes
+    assert axes.has_data()
+    assert not other.has_data()
+    assert axes.get_xlabel()
+    assert axes.get_ylabel()
+    assert_raises(
+        lambda: single_panels()[name](ax=figure), TypeError, "ax: expected the Axes", "got", "Figure"
+    )
+    saved(figure)
+
+
+@pytest.mark.parametrize("name", several_panels())
+def test_figure_is_respected(name):
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    assert several_panels()[name](figure=figure) is figure
+    assert figure.axes
+    assert figure.get_supxlabel()
+    assert figure.get_supylabel()
+    call = several_panels()[name]
+    assert_raises(lambda: call(figure=figure.axes[0]), TypeError, "figure: expected a Figure", "got")
+
+
+@pytest.mark.parametrize("name", [*single_panels(), *several_panels()])
+def test_the_style_is_the_callers(name):
+    """On a dark background the most important line, texts and legends are light; nothing global changes."""
+    with matplotlib.style.context("dark_background"):
+        before = dict(mpl.rcParams)
+        drawn = (single_panels() | several_panels())[name]()
+        assert dict(mpl.rcParams) == before
+    figure = saved(drawn)
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
+    texts = [text for legend in legends if legend for text in legend.get_texts()]
+    texts += [text for axes in figure.axes for text in axes.texts]
+    assert texts
+    assert {to_hex(text.get_color()) for text in texts} == {"#ffffff"}
+    colors = {to_hex(line.get_color()) for axes in figure.axes for line in axes.get_lines()}
+    assert "#000000" not in colors
+
+
+def test_lines_differ_in_more_than_colour():
+    """Fourteen experts: each pair by line style or marker, whatever a printer makes of the colours."""
+    axes = plot.plot_table(adjuster_of(1000, 15))
+    looks = {(str(line._unscaled_dash_pattern), line.get_marker()) for line in axes.get_lines()}
+    assert len(looks) == 15
+
+
+def test_many_classes():
+    adjuster = adjuster_of(8142, 3)
+    for axes in (
+        plot.plot_groups(adjuster.grouper),
+        plot.plot_table(adjuster),
+        plot.plot_margins(adjuster, 9),
+    ):
+        saved(axes)
+        assert len(axes.get_xticks()) < 15
+
+
+def test_groups_of_ones_own_that_are_scattered():
+    counts = counts_of(1000)
+    grouper = ClassGrouper.from_groups(counts, [j % 3 for j in range(1000)])
+    axes = plot.plot_groups(grouper)
+    assert len(axes.patches) == 4  # an area a group and the curve, no stripes
+    saved(plot.plot_margins(CLALogitAdjuster(grouper), 5))
+
+
+def test_one_class():
+    grouper = ClassGrouper([7], 1)
+    saved(plot.plot_groups(grouper))
+    saved(plot.plot_table(CLALogitAdjuster(grouper)))
+    saved(plot.plot_implied_prior(CLALogitAdjuster(grouper)))
+
+
+def test_equal_and_fractional_counts():
+    adjuster = CLALogitAdjuster(ClassGrouper([0.5, 0.5, 0.5], 2))
+    for axes in (
+        plot.plot_groups(adjuster.grouper),
+        plot.plot_table(adjuster),
+        plot.plot_margins(adjuster, 0),
+    ):
+        saved(axes)
+    saved(plot.plot_boundaries(adjuster, [0, 1, 2]))
+
+
+def test_all_is_sorted():
+    assert plot.__all__ == sorted(plot.__all__)
+    for name in plot.__all__:
+        assert "Source: " in getattr(plot, name).__doc__
+        assert "Example:" in getattr(plot, name).__doc__
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_pyplot_is_left_alone():
+    """Nothing imports pyplot or chooses a backend; a picture can be saved all the same."""
+    code = """
+import io, sys
+from lgla_losses import ClassGrouper, CLALogitAdjuster, plot
+import matplotlib
+adjuster = CLALogitAdjuster(ClassGrouper([9, 3, 1], 2))
+plot.plot_groups(adjuster.grouper).figure.savefig(io.BytesIO())
+plot.plot_boundaries(adjuster, [0, 1]).savefig(io.BytesIO())
+print("matplotlib.pyplot" in sys.modules, matplotlib.rcParams._get_backend_or_none())
+"""
+    assert run(code).split() == ["False", "None"]
+
+
+def test_without_matplotlib_the_error_says_what_to_install():
+    code = """
+import sys
+sys.modules["matplotlib"] = None
+import lgla_losses
+try:
+    import lgla_losses.plot
+except ImportError as error:
+    print(error)
+"""
+    assert 'pip install "lgla-losses[plot]"' in run(code)
