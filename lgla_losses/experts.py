@@ -144,8 +144,10 @@ class GroupConvExperts(nn.Module):
                 f"num_features: expected the width of the stage's output, {features.shape[-1]}, "
                 f"got {weight.shape[-1]}; pass num_features={features.shape[-1]}"
             )
-        # A view: FSDP2 hooks what a module gives, and on the parameter the hooks of all steps would add up.
-        return ExpertOutput(self.classifiers(features), features, weight.view_as(weight))
+        if torch.is_grad_enabled():
+            # A view: FSDP2 hooks what a module gives, and on the parameter the hooks of all steps would add up.
+            weight = weight.view_as(weight)
+        return ExpertOutput(self.classifiers(features), features, weight)
 
     def _features(self, inputs: tuple[Any, ...], device_type: str) -> Tensor:
         """Pooled outputs of the stages ``[N, K, d]``."""
