@@ -138,14 +138,14 @@ class GroupConvExperts(nn.Module):
                 "stage: expected a stage that leaves its input, which the experts share, alone, got one that "
                 "wrote into it; set inplace=False on its first layer, or make it the trunk's last"
             )
-        weight = self.classifiers.weight
+        weight: Tensor = self.classifiers.weight
         if features.shape[-1] != weight.shape[-1]:
             raise ValueError(
                 f"num_features: expected the width of the stage's output, {features.shape[-1]}, "
                 f"got {weight.shape[-1]}; pass num_features={features.shape[-1]}"
             )
         if torch.is_grad_enabled():
-            # A view: FSDP2 hooks what a module gives, and on the parameter the hooks of all steps would add up.
+            # A view: FSDP2 hooks what a module gives, and on the parameter hooks of all steps would add up.
             weight = weight.view_as(weight)
         return ExpertOutput(self.classifiers(features), features, weight)
 
