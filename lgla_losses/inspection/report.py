@@ -338,10 +338,15 @@ def _suggestion(groupings: Sequence[Grouping], batch_size: int, expression: str)
                 f"K = 3 as in the paper: its groups have {sizes[0]} and {sizes[1]} classes, and batches of "
                 f"{batch_size} seldom miss one."
             )
+    if not any(margin.margin for margin in chosen.margins):
+        why = (
+            f"No class is rarer than another: nothing to adjust, plain cross entropy does as well. Else {why}"
+        )
     num_experts, uniform = chosen.num_experts, float(chosen.num_experts - 1)
     reason = (
         f"{why} tau = 1.25 (K - 1) = {chosen.tau:g}, the default, leans to the tail; at tau = K - 1 = "
-        f"{uniform:g} the ensemble carries a uniform prior. Neither was best on all data (docs/results.md): try both."
+        f"{uniform:g} the ensemble carries a uniform prior. Neither was best on all data (docs/results.md): "
+        "try both."
     )
     line = f"criterion = LGLALoss({expression}, num_experts={num_experts}, tau={chosen.tau:g})"
     return Suggestion(num_experts, chosen.tau, uniform, reason, line)

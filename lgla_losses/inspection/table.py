@@ -73,7 +73,7 @@ def _table(*columns: tuple[str, bool], last: str | None = None) -> Table:
 
     The column ``last`` has what room the others leave.
     """
-    table = Table(box=box.SIMPLE_HEAD, expand=last is not None)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=last is not None)
     for heading, is_number in columns:
         table.add_column(heading, justify="right" if is_number else "left", no_wrap=True, overflow="ellipsis")
     if last is not None:
@@ -102,8 +102,8 @@ def _shots(inspection: Inspection) -> Table:
 
 
 def _groups(inspection: Inspection) -> Table:
-    headings = [("K", True), ("group", True), ("classes", True), ("largest", True), ("smallest", True)]
-    table = _table(*headings, ("samples", True), ("share", True), last="class numbers")
+    headings = [("K", True), ("group", True), ("size", True), ("largest", True), ("smallest", True)]
+    table = _table(*headings, ("samples", True), ("share", True), last="classes")
     for grouping in inspection.groupings:
         last = len(grouping.groups) - 1
         for group in grouping.groups:
