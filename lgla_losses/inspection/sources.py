@@ -323,13 +323,14 @@ def _json_line(text: str, entry: int, is_mapping: bool) -> int:
 def _read_labels(path: Path, key: str | None) -> ClassCounts:
     way_out = "save integer labels [N] by np.save or np.savez"
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.ndarray):
-            with loaded as arrays:
-                key = _label_key(path, arrays.files, key)
-                loaded = arrays[key]
-        elif key is not None:
-            raise SourceError(f"{path}: expected an .npz file with --key {key}, got a single array")
+        # NumPy leaves a damaged file open that it opened itself.
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.ndarray):
+                key = _label_key(path, loaded.files, key)
+                loaded = loaded[key]
+            elif key is not None:
+                raise SourceError(f"{path}: expected an .npz file with --key {key}, got a single array")
     except SourceError:
         raise
     except (EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
