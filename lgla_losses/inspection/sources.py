@@ -120,6 +120,11 @@ def detect_kind(path: Path) -> Kind:
     }  # fmt: skip
     if path.suffix.lower() in by_suffix:
         return by_suffix[path.suffix.lower()]
+    if path.exists() and not path.is_file():
+        raise SourceError(
+            f"{path}: expected a file or folder, got a pipe or device, which can be read only once; say by "
+            "--kind what it holds"
+        )
     with path.open("rb") as file:
         begin = file.read(1 << 16)
     if begin.startswith((b"\x93NUMPY", b"PK\x03\x04")):
