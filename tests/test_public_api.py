@@ -148,7 +148,7 @@ import torch  # which may import triton for itself
 
 class OnlyTheCore:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"sklearn", "tqdm", "rich", "matplotlib", "torchvision"}:
+        if name.partition(".")[0] in {"sklearn", "tqdm", "rich", "typer", "matplotlib", "torchvision"}:
             raise ImportError(f"{name} is no dependency of the core")
 
 sys.meta_path.insert(0, OnlyTheCore())

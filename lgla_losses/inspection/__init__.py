@@ -1,0 +1,36 @@
+"""What the groups and margins of LGLA are on class counts of one's own, before anything is trained.
+
+``python -m lgla_losses inspect`` shows it (``pip install "lgla-losses[cli]"``); here is what it computes,
+which needs PyTorch and NumPy only.
+"""
+
+from lgla_losses.inspection.report import (
+    ClassInfo,
+    Group,
+    Grouping,
+    Inspection,
+    Margin,
+    Notice,
+    Shot,
+    Suggestion,
+    gini_coefficient,
+    inspect_counts,
+)
+from lgla_losses.inspection.sources import ClassCounts, Kind, SourceError, read_class_counts
+
+__all__ = [
+    "ClassCounts",
+    "ClassInfo",
+    "Group",
+    "Grouping",
+    "Inspection",
+    "Kind",
+    "Margin",
+    "Notice",
+    "Shot",
+    "SourceError",
+    "Suggestion",
+    "gini_coefficient",
+    "inspect_counts",
+    "read_class_counts",
+]

@@ -1,0 +1,137 @@
+"""The command line around an inspection: ``pip install "lgla-losses[cli]"``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+import lgla_losses
+from lgla_losses.grouping import ClassGrouper
+from lgla_losses.inspection.picture import draw_groups
+from lgla_losses.inspection.report import Inspection, inspect_counts
+from lgla_losses.inspection.sources import ClassCounts, Kind, SourceError, read_class_counts
+from lgla_losses.inspection.table import print_inspection
+
+#: Of the JSON that --json writes; a key that changes its meaning or goes raises it.
+SCHEMA_VERSION = 1
+
+IMPORTS = (
+    "from lgla_losses import LGLALoss",
+    "from lgla_losses.inspection import read_class_counts",
+)
+
+app = typer.Typer(
+    help="Local and Global Logit Adjustments for long-tailed learning.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(lgla_losses.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Local and Global Logit Adjustments for long-tailed learning."""
+
+
+@app.command()
+def inspect(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Class counts as a text file (one a line), CSV or JSON; labels as .npy or .npz; or a folder "
+            "of images with a folder a class, or with train/ that has them.",
+            show_default=False,
+        ),
+    ],
+    kind: Annotated[
+        Kind | None,
+        typer.Option(help="What SOURCE is, if its ending and content mislead.", show_default=False),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(help="Array of labels in an .npz; else train_labels or train_y.", show_default=False),
+    ] = None,
+    count_column: Annotated[
+        str | None,
+        typer.Option(help="Heading of the counts in a CSV file, or number from 1.", show_default=False),
+    ] = None,
+    name_column: Annotated[
+        str | None,
+        typer.Option(help="Heading of the class names in a CSV file, or number from 1.", show_default=False),
+    ] = None,
+    many: Annotated[float, typer.Option(min=0, help="Many-shot classes have more samples.")] = 100,
+    few: Annotated[float, typer.Option(min=0, help="Few-shot classes have fewer samples.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 128,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a picture there.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")] = False,
+) -> None:
+    """Look at class counts: imbalance, groups and margins for K = 2..7, warnings, a place to start."""
+    if not few <= many < float("inf"):
+        _refuse(f"--few, --many: expected 0 <= few <= many, finite, got few = {few:g} and many = {many:g}")
+    options = {"key": key, "count_column": count_column, "name_column": name_column}
+    try:
+        found = read_class_counts(source, kind, **options)
+    except SourceError as error:
+        _refuse(str(error))
+    given = {"kind": kind and str(kind), **options}
+    arguments = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
+    inspection = inspect_counts(
+        found.counts,
+        found.names,
+        many=many,
+        few=few,
+        batch_size=batch_size,
+        expression=f"read_class_counts({str(source)!r}{arguments}).positive",
+    )
+    if png is not None:
+        _write_picture(png, source, found, inspection)
+    if as_json:
+        described = {"path": str(source), "kind": str(found.kind), "description": found.description}
+        record = {"schema": SCHEMA_VERSION, "source": described, **asdict(inspection), "imports": IMPORTS}
+        typer.echo(json.dumps(record, allow_nan=False))
+        return
+    if hasattr(sys.stdout, "reconfigure"):
+        # A class name may hold letters that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="replace")
+    title = f"{source}: {found.description}"
+    print_inspection(Console(), inspection, title, IMPORTS)
+    if png is not None:
+        typer.echo(f"Picture: {png}", err=True)
+
+
+def _write_picture(png: Path, source: Path, found: ClassCounts, inspection: Inspection) -> None:
+    num_experts = inspection.suggestion.num_experts
+    grouper = ClassGrouper(found.positive, num_experts - 1)
+    try:
+        figure = draw_groups(
+            grouper, inspection.many, inspection.few, f"{source.name}: groups of {num_experts} experts"
+        )
+        figure.savefig(png, format="png", dpi=150)
+    except ImportError as error:
+        _refuse(f"--png: {error}")
+    except OSError as error:
+        _refuse(f"--png: expected a file that can be written, got {png} ({error.strerror or error})")
+
+
+def _refuse(message: str) -> NoReturn:
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(2)

@@ -1,0 +1,362 @@
+"""The figures of an inspection: imbalance, shots, groups, margins, what may go wrong, where to start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lgla_losses.adjustment import CLALogitAdjuster
+from lgla_losses.checks import finite_float, positive_int
+from lgla_losses.counts import ArrayLike, integer_array
+from lgla_losses.grouping import ClassGrouper
+
+#: The numbers of experts K that are looked at, those of the paper's Fig. 7; everywhere else it has three.
+EXPERTS = range(2, 8)
+PAPER_EXPERTS = 3
+
+#: A group that a batch misses more often than this is warned of.
+OFTEN_MISSED = 0.01
+
+
+@dataclass(frozen=True)
+class ClassInfo:
+    """A class by its number in the source."""
+
+    number: int
+    name: str | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Shot:
+    """Many-, medium- or few-shot classes."""
+
+    name: str
+    num_classes: int
+    class_share: float
+    num_samples: int
+    sample_share: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """The classes of one local expert; group 0 is the head."""
+
+    index: int
+    classes: list[int]
+    class_share: float
+    largest_count: int
+    smallest_count: int
+    mass: int
+    mass_share: float
+    miss_probability: float
+
+
+@dataclass(frozen=True)
+class Margin:
+    r"""An expert's largest margin of Eq. 6: by how much ``target``'s logit must exceed ``rival``'s.
+
+    Several rivals may share it, the most frequent is given; both are None where the expert has no margins.
+    """
+
+    expert: int
+    is_global: bool
+    margin: float
+    target: ClassInfo | None
+    rival: ClassInfo | None
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """What K experts make of the classes, at the default ``tau``."""
+
+    num_experts: int
+    tau: float
+    groups: list[Group]
+    margins: list[Margin]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something to know before training: a code that stays, a sentence, and what it is about."""
+
+    code: str
+    message: str
+    cases: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Where to start."""
+
+    num_experts: int
+    tau: float
+    uniform_tau: float
+    reason: str
+    python: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All of it; classes without samples enter ``zero_count_classes`` and nothing else."""
+
+    num_classes: int
+    num_samples: int
+    largest: ClassInfo
+    smallest: ClassInfo
+    imbalance_factor: float
+    gini: float
+    many: float
+    few: float
+    shots: list[Shot]
+    batch_size: int
+    groupings: list[Grouping]
+    zero_count_classes: list[ClassInfo]
+    warnings: list[Notice]
+    suggestion: Suggestion
+
+
+def inspect_counts(
+    counts: ArrayLike,
+    names: Sequence[str] | None = None,
+    *,
+    many: float = 100,
+    few: float = 20,
+    batch_size: int = 128,
+    expression: str = "class_counts",
+) -> Inspection:
+    """Say what LGLA would make of class counts.
+
+    Args:
+        counts: samples per class ``[C]``, integers; classes with 0 are warned of and left out.
+        names: of the classes ``[C]``.
+        many: many-shot classes have more samples.
+        few: few-shot classes have fewer, at most ``many``.
+        batch_size: samples that are drawn for a batch.
+        expression: Python for the positive counts, for the suggested line of code.
+
+    Raises:
+        TypeError: counts are not integers, or an option is no number.
+        ValueError: counts are negative or all 0, there is not one name a class, or an option is out of range.
+    """
+    array = integer_array("counts", counts, "give the number of samples of every class")
+    if (array < 0).any() or not (array > 0).any():
+        raise ValueError(
+            "counts: expected counts >= 0 and one above, "
+            f"got {f'a least of {array.min()}' if array.size and array.min() < 0 else 'none above 0'}"
+        )
+    if names is not None and len(names) != len(array):
+        raise ValueError(f"names: expected one for each of {len(array)} classes, got {len(names)}")
+    many = finite_float("many", many, low=0, high=float("inf"), expected="a finite number >= 0")
+    few = finite_float("few", few, low=0, high=many, expected=f"a number in 0..many={many:g}")
+    batch_size = positive_int("batch_size", batch_size, "give the samples of a batch")
+
+    def info(number: int) -> ClassInfo:
+        return ClassInfo(number, None if names is None else names[number], int(array[number]))
+
+    present = np.flatnonzero(array)
+    kept = array[present]
+    infos = [info(int(number)) for number in present]
+    groupings = []
+    for num_experts in EXPERTS:
+        if num_experts <= len(kept) + 1:
+            grouper = ClassGrouper(kept, num_experts - 1)
+            groupings.append(_grouping(CLALogitAdjuster(grouper), infos, batch_size))
+    absent = [info(int(number)) for number in np.flatnonzero(array == 0)]
+    return Inspection(
+        num_classes=len(kept),
+        num_samples=int(kept.sum()),
+        largest=infos[int(kept.argmax())],
+        smallest=infos[int(kept.argmin())],
+        imbalance_factor=int(kept.max()) / int(kept.min()),
+        gini=gini_coefficient(kept),
+        many=many,
+        few=few,
+        shots=_shots(kept, many, few),
+        batch_size=batch_size,
+        groupings=groupings,
+        zero_count_classes=absent,
+        warnings=_warnings(groupings, infos, absent, batch_size),
+        suggestion=_suggestion(groupings, batch_size, expression),
+    )
+
+
+def gini_coefficient(counts: ArrayLike) -> float:
+    r"""How unequal counts are: 0 for equal ones, towards 1 where one class has nearly all samples.
+
+    The mean difference of two counts over twice their mean,
+    :math:`\sum_{i,j} |n_i - n_j| \,/\, 2 C \sum_j n_j`.
+
+    Example:
+        >>> gini_coefficient([3, 1])
+        0.25
+    """
+    ascending = np.sort(np.asarray(counts, dtype=np.float64))
+    num_classes = len(ascending)
+    ranks = np.arange(1, num_classes + 1)
+    return float(((2 * ranks - num_classes - 1) * ascending).sum() / (num_classes * ascending.sum()))
+
+
+def _shots(counts: np.ndarray[Any, np.dtype[np.int64]], many: float, few: float) -> list[Shot]:
+    is_many, is_few = counts > many, counts < few
+    splits = {"many": is_many, "medium": ~(is_many | is_few), "few": is_few}
+    total = int(counts.sum())
+    return [
+        Shot(
+            name=name,
+            num_classes=int(split.sum()),
+            class_share=int(split.sum()) / len(counts),
+            num_samples=int(counts[split].sum()),
+            sample_share=int(counts[split].sum()) / total,
+        )
+        for name, split in splits.items()
+    ]
+
+
+def _grouping(adjuster: CLALogitAdjuster, infos: Sequence[ClassInfo], batch_size: int) -> Grouping:
+    grouper = adjuster.grouper
+    counts, index = grouper.class_counts.numpy(), grouper.group_index.numpy()
+    numbers = np.array([one.number for one in infos])
+    total = int(grouper.group_masses.sum())
+    groups = []
+    for group, mass in enumerate(grouper.group_masses.tolist()):
+        inside = index == group
+        groups.append(
+            Group(
+                index=group,
+                classes=numbers[inside].tolist(),
+                class_share=int(inside.sum()) / len(counts),
+                largest_count=int(counts[inside].max()),
+                smallest_count=int(counts[inside].min()),
+                mass=mass,
+                mass_share=mass / total,
+                miss_probability=(1 - mass / total) ** batch_size,
+            )
+        )
+    margins = [_largest_margin(adjuster, expert, infos) for expert in range(adjuster.num_experts)]
+    tau = 0.0 if adjuster.tau is None else float(adjuster.tau)
+    return Grouping(adjuster.num_experts, tau, groups, margins)
+
+
+def _largest_margin(adjuster: CLALogitAdjuster, expert: int, infos: Sequence[ClassInfo]) -> Margin:
+    """M(y, j, k) = T(k, j) - T(k, y) is largest from the least to the greatest T."""
+    target = int(adjuster.table[expert].argmin())
+    margins = adjuster.margin(torch.tensor([target]))[0, expert]
+    margin = float(margins.max())
+    rivals = (margins == margins.max()).nonzero().flatten().tolist()
+    is_global = expert == adjuster.num_experts - 1
+    if margin <= 0:
+        return Margin(expert, is_global, 0.0, None, None)
+    rival = max(rivals, key=lambda j: infos[j].count)
+    return Margin(expert, is_global, margin, infos[target], infos[rival])
+
+
+def _warnings(
+    groupings: Sequence[Grouping], infos: Sequence[ClassInfo], absent: Sequence[ClassInfo], batch_size: int
+) -> list[Notice]:
+    notices = []
+    if absent:
+        cases: list[dict[str, Any]] = [{"class": one.number, "name": one.name} for one in absent]
+        one_absent = len(absent) == 1
+        message = (
+            f"{len(absent)} {'class has' if one_absent else 'classes have'} no samples and "
+            f"{'is' if one_absent else 'are'} left out: {_listed([class_label(one) for one in absent])}. "
+            "Class numbers here are the source's; the losses want labels 0..C-1 without the classes left out."
+        )
+        notices.append(Notice("zero_count_classes", message, cases))
+    if len(infos) == 1:
+        notices.append(Notice("one_class", "There is one class only: nothing to classify.", []))
+    elif len({one.count for one in infos}) == 1:
+        message = (
+            "All classes have the same count: every margin is 0 and LGLA is plain cross entropy of K experts."
+        )
+        notices.append(Notice("balanced", message, []))
+    alone = [
+        {"num_experts": grouping.num_experts, "group": group.index, "class": group.classes[0]}
+        for grouping in groupings
+        for group in grouping.groups
+        if len(group.classes) == 1
+    ]
+    if alone and len(infos) > 1:
+        message = (
+            f"Groups of one class: {_by_experts(alone)}. Such a local expert adjusts the logit of that class "
+            "alone, and none at all where it is the largest."
+        )
+        notices.append(Notice("single_class_groups", message, alone))
+    missed = [
+        {"num_experts": grouping.num_experts, "group": group.index, "probability": group.miss_probability}
+        for grouping in groupings
+        for group in grouping.groups
+        if group.miss_probability > OFTEN_MISSED
+    ]
+    if missed:
+        worst = max(case["probability"] for case in missed)
+        message = (
+            f"More than 1 % of the batches of {batch_size} hold no sample of a group: {_by_experts(missed)}; "
+            f"at worst {worst:.0%}. It then has no reference angle: take larger batches or fewer experts."
+        )
+        notices.append(Notice("missed_groups", message, missed))
+    return notices
+
+
+def _by_experts(cases: Sequence[dict[str, Any]]) -> str:
+    """The groups of every K, as in ``K = 3: 0; K = 4: 0, 1``."""
+    groups: dict[int, list[str]] = {}
+    for case in cases:
+        groups.setdefault(case["num_experts"], []).append(str(case["group"]))
+    return "; ".join(
+        f"K = {k}: {'group' if len(of_k) == 1 else 'groups'} {', '.join(of_k)}" for k, of_k in groups.items()
+    )
+
+
+def _suggestion(groupings: Sequence[Grouping], batch_size: int, expression: str) -> Suggestion:
+    by_experts = {grouping.num_experts: grouping for grouping in groupings}
+    chosen, problem = by_experts[min(by_experts)], ""
+    paper = by_experts.get(PAPER_EXPERTS)
+    if paper is None:
+        why = "K = 2, as one class makes one group."
+    else:
+        sizes = [len(group.classes) for group in paper.groups]
+        missed = [group for group in paper.groups if group.miss_probability > OFTEN_MISSED]
+        if 1 in sizes:
+            lone = paper.groups[sizes.index(1)]
+            problem = f"group {lone.index} would be class {lone.classes[0]} alone"
+        elif missed:
+            rare = missed[0]
+            problem = (
+                f"{rare.miss_probability:.0%} of the batches of {batch_size} would miss group {rare.index}"
+            )
+        if problem:
+            why = f"K = 2 rather than the paper's 3, as {problem}."
+        else:
+            chosen = paper
+            why = (
+                f"K = 3 as in the paper: its groups have {sizes[0]} and {sizes[1]} classes, and batches of "
+                f"{batch_size} seldom miss one."
+            )
+    if not any(margin.margin for margin in chosen.margins):
+        why = (
+            f"No class is rarer than another: nothing to adjust, plain cross entropy does as well. Else {why}"
+        )
+    num_experts, uniform = chosen.num_experts, float(chosen.num_experts - 1)
+    reason = (
+        f"{why} tau = 1.25 (K - 1) = {chosen.tau:g}, the default, leans to the tail; at tau = K - 1 = "
+        f"{uniform:g} the ensemble carries a uniform prior. Neither was best on all data (docs/results.md): "
+        "try both."
+    )
+    line = f"criterion = LGLALoss({expression}, num_experts={num_experts}, tau={chosen.tau:g})"
+    return Suggestion(num_experts, chosen.tau, uniform, reason, line)
+
+
+def class_label(one: ClassInfo) -> str:
+    """A class for people: its number, and its name where that says more."""
+    return f"{one.number}" if one.name in (None, str(one.number)) else f"{one.number} ({one.name})"
+
+
+def _listed(labels: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(labels) - most} more" if len(labels) > most else ""
+    return ", ".join(labels[:most]) + more
