@@ -12,7 +12,7 @@ demo: $(VENV)/.examples    ## train LGLA beside its baselines on long-tailed dig
 test: $(VENV)/.test        ## all but the slow tests
 	$(RUN) -m pytest
 
-test-slow: $(VENV)/.test   ## compilers, four processes, built wheels
+test-slow: $(VENV)/.test   ## compilers, four processes, killed runs, built wheels
 	$(RUN) -m pytest -m slow
 
 lint: $(VENV)/.dev         ## style and types

@@ -125,6 +125,7 @@ def test_wrong_arguments_end_before_any_measuring():
     assert "expected cpu or cuda" in result.stderr
 
 
+@pytest.mark.slow
 def test_class_parallel_ranks_share_memory_and_send_little(tmp_path):
     """In miniature; memory is not asserted, as little of it is the loss's here."""
     script, path = ROOT / "benchmarks" / "class_parallel.py", tmp_path / "record.json"

@@ -60,7 +60,8 @@ def torchrun(kind, data, *options):
     )
 
 
-@pytest.mark.parametrize("kind", ["images", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["images", "ddp"])
 def test_a_killed_run_ends_as_one_left_alone(kind, data, tmp_path):
     """By SIGKILL at random moments and while a checkpoint is written; one process, and two ranks."""
     status, output, _ = run([ROOT / "tests" / "faults_worker.py", kind, data, tmp_path])
