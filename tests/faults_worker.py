@@ -93,6 +93,8 @@ class Job:
             if write_half_of is not None:
                 save, half, count = torch.save, write_half(self.marker), itertools.count(1)
                 torch.save = lambda *args: (half if next(count) == write_half_of else save)(*args)
+            # Renews PyTorch's thread pool, which threads of its own would race to do after a fork.
+            torch.set_num_threads(1)
             try:
                 self.script.main(arguments)
                 status = 0
