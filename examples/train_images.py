@@ -26,10 +26,9 @@ from training import differing_tensors, load_plain, run
 
 from lgla_losses import split_backbone
 from lgla_losses.data import ImageData, read_image, read_npz
+from lgla_losses.inspection.sources import IMAGE_SUFFIXES
 
 v2 = library("torchvision.transforms.v2")
-
-EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 #: Where a family lists its networks, and what makes one, with new weights.
 FAMILIES = {"torchvision": ("torchvision.models", "get_model"), "timm": ("timm", "create_model")}
@@ -66,7 +65,7 @@ def read_folder(root: Path, skip_corrupt: bool) -> tuple[ImageData, ImageData, l
     names = sorted(files[0])
     for half, of_class in zip(halves, files, strict=True):
         if not any(of_class.values()):
-            endings = ", ".join(sorted(EXTENSIONS))
+            endings = ", ".join(sorted(IMAGE_SUFFIXES))
             raise InputError(f"{half}: expected images ({endings}) in one folder a class, got none")
     empty = [name for name in names if not files[0][name]]
     if empty:
@@ -88,7 +87,7 @@ def list_images(half: Path, skip_corrupt: bool) -> dict[str, list[Path]]:
     """The readable images of every class."""
     folders = sorted(path for path in half.iterdir() if path.is_dir() and not path.name.startswith("."))
     files = {
-        folder.name: sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        folder.name: sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         for folder in folders
     }
     paths = [path for of_class in files.values() for path in of_class]

@@ -1,12 +1,11 @@
 """One rank of tests/test_class_parallel.py: classes spread over ranks against one process."""
 
 import copy
-import os
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import serve
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -291,16 +290,10 @@ CHECKS = [
 ]
 
 
-def main(rank, world_size, store):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+def main(rank, world_size):
     for check in CHECKS:
         check(rank, world_size)
-    dist.barrier()
-    dist.destroy_process_group()
-    print(f"rank {rank} agrees", flush=True)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    serve(main)
