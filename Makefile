@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint bench bench-gpu bench-class-parallel bench-layouts paper-smoke paper-cpu paper-gpu dist clean
+.PHONY: demo test test-slow lint docs bench bench-gpu bench-class-parallel bench-layouts paper-smoke paper-cpu paper-gpu dist clean
 .SECONDARY:
 
 demo: $(VENV)/.examples    ## train LGLA beside its baselines on long-tailed digits
@@ -19,6 +19,9 @@ lint: $(VENV)/.dev         ## style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+docs: $(VENV)/.docs        ## the site, into docs/_build/html; a warning is an error
+	$(RUN) -m sphinx -W --keep-going -j auto docs docs/_build/html
 
 bench: $(VENV)/.bench      ## the losses beside their peers and the physical limit, on whatever device there is
 	$(RUN) benchmarks/losses.py

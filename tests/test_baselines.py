@@ -542,7 +542,7 @@ def test_torch_func_and_autocast(close):
             close(criterion(logits, target), criterion(logits.double(), target), torch.float32)
 
 
-PAGE = (ROOT / "docs" / "baselines.md").read_text()
+PAGE = (ROOT / "docs" / "guides" / "baselines.md").read_text()
 
 
 def test_the_examples_of_the_page_run():
@@ -550,7 +550,7 @@ def test_the_examples_of_the_page_run():
     examples = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert len(examples) == 3
     for example in examples:
-        exec(compile(example, "docs/baselines.md", "exec"), names)
+        exec(compile(example, "docs/guides/baselines.md", "exec"), names)
         assert names["loss"].isfinite()
     assert names["criterion"].reweighting
 
