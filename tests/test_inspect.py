@@ -188,7 +188,7 @@ def test_the_figures_are_those_of_plain_loops(counts_file):
                 for y, j in itertools.permutations(range(8), 2)
             }
             assert margin["margin"] == pytest.approx(max(of_pair.values()), abs=1e-9)
-            assert margin["is_global"] == (k == num_groups)
+            assert (margin["expert"], margin["is_global"]) == (k, k == num_groups)
             if margin["target"]:
                 pair = margin["target"]["number"], margin["rival"]["number"]
                 assert of_pair[pair] == pytest.approx(margin["margin"])
@@ -207,6 +207,8 @@ def test_known_figures_of_cifar_100_lt(tmp_path):
     suggestion = found["suggestion"]
     assert (suggestion["num_experts"], suggestion["tau"], suggestion["uniform_tau"]) == (3, 2.5, 2)
     assert "as in the paper" in suggestion["reason"]
+    shown = run(tmp_path / "a.txt").stdout
+    assert re.findall(r"(\d), (?:local|global)", shown) == ["1", "2", "3"]  # from 1, for people
 
 
 def test_the_suggested_lines_run(tmp_path):
@@ -252,18 +254,18 @@ def test_groups_of_one_class_and_missed_groups_are_warned_of(tmp_path):
     assert codes(found) == ["single_class_groups", "missed_groups"]
     alone, missed = found["warnings"]
     assert alone["cases"][0] == {"num_experts": 3, "group": 0, "class": 0}
-    assert "K = 3: group 0; K = 4: groups 0, 1;" in alone["message"]
+    assert "K = 3: group 1; K = 4: groups 1, 2;" in alone["message"]
     assert [(case["num_experts"], case["group"]) for case in missed["cases"]] == [(6, 4), (7, 4), (7, 5)]
     assert missed["cases"][0]["probability"] == pytest.approx((1 - 18 / 2803) ** 128)
     assert found["suggestion"]["num_experts"] == 2
-    assert "group 0 would be class 0 alone" in found["suggestion"]["reason"]
+    assert "group 1 would be class 0 alone" in found["suggestion"]["reason"]
     larger = record(path, "--batch-size", 100_000)
     assert codes(larger) == ["single_class_groups"]
     shown = " ".join(run(path).stdout.split())
     assert all(warning["message"] in shown for warning in found["warnings"])
     small = inspect_counts([10] * 10, batch_size=4)
     assert small.suggestion.num_experts == 2
-    assert "6% of the batches of 4 would miss group 0" in small.suggestion.reason
+    assert "6% of the batches of 4 would miss group 1" in small.suggestion.reason
 
 
 def test_few_and_equal_classes(tmp_path):

@@ -54,7 +54,7 @@ def draw_groups(grouper: ClassGrouper, many: float, few: float, title: str) -> A
             color=SHADES[group % len(SHADES)],
             alpha=0.35,
             linewidth=0,
-            label=f"group {group}: {size:,} {classes}, {mass:,} samples ({mass / total:.0%})",
+            label=f"group {group + 1}: {size:,} {classes}, {mass:,} samples ({mass / total:.0%})",
         )
         begin += size
     for text, threshold in ((f"many-shot: above {many:g}", many), (f"few-shot: below {few:g}", few)):
