@@ -15,9 +15,10 @@ from scripts import ROOT
 from typer.testing import CliRunner
 
 import lgla_losses
-from lgla_losses import LGLALoss
+from lgla_losses import ClassGrouper, LGLALoss
 from lgla_losses.inspection import gini_coefficient, inspect_counts, read_class_counts
 from lgla_losses.inspection.command import app
+from lgla_losses.inspection.picture import draw_groups
 from lgla_losses.inspection.table import number_ranges
 
 COUNTS = [40, 300, 12, 150, 12, 19, 20, 100]
@@ -312,14 +313,24 @@ def test_a_picture_is_written(tmp_path, counts):
     assert (tmp_path / "picture").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_shows_groups_and_shots():
+    axes = draw_groups(ClassGrouper(COUNTS, 2), 100, 11, "a$b$").axes[0]
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert [text.partition(":")[0] for text in texts] == ["group 1", "group 2", "many-shot", "few-shot"]
+    assert [line.get_ydata()[0] for line in axes.get_lines()] == [100, 11]
+    assert axes.get_title() == r"a\$b\$"
+
+
 def test_a_picture_that_cannot_be_drawn_is_refused(tmp_path, counts_file, monkeypatch):
     result = run(counts_file, "--png", tmp_path / "none" / "a.png")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "--png: expected a file that can be written" in result.stderr
+    for name in [name for name in sys.modules if name.startswith("lgla_losses.plot")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = run(counts_file, "--png", tmp_path / "a.png")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "pip install 'lgla-losses[plot]'" in result.stderr
+    assert 'pip install "lgla-losses[plot]"' in result.stderr
 
 
 PRIORS = "0.5\n0.25\n0.25\n"

@@ -14,7 +14,7 @@ from lgla_losses.adjustment import CLALogitAdjuster, check_adjuster
 from lgla_losses.checks import class_index
 from lgla_losses.plot.canvas import given_axes
 from lgla_losses.plot.class_axis import by_frequency, class_axis, mark_groups
-from lgla_losses.plot.style import Numbers, expert_names, ink, legend, line_styles, numbers
+from lgla_losses.plot.style import Numbers, expert_names, ink, legend, line_styles, numbers, plain_numbers
 
 
 def plot_table(adjuster: CLALogitAdjuster, *, ax: Axes | None = None) -> Axes:
@@ -93,6 +93,9 @@ def plot_margins(adjuster: CLALogitAdjuster, target_class: SupportsIndex, *, ax:
     axes = given_axes(ax)
     order, counts = by_frequency(adjuster.grouper.class_counts)
     own_count = counts[order == target_class].item()
+    # Room on either side for the numbers of the cases, and an axis where all counts are equal.
+    room = max((counts[0] / counts[-1]) ** 0.12, 1.5)
+    axes.set_xlim(counts[-1] / room, counts[0] * room)
     rivals, counts = order[order != target_class], counts[order != target_class]
     target = torch.tensor([target_class], device=adjuster.table.device)
     margins = numbers(adjuster.margin(target)[0])[:, rivals]
@@ -101,14 +104,15 @@ def plot_margins(adjuster: CLALogitAdjuster, target_class: SupportsIndex, *, ax:
     for row, style in zip(margins, styles, strict=True):
         axes.plot(counts, row, **style)
     axes.set_xscale("log")
+    plain_numbers(axes.xaxis)
     axes.set(
         xlabel="training samples of the rival class j",
         ylabel=f"margin M({target_class}, j, k) (nats)",
     )
     axes.axvline(own_count, color=ink(axes), linewidth=0.8, linestyle=":")
-    axes.margins(x=0.1, y=0.17)
+    axes.margins(y=0.17)
     group = adjuster.grouper.group_index.cpu().numpy()
-    if adjuster.tau is not None:
+    if adjuster.tau is not None and np.ptp(margins) > 0:
         _number_cases(axes, counts, margins, group[rivals], group[target_class])
     inner = np.sqrt(counts[:-1] * counts[1:])
     mark_groups(axes, np.array([counts[0], *inner, counts[-1]]), group[rivals])
@@ -123,28 +127,33 @@ def _number_cases(
     group: npt.NDArray[np.int64],
     own_group: int,
 ) -> None:
-    """Write the case of Eq. 6 beside the first line where it holds, where the other lines are far."""
+    """Write the case of Eq. 6 beside a line where it holds, where the other lines are far."""
     last = len(margins) - 1
-    places = [(1, own_group, group == own_group), (2, own_group, group != own_group)]
-    places += [(3, k, group == k) for k in range(last) if k != own_group]
-    places += [(4, k, group != k) for k in range(last) if k != own_group]
-    places.append((5, last, np.ones(len(group), dtype=bool)))
+    others = [k for k in range(last) if k != own_group]
+    cases = {
+        1: [(own_group, group == own_group)],
+        2: [(own_group, group != own_group)],
+        3: [(k, group == k) for k in others],
+        4: [(k, group != k) for k in others],
+        5: [(last, np.ones(len(group), dtype=bool))],
+    }
     position = np.log(counts / counts[-1]) / max(math.log(counts[0] / counts[-1]), 1e-9)
     height, width = 0.05 * max(np.ptp(margins), 1e-9), 0.1
     named: dict[int, tuple[float, float]] = {}
-    for case, k, where in places:
-        found = np.flatnonzero(where)
-        if case in named or len(found) == 0:
-            continue
+    for case, places in cases.items():
         clearances = {}
-        for j in found[:: math.ceil(len(found) / 50)]:
-            # What is behind the text: the other lines, this one where it is of another case, other texts.
-            behind = (position <= position[j]) & (position >= position[j] - width)
-            lines = [np.delete(margins, k, axis=0)[:, behind].ravel(), margins[k, behind & ~where]]
-            texts = [y + height for x, y in named.values() if abs(x - position[j]) < 1.5 * width]
-            near = np.concatenate([*lines, texts])
-            clearances[j] = np.abs(near - margins[k, j] - height).min(initial=np.inf)
-        j = max(clearances, key=lambda j: clearances[j])
+        for k, where in places:
+            found = np.flatnonzero(where)
+            for j in found[:: math.ceil(len(found) / 50) or 1]:
+                # What is behind the text: the other lines, this one where it is of another case, other texts.
+                behind = (position <= position[j]) & (position >= position[j] - width)
+                lines = [np.delete(margins, k, axis=0)[:, behind].ravel(), margins[k, behind & ~where]]
+                texts = [y + height for x, y in named.values() if abs(x - position[j]) < 1.5 * width]
+                near = np.concatenate([*lines, texts])
+                clearances[k, j] = np.abs(near - margins[k, j] - height).min(initial=np.inf)
+        if not clearances:
+            continue
+        k, j = max(clearances, key=lambda place: clearances[place])
         named[case] = (position[j], margins[k, j])
         axes.annotate(
             f"case {case}",

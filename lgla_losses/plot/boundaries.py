@@ -72,7 +72,7 @@ def plot_boundaries(
     if len(indices) == 2:
         margin = f"M({indices[0]}, {indices[1]})"
         titles = [f"{titles[k]}\n{margin} = {margins[0, k, 1]:+.2f} nats" for k in range(len(titles))]
-    figure, drawn = panels(figure, titles, (3.4, 4.6), square=True)
+    figure, drawn = panels(figure, titles, (3.4, 3.9), square=True)
     black = ink(drawn[0])
     counts = adjuster.grouper.class_counts[target].tolist()
     for axes, shift in zip(drawn, margins[0], strict=True):

@@ -31,8 +31,8 @@ def panels(
     columns = math.ceil(len(titles) / rows)
     if figure is None:
         width, height = panel_size
-        size = width * columns + 1.2, height * rows + 0.3
-        # Constrained layout would not see how much smaller panels of a fixed aspect get.
+        # Constrained layout would not see how much smaller panels of a fixed aspect get; the other needs air.
+        size = width * columns + 1.2, height * rows + (1.0 if square else 0.3)
         figure = Figure(figsize=size, layout="compressed" if square else "constrained")
     elif not isinstance(figure, Figure):
         raise TypeError(

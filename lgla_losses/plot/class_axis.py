@@ -10,12 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from lgla_losses.plot.style import Numbers, ink, numbers
+from lgla_losses.plot.style import Numbers, ink, numbers, plain_numbers
 
 Indices = npt.NDArray[np.int64]
 
 #: Up to so many classes every one has its tick.
 FEW_CLASSES = 20
+#: A group of a smaller share of the classes would be a mere line: ranks then are logarithmic.
+VISIBLE_SHARE = 0.03
 
 
 def by_frequency(class_counts: Tensor) -> tuple[Indices, Numbers]:
@@ -32,15 +34,20 @@ def class_edges(num_classes: int) -> Numbers:
 
 def class_axis(axes: Axes, order: Indices, group_index: Tensor | None = None) -> None:
     """Ranks by frequency, of few classes their indices; with the groups of the classes along the top."""
+    group = None if group_index is None else group_index.cpu().numpy()[order]
     axes.set_xlim(0.5, len(order) + 0.5)
     if len(order) <= FEW_CLASSES:
         axes.set_xticks(np.arange(len(order)) + 1, [str(j) for j in order.tolist()])
         axes.set_xlabel("class index, the most frequent first")
+    elif group is not None and np.bincount(group).min() < VISIBLE_SHARE * len(group):
+        axes.set_xscale("log")
+        plain_numbers(axes.xaxis)
+        axes.set_xlabel("rank of the class, the most frequent first (logarithmic)")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("rank of the class, the most frequent first")
-    if group_index is not None:
-        mark_groups(axes, class_edges(len(order)), group_index.cpu().numpy()[order])
+    if group is not None:
+        mark_groups(axes, class_edges(len(order)), group)
 
 
 def mark_groups(axes: Axes, edges: Numbers, group: Indices) -> None:

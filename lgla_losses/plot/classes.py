@@ -15,7 +15,16 @@ from lgla_losses.counts import ArrayLike, as_class_counts
 from lgla_losses.grouping import ClassGrouper, check_grouper
 from lgla_losses.plot.canvas import given_axes
 from lgla_losses.plot.class_axis import by_frequency, class_axis, class_edges
-from lgla_losses.plot.style import Numbers, color, expert_names, ink, legend, line_styles, numbers
+from lgla_losses.plot.style import (
+    Numbers,
+    color,
+    expert_names,
+    ink,
+    legend,
+    line_styles,
+    numbers,
+    plain_numbers,
+)
 
 #: From so many classes on, noisy curves are smoothed.
 MANY_CLASSES = 100
@@ -59,6 +68,7 @@ def plot_groups(grouper: ClassGrouper, *, ax: Axes | None = None) -> Axes:
         axes.stairs(own, edges, baseline=bottom, fill=True, color=color(g), alpha=0.75, label=label)
     axes.stairs(counts, edges, baseline=None, color=ink(axes), linewidth=1.2)
     axes.set_yscale("log")
+    plain_numbers(axes.yaxis)
     axes.set(ylabel="training samples", ylim=(bottom, counts.max() * (counts.max() / bottom) ** 0.12))
     class_axis(axes, order, grouper.group_index)
     legend(axes)
@@ -162,7 +172,8 @@ def plot_implied_prior(
         axes.plot(ranks, prior, **style)
     axes.set_yscale("log")
     axes.set_ylabel("prior probability of the class")
-    class_axis(axes, order)
+    axes.margins(y=0.12)
+    class_axis(axes, order, adjuster.grouper.group_index)
     legend(axes)
     return axes
 

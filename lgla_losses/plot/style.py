@@ -1,4 +1,4 @@
-"""How lines, areas and legends look, and what experts are called."""
+"""How lines, numbers and legends look, and what experts are called."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 Numbers: TypeAlias = npt.NDArray[np.float64]
@@ -54,6 +56,19 @@ def line_styles(axes: Axes, names: Sequence[str], num_points: int) -> list[dict[
         )
     styles[-1] |= {"color": ink(axes), "linestyle": "solid", "linewidth": 1.5, "marker": MARKERS[-1]}
     return styles
+
+
+class _PlainNumbers(LogFormatter):
+    """1,000 rather than a power of ten: narrower inside a decade, and as legends have it."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:,.10g}" if super().__call__(x, pos) else ""
+
+
+def plain_numbers(axis: Axis) -> None:
+    """At the ticks of a logarithmic axis of counts."""
+    axis.set_major_formatter(_PlainNumbers())
+    axis.set_minor_formatter(_PlainNumbers())
 
 
 def expert_names(num_experts: int, local_and_global: bool = True) -> list[str]:
