@@ -6,14 +6,13 @@ import math
 from typing import SupportsIndex
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from matplotlib.axes import Axes
 
 from lgla_losses.adjustment import CLALogitAdjuster, check_adjuster
 from lgla_losses.checks import class_index
 from lgla_losses.plot.canvas import given_axes
-from lgla_losses.plot.class_axis import by_frequency, class_axis, mark_groups
+from lgla_losses.plot.class_axis import Indices, by_frequency, class_axis, mark_groups
 from lgla_losses.plot.style import Numbers, expert_names, ink, legend, line_styles, numbers, plain_numbers
 
 
@@ -105,10 +104,7 @@ def plot_margins(adjuster: CLALogitAdjuster, target_class: SupportsIndex, *, ax:
         axes.plot(counts, row, **style)
     axes.set_xscale("log")
     plain_numbers(axes.xaxis)
-    axes.set(
-        xlabel="training samples of the rival class j",
-        ylabel=f"margin M({target_class}, j, k) (nats)",
-    )
+    axes.set(xlabel="training samples of the rival class j", ylabel=f"margin M({target_class}, j, k) (nats)")
     axes.axvline(own_count, color=ink(axes), linewidth=0.8, linestyle=":")
     axes.margins(y=0.17)
     group = adjuster.grouper.group_index.cpu().numpy()
@@ -120,13 +116,7 @@ def plot_margins(adjuster: CLALogitAdjuster, target_class: SupportsIndex, *, ax:
     return axes
 
 
-def _number_cases(
-    axes: Axes,
-    counts: Numbers,
-    margins: Numbers,
-    group: npt.NDArray[np.int64],
-    own_group: int,
-) -> None:
+def _number_cases(axes: Axes, counts: Numbers, margins: Numbers, group: Indices, own_group: int) -> None:
     """Write the case of Eq. 6 beside a line where it holds, where the other lines are far."""
     last = len(margins) - 1
     others = [k for k in range(last) if k != own_group]
@@ -144,7 +134,7 @@ def _number_cases(
         clearances = {}
         for k, where in places:
             found = np.flatnonzero(where)
-            for j in found[:: math.ceil(len(found) / 50) or 1]:
+            for j in found[:: len(found) // 50 + 1]:
                 # What is behind the text: the other lines, this one where it is of another case, other texts.
                 behind = (position <= position[j]) & (position >= position[j] - width)
                 lines = [np.delete(margins, k, axis=0)[:, behind].ravel(), margins[k, behind & ~where]]

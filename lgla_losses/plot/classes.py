@@ -131,10 +131,7 @@ def plot_weight_norms(weight: Tensor, class_counts: ArrayLike, *, ax: Axes | Non
 
 
 def plot_implied_prior(
-    adjuster: CLALogitAdjuster,
-    fusion: Tensor | Sequence[float] | None = None,
-    *,
-    ax: Axes | None = None,
+    adjuster: CLALogitAdjuster, fusion: Tensor | Sequence[float] | None = None, *, ax: Axes | None = None
 ) -> Axes:
     """The class prior that fused experts carry, beside that of the training data and the uniform one.
 

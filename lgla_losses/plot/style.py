@@ -39,20 +39,13 @@ def color(index: int) -> str:
 
 def line_styles(axes: Axes, names: Sequence[str], num_points: int) -> list[dict[str, Any]]:
     """A line's looks a name; the last is the most important one, in full."""
-    styles = []
+    styles: list[dict[str, Any]] = []
     for k, name in enumerate(names):
+        look = {"linestyle": LINES[k % len(LINES)], "marker": MARKERS[k % (len(MARKERS) - 1)]}
         # Of many points only some have a marker, and others on the next line, so that equal lines show both.
         every = 1 if num_points <= FEW_POINTS else (0.02 + 0.03 * (k % 5), 0.15)
         styles.append(
-            {
-                "label": name,
-                "color": color(k),
-                "linestyle": LINES[k % len(LINES)],
-                "linewidth": 2.0,
-                "marker": MARKERS[k % (len(MARKERS) - 1)],
-                "markersize": 5,
-                "markevery": every,
-            }
+            look | {"label": name, "color": color(k), "linewidth": 2.0, "markersize": 5, "markevery": every}
         )
     styles[-1] |= {"color": ink(axes), "linestyle": "solid", "linewidth": 1.5, "marker": MARKERS[-1]}
     return styles
