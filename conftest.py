@@ -14,8 +14,8 @@ from sybil.parsers.myst import CodeBlockParser, PythonCodeBlockParser, SkipParse
 
 def setup(namespace: dict[str, Any]) -> None:
     """Run the blocks of a page after one another, in an empty folder and on one thread, as in the build."""
-    import torchvision_shim  # noqa: F401  (not above: tests/conftest.py has something to set before PyTorch)
     import torch
+    import torchvision_shim  # noqa: F401  (not above: tests/conftest.py has something to set before PyTorch)
 
     namespace["_undo"] = undo = contextlib.ExitStack()
     undo.enter_context(contextlib.chdir(undo.enter_context(tempfile.TemporaryDirectory())))
