@@ -151,3 +151,13 @@ class CLALogitAdjuster(ConstantBuffers):
 def check_tau(tau: float) -> float:
     """``tau`` if it is finite and at least 0."""
     return finite_float("tau", tau, low=0.0, high=math.inf, expected="a finite number >= 0")
+
+
+def check_adjuster(adjuster: object) -> CLALogitAdjuster:
+    """``adjuster`` if it is a :class:`CLALogitAdjuster`."""
+    if not isinstance(adjuster, CLALogitAdjuster):
+        raise TypeError(
+            f"adjuster: expected a CLALogitAdjuster, got {type(adjuster).__name__}; a loss keeps it as "
+            "criterion.adjuster, and CLALogitAdjuster(ClassGrouper(class_counts, num_groups)) makes one"
+        )
+    return adjuster

@@ -44,6 +44,16 @@ def positive_int(name: str, value: SupportsIndex, way_out: str) -> int:
     return number
 
 
+def class_index(name: str, value: SupportsIndex, num_classes: int) -> int:
+    """``value`` as the index of a class."""
+    index = integer(name, value, "it is the index of a class")
+    if not 0 <= index < num_classes:
+        raise ValueError(
+            f"{name}: expected class indices 0..{num_classes - 1}, got {index}; classes are counted from 0"
+        )
+    return index
+
+
 def finite_float(name: str, value: float, *, low: float, high: float, expected: str) -> float:
     """``value`` as a float in the closed interval; ``expected`` says which, and the way out."""
     if isinstance(value, bool) or not isinstance(value, Real):

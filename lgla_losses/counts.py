@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset
 from lgla_losses.checks import finite_float, positive_int
 
 #: A vector of samples per class, or of labels.
-ArrayLike: TypeAlias = "Tensor | npt.NDArray[Any] | Sequence[Any]"
+ArrayLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any]
 
 
 def count_classes(labels: ArrayLike | Dataset[Any], num_classes: int) -> Tensor:

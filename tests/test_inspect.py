@@ -15,9 +15,10 @@ from scripts import ROOT
 from typer.testing import CliRunner
 
 import lgla_losses
-from lgla_losses import LGLALoss
+from lgla_losses import ClassGrouper, LGLALoss
 from lgla_losses.inspection import gini_coefficient, inspect_counts, read_class_counts
 from lgla_losses.inspection.command import app
+from lgla_losses.inspection.picture import draw_groups
 from lgla_losses.inspection.table import number_ranges
 
 COUNTS = [40, 300, 12, 150, 12, 19, 20, 100]
@@ -188,7 +189,7 @@ def test_the_figures_are_those_of_plain_loops(counts_file):
                 for y, j in itertools.permutations(range(8), 2)
             }
             assert margin["margin"] == pytest.approx(max(of_pair.values()), abs=1e-9)
-            assert margin["is_global"] == (k == num_groups)
+            assert (margin["expert"], margin["is_global"]) == (k, k == num_groups)
             if margin["target"]:
                 pair = margin["target"]["number"], margin["rival"]["number"]
                 assert of_pair[pair] == pytest.approx(margin["margin"])
@@ -207,6 +208,8 @@ def test_known_figures_of_cifar_100_lt(tmp_path):
     suggestion = found["suggestion"]
     assert (suggestion["num_experts"], suggestion["tau"], suggestion["uniform_tau"]) == (3, 2.5, 2)
     assert "as in the paper" in suggestion["reason"]
+    shown = run(tmp_path / "a.txt").stdout
+    assert re.findall(r"(\d), (?:local|global)", shown) == ["1", "2", "3"]  # from 1, for people
 
 
 def test_the_suggested_lines_run(tmp_path):
@@ -252,18 +255,18 @@ def test_groups_of_one_class_and_missed_groups_are_warned_of(tmp_path):
     assert codes(found) == ["single_class_groups", "missed_groups"]
     alone, missed = found["warnings"]
     assert alone["cases"][0] == {"num_experts": 3, "group": 0, "class": 0}
-    assert "K = 3: group 0; K = 4: groups 0, 1;" in alone["message"]
+    assert "K = 3: group 1; K = 4: groups 1, 2;" in alone["message"]
     assert [(case["num_experts"], case["group"]) for case in missed["cases"]] == [(6, 4), (7, 4), (7, 5)]
     assert missed["cases"][0]["probability"] == pytest.approx((1 - 18 / 2803) ** 128)
     assert found["suggestion"]["num_experts"] == 2
-    assert "group 0 would be class 0 alone" in found["suggestion"]["reason"]
+    assert "group 1 would be class 0 alone" in found["suggestion"]["reason"]
     larger = record(path, "--batch-size", 100_000)
     assert codes(larger) == ["single_class_groups"]
     shown = " ".join(run(path).stdout.split())
     assert all(warning["message"] in shown for warning in found["warnings"])
     small = inspect_counts([10] * 10, batch_size=4)
     assert small.suggestion.num_experts == 2
-    assert "6% of the batches of 4 would miss group 0" in small.suggestion.reason
+    assert "6% of the batches of 4 would miss group 1" in small.suggestion.reason
 
 
 def test_few_and_equal_classes(tmp_path):
@@ -310,14 +313,24 @@ def test_a_picture_is_written(tmp_path, counts):
     assert (tmp_path / "picture").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_shows_groups_and_shots():
+    axes = draw_groups(ClassGrouper(COUNTS, 2), 100, 11, "a$b$").axes[0]
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert [text.partition(":")[0] for text in texts] == ["group 1", "group 2", "many-shot", "few-shot"]
+    assert [line.get_ydata()[0] for line in axes.get_lines()] == [100, 11]
+    assert axes.get_title() == r"a\$b\$"
+
+
 def test_a_picture_that_cannot_be_drawn_is_refused(tmp_path, counts_file, monkeypatch):
     result = run(counts_file, "--png", tmp_path / "none" / "a.png")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "--png: expected a file that can be written" in result.stderr
+    for name in [name for name in sys.modules if name.startswith("lgla_losses.plot")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = run(counts_file, "--png", tmp_path / "a.png")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "pip install 'lgla-losses[plot]'" in result.stderr
+    assert 'pip install "lgla-losses[plot]"' in result.stderr
 
 
 PRIORS = "0.5\n0.25\n0.25\n"

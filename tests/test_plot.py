@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import subprocess
 import sys
 
@@ -377,6 +378,24 @@ def test_many_classes():
         assert len(axes.get_xticks()) < 15
 
 
+def test_a_head_of_few_among_many_classes_is_seen():
+    adjuster = CLALogitAdjuster(ClassGrouper([100_000] + [5] * 999, 3))
+    for draw in (plot.plot_groups, plot.plot_table, plot.plot_implied_prior):
+        axes = draw(adjuster.grouper if draw is plot.plot_groups else adjuster)
+        saved(axes)
+        assert axes.get_xscale() == "log"
+        assert [text.get_text()[-1] for text in axes.texts] == ["1", "2", "3"]
+    assert plot.plot_groups(adjuster_of(1000, 3).grouper).get_xscale() == "linear"
+
+
+def test_counts_are_written_out():
+    axes = plot.plot_groups(ClassGrouper([3000, 200, 10], 2))
+    saved(axes)
+    labels = [label.get_text() for label in axes.get_yticklabels() if label.get_text()]
+    assert {"10", "100", "1,000"} <= set(labels)
+    assert not any("$" in label for label in labels)
+
+
 def test_groups_of_ones_own_that_are_scattered():
     counts = counts_of(1000)
     grouper = ClassGrouper.from_groups(counts, [j % 3 for j in range(1000)])
@@ -393,14 +412,15 @@ def test_one_class():
 
 
 def test_equal_and_fractional_counts():
-    adjuster = CLALogitAdjuster(ClassGrouper([0.5, 0.5, 0.5], 2))
-    for axes in (
-        plot.plot_groups(adjuster.grouper),
-        plot.plot_table(adjuster),
-        plot.plot_margins(adjuster, 0),
-    ):
-        saved(axes)
-    saved(plot.plot_boundaries(adjuster, [0, 1, 2]))
+    for count in (0.5, 7):
+        adjuster = CLALogitAdjuster(ClassGrouper([count] * 3, 2))
+        for axes in (
+            plot.plot_groups(adjuster.grouper),
+            plot.plot_table(adjuster),
+            plot.plot_margins(adjuster, 0),
+        ):
+            saved(axes)
+        saved(plot.plot_boundaries(adjuster, [0, 1, 2]))
 
 
 def test_all_is_sorted():
@@ -411,7 +431,10 @@ def test_all_is_sorted():
 
 
 def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    """What the code prints where no backend is chosen by the environment, as conftest.py does."""
+    environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
 def test_pyplot_is_left_alone():

@@ -82,7 +82,9 @@ def inspect(
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a picture there.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write JSON, for programs: groups and experts count from 0.")
+    ] = False,
 ) -> None:
     """Look at class counts: imbalance, groups and margins for K = 2..7, warnings, a place to start."""
     if not few <= many < float("inf"):

@@ -1,4 +1,7 @@
-"""The figures of an inspection: imbalance, shots, groups, margins, what may go wrong, where to start."""
+"""The figures of an inspection: imbalance, shots, groups, margins, what may go wrong, where to start.
+
+Its sentences count groups and experts from 1, as people do; its indices from 0, as ``group_index`` does.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Group:
-    """The classes of one local expert; group 0 is the head."""
+    """The classes of one local expert; ``index`` 0 is the head."""
 
     index: int
     classes: list[int]
@@ -82,7 +85,7 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something to know before training: a code that stays, a sentence, and what it is about."""
+    """Something to know before training: a code that stays, a sentence, and indices of what it is about."""
 
     code: str
     message: str
@@ -304,10 +307,10 @@ def _warnings(
 
 
 def _by_experts(cases: Sequence[dict[str, Any]]) -> str:
-    """The groups of every K, as in ``K = 3: 0; K = 4: 0, 1``."""
+    """The groups of every K, as in ``K = 3: group 1; K = 4: groups 1, 2``."""
     groups: dict[int, list[str]] = {}
     for case in cases:
-        groups.setdefault(case["num_experts"], []).append(str(case["group"]))
+        groups.setdefault(case["num_experts"], []).append(str(case["group"] + 1))
     return "; ".join(
         f"K = {k}: {'group' if len(of_k) == 1 else 'groups'} {', '.join(of_k)}" for k, of_k in groups.items()
     )
@@ -324,12 +327,11 @@ def _suggestion(groupings: Sequence[Grouping], batch_size: int, expression: str)
         missed = [group for group in paper.groups if group.miss_probability > OFTEN_MISSED]
         if 1 in sizes:
             lone = paper.groups[sizes.index(1)]
-            problem = f"group {lone.index} would be class {lone.classes[0]} alone"
+            problem = f"group {lone.index + 1} would be class {lone.classes[0]} alone"
         elif missed:
             rare = missed[0]
-            problem = (
-                f"{rare.miss_probability:.0%} of the batches of {batch_size} would miss group {rare.index}"
-            )
+            share = f"{rare.miss_probability:.0%} of the batches of {batch_size}"
+            problem = f"{share} would miss group {rare.index + 1}"
         if problem:
             why = f"K = 2 rather than the paper's 3, as {problem}."
         else:

@@ -35,7 +35,7 @@ def print_inspection(console: Console, inspection: Inspection, title: str, impor
     for heading, table in (
         ("Shot split", _shots(inspection)),
         (
-            "Groups of the local experts, by the number of experts K (group 0 is the head)",
+            "Groups of the local experts, by the number of experts K (group 1 is the head)",
             _groups(inspection),
         ),
         (margins, _margins(suggested)),
@@ -109,7 +109,7 @@ def _groups(inspection: Inspection) -> Table:
         for group in grouping.groups:
             table.add_row(
                 "" if group.index else str(grouping.num_experts),
-                str(group.index),
+                str(group.index + 1),
                 f"{len(group.classes):,}",
                 f"{group.largest_count:,}",
                 f"{group.smallest_count:,}",
@@ -130,7 +130,7 @@ def _margins(grouping: Grouping) -> Table:
         if margin.target is not None and margin.rival is not None:
             pair = (_counted(margin.target), _counted(margin.rival))
         cells = (Text(printable(cell)) for cell in pair)
-        table.add_row(f"{margin.expert}, {kind}", f"{margin.margin:.2f}", *cells)
+        table.add_row(f"{margin.expert + 1}, {kind}", f"{margin.margin:.2f}", *cells)
     return table
 
 

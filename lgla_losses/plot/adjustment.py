@@ -1,0 +1,158 @@
+"""What a sample's logits get in training: the adjustments of every expert, and the margins they make."""
+
+from __future__ import annotations
+
+import math
+from typing import SupportsIndex
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+
+from lgla_losses.adjustment import CLALogitAdjuster, check_adjuster
+from lgla_losses.checks import class_index
+from lgla_losses.plot.canvas import given_axes
+from lgla_losses.plot.class_axis import Indices, by_frequency, class_axis, mark_groups
+from lgla_losses.plot.style import Numbers, expert_names, ink, legend, line_styles, numbers, plain_numbers
+
+
+def plot_table(adjuster: CLALogitAdjuster, *, ax: Axes | None = None) -> Axes:
+    r"""The adjustments :math:`T(k, j)` that every expert's logits get in training: a line an expert.
+
+    A local expert's line falls with the frequency inside its own group and is 0 outside; the global
+    expert's falls everywhere, by ``tau`` times as much.
+
+    Source: Tao et al., ICCV 2023, Eq. 4, shifted as in :class:`CLALogitAdjuster`.
+
+    Args:
+        adjuster: of ``K`` experts and ``C`` classes.
+        ax: where to draw; None makes a figure.
+
+    Returns:
+        The axes: adjustments in nats by class, the most frequent first.
+
+    Raises:
+        TypeError: an argument is of another type.
+
+    Example:
+        >>> from lgla_losses import ClassGrouper
+        >>> adjuster = CLALogitAdjuster(ClassGrouper([500, 300, 150, 50], num_groups=2))
+        >>> [line.get_label() for line in plot_table(adjuster).get_lines()]
+        ['local expert 1', 'local expert 2', 'global expert']
+    """
+    check_adjuster(adjuster)
+    axes = given_axes(ax)
+    order, _ = by_frequency(adjuster.grouper.class_counts)
+    ranks = np.arange(len(order)) + 1
+    names = expert_names(adjuster.num_experts, adjuster.tau is not None)
+    styles = line_styles(axes, names, len(order))
+    for row, style in zip(numbers(adjuster.table)[:, order], styles, strict=True):
+        axes.plot(ranks, row, drawstyle="steps-mid", **style)
+    axes.set_ylabel("adjustment T(k, j) (nats)")
+    axes.margins(y=0.12)
+    class_axis(axes, order, adjuster.grouper.group_index)
+    legend(axes)
+    return axes
+
+
+def plot_margins(adjuster: CLALogitAdjuster, target_class: SupportsIndex, *, ax: Axes | None = None) -> Axes:
+    r"""The margins :math:`M(y, j, k)` of one class ``y`` against every rival class ``j``: a line an expert.
+
+    By so much must a sample of the class win over the rival: a positive margin moves the boundary towards
+    the class, a negative one towards the rival. The cases of Eq. 6 are numbered as there: local expert, both
+    classes in its group (1), only the sample's (2), only the rival's (3), neither (4); global expert (5).
+    With two groups or more all five occur if the class shares its group.
+
+    Source: Tao et al., ICCV 2023, Eq. 6.
+
+    Args:
+        adjuster: of ``K`` experts and ``C`` classes, two or more.
+        target_class: the class ``y`` of the sample, in ``0..C-1``.
+        ax: where to draw; None makes a figure.
+
+    Returns:
+        The axes: margins in nats by the rivals' training samples (logarithmic).
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: ``target_class`` is no class, or has no rival.
+
+    Example:
+        >>> from lgla_losses import ClassGrouper
+        >>> adjuster = CLALogitAdjuster(ClassGrouper([500, 300, 150, 50], num_groups=2))
+        >>> axes = plot_margins(adjuster, target_class=2)
+        >>> sorted(text.get_text() for text in axes.texts if "case" in text.get_text())
+        ['case 1', 'case 2', 'case 3', 'case 4', 'case 5']
+    """
+    check_adjuster(adjuster)
+    num_classes = adjuster.grouper.num_classes
+    target_class = class_index("target_class", target_class, num_classes)
+    if num_classes == 1:
+        raise ValueError("adjuster: expected two classes or more, got one, which has no rival")
+    axes = given_axes(ax)
+    order, counts = by_frequency(adjuster.grouper.class_counts)
+    own_count = counts[order == target_class].item()
+    # Room on either side for the numbers of the cases, and an axis where all counts are equal.
+    room = max((counts[0] / counts[-1]) ** 0.12, 1.5)
+    axes.set_xlim(counts[-1] / room, counts[0] * room)
+    rivals, counts = order[order != target_class], counts[order != target_class]
+    target = torch.tensor([target_class], device=adjuster.table.device)
+    margins = numbers(adjuster.margin(target)[0])[:, rivals]
+    names = expert_names(adjuster.num_experts, adjuster.tau is not None)
+    styles = line_styles(axes, names, len(rivals))
+    for row, style in zip(margins, styles, strict=True):
+        axes.plot(counts, row, **style)
+    axes.set_xscale("log")
+    plain_numbers(axes.xaxis)
+    axes.set(xlabel="training samples of the rival class j", ylabel=f"margin M({target_class}, j, k) (nats)")
+    axes.axvline(own_count, color=ink(axes), linewidth=0.8, linestyle=":")
+    axes.margins(y=0.17)
+    group = adjuster.grouper.group_index.cpu().numpy()
+    if adjuster.tau is not None and np.ptp(margins) > 0:
+        _number_cases(axes, counts, margins, group[rivals], group[target_class])
+    inner = np.sqrt(counts[:-1] * counts[1:])
+    mark_groups(axes, np.array([counts[0], *inner, counts[-1]]), group[rivals])
+    legend(axes, f"class {target_class}: {own_count:,.10g} samples")
+    return axes
+
+
+def _number_cases(axes: Axes, counts: Numbers, margins: Numbers, group: Indices, own_group: int) -> None:
+    """Write the case of Eq. 6 beside a line where it holds, where the other lines are far."""
+    last = len(margins) - 1
+    others = [k for k in range(last) if k != own_group]
+    cases = {
+        1: [(own_group, group == own_group)],
+        2: [(own_group, group != own_group)],
+        3: [(k, group == k) for k in others],
+        4: [(k, group != k) for k in others],
+        5: [(last, np.ones(len(group), dtype=bool))],
+    }
+    position = np.log(counts / counts[-1]) / max(math.log(counts[0] / counts[-1]), 1e-9)
+    height, width = 0.05 * max(np.ptp(margins), 1e-9), 0.1
+    named: dict[int, tuple[float, float]] = {}
+    for case, places in cases.items():
+        clearances = {}
+        for k, where in places:
+            found = np.flatnonzero(where)
+            for j in found[:: len(found) // 50 + 1]:
+                # What is behind the text: the other lines, this one where it is of another case, other texts.
+                behind = (position <= position[j]) & (position >= position[j] - width)
+                lines = [np.delete(margins, k, axis=0)[:, behind].ravel(), margins[k, behind & ~where]]
+                texts = [y + height for x, y in named.values() if abs(x - position[j]) < 1.5 * width]
+                near = np.concatenate([*lines, texts])
+                clearances[k, j] = np.abs(near - margins[k, j] - height).min(initial=np.inf)
+        if not clearances:
+            continue
+        k, j = max(clearances, key=lambda place: clearances[place])
+        named[case] = (position[j], margins[k, j])
+        axes.annotate(
+            f"case {case}",
+            (counts[j], margins[k, j]),
+            (0, 4),
+            textcoords="offset points",
+            # No margin falls with the rival's count inside a case: the left of the line is free.
+            ha="right",
+            va="bottom",
+            fontsize="small",
+            color=ink(axes),
+        )

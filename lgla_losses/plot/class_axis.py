@@ -1,0 +1,80 @@
+"""The axis that most pictures share: the classes from the most to the least frequent, and their groups."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from lgla_losses.plot.style import Numbers, ink, numbers, plain_numbers
+
+Indices = npt.NDArray[np.int64]
+
+#: Up to so many classes every one has its tick.
+FEW_CLASSES = 20
+#: A group of a smaller share of the classes would be a mere line: ranks then are logarithmic.
+VISIBLE_SHARE = 0.03
+
+
+def by_frequency(class_counts: Tensor) -> tuple[Indices, Numbers]:
+    """The classes from the most to the least frequent, ties by index, and their counts in that order."""
+    counts = class_counts.cpu()
+    order = counts.argsort(descending=True, stable=True)
+    return order.numpy(), numbers(counts[order])
+
+
+def class_edges(num_classes: int) -> Numbers:
+    """Where the classes meet on the axis, and its ends."""
+    return np.linspace(0.5, num_classes + 0.5, num_classes + 1)
+
+
+def class_axis(axes: Axes, order: Indices, group_index: Tensor | None = None) -> None:
+    """Ranks by frequency, of few classes their indices; with the groups of the classes along the top."""
+    group = None if group_index is None else group_index.cpu().numpy()[order]
+    axes.set_xlim(0.5, len(order) + 0.5)
+    if len(order) <= FEW_CLASSES:
+        axes.set_xticks(np.arange(len(order)) + 1, [str(j) for j in order.tolist()])
+        axes.set_xlabel("class index, the most frequent first")
+    elif group is not None and np.bincount(group).min() < VISIBLE_SHARE * len(group):
+        axes.set_xscale("log")
+        plain_numbers(axes.xaxis)
+        axes.set_xlabel("rank of the class, the most frequent first (logarithmic)")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlabel("rank of the class, the most frequent first")
+    if group is not None:
+        mark_groups(axes, class_edges(len(order)), group)
+
+
+def mark_groups(axes: Axes, edges: Numbers, group: Indices) -> None:
+    """Number the groups along the top, where classes lie between these edges; every second is shaded."""
+    cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(group)]
+    longest: dict[int, tuple[float, float]] = {}
+    axes.get_xlim()  # settles the limits, which matplotlib puts off
+    to_axes = axes.transData + axes.transAxes.inverted()
+    places = to_axes.transform(np.stack([edges, np.ones_like(edges)], axis=1))[:, 0]
+    for i, (start, stop) in enumerate(pairwise(cuts)):
+        low, high = sorted((places[start], places[stop]))
+        # Groups of one's own that are scattered over the frequencies would only make stripes.
+        if i % 2 and len(cuts) <= 2 * FEW_CLASSES:
+            axes.axvspan(edges[start], edges[stop], color=ink(axes), alpha=0.07, linewidth=0)
+        g = int(group[start])
+        if g not in longest or high - low > longest[g][1] - longest[g][0]:
+            longest[g] = (low, high)
+    for g, (low, high) in longest.items():
+        if high - low < 0.015:
+            continue  # too narrow for its number
+        axes.text(
+            (low + high) / 2,
+            0.985,
+            f"group {g + 1}" if high - low > 0.1 else str(g + 1),
+            transform=axes.transAxes,
+            ha="center",
+            va="top",
+            fontsize="small",
+            color=ink(axes),
+        )

@@ -1,0 +1,159 @@
+"""What the fusion weights of the experts do to accuracy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lgla_losses import functional
+from lgla_losses.checks import finite_float, target_tensor, target_values
+from lgla_losses.counts import ArrayLike, as_class_counts, shot_splits, to_numpy
+from lgla_losses.output import ExpertLogits, ExpertOutput, expert_blocks
+from lgla_losses.plot.canvas import describe_panels, panels
+from lgla_losses.plot.style import expert_names, line_styles, numbers
+
+#: The lines of a panel.
+SPLITS = ("many-shot", "medium-shot", "few-shot", "all classes")
+
+
+def fusion_sweep(
+    logits: ExpertOutput | ExpertLogits,
+    target: Tensor,
+    class_counts: ArrayLike,
+    weights: Sequence[float] | None = None,
+    *,
+    many: float = 100,
+    few: float = 20,
+) -> Tensor:
+    r"""Accuracy of the ensemble as one local expert's fusion weight grows, by split.
+
+    The local experts share a weight of 1, of which one has ``w`` and the others the rest in equal parts. The
+    global expert's is fixed at what a local expert has in the mean, :math:`1 / (K - 1)`; with K = 2 it has
+    the rest.
+
+    Source: Tao et al., ICCV 2023, section 4.4 and Fig. 6.
+
+    Args:
+        logits: unadjusted test logits ``[N, K, C]``, K tensors ``[N, C]`` or an :class:`ExpertOutput`, of two
+            experts or more.
+        target: class indices, int64 ``[N]``.
+        class_counts: training samples per class ``[C]``, positive.
+        weights: the values of ``w`` in 0..1 ``[W]``; None for 0.1, 0.2 to 0.9.
+        many: many-shot classes have more training samples.
+        few: few-shot classes have fewer; at most ``many``.
+
+    Returns:
+        Mean per-class recalls, float64 ``[K - 1, W, 4]`` on the CPU: of all, many-, medium- and few-shot
+        classes; NaN for a split without test samples.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: shapes do not fit, there is one expert or no sample, or a value is out of range.
+
+    Example:
+        >>> logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])
+        >>> fusion_sweep(logits, torch.tensor([1]), [500, 5], weights=[0.2, 0.8])[:, :, 0]
+        tensor([[1., 0.],
+                [0., 1.]], dtype=torch.float64)
+    """
+    counts = as_class_counts(class_counts)
+    blocks = expert_blocks(logits, len(counts))
+    experts = [expert for block in blocks for expert in block.detach().unbind(dim=1)]
+    num_experts, num_samples = len(experts), len(experts[0])
+    if num_experts < 2:
+        raise ValueError("logits: expected two experts or more, whose weights can differ, got one")
+    if num_samples == 0:
+        raise ValueError("logits: expected one test sample or more, got none")
+    target = target_tensor(target, (num_samples,)).cpu()
+    target_values(target, len(counts))
+    for expert in experts:
+        if expert.isnan().any() or expert.isposinf().any():
+            raise ValueError("logits: expected finite values, or -inf for masked classes, got NaN or +inf")
+    splits = torch.cat([torch.ones(1, len(counts), dtype=torch.bool), shot_splits(counts, many, few)])
+    total = target.bincount(minlength=len(counts))
+    grid = _sweep_weights(weights)
+    result = torch.full((num_experts - 1, len(grid), len(splits)), math.nan, dtype=torch.float64)
+    for k in range(num_experts - 1):
+        for i, w in enumerate(grid):
+            fusion = [(1 - w) / max(1, num_experts - 2)] * (num_experts - 1)
+            fusion[k] = w
+            fusion.append(1 / (num_experts - 1) if num_experts > 2 else 1 - w)
+            # An expert without weight takes no part, even where it masks a class with -inf.
+            parts = [
+                f * v.to(functional.compute_dtype(v.dtype)) for f, v in zip(fusion, experts, strict=True) if f
+            ]
+            right = target[sum(parts[1:], parts[0]).argmax(dim=1).cpu() == target]
+            recall = right.bincount(minlength=len(counts)) / total.double()
+            result[k, i] = torch.stack([recall[split].nanmean() for split in splits])
+    return result
+
+
+def plot_fusion_sweep(
+    logits: ExpertOutput | ExpertLogits,
+    target: Tensor,
+    class_counts: ArrayLike,
+    weights: Sequence[float] | None = None,
+    *,
+    many: float = 100,
+    few: float = 20,
+    figure: Figure | None = None,
+) -> Figure:
+    """Accuracy by split as the fusion weight of one local expert grows: a panel an expert.
+
+    Test logits of several seeds are pooled by ``torch.cat``, and so are their targets. A split without test
+    samples has no line.
+
+    Source: Tao et al., ICCV 2023, section 4.4 and Fig. 6; :func:`fusion_sweep` computes it.
+
+    Args:
+        logits: unadjusted test logits ``[N, K, C]``, K tensors ``[N, C]`` or an :class:`ExpertOutput`, of two
+            experts or more.
+        target: class indices, int64 ``[N]``.
+        class_counts: training samples per class ``[C]``, positive.
+        weights: fusion weights in 0..1 ``[W]``; None for 0.1, 0.2 to 0.9.
+        many: many-shot classes have more training samples.
+        few: few-shot classes have fewer; at most ``many``.
+        figure: where to draw; None makes one.
+
+    Returns:
+        The figure, with ``K - 1`` panels.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: shapes do not fit, there is one expert or no sample, or a value is out of range.
+
+    Example:
+        >>> logits = torch.eye(4).expand(3, 4, 4)
+        >>> figure = plot_fusion_sweep(logits, torch.tensor([0, 1, 2]), [500, 50, 5, 1])
+        >>> [axes.get_title() for axes in figure.axes]
+        ['local expert 1', 'local expert 2', 'local expert 3']
+    """
+    percent = 100 * fusion_sweep(logits, target, class_counts, weights, many=many, few=few)
+    grid = _sweep_weights(weights)
+    figure, drawn = panels(figure, expert_names(len(percent) + 1)[:-1], (3.6, 3.5))
+    styles = line_styles(drawn[0], SPLITS, len(grid))
+    for axes, rows in zip(drawn, numbers(percent), strict=True):
+        # The most important line last, above the others.
+        for accuracies, style in zip(np.roll(rows, -1, axis=1).T, styles, strict=True):
+            if not np.isnan(accuracies).all():
+                axes.plot(grid, accuracies, **style)
+    handles, _ = axes.get_legend_handles_labels()
+    describe_panels(figure, "fusion weight of the local expert", "mean per-class accuracy (%)", handles)
+    return figure
+
+
+def _sweep_weights(weights: Sequence[float] | None) -> list[float]:
+    if weights is None:
+        return [i / 10 for i in range(1, 10)]
+    grid = to_numpy("weights", weights)
+    if grid.ndim != 1 or grid.size == 0:
+        raise ValueError(f"weights: expected one fusion weight or more [W], got shape {list(grid.shape)}")
+    return [
+        finite_float("weights", w, low=0.0, high=1.0, expected="fusion weights in 0..1")
+        for w in grid.tolist()
+    ]
