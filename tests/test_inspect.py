@@ -504,25 +504,6 @@ print({"typer", "rich", "matplotlib"} & (set(sys.modules) - before))
     assert python("-c", code).stdout == "set()\n"
 
 
-def test_the_readme_shows_what_it_prints(tmp_path, monkeypatch):
-    section = (
-        (ROOT / "README.md")
-        .read_text()
-        .partition("## Look at your own class counts")[2]
-        .partition("\n## ")[0]
-    )
-    commands, shown = re.findall(r"```(?:sh|text)\n(.*?)```", section, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    counts = re.search(r"print\((.*), sep", commands).group(1)
-    write(tmp_path / "counts.txt", "\n".join(map(str, eval(f"[{counts}]"))))
-    printed = [line.rstrip() for line in run("counts.txt", "--png", "groups.png").stdout.splitlines()]
-    assert (tmp_path / "groups.png").exists()
-    position = 0
-    for line in shown.splitlines():
-        if line != "...":
-            position = printed.index(line, position)
-
-
 def test_a_pipe_is_not_looked_into(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     refused(run(tmp_path / "pipe"), "got a pipe or device, which can be read only once; say by --kind")
