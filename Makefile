@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint docs bench bench-gpu bench-class-parallel bench-layouts paper-smoke paper-cpu paper-gpu dist clean
+.PHONY: demo test test-slow lint docs hero bench bench-gpu bench-class-parallel bench-layouts paper-smoke paper-cpu paper-gpu dist clean
 .SECONDARY:
 
 demo: $(VENV)/.examples    ## train LGLA beside its baselines on long-tailed digits
@@ -23,6 +23,9 @@ lint: $(VENV)/.dev         ## style and types
 docs: $(VENV)/.docs        ## the site, into docs/_build/html; a warning is an error
 	$(RUN) -m sphinx -W --keep-going -j auto docs docs/_build/html
 	$(VENV)/bin/linkchecker --config docs/linkchecker.ini --no-status docs/_build/html/index.html
+
+hero: $(VENV)/.docs        ## README's first picture
+	$(RUN) docs/images/hero.py
 
 bench: $(VENV)/.bench      ## the losses beside their peers and the physical limit, on whatever device there is
 	$(RUN) benchmarks/losses.py

@@ -13,16 +13,20 @@ from sybil.parsers.myst import CodeBlockParser, PythonCodeBlockParser, SkipParse
 
 
 def setup(namespace: dict[str, Any]) -> None:
-    """Run the blocks of a page after one another, in an empty folder."""
+    """Run the blocks of a page after one another, in an empty folder and on one thread, as in the build."""
+    import torch
     import torchvision_shim  # noqa: F401  (not above: tests/conftest.py has something to set before PyTorch)
 
-    namespace["_folder"] = folder = contextlib.ExitStack()
-    folder.enter_context(contextlib.chdir(folder.enter_context(tempfile.TemporaryDirectory())))
+    namespace["_undo"] = undo = contextlib.ExitStack()
+    undo.enter_context(contextlib.chdir(undo.enter_context(tempfile.TemporaryDirectory())))
+    undo.callback(torch.set_num_threads, torch.get_num_threads())
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 def teardown(namespace: dict[str, Any]) -> None:
-    """Leave the folder."""
-    namespace["_folder"].close()
+    """Leave the folder, and the threads as they were."""
+    namespace["_undo"].close()
 
 
 pytest_collect_file = Sybil(

@@ -36,7 +36,7 @@ COLORS = [
     "#CC79A7",
 ]  # Okabe and Ito, colour-blind safe
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = re.compile(r"(<!-- (cells|shift|tau): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (cells|shift|tau|scripts): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 BARS = re.compile(r"<!-- bars: (.*?) -->\s*!\[(.*?)\]\((.*?)\)")
 SMOOTHING = 3.0  # of the prior that is fitted to a test set
 SPLITS = ("all", "many", "medium", "few")
@@ -106,7 +106,19 @@ def tau_table(records: list[dict[str, Any]]) -> str:
     return grid(["tau / (K - 1)", *(f"{ratio:g}" for ratio in ratios)], rows)
 
 
-TABLES = {"cells": cells_table, "shift": shift_table, "tau": tau_table}
+def scripts_table(records: list[dict[str, Any]]) -> str:
+    """A row a run of the training scripts, and where they ran."""
+    rows: list[list[object]] = []
+    for run in records[0]["runs"]:
+        scores = run["final"]["scores"]["ensemble"]
+        cells = [f"{100 * scores[split]:.1f}" for split in ("balanced", "many", "medium", "few")]
+        rows.append([f"{run['data']}, {run['method']}", *cells, f"{run['seconds'] / 60:.1f}"])
+    torches = {run["versions"]["torch"].partition("+")[0] for run in records[0]["runs"]}
+    ran = f"Run on: {records[0]['device']}, torch {', '.join(sorted(torches))}.\n"
+    return f"{grid(['run', *SPLITS, 'minutes'], rows)}\n{ran}"
+
+
+TABLES = {"cells": cells_table, "shift": shift_table, "tau": tau_table, "scripts": scripts_table}
 
 
 def read_records(names: str, folder: Path) -> list[dict[str, Any]]:

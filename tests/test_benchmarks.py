@@ -22,6 +22,11 @@ def report():
 
 
 @pytest.fixture(scope="module")
+def tables():
+    return load("benchmarks/tables.py")
+
+
+@pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmark") / "losses.json"
     result = run("--quick", "--out", str(path))
@@ -142,9 +147,69 @@ def test_class_parallel_ranks_share_memory_and_send_little(tmp_path):
     assert [row["numbers_sent"] for row in record["rows"]] == [0, 2 + 8 * (3 + 1) + 5 * 8 * 3 + 8 * 3 * 4]
 
 
-def test_the_readmes_table_of_class_parallel_ranks_is_the_records():
-    record = json.loads((ROOT / "benchmarks" / "results" / "class_parallel_cpu.json").read_text())
-    assert load("benchmarks/class_parallel.py").markdown(record) in (ROOT / "README.md").read_text()
+def test_class_parallel_ranks_divide_the_memory_and_send_little_in_the_record(tables):
+    record = tables.read("class_parallel_cpu")
     ranks = [row for row in record["rows"] if row["ranks"] > 1]
     assert max(row["memory_times_ranks_over_single"] for row in ranks) < 1.2
     assert max(row["numbers_sent"] for row in ranks) < 60_000  # of 154 million logits
+
+
+def test_the_table_of_the_layouts_has_every_row_of_the_record(tables):
+    record = {
+        "rows": [
+            {
+                "network": "A",
+                "layout": "independent",
+                "batch": 8,
+                "images_per_second_quartiles": [1.04, 2.06, 3.0],
+                "peak_mib_median": 512.4,
+            }
+        ]
+        * 2
+    }
+    header, rule, *rows = tables.layouts(record).splitlines()
+    assert rule == "| --- | --- | ---: | ---: | ---: |"
+    assert rows == ["| A | independent | 8 | 2.1 (1.0 to 3.0) | 512 |"] * 2
+    assert header.count("|") == rows[0].count("|")
+
+
+def test_the_summary_of_the_kernels_has_the_worst_of_each_gpu_and_type(tables):
+    def row(target, dtype, registers, spilled, shared):
+        need = {"registers": registers, "spill_bytes": spilled, "shared_bytes": shared}
+        return {"kernel": "_forward", "configuration": {"dtype": dtype}, "target": target, **need}
+
+    rows = [
+        row("sm_80", "float32", 10, 0, 7),
+        row("sm_90", "float32", 40, 0, 0),
+        row("sm_80", "float32", 30, 4, 5),
+    ]
+    assert tables.kernels({"rows": rows}).splitlines()[2:] == [
+        "| sm_80 | float32 | 2 | 30 | 4 | 7 |",
+        "| sm_90 | float32 | 1 | 40 | 0 | 0 |",
+    ]
+
+
+def test_the_machine_of_a_record_is_told_as_far_as_it_is_known(tables):
+    record = {
+        "device": "a CPU",
+        "threads": 2,
+        "torch": "2.13.0",
+        "date": "2026-11-25T00:24:36",
+        "commit": None,
+    }
+    assert tables.machine(record) == "a CPU, 2 threads, torch 2.13.0, 2026-11-25"
+    assert (
+        tables.machine({"device": "a CPU", "cores": 4, "commit": "0123456789"})
+        == "a CPU, 4 cores, commit 0123456"
+    )
+
+
+def test_the_brief_table_marks_the_fastest_whosever_it_is(quick, tables):
+    record = json.loads(quick[0].read_text())
+    wanted = {"suite": "logits", "dtype": "float32", "phase": "forward + backward"}
+    rows = [row for row in record["rows"] if all(row[key] == value for key, value in wanted.items())]
+    for row in rows:
+        row["peak_mb"] = 2.0
+        row["median_ms"] = 1.0 if row["column"] == "plain loop" else 1.5
+    first = tables.brief({"rows": rows}).splitlines()[2]
+    assert first.split(" | ")[1:] == ["1.5", "1.5", "**1**", "1.5", "2", "2 |"]

@@ -1,6 +1,7 @@
 """What the pictures hold is what the library computes; none touches the caller's matplotlib."""
 
 import io
+import itertools
 import math
 import os
 import subprocess
@@ -394,6 +395,41 @@ def test_counts_are_written_out():
     labels = [label.get_text() for label in axes.get_yticklabels() if label.get_text()]
     assert {"10", "100", "1,000"} <= set(labels)
     assert not any("$" in label for label in labels)
+
+
+@pytest.mark.parametrize(("num_classes", "num_experts"), [(3, 4), (20, 3), (20, 7), (1000, 16), (8142, 7)])
+def test_nothing_is_cut_off_or_written_over(num_classes, num_experts):
+    adjuster = adjuster_of(num_classes, num_experts)
+    order = by_frequency(counts_of(num_classes))
+    for drawn in (
+        plot.plot_groups(adjuster.grouper),
+        plot.plot_table(adjuster),
+        *(plot.plot_margins(adjuster, order[i]) for i in (0, num_classes // 2, -1)),
+        plot.plot_weight_norms(torch.rand(num_experts, num_classes, 2), counts_of(num_classes)),
+        plot.plot_implied_prior(adjuster),
+        plot.plot_boundaries(adjuster, [order[0], order[1], order[-1]]),
+    ):
+        figure = saved(drawn)
+        width, height = figure.get_size_inches()
+        left, bottom, right, top = figure.get_tightbbox().extents
+        assert min(left, bottom, width - right, height - top) > -0.01, drawn
+        for axes in figure.axes if num_experts < 10 else []:  # more groups are numbered more closely
+            for texts in (axes.texts, axes.get_xticklabels()):
+                boxes = [text.get_window_extent().padded(-1) for text in texts if text.get_text()]
+                # matplotlib keeps ticks beyond the axes, which it does not draw.
+                boxes = [box for box in boxes if axes.bbox.x0 - 9 < (box.x0 + box.x1) / 2 < axes.bbox.x1 + 9]
+                overlaps = [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
+                assert not overlaps, [text.get_text() for text in texts]
+
+
+def test_the_ticks_of_narrow_axes_fit():
+    left, right = Figure(figsize=(9, 3.5), layout="constrained").subplots(1, 2)
+    for axes, num_classes in ((left, 20), (right, 8142)):
+        plot.plot_implied_prior(adjuster_of(num_classes, 3), ax=axes)
+    saved(left)
+    for axes in (left, right):
+        boxes = [text.get_window_extent() for text in axes.get_xticklabels()]
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
 def test_groups_of_ones_own_that_are_scattered():

@@ -6,10 +6,10 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import TOLERANCE
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import TOLERANCE
 from lgla_losses import ClassGrouper, ExpertOutput, LGLALoss, LinearLGLALoss, targets
 
 COUNTS = [120, 60, 30, 9, 4, 1]

@@ -123,10 +123,10 @@ def inspect(
 def _write_picture(png: Path, source: Path, found: ClassCounts, inspection: Inspection) -> None:
     num_experts = inspection.suggestion.num_experts
     grouper = ClassGrouper(found.positive, num_experts - 1)
+    numbers = [number for number, count in enumerate(found.counts) if count]
+    title = f"{source.name}: groups of {num_experts} experts"
     try:
-        figure = draw_groups(
-            grouper, inspection.many, inspection.few, f"{source.name}: groups of {num_experts} experts"
-        )
+        figure = draw_groups(grouper, numbers, inspection.many, inspection.few, title)
         figure.savefig(png, format="png", dpi=150)
     except ImportError as error:
         _refuse(f"--png: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import SupportsIndex
 
 import numpy as np
@@ -105,7 +106,7 @@ def plot_margins(adjuster: CLALogitAdjuster, target_class: SupportsIndex, *, ax:
     axes.set_xscale("log")
     plain_numbers(axes.xaxis)
     axes.set(xlabel="training samples of the rival class j", ylabel=f"margin M({target_class}, j, k) (nats)")
-    axes.axvline(own_count, color=ink(axes), linewidth=0.8, linestyle=":")
+    axes.axvline(own_count, color=ink(axes), ymax=0.94, linewidth=0.8, linestyle=":")
     axes.margins(y=0.17)
     group = adjuster.grouper.group_index.cpu().numpy()
     if adjuster.tau is not None and np.ptp(margins) > 0:
@@ -134,25 +135,27 @@ def _number_cases(axes: Axes, counts: Numbers, margins: Numbers, group: Indices,
         clearances = {}
         for k, where in places:
             found = np.flatnonzero(where)
-            for j in found[:: len(found) // 50 + 1]:
-                # What is behind the text: the other lines, this one where it is of another case, other texts.
-                behind = (position <= position[j]) & (position >= position[j] - width)
-                lines = [np.delete(margins, k, axis=0)[:, behind].ravel(), margins[k, behind & ~where]]
-                texts = [y + height for x, y in named.values() if abs(x - position[j]) < 1.5 * width]
-                near = np.concatenate([*lines, texts])
-                clearances[k, j] = np.abs(near - margins[k, j] - height).min(initial=np.inf)
+            # No margin falls with the rival's count inside a case: the line leaves room on its left above
+            # (1), and on its right below (-1).
+            for j, side in product(found[:: len(found) // 50 + 1], (1, -1)):
+                x, y = position[j] - side * width / 2, margins[k, j] + side * height
+                # Rather on a line, another or this one where it is of another case, than on another text.
+                is_free = all(abs(u - x) > 1.5 * width or abs(v - y) > height for u, v in named.values())
+                near = abs(position - x) <= 0.501 * width
+                lines = [np.delete(margins, k, axis=0)[:, near].ravel(), margins[k, near & ~where]]
+                clearance = np.abs(np.concatenate(lines) - y).min(initial=np.inf)
+                clearances[k, j, side] = (is_free, clearance)
         if not clearances:
             continue
-        k, j = max(clearances, key=lambda place: clearances[place])
-        named[case] = (position[j], margins[k, j])
+        k, j, side = max(clearances, key=lambda place: clearances[place])
+        named[case] = (position[j] - side * width / 2, margins[k, j] + side * height)
         axes.annotate(
             f"case {case}",
             (counts[j], margins[k, j]),
-            (0, 4),
+            (0, 4 * side),
             textcoords="offset points",
-            # No margin falls with the rival's count inside a case: the left of the line is free.
-            ha="right",
-            va="bottom",
+            ha="right" if side > 0 else "left",
+            va="bottom" if side > 0 else "top",
             fontsize="small",
             color=ink(axes),
         )

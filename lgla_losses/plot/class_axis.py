@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -37,14 +38,15 @@ def class_axis(axes: Axes, order: Indices, group_index: Tensor | None = None) ->
     group = None if group_index is None else group_index.cpu().numpy()[order]
     axes.set_xlim(0.5, len(order) + 0.5)
     if len(order) <= FEW_CLASSES:
-        axes.set_xticks(np.arange(len(order)) + 1, [str(j) for j in order.tolist()])
+        every = math.ceil(len(order) * 0.22 / _inches(axes))  # which the labels need
+        axes.set_xticks(np.arange(1, len(order) + 1, every), [str(j) for j in order[::every].tolist()])
         axes.set_xlabel("class index, the most frequent first")
     elif group is not None and np.bincount(group).min() < VISIBLE_SHARE * len(group):
         axes.set_xscale("log")
         plain_numbers(axes.xaxis)
         axes.set_xlabel("rank of the class, the most frequent first (logarithmic)")
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
         axes.set_xlabel("rank of the class, the most frequent first")
     if group is not None:
         mark_groups(axes, class_edges(len(order)), group)
@@ -66,15 +68,21 @@ def mark_groups(axes: Axes, edges: Numbers, group: Indices) -> None:
         if g not in longest or high - low > longest[g][1] - longest[g][0]:
             longest[g] = (low, high)
     for g, (low, high) in longest.items():
-        if high - low < 0.015:
+        room = (high - low) * _inches(axes)
+        if room < 0.1 * len(str(g + 1)):
             continue  # too narrow for its number
         axes.text(
             (low + high) / 2,
             0.985,
-            f"group {g + 1}" if high - low > 0.1 else str(g + 1),
+            f"group {g + 1}" if room > 0.65 else str(g + 1),
             transform=axes.transAxes,
             ha="center",
             va="top",
             fontsize="small",
             color=ink(axes),
         )
+
+
+def _inches(axes: Axes) -> float:
+    """The width of the axes, before a layout makes room for legends."""
+    return float(axes.bbox.width / axes.figure.dpi)

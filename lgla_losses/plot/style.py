@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -73,7 +74,10 @@ def expert_names(num_experts: int, local_and_global: bool = True) -> list[str]:
 
 def legend(axes: Axes, title: str | None = None) -> None:
     """Beside the axes, where it covers nothing."""
+    _, labels = axes.get_legend_handles_labels()
+    lines = sum(label.count("\n") + 1 for label in labels)
     drawn = axes.legend(
+        ncols=math.ceil(lines / 18),  # more would be cut off
         loc="upper left",
         bbox_to_anchor=(1.01, 1.0),
         borderaxespad=0.0,

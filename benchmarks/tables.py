@@ -1,0 +1,84 @@
+"""The committed records as tables of Markdown, for README and docs (report.py has the losses' in full)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+Record = dict[str, Any]
+
+
+class Markdown(str):
+    """Text that a notebook shows as Markdown."""
+
+    __slots__ = ()
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
+def read(name: str) -> Record:
+    """The committed record of this name."""
+    record: Record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return record
+
+
+def machine(record: Record) -> str:
+    """Where, with what and when a record was made, as far as it says so."""
+    facts = [record.get("device")]
+    facts += [f"{record[key]} {key}" for key in ("threads", "cores") if key in record]
+    facts += [
+        f"{name} {record[name.lower()]}" for name in ("Python", "torch", "Triton") if name.lower() in record
+    ]
+    facts += [record["date"][:10]] if "date" in record else []
+    facts += [f"commit {record['commit'][:7]}"] if record.get("commit") else []
+    return ", ".join(fact for fact in facts if fact)
+
+
+def grid(header: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1) -> str:
+    """A table whose first columns are text, the others numbers."""
+    rule = ["---"] * texts + ["---:"] * (len(header) - texts)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (header, rule, *rows))
+
+
+def layouts(record: Record) -> str:
+    """Speed and memory of the experts: a row a network and way of running it."""
+    rows = []
+    for row in record["rows"]:
+        low, median, high = row["images_per_second_quartiles"]
+        rate, memory = f"{median:.1f} ({low:.1f} to {high:.1f})", f"{row['peak_mib_median']:.0f}"
+        rows.append([row["network"], row["layout"], row["batch"], rate, memory])
+    return grid(["network", "way", "batch", "images a second", "MiB"], rows, texts=2)
+
+
+def kernels(record: Record) -> str:
+    """What the compiled kernels need at most: a row a GPU and type."""
+    rows = []
+    found: dict[tuple[str, str], list[Record]] = {}
+    for row in record["rows"]:
+        found.setdefault((row["target"], row["configuration"]["dtype"]), []).append(row)
+    for (target, dtype), same in found.items():
+        most = [max(row[need] for row in same) for need in ("registers", "spill_bytes", "shared_bytes")]
+        rows.append([target, dtype, len(same), *most])
+    header = ["GPU", "type", "kernels", "most registers a thread", "most bytes spilled", "most bytes shared"]
+    return grid(header, rows, texts=2)
+
+
+#: What README compares the loss with.
+WAYS = ("LGLALoss", "plain loop, compiled", "plain loop", "paper's formula")
+
+
+def brief(record: Record) -> str:
+    """README's selection of the losses' record: training steps in float32, the fastest in bold."""
+    wanted = {"suite": "logits", "dtype": "float32", "phase": "forward + backward"}
+    chosen = [row for row in record["rows"] if all(row[key] == value for key, value in wanted.items())]
+    rows = []
+    for shape in dict.fromkeys(row["shape"] for row in chosen):
+        cells = {row["column"]: row for row in chosen if row["shape"] == shape}
+        times = [cells[way]["median_ms"] for way in WAYS]
+        texts = [f"**{ms:.3g}**" if ms == min(times) else f"{ms:.3g}" for ms in times]
+        rows.append([shape, *texts, *(f"{cells[way]['peak_mb']:.3g}" for way in (WAYS[0], WAYS[2]))])
+    return grid(["samples x experts x classes", *WAYS, f"MB: {WAYS[0]}", WAYS[2]], rows)
