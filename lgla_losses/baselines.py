@@ -38,7 +38,7 @@ class FocalLoss(AdjustedLoss):
     This is the multi-class form, of softmax probabilities, that long-tailed learning uses; the paper has one
     sigmoid a class. For class weights (:math:`\alpha_t` of Eq. 5) see :class:`ClassBalancedLoss`.
 
-    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, Eq. 4.
+    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, section 3.2, Eq. 4.
 
     Args:
         gamma: focusing parameter, at least 0; 0 is cross entropy.
@@ -64,8 +64,8 @@ class ClassBalancedLoss(AdjustedLoss):
     by the number of samples, as the authors' code does, not by the sum of their weights: a sample of a class
     then counts the same in whatever batch it comes.
 
-    Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, sections 3
-    and 4.
+    Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, section 4,
+    Eqs. 6 and 8. With ``gamma`` it is their Eq. 13 of softmax probabilities instead of sigmoids.
 
     Args:
         class_counts: training samples per class ``[C]``, positive.
@@ -105,7 +105,8 @@ class LogitAdjustedLoss(AdjustedLoss):
 
     Predict by the unadjusted logits.
 
-    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, Eq. 10.
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, section 5.1
+    and Eq. 10 of arXiv:2007.07314.
 
     Args:
         class_counts: training samples per class ``[C]``, positive.
@@ -136,7 +137,8 @@ class BalancedSoftmaxLoss(LogitAdjustedLoss):
 
     It is :class:`LogitAdjustedLoss` with :math:`\tau = 1`. The paper's meta sampler is no part of it.
 
-    Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, Theorem 1.
+    Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020,
+    section 3.1, Theorem 1 and Eq. 4.
 
     Args:
         class_counts: training samples per class ``[C]``, positive.
@@ -160,11 +162,12 @@ class VSLoss(LogitAdjustedLoss):
     .. math:: -\log \frac{\exp(\Delta_y v^y + \iota_y)}{\sum_j \exp(\Delta_j v^j + \iota_j)}, \qquad
         \Delta_j = \left(\frac{n_j}{n_{max}}\right)^\gamma, \quad \iota_j = \tau \log \pi_j
 
-    The weights :math:`\omega_y` of its general form are 1, as in the paper's experiments. Predict by the
+    The weights :math:`\omega_y` of its general form are 1, as by default in the authors' code. Predict by the
     unadjusted logits.
 
     Source: Kini et al., "Label-Imbalanced and Group-Sensitive Classification under Overparameterization",
-    NeurIPS 2021, the VS-loss with the parameters of its experiments on label imbalance.
+    NeurIPS 2021, the VS-loss of several classes, with the parameters of the authors' code for label
+    imbalance.
 
     Args:
         class_counts: training samples per class ``[C]``, positive.
@@ -206,11 +209,12 @@ class LDAMLoss(AdjustedLoss):
     authors' code takes the cosines and scales them itself. For a linear head set ``scale=1``.
 
     The weights :math:`w` are 1 until :meth:`reweight` switches them to those of :class:`ClassBalancedLoss`,
-    which the authors do at epoch 160 of 200. ``"mean"`` divides by the sum of the samples' weights, as
+    as the authors' code does at epoch 160 of 200; the paper's algorithm weighs by :math:`1 / n_j`, which they
+    approach as ``beta`` approaches 1. ``"mean"`` divides by the sum of the samples' weights, as
     ``torch.nn.CrossEntropyLoss(weight=w)`` in the authors' code: their learning rates go with it.
 
     Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS
-    2019, sections 3.2 (LDAM) and 3.3 (DRW).
+    2019, section 3.2, Eqs. 12 and 13 (LDAM), and section 3.3, Algorithm 1 (DRW).
 
     Args:
         class_counts: training samples per class ``[C]``, positive.

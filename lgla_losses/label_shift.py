@@ -5,7 +5,8 @@ logits are calibrated: log-likelihood plus log prior, up to a constant per sampl
 of networks trained for long, bias the estimate; calibrate them on held-out data first. Where classes are
 many and the model weak, the likelihood alone fits noise: ``smoothing`` holds the estimate back.
 
-Source: Saerens, Latinne and Decaestecker, Neural Computation 14(1), 2002.
+Source: Saerens, Latinne and Decaestecker, "Adjusting the Outputs of a Classifier to New a Priori
+Probabilities: A Simple Procedure", Neural Computation 14(1), 2002.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ def long_tailed_counts(n_max: int, num_classes: int, imbalance_factor: float, ki
     ``"exp"``: :math:`n_j = \lfloor n_{max} \, IF^{-j / (C - 1)} \rfloor`. ``"step"``: the first half of
     the classes keeps :math:`n_{max}`, the second :math:`\lfloor n_{max} / IF \rfloor`. At least 1 each.
 
-    Source: Cui et al., CVPR 2019 (``"exp"``); Cao et al., NeurIPS 2019 (both). Rounded down.
+    Source: Cui et al., CVPR 2019, section 5.1 (``"exp"``); Cao et al., NeurIPS 2019, section 4.2 (both;
+    ``"step"`` is from Buda et al., Neural Networks 106, 2018). Rounded down, as in the code of Cao et al.
 
     Args:
         n_max: samples of the largest class: 500 for CIFAR-100, 5000 for CIFAR-10.
