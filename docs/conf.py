@@ -1,19 +1,20 @@
 """How Sphinx builds the site: ``make docs``."""
 
 import importlib.util
-import inspect
 import os
 import pkgutil
 import sys
-import types
 import typing
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from sphinx.application import Sphinx
+from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
+from sphinx_autodoc_typehints import format_annotation
 
 import lgla_losses
 from lgla_losses.counts import ArrayLike
@@ -42,6 +43,7 @@ nitpicky = True
 nitpick_ignore = [
     # PyTorch's pages call it an opaque handle and describe it nowhere.
     ("py:class", "torch.distributed.ProcessGroup"),
+    ("py:class", "torch.distributed.distributed_c10d.ProcessGroup"),
 ]
 suppress_warnings = ["config.cache"]  # of the two functions below, which cannot be pickled
 
@@ -64,14 +66,19 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_default_options = {"exclude-members": "extra_repr"}
 napoleon_use_ivar = True  # attributes as a list, beside the properties that have an entry
+napoleon_custom_sections = ["Shape"]
 always_use_bars_union = True
 typehints_defaults = "comma"
+typehints_use_rtype = False  # the type with what is returned
+typehints_document_rtype_none = False
+
+copybutton_exclude = ".linenos, .gp, .go"  # prompts, and what they print
 
 bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "plain"
 
-# Where there is no network the committed inventories stand in. They hold what these pages refer to, a line each,
-# in the plain text of Sphinx's inventory version 1: name, kind, page; the anchor is the name.
+# Where there is no network the committed inventories stand in. They hold what these pages refer to, a line
+# each, in the plain text of Sphinx's inventory version 1: name, kind, page; the anchor is the name.
 intersphinx_mapping = {
     "python": ("https://docs.python.org/3", (None, "inventories/python.inv")),
     "torch": ("https://docs.pytorch.org/docs/stable", (None, "inventories/torch.inv")),
@@ -89,13 +96,16 @@ PAGES_OF_MODULES = {
 
 
 def typehints_fixup_module_name(module: str) -> str:
+    """The module under which a type has a page."""
     return PAGES_OF_MODULES.get(module, module)
 
 
-def typehints_formatter(annotation: object, _config: object) -> str | None:
-    """Aliases by their names."""
-    if annotation == ArrayLike:
-        return ":py:data:`~lgla_losses.counts.ArrayLike`"
+def typehints_formatter(annotation: object, config: Config) -> str | None:
+    """Aliases by their names; None for other types."""
+    aliased, alternatives = typing.get_args(ArrayLike), typing.get_args(annotation)
+    if alternatives[: len(aliased)] == aliased:
+        others = [format_annotation(other, config) for other in alternatives[len(aliased) :]]
+        return " | ".join([":py:data:`~lgla_losses.counts.ArrayLike`", *others])
     if typing.get_origin(annotation) is np.ndarray:  # NDArray[...] is ndarray[tuple[...], dtype[...]]
         scalar = typing.get_args(typing.get_args(annotation)[1])[0]
         inner = "Any" if scalar is typing.Any else scalar.__name__
@@ -103,7 +113,7 @@ def typehints_formatter(annotation: object, _config: object) -> str | None:
     return None
 
 
-def public_modules() -> list[types.ModuleType]:
+def public_modules() -> list[ModuleType]:
     """The package and its modules that say by ``__all__`` what is public."""
     names = [m.name for m in pkgutil.iter_modules(lgla_losses.__path__) if not m.name.startswith("_")]
     modules = [lgla_losses, *(import_module(f"lgla_losses.{name}") for name in names)]
@@ -112,15 +122,19 @@ def public_modules() -> list[types.ModuleType]:
 
 def require_documentation(_app: Sphinx, env: BuildEnvironment) -> None:
     """Warn, which fails the build, of every public name without an entry or without a docstring."""
+    warning = logging.getLogger(__name__).warning
     entries = env.domains.python_domain.objects
     for module in public_modules():
-        for name in [module.__name__, *(f"{module.__name__}.{name}" for name in module.__all__)]:
-            if name not in entries:
-                logging.getLogger(__name__).warning("%s is public, but no page documents it", name)
+        if module.__name__ not in entries:
+            warning("%s is a public module without a page", module.__name__)
         for name in module.__all__:
-            if not inspect.getdoc(getattr(module, name)):
-                logging.getLogger(__name__).warning("%s.%s is public without a docstring", module.__name__, name)
+            if f"{module.__name__}.{name}" not in entries:
+                warning("%s.%s is public, but on no page", module.__name__, name)
+            docstring = getattr(module, name).__doc__
+            if not docstring or docstring.startswith(f"{name}("):  # which a dataclass makes for itself
+                warning("%s.%s is public, but has no docstring", module.__name__, name)
 
 
 def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
     app.connect("env-check-consistency", require_documentation)

@@ -1,8 +1,8 @@
 r"""The losses that LGLA is compared with, on the same fused cross entropy.
 
 Each takes the logits of one model, ``[N, C]``, or of K experts as :class:`~lgla_losses.LGLALoss` does, whose
-losses it sums, so that one network and one learning rate serve all. The formulas are of one model; n_j are the
-training samples of class j. Arguments, shapes and errors that all share are those of
+losses it sums, so that one network and one learning rate serve all. The formulas are of one model; n_j are
+the training samples of class j. Arguments, shapes and errors that all share are those of
 :class:`~lgla_losses.adjusted.AdjustedLoss`.
 """
 
@@ -118,7 +118,8 @@ class LogitAdjustedLoss(AdjustedLoss):
             shift.
 
     Example:
-        >>> LogitAdjustedLoss([300, 100])(torch.zeros(1, 2), torch.tensor([1]))  # -log(100 / 400)
+        >>> criterion = LogitAdjustedLoss([300, 100])
+        >>> criterion(torch.zeros(1, 2), torch.tensor([1]))  # -log(100 / 400)
         tensor(1.3863)
     """
 
@@ -147,7 +148,8 @@ class BalancedSoftmaxLoss(LogitAdjustedLoss):
         table: as in :class:`LogitAdjustedLoss`.
 
     Example:
-        >>> BalancedSoftmaxLoss([300, 100])(torch.zeros(1, 2), torch.tensor([1]))  # -log(100 / 400)
+        >>> criterion = BalancedSoftmaxLoss([300, 100])
+        >>> criterion(torch.zeros(1, 2), torch.tensor([1]))  # -log(100 / 400)
         tensor(1.3863)
     """
 
