@@ -1,8 +1,27 @@
 """How Sphinx builds the site: ``make docs``."""
 
+import importlib.util
 import os
+import pkgutil
+import sys
+import typing
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from sphinx.application import Sphinx
+from sphinx.config import Config
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
+from sphinx_autodoc_typehints import format_annotation
 
 import lgla_losses
+from lgla_losses.counts import ArrayLike
+
+if importlib.util.find_spec("torchvision"):  # which torchmetrics then imports
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import torchvision_shim  # noqa: F401
 
 project = "lgla-losses"
 author = "The lgla-losses developers"
@@ -21,6 +40,12 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 nitpicky = True
+nitpick_ignore = [
+    # PyTorch's pages call it an opaque handle and describe it nowhere.
+    ("py:class", "torch.distributed.ProcessGroup"),
+    ("py:class", "torch.distributed.distributed_c10d.ProcessGroup"),
+]
+suppress_warnings = ["config.cache"]  # of the two functions below, which cannot be pickled
 
 html_theme = "furo"
 html_title = f"lgla-losses {release}"
@@ -39,14 +64,77 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # pages are built side by side
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+autodoc_default_options = {"exclude-members": "extra_repr"}
+napoleon_use_ivar = True  # attributes as a list, beside the properties that have an entry
+napoleon_custom_sections = ["Shape"]
 always_use_bars_union = True
 typehints_defaults = "comma"
+typehints_use_rtype = False  # the type with what is returned
+typehints_document_rtype_none = False
+
+copybutton_exclude = ".linenos, .gp, .go"  # prompts, and what they print
 
 bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "plain"
 
-# The committed inventories stand in where there is no network; they hold what these pages refer to.
+# Where there is no network the committed inventories stand in. They hold what these pages refer to, a line
+# each, in the plain text of Sphinx's inventory version 1: name, kind, page; the anchor is the name.
 intersphinx_mapping = {
     "python": ("https://docs.python.org/3", (None, "inventories/python.inv")),
     "torch": ("https://docs.pytorch.org/docs/stable", (None, "inventories/torch.inv")),
+    "numpy": ("https://numpy.org/doc/stable", (None, "inventories/numpy.inv")),
+    "matplotlib": ("https://matplotlib.org/stable", (None, "inventories/matplotlib.inv")),
 }
+
+# Types are defined in other modules than their pages say.
+PAGES_OF_MODULES = {
+    "matplotlib.axes._axes": "matplotlib.axes",
+    "torch.distributed.distributed_c10d": "torch.distributed",
+    "torch.nn.modules.module": "torch.nn",
+    "torch.utils.data.dataset": "torch.utils.data",
+}
+
+
+def typehints_fixup_module_name(module: str) -> str:
+    """The module under which a type has a page."""
+    return PAGES_OF_MODULES.get(module, module)
+
+
+def typehints_formatter(annotation: object, config: Config) -> str | None:
+    """Aliases by their names; None for other types."""
+    aliased, alternatives = typing.get_args(ArrayLike), typing.get_args(annotation)
+    if alternatives[: len(aliased)] == aliased:
+        others = [format_annotation(other, config) for other in alternatives[len(aliased) :]]
+        return " | ".join([":py:data:`~lgla_losses.counts.ArrayLike`", *others])
+    if typing.get_origin(annotation) is np.ndarray:  # NDArray[...] is ndarray[tuple[...], dtype[...]]
+        scalar = typing.get_args(typing.get_args(annotation)[1])[0]
+        inner = "Any" if scalar is typing.Any else scalar.__name__
+        return rf":py:data:`~numpy.typing.NDArray`\ [{inner}]"
+    return None
+
+
+def public_modules() -> list[ModuleType]:
+    """The package and its modules that say by ``__all__`` what is public."""
+    names = [m.name for m in pkgutil.iter_modules(lgla_losses.__path__) if not m.name.startswith("_")]
+    modules = [lgla_losses, *(import_module(f"lgla_losses.{name}") for name in names)]
+    return [module for module in modules if hasattr(module, "__all__")]
+
+
+def require_documentation(_app: Sphinx, env: BuildEnvironment) -> None:
+    """Warn, which fails the build, of every public name without an entry or without a docstring."""
+    warning = logging.getLogger(__name__).warning
+    entries = env.domains.python_domain.objects
+    for module in public_modules():
+        if module.__name__ not in entries:
+            warning("%s is a public module without a page", module.__name__)
+        for name in module.__all__:
+            if f"{module.__name__}.{name}" not in entries:
+                warning("%s.%s is public, but on no page", module.__name__, name)
+            docstring = getattr(module, name).__doc__
+            if not docstring or docstring.startswith(f"{name}("):  # which a dataclass makes for itself
+                warning("%s.%s is public, but has no docstring", module.__name__, name)
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("env-check-consistency", require_documentation)

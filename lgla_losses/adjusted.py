@@ -40,15 +40,16 @@ class AdjustedLoss(ConstantBuffers):
             ``[C]``, each optional, and further buffers of the subclass.
         reduction: ``"mean"`` over the samples not ignored, ``"sum"``, or ``"none"``.
         ignore_index: target of samples that count nothing.
-        validate_args: as in :class:`LGLALoss`.
-        backend: as in :class:`LGLALoss`.
+        validate_args: as in :class:`~lgla_losses.LGLALoss`.
+        backend: as in :class:`~lgla_losses.LGLALoss`.
 
     Raises:
         TypeError: an argument is of a wrong type.
         ValueError: an argument is out of range, or shapes, devices or values do not fit.
 
     Shape:
-        - output: logits ``[N, C]``; ``[N, K, C]``, K tensors ``[N, C]`` or an :class:`ExpertOutput`
+        - output: logits ``[N, C]``; ``[N, K, C]``, K tensors ``[N, C]`` or an
+          :class:`~lgla_losses.ExpertOutput`
         - target: int64 ``[N]``
         - result: float32 (float64 for float64 logits) scalar, or ``[N]`` without reduction
     """
@@ -85,7 +86,7 @@ class AdjustedLoss(ConstantBuffers):
 
         Args:
             output: logits of one model ``[N, C]``; of K experts ``[N, K, C]``, K tensors ``[N, C]`` or an
-                :class:`ExpertOutput`, whose losses are summed.
+                :class:`~lgla_losses.ExpertOutput`, whose losses are summed.
             target: class indices, int64 ``[N]``.
         """
         blocks = expert_blocks(output, None if self.class_counts is None else len(self.class_counts))

@@ -1,8 +1,8 @@
 r"""The losses that LGLA is compared with, on the same fused cross entropy.
 
-Each takes the logits of one model, ``[N, C]``, or of K experts as :class:`LGLALoss` does, whose losses it
-sums, so that one network and one learning rate serve all. The formulas are of one model; n_j are the training
-samples of class j. Arguments, shapes and errors that all share are those of
+Each takes the logits of one model, ``[N, C]``, or of K experts as :class:`~lgla_losses.LGLALoss` does, whose
+losses it sums, so that one network and one learning rate serve all. The formulas are of one model; n_j are
+the training samples of class j. Arguments, shapes and errors that all share are those of
 :class:`~lgla_losses.adjusted.AdjustedLoss`.
 """
 
@@ -42,7 +42,8 @@ class FocalLoss(AdjustedLoss):
 
     Args:
         gamma: focusing parameter, at least 0; 0 is cross entropy.
-        options: ``reduction``, ``ignore_index``, ``validate_args`` and ``backend``, as in :class:`LGLALoss`.
+        options: ``reduction``, ``ignore_index``, ``validate_args`` and ``backend``, as in
+            :class:`~lgla_losses.LGLALoss`.
 
     Example:
         >>> FocalLoss(gamma=2.0)(torch.zeros(8, 2), torch.arange(8) % 2)
@@ -118,7 +119,8 @@ class LogitAdjustedLoss(AdjustedLoss):
             shift.
 
     Example:
-        >>> LogitAdjustedLoss([300, 100])(torch.zeros(1, 2), torch.tensor([1]))  # -log(100 / 400)
+        >>> criterion = LogitAdjustedLoss([300, 100])
+        >>> criterion(torch.zeros(1, 2), torch.tensor([1]))  # -log(100 / 400)
         tensor(1.3863)
     """
 
@@ -148,7 +150,8 @@ class BalancedSoftmaxLoss(LogitAdjustedLoss):
         table: as in :class:`LogitAdjustedLoss`.
 
     Example:
-        >>> BalancedSoftmaxLoss([300, 100])(torch.zeros(1, 2), torch.tensor([1]))  # -log(100 / 400)
+        >>> criterion = BalancedSoftmaxLoss([300, 100])
+        >>> criterion(torch.zeros(1, 2), torch.tensor([1]))  # -log(100 / 400)
         tensor(1.3863)
     """
 
@@ -205,8 +208,9 @@ class LDAMLoss(AdjustedLoss):
     .. math:: -w_y \log \frac{\exp(v^y - s \Delta_y)}{\exp(v^y - s \Delta_y) + \sum_{j \ne y} \exp(v^j)},
         \qquad \Delta_j \propto n_j^{-1/4}, \quad \max_j \Delta_j = m
 
-    The logits are those of a cosine head, :math:`v = s \cos`, scaled already, as for :class:`LGLALoss`; the
-    authors' code takes the cosines and scales them itself. For a linear head set ``scale=1``.
+    The logits are those of a cosine head, :math:`v = s \cos`, scaled already, as for
+    :class:`~lgla_losses.LGLALoss`; the authors' code takes the cosines and scales them itself. For a linear
+    head set ``scale=1``.
 
     The weights :math:`w` are 1 until :meth:`reweight` switches them to those of :class:`ClassBalancedLoss`,
     as the authors' code does at epoch 160 of 200; the paper's algorithm weighs by :math:`1 / n_j`, which they

@@ -108,7 +108,7 @@ class Call(NamedTuple):
 
     Attributes:
         engine: what computes.
-        target: class indices ``[N]``, or what :mod:`lgla_losses.targets` says.
+        target: class indices ``[N]``, or what ``lgla_losses.targets`` says.
         table: adjustments ``[K, C]``.
         weights: constants ``[N, K]``, or None for ones.
         divisor: scalar that a reduced loss is divided by, or None for 1.

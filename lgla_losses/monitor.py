@@ -65,7 +65,7 @@ class LossMonitor:
         every: as given; may be changed.
 
     Raises:
-        TypeError: ``criterion`` is no :class:`LGLALoss`, or ``every`` no integer.
+        TypeError: ``criterion`` is no :class:`~lgla_losses.LGLALoss`, or ``every`` no integer.
         ValueError: ``every`` is less than 1.
 
     Example:

@@ -12,7 +12,7 @@ from lgla_losses.checks import describe, floating_tensor, values_readable
 from lgla_losses.functional import compute_dtype, widest_dtype
 
 #: Logits of K experts: ``[N, K, C]``, or K tensors ``[N, C]``.
-ExpertLogits: TypeAlias = "Tensor | Sequence[Tensor]"
+ExpertLogits: TypeAlias = Tensor | Sequence[Tensor]
 
 
 class ExpertOutput(NamedTuple):

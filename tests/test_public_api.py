@@ -121,13 +121,41 @@ def test_all_is_sorted_and_complete():
     assert functional.__all__ == sorted(public)
 
 
-def test_every_public_name_is_documented_and_annotated():
+def public_values():
+    """Every public name of the package and of its modules, in full, and what it stands for."""
+    names = [module.name for module in pkgutil.iter_modules(lgla_losses.__path__) if module.name[0] != "_"]
+    for module in [lgla_losses, *(importlib.import_module(f"lgla_losses.{name}") for name in names)]:
+        for name in getattr(module, "__all__", []):
+            yield f"{module.__name__}.{name}", getattr(module, name)
+
+
+def public_methods(value):
+    """What a class and those of this library that it inherits from define."""
+    for base in value.__mro__:
+        for name, member in vars(base).items():
+            defined = inspect.isroutine(member) or isinstance(member, property)
+            if base.__module__.startswith("lgla_losses") and name[0] != "_" and defined:
+                yield f"{base.__qualname__}.{name}", member
+
+
+def test_every_public_name_and_method_has_a_docstring():
+    values = dict(public_values())
+    assert len(values) > 60
+    for name, value in values.items():
+        # A dataclass makes its signature the docstring where there is none.
+        assert value.__doc__, name
+        assert not value.__doc__.startswith(f"{name.rpartition('.')[2]}("), name
+        if inspect.isclass(value):
+            undocumented = [method for method, member in public_methods(value) if not member.__doc__]
+            assert not undocumented, name
+
+
+def test_every_public_name_is_annotated():
     values = [getattr(lgla_losses, name) for name in lgla_losses.__all__ if name != "functional"]
     values += [getattr(functional, name) for name in functional.__all__]
     values += [getattr(baselines, name) for name in baselines.__all__]
     values += [getattr(plot, name) for name in plot.__all__]
     for value in values:
-        assert value.__doc__, value
         function = value if inspect.isfunction(value) else value.__init__
         if value is not lgla_losses.ExpertOutput:
             missing = set(inspect.signature(function).parameters) - set(function.__annotations__) - {"self"}

@@ -16,7 +16,7 @@ from lgla_losses.checks import describe
 from lgla_losses.counts import ArrayLike, integer_array
 
 #: An image: encoded, in a file, or decoded as uint8 ``[H, W, 3]`` or ``[H, W]``.
-Image: TypeAlias = "bytes | str | os.PathLike[str] | npt.NDArray[np.uint8]"
+Image: TypeAlias = bytes | str | os.PathLike[str] | npt.NDArray[np.uint8]
 
 
 class ImageData(Dataset[tuple[Any, int]]):

@@ -61,7 +61,7 @@ class ClassCounts:
 
     @property
     def positive(self) -> list[int]:
-        """The counts without those of classes that have no samples: what the losses take."""
+        """The counts without those of classes that have no samples, as the losses take them."""
         return [count for count in self.counts if count > 0]
 
 

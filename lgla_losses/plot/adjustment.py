@@ -23,14 +23,14 @@ def plot_table(adjuster: CLALogitAdjuster, *, ax: Axes | None = None) -> Axes:
     A local expert's line falls with the frequency inside its own group and is 0 outside; the global
     expert's falls everywhere, by ``tau`` times as much.
 
-    Source: Tao et al., ICCV 2023, Eq. 4, shifted as in :class:`CLALogitAdjuster`.
+    Source: Tao et al., ICCV 2023, Eq. 4, shifted as in :class:`~lgla_losses.CLALogitAdjuster`.
 
     Args:
         adjuster: of ``K`` experts and ``C`` classes.
         ax: where to draw; None makes a figure.
 
     Returns:
-        The axes: adjustments in nats by class, the most frequent first.
+        The axes, with adjustments in nats by class, the most frequent first.
 
     Raises:
         TypeError: an argument is of another type.
@@ -72,7 +72,7 @@ def plot_margins(adjuster: CLALogitAdjuster, target_class: SupportsIndex, *, ax:
         ax: where to draw; None makes a figure.
 
     Returns:
-        The axes: margins in nats by the rivals' training samples (logarithmic).
+        The axes, with margins in nats by the rivals' training samples (logarithmic).
 
     Raises:
         TypeError: an argument is of another type.

@@ -42,7 +42,7 @@ def plot_groups(grouper: ClassGrouper, *, ax: Axes | None = None) -> Axes:
         ax: where to draw; None makes a figure.
 
     Returns:
-        The axes: training samples (logarithmic) by class, the most frequent first.
+        The axes, with training samples (logarithmic) by class, the most frequent first.
 
     Raises:
         TypeError: an argument is of another type.
@@ -89,7 +89,7 @@ def plot_weight_norms(weight: Tensor, class_counts: ArrayLike, *, ax: Axes | Non
         ax: where to draw; None makes a figure.
 
     Returns:
-        The axes: norms by class, the most frequent first.
+        The axes, with norms by class, the most frequent first.
 
     Raises:
         TypeError: an argument is of another type.
@@ -137,7 +137,7 @@ def plot_implied_prior(
 
     Where it lies above the uniform prior the ensemble leans to a class, below it leans away.
 
-    Source: our derivation, see :meth:`CLALogitAdjuster.implied_prior`.
+    Source: our derivation, see :meth:`~lgla_losses.CLALogitAdjuster.implied_prior` of the adjuster.
 
     Args:
         adjuster: of ``K`` experts and ``C`` classes.
@@ -145,7 +145,7 @@ def plot_implied_prior(
         ax: where to draw; None makes a figure.
 
     Returns:
-        The axes: probabilities (logarithmic) by class, the most frequent first.
+        The axes, with probabilities (logarithmic) by class, the most frequent first.
 
     Raises:
         TypeError: an argument is of another type.

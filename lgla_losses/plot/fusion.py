@@ -39,8 +39,8 @@ def fusion_sweep(
     Source: Tao et al., ICCV 2023, section 4.4 and Fig. 6.
 
     Args:
-        logits: unadjusted test logits ``[N, K, C]``, K tensors ``[N, C]`` or an :class:`ExpertOutput`, of two
-            experts or more.
+        logits: unadjusted test logits ``[N, K, C]``, K tensors ``[N, C]`` or an
+            :class:`~lgla_losses.ExpertOutput`, of two experts or more.
         target: class indices, int64 ``[N]``.
         class_counts: training samples per class ``[C]``, positive.
         weights: the values of ``w`` in 0..1 ``[W]``; None for 0.1, 0.2 to 0.9.
@@ -111,8 +111,8 @@ def plot_fusion_sweep(
     Source: Tao et al., ICCV 2023, section 4.4 and Fig. 6; :func:`fusion_sweep` computes it.
 
     Args:
-        logits: unadjusted test logits ``[N, K, C]``, K tensors ``[N, C]`` or an :class:`ExpertOutput`, of two
-            experts or more.
+        logits: unadjusted test logits ``[N, K, C]``, K tensors ``[N, C]`` or an
+            :class:`~lgla_losses.ExpertOutput`, of two experts or more.
         target: class indices, int64 ``[N]``.
         class_counts: training samples per class ``[C]``, positive.
         weights: fusion weights in 0..1 ``[W]``; None for 0.1, 0.2 to 0.9.
