@@ -22,7 +22,7 @@ lint: $(VENV)/.dev         ## style and types
 
 docs: $(VENV)/.docs        ## the site, into docs/_build/html; a warning is an error
 	$(RUN) -m sphinx -W --keep-going -j auto docs docs/_build/html
-	$(VENV)/bin/linkchecker --config docs/linkchecker.ini --no-status docs/_build/html/index.html
+	$(RUN) docs/check_links.py docs/_build/html
 
 hero: $(VENV)/.docs        ## README's first picture
 	$(RUN) docs/images/hero.py

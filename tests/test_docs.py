@@ -1,0 +1,74 @@
+"""What the documentation is checked by finds what is wrong; the map of the package is whole."""
+
+import re
+import runpy
+from types import SimpleNamespace
+
+import pytest
+from commands import check_commands
+
+from scripts import ROOT
+
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+
+
+def test_the_map_names_every_file():
+    table = PAGE.partition("| file |")[2].partition("\n\n")[0]
+    named = {
+        name
+        for row in table.splitlines()
+        if row[:2] == "| "
+        for name in re.findall(r"`([^`]+)`", row.split("|")[1])
+    }
+    package = ROOT / "lgla_losses"
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert named == files | folders
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "a.html").write_text('<a id="x"><a href="sub/b.html#y"><a href="#x"><a href="https://a.b/c">')
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.html").write_text(
+        '<p id="y"><a href="../a.html"><a href="../a.html#z"><img src="no.png">'
+    )
+    broken_links = runpy.run_path(str(ROOT / "docs" / "check_links.py"))["broken_links"]
+    assert sorted(broken_links(tmp_path)) == ["sub/b.html: ../a.html#z", "sub/b.html: no.png"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make test PYTHON=python3",
+        'pip install "lgla-losses[cli,plot]"',
+        "python examples/train_images.py DATA --split-at layer3 \\\n --no-aaw",
+        "OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/train_ddp.py --fsdp",
+        "python -m lgla_losses inspect counts.txt --png FILE",
+        "python -c 'print(1)' > FILE   # a comment",
+    ],
+)
+def test_commands_that_exist_pass(line):
+    check_commands(SimpleNamespace(parsed=line))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make tests",
+        'pip install "lgla-losses[all]"',
+        "python examples/train_image.py DATA",
+        "python examples/train_images.py DATA --splitat layer3",
+        "torchrun examples/train_ddp.py --fsdp3",
+        "python -m lgla_losses inspect counts.txt --pdf FILE",
+        "python -m lgla_losses.inspect counts.txt",
+        "conda install lgla-losses",
+    ],
+)
+def test_commands_that_do_not_exist_fail(line):
+    with pytest.raises(AssertionError):
+        check_commands(SimpleNamespace(parsed=line))
+
+
+def test_python_of_a_command_is_python():
+    with pytest.raises(SyntaxError):
+        check_commands(SimpleNamespace(parsed="python -c 'print 1'"))
