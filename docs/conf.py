@@ -20,7 +20,7 @@ import lgla_losses
 from lgla_losses.counts import ArrayLike
 
 if importlib.util.find_spec("torchvision"):  # which torchmetrics then imports
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
     import torchvision_shim  # noqa: F401
 
 project = "lgla-losses"
@@ -68,6 +68,7 @@ autodoc_default_options = {"exclude-members": "extra_repr"}
 napoleon_use_ivar = True  # attributes as a list, beside the properties that have an entry
 napoleon_custom_sections = ["Shape"]
 always_use_bars_union = True
+always_document_param_types = True
 typehints_defaults = "comma"
 typehints_use_rtype = False  # the type with what is returned
 typehints_document_rtype_none = False
@@ -90,6 +91,7 @@ intersphinx_mapping = {
 PAGES_OF_MODULES = {
     "matplotlib.axes._axes": "matplotlib.axes",
     "torch.distributed.distributed_c10d": "torch.distributed",
+    "torch.fx.graph": "torch.fx",
     "torch.nn.modules.module": "torch.nn",
     "torch.utils.data.dataset": "torch.utils.data",
 }

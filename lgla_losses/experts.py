@@ -65,7 +65,7 @@ class GroupConvExperts(nn.Module):
 
     Attributes:
         stage: the stacked module, a ``ModuleList`` of K modules, or None.
-        classifiers: the K classifiers.
+        classifiers: the K :class:`~lgla_losses.classifiers.ExpertClassifiers`.
         together: how stacked copies run: True together, False one by one, None (the default)
             together on a GPU and one by one on a CPU, while compiling and while exporting.
 
