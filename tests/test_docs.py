@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 from commands import check_commands
-
 from scripts import ROOT
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
