@@ -5,6 +5,7 @@ import os
 import pkgutil
 import sys
 import typing
+import warnings
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from types import ModuleType
 import numpy as np
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinx.deprecation import RemovedInNextVersionWarning
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 from sphinx_autodoc_typehints import format_annotation
@@ -46,6 +48,8 @@ nitpick_ignore = [
     ("py:class", "torch.distributed.distributed_c10d.ProcessGroup"),
 ]
 suppress_warnings = ["config.cache"]  # of the two functions below, which cannot be pickled
+# Of sphinx_autodoc_typehints, a line each time; not errors, as this is Python's warning.
+warnings.filterwarnings("ignore", category=RemovedInNextVersionWarning)
 
 html_theme = "furo"
 html_title = f"lgla-losses {release}"
