@@ -1,14 +1,20 @@
-"""What the documentation is checked by finds what is wrong; the map of the package is whole."""
+"""What the documentation is checked by finds what is wrong; the map and the reference are whole."""
 
+import builtins
+import pkgutil
 import re
 import runpy
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 from commands import check_commands
 from scripts import ROOT
+from test_public_api import public_values
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
+REFERENCE = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+INVENTORIES = sorted((ROOT / "docs" / "inventories").glob("*.inv"))
 
 
 def test_the_map_names_every_file():
@@ -23,6 +29,29 @@ def test_the_map_names_every_file():
     files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
     folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
     assert named == files | folders
+
+
+def test_every_public_name_has_one_entry():
+    """Sphinx says so too, but takes minutes: ``make docs``."""
+    entries = Counter(re.findall(r"^\.\. auto\w+:: ([\w.]+)", REFERENCE, re.MULTILINE))
+    names = {name for name, _ in public_values()}
+    modules = {name.rpartition(".")[0] for name in names}
+    assert names | modules <= set(entries)
+    assert max(entries.values()) == 1
+
+
+@pytest.mark.parametrize("path", INVENTORIES, ids=lambda path: path.stem)
+def test_inventories_of_other_projects_name_what_they_have(path):
+    first, _, _, *lines = path.read_text().splitlines()
+    assert first == "# Sphinx inventory version 1"
+    for line in lines:
+        name, kind, page = line.split()
+        assert kind in {"class", "data", "exception", "function", "method", "mod"}, line
+        assert page.endswith(".html"), line
+        if "." in name:
+            pkgutil.resolve_name(name)
+        else:
+            assert name == "None" or hasattr(builtins, name), line
 
 
 def test_broken_links_are_found(tmp_path):
