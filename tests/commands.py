@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 import tomllib
+from functools import cache
 from pathlib import Path
 
 from sybil import Example
@@ -13,50 +14,62 @@ EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["op
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 #: Commands that are not this project's.
 OTHERS = {"cd", "git", "tensorboard", "auditwheel"}
-PROGRAMS = {"python", "python3", "torchrun"}
-RUNNERS = {"--nproc-per-node", "--nnodes", "--standalone"}  # torchrun's own options
+PYTHONS = {"python", "python3", "torchrun"}
+TORCHRUN = {"--nproc-per-node", "--nnodes", "--standalone"}
 
 
 def check_commands(example: Example) -> None:
     """Fail where a command installs, makes or runs what is not there, or gives an unknown option."""
     for line in example.parsed.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        while words and re.fullmatch(r"\w+=.*", words[0]):
-            words.pop(0)
-        if words and words[0] not in OTHERS:
+        for words in _commands(line):
             fault = _fault(words)
             assert fault is None, f"{line}: {fault}"
 
 
+def _commands(line: str) -> list[list[str]]:
+    """The commands of a line without the variables before them and the files they write to."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    commands: list[list[str]] = [[]]
+    for word in lexer:
+        if word in {"&&", "||", ";", "|"}:
+            commands.append([])
+        elif word == ">":
+            next(lexer)
+        elif commands[-1] or not re.fullmatch(r"\w+=.*", word):
+            commands[-1].append(word)
+    return [words for words in commands if words]
+
+
 def _fault(words: list[str]) -> str | None:
     program, *arguments = words
+    missing = [
+        w for w in words if re.match("(examples|benchmarks|docs|tests)/", w) and not (ROOT / w).exists()
+    ]
+    if missing:
+        return f"no file {missing}"
     if program == "pip":
         extras = {extra for word in arguments for extra in _extras(word)}
-        return f"no extra {extras - EXTRAS}" if extras - EXTRAS else None
+        wrong = extras - EXTRAS
+        return f"no extra {wrong}" if wrong else None if arguments[0] == "install" else "expected pip install"
     if program == "make":
         targets = {word for word in arguments if "=" not in word}
         return f"no target {targets - TARGETS}" if targets - TARGETS else None
-    if program not in PROGRAMS:
-        return f"unknown command {program}: tests/commands.py checks those of this project"
+    if program not in PYTHONS:
+        known = program in OTHERS
+        return None if known else f"unknown command {program}: tests/commands.py checks those of this project"
     if "-c" in arguments:
         compile(arguments[arguments.index("-c") + 1], "-c", "exec")
         return None
-    module = arguments[:2] == ["-m", "lgla_losses"]
-    script = "lgla_losses/__main__.py" if module else next((w for w in arguments if w.endswith(".py")), "")
-    if not (ROOT / script).is_file():
-        return f"no script {script}"
-    if module:
-        sources = [*(ROOT / "lgla_losses" / "inspection").glob("*.py")]
+    if arguments[:2] == ["-m", "lgla_losses"]:
+        known = _options_of_the_command(arguments[2])
     else:
-        sources = _sources(ROOT / script, set())
-    text = "\n".join(path.read_text() for path in sources)
-    for word in arguments:
-        option = re.match(r"--([a-z][\w-]*)", word)
-        if option and f"--{option[1]}" not in RUNNERS:
-            name = option[1].removeprefix("no-")
-            if not re.search(rf"\b{name}\b|\b{name.replace('-', '_')}\b", text):
-                return f"{script} knows no option --{option[1]}"
-    return None
+        script = next((word for word in arguments if word.endswith(".py")), "")
+        if not (ROOT / script).is_file():
+            return f"no script {script or words}"
+        known = _options(ROOT / script) | (TORCHRUN if program == "torchrun" else set())
+    given = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+    return f"unknown options {given - known}; there are {sorted(known)}" if given - known else None
 
 
 def _extras(word: str) -> list[str]:
@@ -64,15 +77,28 @@ def _extras(word: str) -> list[str]:
     return found[1].split(",") if found else []
 
 
-def _sources(script: Path, seen: set[Path]) -> set[Path]:
-    """The script and what it imports from its own folder, where its options may be declared."""
-    if script.is_file() and script not in seen:
-        seen.add(script)
-        for node in ast.walk(ast.parse(script.read_text())):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            else:
-                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for name in names:
-                _sources(script.parent / f"{name}.py", seen)
-    return seen
+@cache
+def _options_of_the_command(name: str) -> set[str]:
+    import typer
+
+    from lgla_losses.inspection.command import app
+
+    commands = typer.main.get_command(app).commands
+    assert name in commands, f"no command {name}; there are {sorted(commands)}"
+    return {"--help"} | {option for parameter in commands[name].params for option in parameter.opts}
+
+
+@cache
+def _options(script: Path) -> set[str]:
+    """What looks like an option in the script and in what it imports from its own folder."""
+    options, waiting, seen = {"--help"}, [script], set()
+    while waiting:
+        seen.add(path := waiting.pop())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("--"):
+                options |= {node.value, f"--no-{node.value[2:]}"}
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            found = {script.parent / f"{name}.py" for name in names}
+            waiting += [file for file in found - seen if file.is_file()]
+    return options

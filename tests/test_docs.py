@@ -72,7 +72,8 @@ def test_broken_links_are_found(tmp_path):
         "python examples/train_images.py DATA --split-at layer3 \\\n --no-aaw",
         "OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/train_ddp.py --fsdp",
         "python -m lgla_losses inspect counts.txt --png FILE",
-        "python -c 'print(1)' > FILE   # a comment",
+        "python -c 'print(1); print(2)' > FILE   # a comment",
+        "cd FOLDER && python examples/train_paper.py --options | tensorboard",
     ],
 )
 def test_commands_that_exist_pass(line):
@@ -89,6 +90,12 @@ def test_commands_that_exist_pass(line):
         "torchrun examples/train_ddp.py --fsdp3",
         "python -m lgla_losses inspect counts.txt --pdf FILE",
         "python -m lgla_losses.inspect counts.txt",
+        "python -m lgla_losses look counts.txt",
+        "python -m lgla_losses inspect counts.txt --no-json",
+        "python examples/train_images.py DATA --import",
+        "python examples/train_paper.py examples/paper/table9.toml",
+        "cd examples && make tests",
+        "pip freeze",
         "conda install lgla-losses",
     ],
 )
