@@ -1,6 +1,7 @@
 """How Sphinx builds the site: ``make docs``."""
 
 import importlib.util
+import inspect
 import os
 import pkgutil
 import sys
@@ -54,7 +55,7 @@ warnings.filterwarnings("ignore", category=RemovedInNextVersionWarning)
 html_theme = "furo"
 html_title = f"lgla-losses {release}"
 
-myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 # Cells are run with every build, by the library as it is; one that raises fails the build.
@@ -136,9 +137,17 @@ def require_documentation(_app: Sphinx, env: BuildEnvironment) -> None:
         for name in module.__all__:
             if f"{module.__name__}.{name}" not in entries:
                 warning("%s.%s is public, but on no page", module.__name__, name)
-            docstring = getattr(module, name).__doc__
-            if not docstring or docstring.startswith(f"{name}("):  # which a dataclass makes for itself
-                warning("%s.%s is public, but has no docstring", module.__name__, name)
+            value = getattr(module, name)
+            members = {name: value}
+            if inspect.isclass(value):
+                methods = {
+                    n: m for n, m in vars(value).items() if inspect.isroutine(m) or isinstance(m, property)
+                }
+                members |= {f"{name}.{n}": method for n, method in methods.items() if not n.startswith("_")}
+            for member, documented in members.items():
+                docstring = documented.__doc__
+                if not docstring or docstring.startswith(f"{name}("):  # which a dataclass makes for itself
+                    warning("%s.%s is public, but has no docstring", module.__name__, member)
 
 
 def setup(app: Sphinx) -> None:
