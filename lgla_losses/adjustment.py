@@ -130,7 +130,9 @@ class CLALogitAdjuster(ConstantBuffers):
 
         Proportional to :math:`\exp \sum_k f_k (\log n_j - T(k, j))`; with equal fusion of the LGLA
         experts that is :math:`n_j^{(K - 1 - \tau) / K}`, so the ensemble is uniform exactly at
-        :math:`\tau = K - 1`, biased to the head below and to the tail above. Our derivation.
+        :math:`\tau = K - 1`, biased to the head below and to the tail above. Our derivation, for
+        cross entropy at its minimum with ``aaw=False`` and without label smoothing; hard-sample
+        weights, on by default, move the logits by some more that is not counted here.
 
         Args:
             fusion: one non-negative weight an expert ``[K]``, divided by their sum; None for
