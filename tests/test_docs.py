@@ -108,6 +108,11 @@ def test_every_block_is_run():
     assert [str(page.relative_to(ROOT)) for page in PAGES if skip.search(page.read_text())] == []
 
 
+def test_nobody_is_told_to_install_a_name_that_is_not_on_pypi():
+    told = re.compile(r"pip install [^\n`]*lgla[-_]losses")
+    assert [str(page.relative_to(ROOT)) for page in PAGES if told.search(page.read_text())] == []
+
+
 def test_python_of_a_command_is_python():
     with pytest.raises(SyntaxError):
         check_commands(SimpleNamespace(parsed="python -c 'print 1'"))
