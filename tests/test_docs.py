@@ -13,6 +13,10 @@ from scripts import ROOT
 from test_public_api import public_values
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *(path for path in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in path.parts),
+]
 REFERENCE = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
 INVENTORIES = sorted((ROOT / "docs" / "inventories").glob("*.inv"))
 
@@ -102,6 +106,18 @@ def test_commands_that_exist_pass(line):
 def test_commands_that_do_not_exist_fail(line):
     with pytest.raises(AssertionError):
         check_commands(SimpleNamespace(parsed=line))
+
+
+def test_every_block_is_run():
+    """By conftest.py at the root, which skips where a comment says so: none does."""
+    assert {"README.md", "frameworks.md", "index.md"} <= {page.name for page in PAGES}
+    skip = re.compile(r"^\s*(<!--+|%)[\s;]*skip:", re.MULTILINE)
+    assert [str(page.relative_to(ROOT)) for page in PAGES if skip.search(page.read_text())] == []
+
+
+def test_nobody_is_told_to_install_a_name_that_is_not_on_pypi():
+    told = re.compile(r"pip install [^\n`]*lgla[-_]losses")
+    assert [str(page.relative_to(ROOT)) for page in PAGES if told.search(page.read_text())] == []
 
 
 def test_python_of_a_command_is_python():

@@ -16,7 +16,6 @@ pytestmark = [
     # Lightning's own, of a small machine and of a run that goes on in its folder.
     pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
 ]
 
 
