@@ -2,8 +2,9 @@ r"""The class prior of a test set without labels, and predictions under it.
 
 Both functions hold where the classes look alike in training and test, :math:`p(x|j)` unchanged, and the
 logits are calibrated: log-likelihood plus log prior, up to a constant per sample. Overconfident logits, as
-of networks trained for long, bias the estimate; calibrate them on held-out data first. Where classes are
-many and the model weak, the likelihood alone fits noise: ``smoothing`` holds the estimate back.
+of networks trained for long, bias the estimate, and so do hard-sample weights (``aaw=True``); calibrate the
+logits on held-out data first. Where classes are many and the model weak, the likelihood alone fits noise:
+``smoothing`` holds the estimate back.
 
 Source: Saerens, Latinne and Decaestecker, "Adjusting the Outputs of a Classifier to New a Priori
 Probabilities: A Simple Procedure", Neural Computation 14(1), 2002.

@@ -101,6 +101,11 @@ def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool 
             f"logits: expected an ExpertOutput, a tensor {shape} or {num_experts} tensors "
             f"[N, {num_classes}], got {describe(logits)}"
         )
+    if logits.is_floating_point() and logits.dim() == 2:
+        raise ValueError(
+            f"logits: expected shape [N, K, C], got {list(logits.shape)}; experts lie on dimension 1, "
+            "so those of one model are logits[:, None], and K heads are stacked by torch.stack(heads, dim=1)"
+        )
     _expert_tensor("logits", logits, "[N, K, C]", maps)
     if logits.shape[1:3] != (num_experts, num_classes):
         raise ValueError(

@@ -138,7 +138,7 @@ CASES = {
     "smoothing above one": (lambda: criterion(label_smoothing=1.5), ValueError, "label_smoothing", "0..1", "1.5"),
     "float ignore_index": (lambda: criterion(ignore_index=0.5), TypeError, "ignore_index", "integer", "0.5"),
     # logits
-    "2-D logits": (lambda: criterion()(LOGITS[:, 0], TARGET), ValueError, "logits", "[N, K, C]", "[2, 4]"),
+    "2-D logits": (lambda: criterion()(LOGITS[:, 0], TARGET), ValueError, "logits", "[N, K, C]", "[2, 4]", "logits[:, None]"),
     "other experts": (lambda: criterion()(LOGITS[:, :2], TARGET), ValueError, "logits", "[N, 3, 4]", "[2, 2, 4]", "stack"),
     "other classes": (lambda: criterion()(torch.zeros(2, 3, 5), TARGET), ValueError, "logits", "[N, 3, 4]", "[2, 3, 5]"),
     "integer logits": (lambda: criterion()(LOGITS.long(), TARGET), TypeError, "logits", "floating", "int64"),
