@@ -9,7 +9,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 from commands import check_commands
 from sybil import Sybil
-from sybil.parsers.myst import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from sybil.parsers.myst import CodeBlockParser, PythonCodeBlockParser
 
 
 def setup(namespace: dict[str, Any]) -> None:
@@ -30,7 +30,7 @@ def teardown(namespace: dict[str, Any]) -> None:
 
 
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser(), CodeBlockParser("sh", check_commands), SkipParser()],
+    parsers=[PythonCodeBlockParser(), CodeBlockParser("sh", check_commands)],
     patterns=["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/*.md", "docs/**/*.md"],
     setup=setup,
     teardown=teardown,
