@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from measure import commit, cpu_model, resident
+from tables import grid
 from torch.multiprocessing import get_context
 
 from lgla_losses import LinearLGLALoss
@@ -111,17 +112,27 @@ def run(num_ranks: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The table of the README."""
-    lines = [
-        "| loss | ranks | MB a rank | times R, over one process | numbers sent a rank | seconds a step |"
+    """The table of docs/benchmarks.md."""
+    header = [
+        "loss",
+        "ranks",
+        "MB a rank",
+        "times R, over one process",
+        "numbers sent a rank",
+        "seconds a step",
     ]
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
-    lines += [
-        f"| `{row['loss']}` | {row['ranks']} | {row['peak_mb']:.0f} | "
-        f"{row['memory_times_ranks_over_single']:.2f} | {row['numbers_sent']} | {row['seconds']:.2f} |"
+    rows = [
+        [
+            f"`{row['loss']}`",
+            row["ranks"],
+            f"{row['peak_mb']:.0f}",
+            f"{row['memory_times_ranks_over_single']:.2f}",
+            row["numbers_sent"],
+            f"{row['seconds']:.2f}",
+        ]
         for row in record["rows"]
     ]
-    return "\n".join(lines)
+    return grid(header, rows)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from peers import CLONE, PLAIN, PRODUCTS
 from rich.table import Table
+from tables import grid
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -220,10 +221,7 @@ def _markdown_table(rows: list[Row], quantity: str) -> str:
         for name in dict.fromkeys(row["column"] for row in rows)
         if any(row[quantity] for row in rows if row["column"] == name)
     ]
-    lines = [
-        f"| size | type | {' | '.join(columns)} |",
-        f"| --- | --- |{' ---: |' * len(columns)}",
-    ]
+    lines: list[list[str]] = []
     for (_, shape, dtype), cell in _cells(rows).items():
         by_column = {row["column"]: row for row in cell}
         best = min((row[quantity] for row in cell if row["equal"] and row[quantity]), default=None)
@@ -235,8 +233,8 @@ def _markdown_table(rows: list[Row], quantity: str) -> str:
                 continue
             text = _time_and_ratio(row) if quantity == "median_ms" else _figure(row[quantity])
             texts.append(f"**{text}**" if row["equal"] and row[quantity] == best else text)
-        lines.append(f"| {shape} | {dtype} | {' | '.join(texts)} |")
-    return "\n".join(lines)
+        lines.append([shape, dtype, *texts])
+    return grid(["size", "type", *columns], lines, texts=2)
 
 
 #: Okabe and Ito's colours, told apart by the colour-blind; blue and green are ours.

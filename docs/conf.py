@@ -1,15 +1,11 @@
 """How Sphinx builds the site: ``make docs``."""
 
 import importlib.util
-import inspect
 import os
-import pkgutil
 import sys
 import typing
 import warnings
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from sphinx.application import Sphinx
@@ -22,9 +18,10 @@ from sphinx_autodoc_typehints import format_annotation
 import lgla_losses
 from lgla_losses.counts import ArrayLike
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 if importlib.util.find_spec("torchvision"):  # which torchmetrics then imports
-    sys.path.append(str(Path(__file__).parents[1] / "tests"))
     import torchvision_shim  # noqa: F401
+from public import public_values, undocumented
 
 project = "lgla-losses"
 author = "The lgla-losses developers"
@@ -120,34 +117,15 @@ def typehints_formatter(annotation: object, config: Config) -> str | None:
     return None
 
 
-def public_modules() -> list[ModuleType]:
-    """The package and its modules that say by ``__all__`` what is public."""
-    names = [m.name for m in pkgutil.iter_modules(lgla_losses.__path__) if not m.name.startswith("_")]
-    modules = [lgla_losses, *(import_module(f"lgla_losses.{name}") for name in names)]
-    return [module for module in modules if hasattr(module, "__all__")]
-
-
 def require_documentation(_app: Sphinx, env: BuildEnvironment) -> None:
     """Warn, which fails the build, of every public name without an entry or without a docstring."""
     warning = logging.getLogger(__name__).warning
     entries = env.domains.python_domain.objects
-    for module in public_modules():
-        if module.__name__ not in entries:
-            warning("%s is a public module without a page", module.__name__)
-        for name in module.__all__:
-            if f"{module.__name__}.{name}" not in entries:
-                warning("%s.%s is public, but on no page", module.__name__, name)
-            value = getattr(module, name)
-            members = {name: value}
-            if inspect.isclass(value):
-                methods = {
-                    n: m for n, m in vars(value).items() if inspect.isroutine(m) or isinstance(m, property)
-                }
-                members |= {f"{name}.{n}": method for n, method in methods.items() if not n.startswith("_")}
-            for member, documented in members.items():
-                docstring = documented.__doc__
-                if not docstring or docstring.startswith(f"{name}("):  # which a dataclass makes for itself
-                    warning("%s.%s is public, but has no docstring", module.__name__, member)
+    for name, value in public_values():
+        for missing in {name.rpartition(".")[0], name} - set(entries):
+            warning("%s is public, but on no page", missing)
+        for missing in undocumented(name, value):
+            warning("%s is public, but has no docstring", missing)
 
 
 def setup(app: Sphinx) -> None:

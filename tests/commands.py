@@ -7,9 +7,9 @@ import tomllib
 from functools import cache
 from pathlib import Path
 
+from scripts import ROOT
 from sybil import Example
 
-ROOT = Path(__file__).parents[1]
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 #: Commands that are not this project's.

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 from commands import check_commands
+from public import public_values
 from scripts import ROOT
-from test_public_api import public_values
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 PAGES = [

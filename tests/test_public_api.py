@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from public import public_values, undocumented
 
 import lgla_losses
 from lgla_losses import baselines, functional, plot
@@ -121,33 +122,10 @@ def test_all_is_sorted_and_complete():
     assert functional.__all__ == sorted(public)
 
 
-def public_values():
-    """Every public name of the package and of its modules, in full, and what it stands for."""
-    names = [module.name for module in pkgutil.iter_modules(lgla_losses.__path__) if module.name[0] != "_"]
-    for module in [lgla_losses, *(importlib.import_module(f"lgla_losses.{name}") for name in names)]:
-        for name in getattr(module, "__all__", []):
-            yield f"{module.__name__}.{name}", getattr(module, name)
-
-
-def public_methods(value):
-    """What a class and those of this library that it inherits from define."""
-    for base in value.__mro__:
-        for name, member in vars(base).items():
-            defined = inspect.isroutine(member) or isinstance(member, property)
-            if base.__module__.startswith("lgla_losses") and name[0] != "_" and defined:
-                yield f"{base.__qualname__}.{name}", member
-
-
 def test_every_public_name_and_method_has_a_docstring():
     values = dict(public_values())
     assert len(values) > 60
-    for name, value in values.items():
-        # A dataclass makes its signature the docstring where there is none.
-        assert value.__doc__, name
-        assert not value.__doc__.startswith(f"{name.rpartition('.')[2]}("), name
-        if inspect.isclass(value):
-            undocumented = [method for method, member in public_methods(value) if not member.__doc__]
-            assert not undocumented, name
+    assert [name for item in values.items() for name in undocumented(*item)] == []
 
 
 def test_every_public_name_is_annotated():
