@@ -2,7 +2,7 @@
 
 Needs matplotlib: ``pip install "lgla-losses[plot]"``. A picture of one panel is drawn on ``ax`` and its
 ``Axes`` returned, one of several panels on ``figure``, which is returned. Without them a new ``Figure`` is
-made that pyplot does not know: it has ``savefig``, and in a notebook that has imported pyplot
+made that pyplot does not know: it has ``savefig``, and in a notebook, after ``%matplotlib inline``,
 ``plot_groups(grouper).figure`` shows itself; for ``pyplot.show`` pass an ``ax`` or ``figure`` of pyplot.
 Legends stand beside the axes, for which a figure with ``layout="constrained"`` makes room.
 
