@@ -11,6 +11,9 @@ from commands import check_commands
 from sybil import Sybil
 from sybil.parsers.myst import CodeBlockParser, PythonCodeBlockParser
 
+#: Scripts of the site, for which the tests have no Sphinx.
+collect_ignore_glob = ["docs/*.py", "docs/*/*.py"]
+
 
 def setup(namespace: dict[str, Any]) -> None:
     """Run the blocks of a page after one another, in an empty folder and on one thread, as in the build."""
