@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import functools
-from typing import SupportsIndex, TypedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from lgla_losses import functional, fused
+from lgla_losses.adjustment import check_tau, strength_of
 from lgla_losses.base import REDUCTIONS, choose_engine, runnable_backend, target_logits
-from lgla_losses.buffers import ConstantBuffers
-from lgla_losses.checks import integer, one_of, same_device, target_tensor, target_values, values_readable
+from lgla_losses.buffers import ConstantBuffers, same_constants, scalar
+from lgla_losses.checks import (
+    boolean,
+    integer,
+    one_of,
+    same_device,
+    target_tensor,
+    target_values,
+    values_readable,
+)
+from lgla_losses.counts import ArrayLike, as_class_counts
+from lgla_losses.grouping import same_classes
 from lgla_losses.kernels import Engine, native
 from lgla_losses.loss import WORTH_AN_OPERATOR, converted_once
 from lgla_losses.output import ExpertLogits, ExpertOutput, expert_blocks
@@ -21,7 +33,7 @@ class Options(TypedDict, total=False):
     """What :class:`AdjustedLoss` takes beside its constants."""
 
     reduction: str
-    ignore_index: SupportsIndex
+    ignore_index: int
     validate_args: bool | None
     backend: str
 
@@ -32,12 +44,12 @@ class AdjustedLoss(ConstantBuffers):
     .. math:: \sum_k w_y \, (1 - e^{-L_k})^\gamma L_k, \qquad
         L_k = -\log \mathrm{softmax}_y(a(v_k) + T)
 
-    A subclass gives the constants :math:`T` and :math:`w`, the exponent :math:`\gamma`, and what
-    :math:`a` does to the logits.
+    A subclass gives the constants :math:`T` and :math:`w` by :meth:`constants`, the exponent :math:`\gamma`,
+    and what :math:`a` does to the logits.
 
     Args:
-        constants: ``class_counts``, ``table`` (:math:`T`) and ``class_weight`` (:math:`w`), float64
-            ``[C]``, each optional, and further buffers of the subclass.
+        class_counts: training samples per class ``[C]``, positive; None for a loss that needs none.
+        numbers: what :meth:`constants` takes beside them, by name.
         reduction: ``"mean"`` over the samples not ignored, ``"sum"``, or ``"none"``.
         ignore_index: target of samples that count nothing.
         validate_args: as in :class:`~lgla_losses.LGLALoss`.
@@ -54,10 +66,6 @@ class AdjustedLoss(ConstantBuffers):
         - result: float32 (float64 for float64 logits) scalar, or ``[N]`` without reduction
     """
 
-    class_counts: Tensor | None
-    table: Tensor | None
-    class_weight: Tensor | None
-
     #: The exponent, that of the focal loss; 0 is cross entropy.
     focusing = 0.0
     #: Whether ``"mean"`` divides by the sum of the samples' weights, not by their number.
@@ -65,21 +73,114 @@ class AdjustedLoss(ConstantBuffers):
 
     def __init__(
         self,
-        constants: dict[str, Tensor],
+        class_counts: ArrayLike | None = None,
+        numbers: Mapping[str, float] | None = None,
         *,
         reduction: str = "mean",
-        ignore_index: SupportsIndex = -100,
+        ignore_index: int = -100,
         validate_args: bool | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        absent = dict.fromkeys(("class_counts", "table", "class_weight"))
-        for name, constant in (absent | constants).items():
-            self.register_buffer(name, constant)
         self.reduction = one_of("reduction", reduction, REDUCTIONS)
         self.ignore_index = integer("ignore_index", ignore_index, "-100 is usual")
-        self.validate_args = validate_args
+        self.validate_args = None if validate_args is None else boolean("validate_args", validate_args)
         self.backend = runnable_backend(backend)
+        self._numbers = dict(numbers or {})
+        if class_counts is not None:
+            counts = as_class_counts(class_counts).double()
+            for name, constant in self._all_constants(counts, self._numbers).items():
+                self._keep(name, constant)
+
+    def constants(self, counts: Tensor, **numbers: float) -> dict[str, Tensor]:
+        """Compute what the loss holds of the class counts.
+
+        Args:
+            counts: training samples per class, float64 ``[C]`` on the CPU.
+            numbers: as the constructor was given.
+
+        Returns:
+            ``table`` (:math:`T`) and ``class_weight`` (:math:`w`), float64 ``[C]``, each optional, and
+            further constants of the subclass.
+        """
+        return {}
+
+    def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
+        """Change class counts and adjustments during training, in place: compiled steps compile nothing anew.
+
+        Args:
+            class_counts: training samples per class ``[C]`` of the same classes, positive; None keeps them.
+            tau: strength, of a loss that has one; None keeps it.
+
+        Raises:
+            TypeError: counts or ``tau`` are no numbers.
+            ValueError: counts are not positive or of other classes, ``tau`` is negative or not finite, or the
+                loss has no counts or no ``tau``.
+        """
+        kind = type(self).__name__
+        if self.class_counts is None:
+            raise ValueError(
+                f"class_counts, tau: expected a loss of class counts, got {kind}, which has none"
+            )
+        numbers = dict(self._numbers)
+        if tau is not None:
+            if "tau" not in numbers:
+                raise ValueError(f"tau: expected None for {kind}, which has no strength, got {tau}")
+            numbers["tau"] = check_tau(tau)
+        if class_counts is None:
+            counts = self.on_cpu("class_counts")
+        else:
+            counts = same_classes(class_counts, len(self.class_counts)).double()
+
+        for name, constant in self._all_constants(counts, numbers).items():
+            self._keep(name, constant)
+        self._numbers = numbers
+
+    def _all_constants(self, counts: Tensor, numbers: Mapping[str, float]) -> dict[str, Tensor]:
+        """The constants that follow from class counts and numbers, with these."""
+        strength = {"tau": scalar(numbers["tau"])} if "tau" in numbers else {}
+        return {"class_counts": counts} | strength | self.constants(counts, **numbers)
+
+    @property
+    def class_counts(self) -> Tensor | None:
+        """Training samples per class ``[C]``, or None."""
+        return self._read("class_counts") if "class_counts" in self._exact else None
+
+    @property
+    def table(self) -> Tensor | None:
+        """Adjustments :math:`T` ``[C]``, or None for zeros."""
+        return self._read("table") if "table" in self._exact else None
+
+    @property
+    def class_weight(self) -> Tensor | None:
+        """Weights :math:`w` of the classes ``[C]``, or None for ones."""
+        return self._read("class_weight") if "class_weight" in self._exact else None
+
+    def _inferred(self) -> frozenset[str]:
+        return frozenset({"tau"})  # states of version 0.1.0 have none
+
+    def _restored(
+        self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
+    ) -> dict[str, Tensor]:
+        counts = as_class_counts(self._current(state, "class_counts")).double()
+        numbers = dict(self._numbers)
+        if "tau" in numbers:
+            table = self._current(state, "table").double()
+            numbers["tau"] = check_tau(float(state["tau"]) if "tau" in state else strength_of(table, counts))
+        expected = self._all_constants(counts, numbers)
+        for name, value in expected.items():
+            if not same_constants(self._current(state, name).double(), value.double()):
+                raise ValueError(
+                    f"{name}: expected what {type(self).__name__} makes of the class counts in the state, "
+                    "got others; construct the loss as the saved one was"
+                )
+        self._numbers = numbers
+        return expected | {name: value.to(self._exact[name].dtype) for name, value in state.items()}
+
+    if TYPE_CHECKING:
+
+        def __call__(self, output: ExpertOutput | ExpertLogits, target: Tensor) -> Tensor:
+            """Give the loss of a batch, as :meth:`forward`."""
 
     def forward(self, output: ExpertOutput | ExpertLogits, target: Tensor) -> Tensor:
         """The loss of a batch, a scalar or ``[N]``, in float32 (float64 for float64 logits).
@@ -89,10 +190,11 @@ class AdjustedLoss(ConstantBuffers):
                 :class:`~lgla_losses.ExpertOutput`, whose losses are summed.
             target: class indices, int64 ``[N]``.
         """
-        blocks = expert_blocks(output, None if self.class_counts is None else len(self.class_counts))
+        counts = self.constant("class_counts") if "class_counts" in self._exact else None
+        blocks = expert_blocks(output, None if counts is None else len(counts))
         first = blocks[0]
         target_tensor(target, first.shape[:1])
-        same_device(logits=first, target=target, criterion=self.class_counts)
+        same_device(logits=first, target=target, criterion=counts)
         engine = self._engine(blocks, target)
         readable = values_readable(first, self.validate_args)
         # The C library reads every value anyway and tells when one is wrong.
@@ -157,14 +259,15 @@ class AdjustedLoss(ConstantBuffers):
         return logits
 
     def _table(self, logits: Tensor) -> Tensor:
-        table = self.table
-        if table is None:
+        if "table" in self._exact:
+            table = self.constant("table")
+        else:
             table = torch.zeros((), dtype=functional.widest_dtype(logits.device), device=logits.device)
         return table.expand(logits.shape[1:])
 
     def _weights(self, own: Tensor) -> Tensor | None:
         """Weights of the samples ``[N]``, or None for ones."""
-        return None if self.class_weight is None else self.class_weight[own]
+        return self.constant("class_weight")[own] if "class_weight" in self._exact else None
 
     def _divisor(self, ignored: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if self.reduction != "mean":
@@ -175,7 +278,8 @@ class AdjustedLoss(ConstantBuffers):
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""
-        classes = "" if self.class_counts is None else f"num_classes={len(self.class_counts)}, "
+        counts = self.class_counts
+        classes = "" if counts is None else f"num_classes={len(counts)}, "
         focal = f"gamma={self.focusing}, " if self.focusing > 0 else ""
         return f"{classes}{focal}reduction={self.reduction!r}, backend={self.backend!r}"
 

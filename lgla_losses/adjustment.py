@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lgla_losses import functional
-from lgla_losses.buffers import ConstantBuffers
+from lgla_losses.buffers import ConstantBuffers, same_constants, scalar
 from lgla_losses.checks import (
     finite_float,
     floating_tensor,
@@ -18,8 +19,12 @@ from lgla_losses.checks import (
     target_values,
     values_readable,
 )
-from lgla_losses.grouping import ClassGrouper, check_grouper
+from lgla_losses.counts import ArrayLike
+from lgla_losses.grouping import ClassGrouper, check_grouper, same_classes
 from lgla_losses.output import ExpertLogits, ExpertOutput, check_logits, normalized_fusion
+
+#: Adjustments that have a strength.
+WITH_TAU = ("lgla", "logit")
 
 
 class CLALogitAdjuster(ConstantBuffers):
@@ -39,8 +44,8 @@ class CLALogitAdjuster(ConstantBuffers):
             uniform at ``K - 1`` and leans to the tail above (see :meth:`implied_prior`).
 
     Attributes:
-        table: the adjustments, float64 ``[K, C]`` with maximum 0.
-        tau: float64 scalar tensor, or None for a table of one's own.
+        table: the adjustments, float64 ``[K, C]`` with maximum 0; read only.
+        tau: float64 scalar tensor, or None for a table of one's own; read only.
         grouper: the groups.
 
     Raises:
@@ -58,16 +63,10 @@ class CLALogitAdjuster(ConstantBuffers):
                 [1.0000, 0.0100]], dtype=torch.float64)
     """
 
-    table: Tensor
-    tau: Tensor | None
-
     def __init__(self, grouper: ClassGrouper, tau: float | None = None) -> None:
-        check_grouper(grouper)
-        if tau is None:
-            tau = 1.25 * grouper.num_groups
-        tau = check_tau(tau)
-        table = functional.cla_table(grouper.class_counts, grouper.group_index, tau)
-        self._register(grouper, table, torch.tensor(tau, dtype=torch.float64))
+        super().__init__()
+        self.grouper = check_grouper(grouper)
+        self._arrange("lgla", grouper.num_groups + 1, 1.25 * grouper.num_groups if tau is None else tau)
 
     @classmethod
     def from_table(cls, grouper: ClassGrouper, table: Tensor) -> CLALogitAdjuster:
@@ -85,31 +84,96 @@ class CLALogitAdjuster(ConstantBuffers):
         num_classes = check_grouper(grouper).num_classes
         if table.shape[0] == 0 or table.shape[1] != num_classes:
             raise ValueError(f"adjustment table: expected shape [K, {num_classes}], got {list(table.shape)}")
-        if not table.isfinite().all():
-            raise ValueError("adjustment table: expected finite values, got NaN or infinity")
         adjuster = cls.__new__(cls)
-        adjuster._register(grouper, table.detach().to(torch.float64, copy=True), None)
+        ConstantBuffers.__init__(adjuster)
+        adjuster.grouper = grouper
+        adjuster.adjustment = "table"
+        adjuster._keep("table", _finite(table.detach().to("cpu", torch.float64)))
         return adjuster
 
-    def _register(self, grouper: ClassGrouper, table: Tensor, tau: Tensor | None) -> None:
-        ConstantBuffers.__init__(self)
-        self.grouper = grouper
-        self.register_buffer("table", table)
-        self.register_buffer("tau", tau)
+    @classmethod
+    def of_prior(
+        cls, grouper: ClassGrouper, num_experts: int, adjustment: str, tau: float | None = None
+    ) -> CLALogitAdjuster:
+        """Adjust every expert by the class prior alike.
+
+        Args:
+            grouper: holds the class counts.
+            num_experts: number of experts ``K``.
+            adjustment: ``"softmax"``, ``"balanced"`` or ``"logit"``, as in :class:`LGLALoss`.
+            tau: strength of ``"logit"``, at least 0 (None: 1); others have none.
+
+        Raises:
+            TypeError: ``tau`` is not a number.
+            ValueError: ``tau`` is negative or not finite, or given where there is none.
+        """
+        adjuster = cls.__new__(cls)
+        ConstantBuffers.__init__(adjuster)
+        adjuster.grouper = check_grouper(grouper)
+        adjuster._arrange(adjustment, num_experts, 1.0 if tau is None and adjustment == "logit" else tau)
+        return adjuster
+
+    def _arrange(self, adjustment: str, num_experts: int, tau: float | None) -> None:
+        self.adjustment = adjustment
+        if tau is not None:
+            tau = self._checked(tau)
+            self._keep("tau", scalar(tau))
+        counts, index = self.grouper.on_cpu("class_counts"), self.grouper.on_cpu("group_index")
+        self._keep("table", _table_of(adjustment, counts, index, num_experts, tau))
+
+    def _checked(self, tau: float) -> float:
+        """``tau`` if it is a strength, and the adjustment has one."""
+        if self.adjustment not in WITH_TAU:
+            raise ValueError(
+                f"tau: expected None with adjustment={self.adjustment!r}, which has no strength, got {tau}; "
+                "'lgla' and 'logit' have one"
+            )
+        return check_tau(tau)
+
+    def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
+        """Change class counts and strength in place, as :meth:`LGLALoss.set_adjustment` does."""
+        if tau is not None:
+            tau = self._checked(tau)
+        elif self.tau is not None:
+            tau = float(self.tau)
+        grouper = self.grouper
+        if class_counts is None:
+            counts, index = grouper.on_cpu("class_counts"), grouper.on_cpu("group_index")
+        else:
+            counts = same_classes(class_counts, grouper.num_classes)
+            index = grouper.regrouped(counts)
+
+        if self.adjustment != "table":
+            self._keep("table", _table_of(self.adjustment, counts, index, self.num_experts, tau))
+        if tau is not None:
+            self._keep("tau", scalar(tau))
+        if class_counts is not None:
+            grouper.keep(counts, index)
+
+    @property
+    def table(self) -> Tensor:
+        """The adjustments ``[K, C]``."""
+        return self._read("table")
+
+    @property
+    def tau(self) -> Tensor | None:
+        """Strength of the adjustment, a scalar; None where it has none."""
+        return self._read("tau") if "tau" in self._exact else None
 
     @property
     def num_experts(self) -> int:
         """Number of experts ``K``."""
-        return self.table.shape[0]
+        return self.constant("table").shape[0]
 
     def forward(self, logits: ExpertOutput | ExpertLogits) -> Tensor:
         """The adjusted logits :math:`v + T`, a new tensor."""
         if isinstance(logits, ExpertOutput):
             logits = logits.logits
-        checked = check_logits(logits, self.num_experts, self.table.shape[1])
+        table = self.constant("table")
+        checked = check_logits(logits, *table.shape)
         stacked = checked if isinstance(checked, Tensor) else torch.stack(tuple(checked), dim=1)
-        same_device(logits=stacked, table=self.table)
-        return stacked + self.table.to(functional.compute_dtype(stacked.dtype))
+        same_device(logits=stacked, table=table)
+        return stacked + table.to(functional.compute_dtype(stacked.dtype))
 
     def margin(self, target: Tensor) -> Tensor:
         r"""The margins :math:`M(y_i, j, k) = T(k, j) - T(k, y_i)` of Eq. 6.
@@ -120,10 +184,10 @@ class CLALogitAdjuster(ConstantBuffers):
         Returns:
             float64 ``[N, K, C]``.
         """
-        target = target_tensor(target)
+        target, table = target_tensor(target), self.constant("table")
         if values_readable(target, None):
-            target_values(target, self.table.shape[1])
-        return functional.cla_margin(self.table, target)
+            target_values(target, table.shape[1])
+        return functional.cla_margin(table, target)
 
     def implied_prior(self, fusion: Tensor | Sequence[float] | None = None) -> Tensor:
         r"""The prior under which fused logits are log-likelihood plus log prior.
@@ -141,13 +205,57 @@ class CLALogitAdjuster(ConstantBuffers):
         Returns:
             float64 ``[C]``, summing to 1.
         """
-        weights = normalized_fusion(fusion, self.num_experts).to(self.table.device)
-        return functional.implied_prior(self.table, self.grouper.class_counts, weights)
+        table = self.constant("table")
+        weights = normalized_fusion(fusion, self.num_experts).to(table.device)
+        return functional.implied_prior(table, self.grouper.constant("class_counts"), weights)
+
+    def _inferred(self) -> frozenset[str]:
+        return frozenset({"tau"})  # states of version 0.1.0 have none of adjustment="logit"
+
+    def _restored(
+        self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
+    ) -> dict[str, Tensor]:
+        table = _finite(self._current(state, "table").double())
+        if self.adjustment == "table":
+            return {"table": table}
+        groups = self.grouper.restored_from(state_dict, prefix + "grouper.")
+        counts, index = groups["class_counts"], groups["group_index"]
+        tau = None
+        if "tau" in self._exact:
+            tau = check_tau(float(state["tau"]) if "tau" in state else strength_of(table[-1], counts))
+        expected = _table_of(self.adjustment, counts, index, self.num_experts, tau)
+        if not same_constants(table, expected):
+            raise ValueError(
+                f"table: expected that of adjustment={self.adjustment!r} for the class counts in the state, "
+                "got another one; construct the loss as the saved one was, or with its table as adjustment="
+            )
+        return {"table": table} if tau is None else {"table": table, "tau": scalar(tau)}
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""
         tau = "" if self.tau is None or self.tau.is_meta else f", tau={float(self.tau):.4g}"
         return f"num_experts={self.num_experts}{tau}"
+
+
+def _table_of(adjustment: str, counts: Tensor, index: Tensor, num_experts: int, tau: float | None) -> Tensor:
+    """The adjustments ``[K, C]`` of a kind."""
+    if adjustment == "lgla" and tau is not None:
+        return functional.cla_table(counts, index, tau)
+    strength = {"softmax": 0.0, "balanced": 1.0}.get(adjustment, tau)
+    return functional.log_prior_table(counts, num_experts, strength or 0.0)
+
+
+def strength_of(adjustment: Tensor, counts: Tensor) -> float:
+    """The tau of adjustments ``tau * log(n_j / n_max)`` ``[C]``; 1 where equal counts do not tell."""
+    log_prior = functional.log_prior_table(counts, 1)[0]
+    rarest = log_prior.argmin()
+    return float(adjustment[rarest] / log_prior[rarest]) if log_prior[rarest] < 0 else 1.0
+
+
+def _finite(table: Tensor) -> Tensor:
+    if not table.isfinite().all():
+        raise ValueError("adjustment table: expected finite values, got NaN or infinity")
+    return table
 
 
 def check_tau(tau: float) -> float:

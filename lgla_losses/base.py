@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lgla_losses import functional, fused
-from lgla_losses.adjustment import CLALogitAdjuster, check_tau
+from lgla_losses.adjustment import CLALogitAdjuster
+from lgla_losses.buffers import unregister
 from lgla_losses.checks import (
     WAY_OUT,
+    boolean,
     finite_float,
     floating_tensor,
     gathered_weight,
@@ -35,13 +38,28 @@ BACKENDS = ("auto", "reference", "fused", "triton")
 REDUCTIONS = ("mean", "sum", "none")
 
 
+class ExpertLossOptions(TypedDict, total=False):
+    """What every loss of K experts takes by keyword."""
+
+    grouper: ClassGrouper | None
+    aaw: bool
+    adjustment: str | Tensor
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    sync: bool
+    process_group: ProcessGroup | None
+    validate_args: bool | None
+    backend: str
+
+
 class ExpertLoss(nn.Module):
     """The arguments of :class:`LGLALoss`, checked and kept, and what every loss makes of them."""
 
     def __init__(
         self,
         class_counts: ArrayLike | None = None,
-        num_experts: SupportsIndex | None = None,
+        num_experts: int | None = None,
         tau: float | None = None,
         *,
         grouper: ClassGrouper | None = None,
@@ -60,14 +78,16 @@ class ExpertLoss(nn.Module):
         if not isinstance(adjustment, Tensor):
             one_of("adjustment", adjustment, ADJUSTMENTS)
         self.adjustment = "table" if isinstance(adjustment, Tensor) else adjustment
-        needs_groups = aaw or self.adjustment == "lgla"
+        self.aaw = boolean("aaw", aaw)
+        needs_groups = self.aaw or self.adjustment == "lgla"
         num_experts = _number_of_experts(num_experts, grouper, adjustment, needs_groups)
         if grouper is None:
             grouper = _group_classes(class_counts, num_experts, needs_groups)
         elif class_counts is not None:
             raise ValueError("grouper: expected class_counts or a grouper, got both; drop class_counts")
+        else:
+            grouper = copy.deepcopy(grouper)  # as set_adjustment changes its own
         self.adjuster = _make_adjuster(grouper, num_experts, adjustment, tau)
-        self.aaw = aaw
         self.weighter = AAWWeighter(
             grouper,
             ignore_index=ignore_index,
@@ -75,14 +95,43 @@ class ExpertLoss(nn.Module):
             process_group=process_group,
             validate_args=validate_args,
         )
+        unregister(self.weighter, "grouper")  # the adjuster has it
+        if not self.aaw:
+            unregister(self, "weighter")
         self.scale = None if scale is None else positive_float("scale", scale, "None means a linear head")
         self.reduction = one_of("reduction", reduction, REDUCTIONS)
         self.label_smoothing = finite_float(
             "label_smoothing", label_smoothing, low=0.0, high=1.0, expected="a number in 0..1"
         )
-        self.validate_args = validate_args
+        self.validate_args = self.weighter.validate_args
         self.backend = runnable_backend(backend)
         self._compared = False
+
+    def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
+        """Change class counts, groups and adjustments during training: a schedule of tau, streaming data.
+
+        In place, so that compiled steps compile nothing anew and CUDA graphs see it. On a GPU it waits for
+        the device. Under DDP every rank calls it, and the next step compares what they have.
+
+        Args:
+            class_counts: training samples per class ``[C]`` of the same classes, positive; None keeps them.
+                The classes are grouped anew; groups of your own (:meth:`ClassGrouper.from_groups`) and a
+                table of your own stay.
+            tau: strength, as in the constructor; None keeps it.
+
+        Raises:
+            TypeError: counts or ``tau`` are no numbers.
+            ValueError: counts are not positive or of other classes, ``tau`` is out of range, or the
+                adjustment has none.
+        """
+        self.adjuster.set_adjustment(class_counts, tau)
+        self._compared = False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if "grouper" not in self.weighter._modules:  # version 0.1.0 saved the groups twice
+            for key in [key for key in state_dict if key.startswith(f"{prefix}weighter.grouper.")]:
+                del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def ignore_index(self) -> int:
@@ -104,10 +153,15 @@ class ExpertLoss(nn.Module):
         """Number of classes ``C``."""
         return self.grouper.num_classes
 
+    @property
+    def _table(self) -> Tensor:
+        """The adjustments ``[K, C]``."""
+        return self.adjuster.constant("table")
+
     def _engine(self, first: Tensor, *others: object) -> Engine | None:
         """What computes for such inputs; None stands for plain PyTorch."""
         unfit = fused.unfit(first, *others)
-        if unfit is None and self.adjuster.table.requires_grad:
+        if unfit is None and self._table.requires_grad:
             unfit = "the adjustments are constant to it, and this table wants a gradient"
         return choose_engine(self.backend, unfit, first.device)
 
@@ -169,7 +223,8 @@ class ExpertLoss(nn.Module):
 
         On a GPU that step waits for it, once, unless it is recorded; compiled steps compare nothing.
         """
-        if self._compared or self.validate_args is False or torch.compiler.is_compiling():
+        # The compiler first: it would compile anew for every change of the others.
+        if torch.compiler.is_compiling() or self._compared or self.validate_args is False:
             return False
         recorded = target.is_cuda and torch.cuda.is_current_stream_capturing()
         return self.weighter.num_ranks() > 1 and not recorded
@@ -178,9 +233,8 @@ class ExpertLoss(nn.Module):
         """What this rank tells the others: in the first step, what constants it holds."""
         if self._compares(target):
             options = [self.scale or 0.0, self.label_smoothing, float(self.ignore_index)]
-            grouper = self.grouper
-            constants = grouper.class_counts, grouper.group_index, self.adjuster.table, torch.tensor(options)
-            return Note(digest_of(constants), read=True)
+            grouped = self.grouper.constant("class_counts"), self.grouper.constant("group_index")
+            return Note(digest_of((*grouped, self._table, torch.tensor(options))), read=True)
         return Note(read=values_readable(target, self.validate_args))
 
     def _refuse(self, problem: ValueError, device: torch.device, communicates: bool = True) -> NoReturn:
@@ -258,7 +312,7 @@ class ExpertLoss(nn.Module):
 
 
 def _number_of_experts(
-    num_experts: SupportsIndex | None,
+    num_experts: int | None,
     grouper: ClassGrouper | None,
     adjustment: str | Tensor,
     needs_groups: bool,
@@ -348,9 +402,10 @@ def _make_adjuster(
     grouper: ClassGrouper, num_experts: int, adjustment: str | Tensor, tau: float | None
 ) -> CLALogitAdjuster:
     if isinstance(adjustment, Tensor):
-        return CLALogitAdjuster.from_table(grouper, adjustment)
+        adjuster = CLALogitAdjuster.from_table(grouper, adjustment)
+        if tau is not None:
+            adjuster.set_adjustment(tau=tau)  # which says that a table has none
+        return adjuster
     if adjustment == "lgla":
         return CLALogitAdjuster(grouper, tau)
-    strength = {"softmax": 0.0, "balanced": 1.0, "logit": 1.0 if tau is None else check_tau(tau)}[adjustment]
-    table = functional.log_prior_table(grouper.class_counts, num_experts, strength)
-    return CLALogitAdjuster.from_table(grouper, table)
+    return CLALogitAdjuster.of_prior(grouper, num_experts, adjustment, tau)

@@ -18,7 +18,7 @@ from lgla_losses import functional
 from lgla_losses.adjusted import AdjustedLoss, Options
 from lgla_losses.adjustment import check_tau
 from lgla_losses.checks import describe, finite_float, positive_float
-from lgla_losses.counts import ArrayLike, as_class_counts
+from lgla_losses.counts import ArrayLike
 
 __all__ = [
     "BalancedSoftmaxLoss",
@@ -51,7 +51,7 @@ class FocalLoss(AdjustedLoss):
     """
 
     def __init__(self, gamma: float = 2.0, **options: Unpack[Options]) -> None:
-        super().__init__({}, **options)
+        super().__init__(**options)
         expected = "a finite number >= 0 (class counts are an argument of ClassBalancedLoss)"
         self.focusing = finite_float("gamma", gamma, low=0.0, high=math.inf, expected=expected)
 
@@ -90,12 +90,14 @@ class ClassBalancedLoss(AdjustedLoss):
         gamma: float | None = None,
         **options: Unpack[Options],
     ) -> None:
-        counts = _counts(class_counts)
-        weight = _effective_weights(counts, beta)
-        super().__init__({"class_counts": counts, "class_weight": weight}, **options)
+        super().__init__(_given(class_counts), {"beta": _check_beta(beta)}, **options)
         if gamma is not None:
             expected = "a finite number >= 0 (None is cross entropy)"
             self.focusing = finite_float("gamma", gamma, low=0.0, high=math.inf, expected=expected)
+
+    def constants(self, counts: Tensor, **numbers: float) -> dict[str, Tensor]:
+        """Compute the weights."""
+        return {"class_weight": _effective_weights(counts, numbers["beta"])}
 
 
 class LogitAdjustedLoss(AdjustedLoss):
@@ -124,12 +126,12 @@ class LogitAdjustedLoss(AdjustedLoss):
         tensor(1.3863)
     """
 
-    class_counts: Tensor
-
     def __init__(self, class_counts: ArrayLike, tau: float = 1.0, **options: Unpack[Options]) -> None:
-        counts = _counts(class_counts)
-        table = functional.log_prior_table(counts, 1, check_tau(tau))[0]
-        super().__init__({"class_counts": counts, "table": table}, **options)
+        super().__init__(_given(class_counts), {"tau": check_tau(tau)}, **options)
+
+    def constants(self, counts: Tensor, **numbers: float) -> dict[str, Tensor]:
+        """Compute the adjustments."""
+        return {"table": functional.log_prior_table(counts, 1, numbers["tau"])[0]}
 
 
 class BalancedSoftmaxLoss(LogitAdjustedLoss):
@@ -156,7 +158,11 @@ class BalancedSoftmaxLoss(LogitAdjustedLoss):
     """
 
     def __init__(self, class_counts: ArrayLike, **options: Unpack[Options]) -> None:
-        super().__init__(class_counts, 1.0, **options)
+        AdjustedLoss.__init__(self, _given(class_counts), **options)
+
+    def constants(self, counts: Tensor, **numbers: float) -> dict[str, Tensor]:
+        """Compute the adjustments."""
+        return super().constants(counts, tau=1.0)
 
 
 class VSLoss(LogitAdjustedLoss):
@@ -188,18 +194,25 @@ class VSLoss(LogitAdjustedLoss):
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
 
-    multiplier: Tensor
-
     def __init__(
         self, class_counts: ArrayLike, gamma: float = 0.3, tau: float = 1.0, **options: Unpack[Options]
     ) -> None:
-        super().__init__(class_counts, tau, **options)
         gamma = finite_float("gamma", gamma, low=0.0, high=math.inf, expected="a finite number >= 0")
-        multiplier = functional.log_prior_table(self.class_counts, 1, gamma)[0].exp()
-        self.register_buffer("multiplier", multiplier)
+        numbers = {"gamma": gamma, "tau": check_tau(tau)}
+        AdjustedLoss.__init__(self, _given(class_counts), numbers, **options)
+
+    def constants(self, counts: Tensor, **numbers: float) -> dict[str, Tensor]:
+        """Compute the adjustments and the multipliers."""
+        multiplier = functional.log_prior_table(counts, 1, numbers["gamma"])[0].exp()
+        return super().constants(counts, **numbers) | {"multiplier": multiplier}
+
+    @property
+    def multiplier(self) -> Tensor:
+        """The factors of the logits ``[C]``."""
+        return self._read("multiplier")
 
     def _adjusted(self, logits: Tensor, own: Tensor) -> Tensor:
-        return logits * self.multiplier.to(functional.compute_dtype(logits.dtype))
+        return logits * self.constant("multiplier").to(functional.compute_dtype(logits.dtype))
 
 
 class LDAMLoss(AdjustedLoss):
@@ -240,10 +253,6 @@ class LDAMLoss(AdjustedLoss):
         ...     criterion.reweight(epoch >= 160)
     """
 
-    margins: Tensor
-    class_weight: Tensor
-    reweighting: Tensor
-
     divides_by_weights = True
 
     def __init__(
@@ -254,18 +263,30 @@ class LDAMLoss(AdjustedLoss):
         beta: float = 0.9999,
         **options: Unpack[Options],
     ) -> None:
-        counts = _counts(class_counts)
         max_margin = finite_float(
             "max_margin", max_margin, low=0.0, high=math.inf, expected="a finite number >= 0"
         )
-        constants = {
-            "class_counts": counts,
-            "margins": max_margin * (0.25 * (counts.min().log() - counts.log())).exp(),
-            "class_weight": _effective_weights(counts, beta),
-            "reweighting": torch.tensor(False),
-        }
-        super().__init__(constants, **options)
+        numbers = {"max_margin": max_margin, "beta": _check_beta(beta)}
+        super().__init__(_given(class_counts), numbers, **options)
+        self._keep("reweighting", torch.tensor(False, device="cpu"))
         self.scale = positive_float("scale", scale, "1 for a linear head")
+
+    def constants(self, counts: Tensor, **numbers: float) -> dict[str, Tensor]:
+        """Compute the margins and the weights."""
+        return {
+            "margins": numbers["max_margin"] * (0.25 * (counts.min().log() - counts.log())).exp(),
+            "class_weight": _effective_weights(counts, numbers["beta"]),
+        }
+
+    @property
+    def margins(self) -> Tensor:
+        """The margins, in cosines ``[C]``."""
+        return self._read("margins")
+
+    @property
+    def reweighting(self) -> Tensor:
+        """Whether the weights are on."""
+        return self._read("reweighting")
 
     def reweight(self, enabled: bool = True) -> None:
         """Switch the re-weighting on or off; before any epoch or step, as often as one likes."""
@@ -274,15 +295,15 @@ class LDAMLoss(AdjustedLoss):
                 f"enabled: expected True or False, got {describe(enabled)}; "
                 "compare the epoch: criterion.reweight(epoch >= 160)"
             )
-        self.reweighting.fill_(enabled)
+        self._keep("reweighting", torch.tensor(enabled, device="cpu"))
 
     def _weights(self, own: Tensor) -> Tensor:
         # The flag stays on its device: no step waits for it, and a compiled one sees it change.
-        return torch.where(self.reweighting, self.class_weight, 1.0)[own]
+        return torch.where(self.constant("reweighting"), self.constant("class_weight"), 1.0)[own]
 
     def _adjusted(self, logits: Tensor, own: Tensor) -> Tensor:
         logits = logits.to(functional.compute_dtype(logits.dtype))
-        margin = (self.scale * self.margins[own]).to(logits.dtype)
+        margin = (self.scale * self.constant("margins")[own]).to(logits.dtype)
         shape = (-1, logits.shape[1], 1)
         return logits.scatter_add(2, own[:, None, None].expand(shape), -margin[:, None, None].expand(shape))
 
@@ -291,17 +312,19 @@ class LDAMLoss(AdjustedLoss):
         return f"{super().extra_repr()}, scale={self.scale}"
 
 
-def _counts(class_counts: ArrayLike) -> Tensor:
+def _given(class_counts: ArrayLike | None) -> ArrayLike:
     if class_counts is None:
         raise TypeError("class_counts: expected samples per class [C], got None; count_classes makes them")
-    return as_class_counts(class_counts).double()
+    return class_counts
+
+
+def _check_beta(beta: float) -> float:
+    high = math.nextafter(1.0, 0.0)
+    return finite_float("beta", beta, low=0.0, high=high, expected="a number in [0, 1), such as 0.9999")
 
 
 def _effective_weights(counts: Tensor, beta: float) -> Tensor:
     """The inverse effective numbers of samples ``[C]``, with mean 1."""
-    beta = finite_float(
-        "beta", beta, low=0.0, high=math.nextafter(1.0, 0.0), expected="a number in [0, 1), such as 0.9999"
-    )
     log_beta = math.log(beta) if beta > 0 else -math.inf
     # 1 - beta cancels; expm1 keeps the digits of 1 - beta^n where that is small.
     weights = -1 / torch.expm1(counts * log_beta)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -243,3 +244,10 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
         error = ValueError if isinstance(value, str) else TypeError
         raise error(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {describe(value)}")
     return value
+
+
+def boolean(name: str, value: bool) -> bool:
+    """``value`` if it is True or False; a text or a number is refused, though Python takes it for one."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+    return bool(value)

@@ -288,7 +288,7 @@ def compiled_weights(
 ) -> tuple[Tensor, Tensor]:
     """``weights_of`` of an engine, for :func:`torch.compile`."""
     weights: tuple[Tensor, Tensor] = torch.ops.lgla_losses.angular_weights(
-        source, target, grouper.group_index, grouper.num_groups, scale, ignore_index, backend
+        source, target, grouper.constant("group_index"), grouper.num_groups, scale, ignore_index, backend
     )
     return weights
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -35,6 +37,8 @@ class ClassGrouper(ConstantBuffers):
         group_sizes: classes per group, int64 ``[G]``.
         group_masses: samples per group ``[G]``, in the dtype of the counts.
 
+    What they give is read only; ``set_adjustment`` of a loss changes them.
+
     Raises:
         TypeError: counts are not numbers, or ``num_groups`` is not an integer.
         ValueError: counts are empty, not 1-D, not positive or not finite, or there are fewer
@@ -52,10 +56,8 @@ class ClassGrouper(ConstantBuffers):
         tensor([500, 500])
     """
 
-    class_counts: Tensor
-    group_index: Tensor
-    group_sizes: Tensor
-    group_masses: Tensor
+    #: Whether the groups are the caller's own, which other counts do not change.
+    _own_groups = False
 
     def __init__(self, class_counts: ArrayLike, num_groups: int) -> None:
         super().__init__()
@@ -66,7 +68,7 @@ class ClassGrouper(ConstantBuffers):
                 f"num_groups: expected at most one group a class, {len(counts)} here, got {num_groups}; "
                 "use fewer experts"
             )
-        self._register(counts, partition_classes(counts, num_groups))
+        self.keep(counts, partition_classes(counts, num_groups))
 
     @classmethod
     def from_groups(cls, class_counts: ArrayLike, group_index: ArrayLike) -> ClassGrouper:
@@ -82,69 +84,120 @@ class ClassGrouper(ConstantBuffers):
             ValueError: there is not one group a class, or a group below the largest is empty.
         """
         counts = as_class_counts(class_counts)
-        index = to_numpy("group_index", group_index)
-        if index.shape != tuple(counts.shape):
-            raise ValueError(
-                f"group_index: expected one group for each of {len(counts)} classes, shape [{len(counts)}], "
-                f"got {list(index.shape)}"
-            )
-        if not np.issubdtype(index.dtype, np.integer):
-            raise TypeError(f"group_index: expected integers 0..G-1, got {index.dtype}")
-        present = np.unique(index).tolist()
-        if present != list(range(len(present))):
-            raise ValueError(
-                "group_index: expected groups 0..G-1 with a class in each, "
-                f"got groups {present}; number them without gaps from 0, the head"
-            )
+        index = _group_index(to_numpy("group_index", group_index), len(counts))
         grouper = cls.__new__(cls)
         ConstantBuffers.__init__(grouper)
-        grouper._register(counts, torch.from_numpy(index.astype(np.int64)))
+        grouper._own_groups = True
+        grouper.keep(counts, index)
         return grouper
 
-    def _register(self, counts: Tensor, index: Tensor) -> None:
-        num_groups = int(index.max()) + 1
-        self.register_buffer("class_counts", counts)
-        self.register_buffer("group_index", index)
-        self.register_buffer("group_sizes", torch.bincount(index, minlength=num_groups))
-        self.register_buffer("group_masses", counts.new_zeros(num_groups).index_add_(0, index, counts))
+    def keep(self, counts: Tensor, index: Tensor) -> None:
+        """Take class counts ``[C]`` and groups ``[C]`` that are checked already, in place."""
+        for name, value in _constants(counts, index).items():
+            self._keep(name, value)
+
+    def regrouped(self, counts: Tensor) -> Tensor:
+        """Group other counts ``[C]``: the groups ``[C]``; those of the caller stay."""
+        if self._own_groups:
+            return self.on_cpu("group_index")
+        return partition_classes(counts, self.num_groups)
+
+    @property
+    def class_counts(self) -> Tensor:
+        """Samples per class ``[C]``."""
+        return self._read("class_counts")
+
+    @property
+    def group_index(self) -> Tensor:
+        """Group of every class ``[C]``, 0 for the head."""
+        return self._read("group_index")
+
+    @property
+    def group_sizes(self) -> Tensor:
+        """Classes per group ``[G]``."""
+        return self._read("group_sizes")
+
+    @property
+    def group_masses(self) -> Tensor:
+        """Samples per group ``[G]``."""
+        return self._read("group_masses")
 
     @property
     def num_classes(self) -> int:
         """Number of classes ``C``."""
-        return self.class_counts.shape[0]
+        return self.constant("group_index").shape[0]
 
     @property
     def num_groups(self) -> int:
         """Number of groups ``G``."""
-        return self.group_sizes.shape[0]
+        return self.constant("group_sizes").shape[0]
 
     @property
     def imbalance_factor(self) -> float:
         """Count of the largest class over that of the smallest (IF, section 4.1)."""
-        return float(self.class_counts.max()) / float(self.class_counts.min())
+        counts = self.constant("class_counts")
+        return float(counts.max()) / float(counts.min())
 
     def forward(self, target: Tensor) -> Tensor:
         """Group of each sample ``[N]``; targets out of range raise on the CPU."""
         target = target_tensor(target)
         if values_readable(target, None):
             target_values(target, self.num_classes)
-        return self.group_index[target]
+        return self.constant("group_index")[target]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Copying float counts into an integer buffer would truncate them.
-        for name in ("class_counts", "group_masses"):
-            loaded = state_dict.get(prefix + name)
-            if isinstance(loaded, Tensor):
-                dtype = torch.float64 if loaded.is_floating_point() else torch.int64
-                self._buffers[name] = getattr(self, name).to(dtype)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _restored(
+        self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
+    ) -> dict[str, Tensor]:
+        counts = as_class_counts(self._current(state, "class_counts"))
+        index = _group_index(self._current(state, "group_index").numpy(), len(counts))
+        if int(index.max()) + 1 != self.num_groups:
+            raise ValueError(f"group_index: expected {self.num_groups} groups, got {int(index.max()) + 1}")
+        return _constants(counts, index)
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""
         sizes = f"num_classes={self.num_classes}, num_groups={self.num_groups}"
-        return (
-            sizes if self.class_counts.is_meta else f"{sizes}, imbalance_factor={self.imbalance_factor:.4g}"
+        known = not self.constant("class_counts").is_meta
+        return f"{sizes}, imbalance_factor={self.imbalance_factor:.4g}" if known else sizes
+
+
+def same_classes(class_counts: ArrayLike, num_classes: int) -> Tensor:
+    """``class_counts`` as a CPU tensor ``[C]``, if they are of as many classes as before."""
+    counts = as_class_counts(class_counts)
+    if len(counts) != num_classes:
+        raise ValueError(
+            f"class_counts: expected counts of {num_classes} classes as before, got {len(counts)}; "
+            "other classes need a loss of their own"
         )
+    return counts
+
+
+def _group_index(index: npt.NDArray[Any], num_classes: int) -> Tensor:
+    """``index`` as int64 ``[C]``, if it numbers groups without gaps."""
+    if index.shape != (num_classes,):
+        raise ValueError(
+            f"group_index: expected one group for each of {num_classes} classes, shape [{num_classes}], "
+            f"got {list(index.shape)}"
+        )
+    if not np.issubdtype(index.dtype, np.integer):
+        raise TypeError(f"group_index: expected integers 0..G-1, got {index.dtype}")
+    present = np.unique(index).tolist()
+    if present != list(range(len(present))):
+        raise ValueError(
+            "group_index: expected groups 0..G-1 with a class in each, "
+            f"got groups {present}; number them without gaps from 0, the head"
+        )
+    return torch.from_numpy(index.astype(np.int64))
+
+
+def _constants(counts: Tensor, index: Tensor) -> dict[str, Tensor]:
+    num_groups = int(index.max()) + 1
+    return {
+        "class_counts": counts,
+        "group_index": index,
+        "group_sizes": torch.bincount(index, minlength=num_groups),
+        "group_masses": counts.new_zeros(num_groups).index_add_(0, index, counts),
+    }
 
 
 def check_grouper(grouper: object) -> ClassGrouper:

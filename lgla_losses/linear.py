@@ -124,7 +124,7 @@ class LinearLGLALoss(ExpertLoss):
         call = fused.Call(
             engine or chunked,
             target,
-            self.adjuster.table,
+            self._table,
             weights,
             divisor if reduce else None,
             self.ignore_index,
@@ -186,7 +186,7 @@ class LinearLGLALoss(ExpertLoss):
             weight=weight,
             bias=bias,
             sample_weight=sample_weight,
-            criterion=self.adjuster.table,
+            criterion=self._table,
         )
         normalizer_value(normalizer, self.reduction, self.validate_args)
 

@@ -201,7 +201,7 @@ class LGLALoss(ExpertLoss):
         elif sample_weight is not None:
             weights = sample_weight[:, None].to(dtype).expand(-1, self.num_experts)
         divisor = self._divisor(target, normalizer, samples, dtype, sample_weight)
-        table, ignore_index, label_smoothing = self.adjuster.table, self.ignore_index, self.label_smoothing
+        table, ignore_index, label_smoothing = self._table, self.ignore_index, self.label_smoothing
         if engine is None:
             if torch.compiler.is_compiling() and not table.requires_grad:
                 table = converted_once(table, dtype)
@@ -271,7 +271,7 @@ class LGLALoss(ExpertLoss):
         call = fused.Call(
             engine or chunked,
             target,
-            self.adjuster.table,
+            self._table,
             weights,
             divisor if reduce else None,
             self.ignore_index,
@@ -304,7 +304,7 @@ class LGLALoss(ExpertLoss):
             angles, blocks, probabilities, sample_weight, self.weighter, self.num_experts
         )
         statistics = self._sum_over_ranks(local, probabilities)
-        group_index = self.grouper.group_index
+        group_index = self.grouper.constant("group_index")
         weights = targets.soft_weights(angles, blocks, probabilities, statistics, group_index)
         if sample_weight is not None:
             weights = weights * sample_weight[..., None].to(weights.dtype)
@@ -362,7 +362,7 @@ class LGLALoss(ExpertLoss):
             features=features,
             weight=weight,
             sample_weight=sample_weight,
-            criterion=self.adjuster.table,
+            criterion=self._table,
         )
         normalizer_value(normalizer, self.reduction, self.validate_args)
 

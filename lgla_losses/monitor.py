@@ -122,7 +122,7 @@ class LossMonitor:
             features = None if features is None else rows_of(samples_first(features), 2)
         target = target.flatten()
         of_samples = None if sample_weight is None else sample_weight.flatten()
-        group = functional.target_groups(target, grouper.group_index, ignore_index)
+        group = functional.target_groups(target, grouper.constant("group_index"), ignore_index)
 
         experts = functional.expert_logits(output)
         # In float32 at least: sums in bfloat16 tie, and ties go to the class of lower index.

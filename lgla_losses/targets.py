@@ -104,7 +104,7 @@ def soft_statistics(
         total = total + functional.soft_aaw_statistics(
             angles(block),
             rows_of(probabilities[block], 1),
-            grouper.group_index,
+            grouper.constant("group_index"),
             grouper.num_groups,
             None if sample_weight is None else sample_weight[block].flatten(),
         )

@@ -9,6 +9,7 @@ from torch.nn.modules import module
 
 from lgla_losses import functional
 from lgla_losses.checks import (
+    boolean,
     floating_tensor,
     integer,
     same_device,
@@ -80,9 +81,9 @@ class AAWWeighter(nn.Module):
         super().__init__()
         self.grouper = check_grouper(grouper)
         self.ignore_index = integer("ignore_index", ignore_index, "as in torch.nn.CrossEntropyLoss")
-        self.sync = sync
+        self.sync = boolean("sync", sync)
         self._ranks = RanksOf(process_group)
-        self.validate_args = validate_args
+        self.validate_args = None if validate_args is None else boolean("validate_args", validate_args)
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -94,12 +95,17 @@ class AAWWeighter(nn.Module):
 
         Their quotient is the reference angles; they serve logging, and the number of samples
         in the global batch needs no second collective.
+
+        Args:
+            angles: radians ``[N, K]``.
+            target: class indices, int64 ``[N]``.
         """
+        self._check_inputs(angles, target)
         return self.sum_over_ranks(self.local_statistics(angles, target))
 
     def local_statistics(self, angles: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """This rank's part of :meth:`statistics`; ``sample_weight`` ``[N]`` says as how many each counts."""
-        group = functional.target_groups(target, self.grouper.group_index, self.ignore_index)
+        group = functional.target_groups(target, self.grouper.constant("group_index"), self.ignore_index)
         return functional.aaw_statistics(angles, group, self.grouper.num_groups, sample_weight)
 
     def sum_over_ranks(self, values: Tensor, note: Note | None = None) -> Tensor:
@@ -112,14 +118,11 @@ class AAWWeighter(nn.Module):
 
     def forward(self, angles: Tensor, target: Tensor, statistics: Tensor | None = None) -> Tensor:
         """Eq. 8; ``statistics`` from the method of that name saves computing them again."""
-        floating_tensor("angles", angles, "[N, K]")
-        target_tensor(target, angles.shape[:1])
-        same_device(angles=angles, target=target, grouper=self.grouper.group_index)
-        self.check_values(angles, target)
+        self._check_inputs(angles, target)
         angles = angles.to(functional.compute_dtype(angles.dtype))
         if statistics is None:
-            statistics = self.statistics(angles, target)
-        group = functional.target_groups(target, self.grouper.group_index, self.ignore_index)
+            statistics = self.sum_over_ranks(self.local_statistics(angles, target))
+        group = functional.target_groups(target, self.grouper.constant("group_index"), self.ignore_index)
         return functional.aaw_weights(angles, group, statistics)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
@@ -154,7 +157,7 @@ class AAWWeighter(nn.Module):
             weights ``[N, K]`` and a scalar: the samples not ignored over all ranks, at least 1,
             divided by the number of ranks.
         """
-        batch = source, target, self.grouper.group_index, self.grouper.num_groups
+        batch = source, target, self.grouper.constant("group_index"), self.grouper.num_groups
         num_ranks, ignore_index = self.num_ranks(), self.ignore_index
         if num_ranks == 1:
             if scale is None:
@@ -163,6 +166,12 @@ class AAWWeighter(nn.Module):
         angles, parts = engine.statistics(*batch, scale=scale, ignore_index=ignore_index, check=check)
         sums = self.sum_over_ranks(parts.sum(dim=0, keepdim=True), note)
         return engine.weights(angles, target, batch[2], sums, ignore_index=ignore_index, num_ranks=num_ranks)
+
+    def _check_inputs(self, angles: Tensor, target: Tensor) -> None:
+        floating_tensor("angles", angles, "[N, K]")
+        target_tensor(target, angles.shape[:1])
+        same_device(angles=angles, target=target, grouper=self.grouper.constant("group_index"))
+        self.check_values(angles, target)
 
     def check_values(self, angles: Tensor, target: Tensor) -> None:
         """Raise for targets out of range and angles that are not finite, where values may be read."""

@@ -105,7 +105,7 @@ def test_a_compiled_gradient_is_handed_over_once(backend, dtype, monkeypatch):
     assert len(calls) == (1 if dtype == torch.float32 else 2)
     for result in results[:3]:
         torch.testing.assert_close(result, results[3])
-    table = criterion.adjuster.table
+    table = criterion.adjuster.constant("table")
     arguments = logits, torch.arange(4), table, None, None, -100, 0.0, True, False, "auto"
     _, state = torch.ops.lgla_losses.cross_entropy(*arguments)
     assert state.gradient is None  # nobody asked for one

@@ -54,11 +54,12 @@ def cases(draw):
             max_size=num_samples * num_experts * len(counts),
         )
     )  # fmt: skip
+    adjustment = draw(st.sampled_from(ADJUSTMENTS))
     criterion = LGLALoss(
         counts,
         num_experts,
-        draw(st.floats(0, 5)),
-        adjustment=draw(st.sampled_from(ADJUSTMENTS)),
+        draw(st.floats(0, 5)) if adjustment in ("lgla", "logit") else None,
+        adjustment=adjustment,
         aaw=draw(st.booleans()),
         label_smoothing=draw(st.sampled_from([0.0, 0.1, 1.0])),
         reduction="none",

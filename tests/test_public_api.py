@@ -68,7 +68,7 @@ PICTURES = {
     "plot_table": "adjuster, *, ax=None",
     "plot_weight_norms": "weight, class_counts, *, ax=None",
 }
-OPTIONS = "constants, *, reduction='mean', ignore_index=-100, validate_args=None, backend='auto'"
+OPTIONS = "class_counts=None, numbers=None, *, reduction='mean', ignore_index=-100, validate_args=None, backend='auto'"
 
 
 def parameters(value):
@@ -95,7 +95,7 @@ def test_signature_of_a_baseline(name):
         assert parameters(value.forward) == "self, output, target"
         assert parameters(AdjustedLoss) == OPTIONS
         assert issubclass(value, AdjustedLoss)
-        assert set(AdjustedLoss.__init__.__annotations__) - {"constants", "return"} == set(
+        assert set(AdjustedLoss.__init__.__annotations__) - {"class_counts", "numbers", "return"} == set(
             Options.__annotations__
         )
 
