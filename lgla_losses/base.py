@@ -87,7 +87,7 @@ class ExpertLoss(nn.Module):
             raise ValueError("grouper: expected class_counts or a grouper, got both; drop class_counts")
         else:
             grouper = copy.deepcopy(grouper)  # as set_adjustment changes its own
-        self.adjuster = _make_adjuster(grouper, num_experts, adjustment, tau)
+        self.adjuster = make_adjuster(grouper, num_experts, adjustment, tau)
         self.weighter = AAWWeighter(
             grouper,
             ignore_index=ignore_index,
@@ -398,9 +398,10 @@ def target_logits(experts: Sequence[Tensor], target: Tensor, ignore_index: int) 
     return chosen
 
 
-def _make_adjuster(
+def make_adjuster(
     grouper: ClassGrouper, num_experts: int, adjustment: str | Tensor, tau: float | None
 ) -> CLALogitAdjuster:
+    """The adjustments of a loss, by their name or a table ``[K, C]``."""
     if isinstance(adjustment, Tensor):
         adjuster = CLALogitAdjuster.from_table(grouper, adjustment)
         if tau is not None:

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from lgla_losses import functional, fused
-from lgla_losses.base import ExpertLoss
+from lgla_losses.adjustment import CLALogitAdjuster
+from lgla_losses.base import ExpertLoss, make_adjuster
 from lgla_losses.buffers import moved
 from lgla_losses.checks import (
     WAY_OUT,
     finite_tensors,
     floating_tensor,
+    integer,
     normalizer_value,
+    positive_int,
     same_device,
     target_tensor,
     target_values,
@@ -34,6 +37,8 @@ from lgla_losses.collectives import (
     sum_over_ranks,
     tell_and_raise,
 )
+from lgla_losses.counts import ArrayLike
+from lgla_losses.grouping import ClassGrouper, same_classes
 from lgla_losses.linear import add_product, as_autocast_would, chunks_of, directions, through_directions_
 
 if TYPE_CHECKING:
@@ -51,12 +56,26 @@ __all__ = ["ClassParallelLGLALoss", "class_shard"]
 
 
 def class_shard(num_classes: int, rank: int, num_ranks: int) -> slice:
-    """The classes of a rank, cut as :func:`torch.chunk` cuts; the last ranks may have fewer, or none.
+    """Cut the classes as :func:`torch.chunk` does; the last ranks may have fewer, or none.
+
+    Args:
+        num_classes: number of classes ``C``, at least 1.
+        rank: of this process, 0 to ``num_ranks - 1``.
+        num_ranks: number of ranks that share the classes, at least 1.
+
+    Raises:
+        TypeError: an argument is not an integer.
+        ValueError: an argument is out of range.
 
     Example:
         >>> [class_shard(5, rank, 4) for rank in range(4)]
         [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None), slice(5, 5, None)]
     """
+    num_classes = positive_int("num_classes", num_classes, "give the number of classes")
+    num_ranks = positive_int("num_ranks", num_ranks, "give the size of the group that shares the classes")
+    rank = integer("rank", rank, "give the number of this process in the group that shares the classes")
+    if not 0 <= rank < num_ranks:
+        raise ValueError(f"rank: expected 0..{num_ranks - 1} of {num_ranks} ranks, got {rank}")
     size = -(-num_classes // num_ranks)
     return slice(min(rank * size, num_classes), min((rank + 1) * size, num_classes))
 
@@ -76,7 +95,7 @@ class ClassParallelLGLALoss(nn.Module):
     ``data_group``: on a device mesh of two dimensions, data and classes, a batch is split along the
     first, and reference angles and ``"mean"`` are over all of it.
 
-    Class counts and adjustments are kept for the rank's own classes only. They are no buffers, as
+    Adjustments are kept for the rank's own classes only. They are no buffers, as
     DistributedDataParallel would send those of rank 0 to all, and a checkpoint hold those of one rank:
     construct the loss from the same counts again. Construct it after ``init_process_group``.
 
@@ -121,10 +140,14 @@ class ClassParallelLGLALoss(nn.Module):
         >>> criterion(features, weight, torch.arange(8) % 3).backward()
     """
 
+    class_counts: Tensor
+    group_index: Tensor
+    table: Tensor
+
     def __init__(
         self,
-        class_counts: Any = None,
-        num_experts: Any = None,
+        class_counts: ArrayLike | None = None,
+        num_experts: int | None = None,
         tau: float | None = None,
         *,
         scale: float | None = None,
@@ -141,21 +164,62 @@ class ClassParallelLGLALoss(nn.Module):
                 'a device mesh they are mesh["classes"].get_group() and mesh["data"].get_group()'
             )
         whole = ExpertLoss(class_counts, num_experts, tau, scale=scale, **options)
-        grouper, table = whole.grouper, whole.adjuster.table
         self._ranks, self._data_ranks = RanksOf(process_group), RanksOf(data_group)
         self.num_classes, self.num_experts = whole.num_classes, whole.num_experts
-        self.num_groups = grouper.num_groups
+        self.num_groups = whole.grouper.num_groups
         self.scale, self.aaw, self.reduction = whole.scale, whole.aaw, whole.reduction
         self.ignore_index, self.label_smoothing = whole.ignore_index, whole.label_smoothing
         self.sync, self.validate_args = whole.weighter.sync, whole.validate_args
         self.num_ranks, self.rank = self._place()
         self.classes = class_shard(whole.num_classes, self.rank, self.num_ranks)
-        # Copies, so that the other ranks' classes take no memory.
-        self.class_counts = grouper.class_counts[self.classes].clone()
-        self.group_index = grouper.group_index[self.classes].clone()
-        self.table = table[:, self.classes].clone()
+        self.adjustment = whole.adjustment
+        # What set_adjustment starts from; a table of all classes is K times as large.
+        self._all_counts = whole.grouper.on_cpu("class_counts").clone()
+        self._own_groups = whole.grouper.on_cpu("group_index").clone() if whole.grouper.is_own else None
+        self._tau = None if whole.adjuster.tau is None else float(whole.adjuster.tau)
+        self._take(whole.adjuster)
+
+    def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
+        """Change class counts, groups and adjustments, as :meth:`LGLALoss.set_adjustment` does.
+
+        Every rank calls it, with the counts of all classes; the next step compares them.
+
+        Args:
+            class_counts: training samples per class ``[C]`` of the same classes; None keeps them.
+            tau: strength, as in the constructor; None keeps it.
+
+        Raises:
+            TypeError: counts or ``tau`` are no numbers.
+            ValueError: counts are not positive or of other classes, ``tau`` is out of range, or the
+                adjustment has none.
+        """
+        counts = self._all_counts if class_counts is None else same_classes(class_counts, self.num_classes)
+        if self._own_groups is None:
+            grouper = ClassGrouper(counts, self.num_groups)
+        else:
+            grouper = ClassGrouper.from_groups(counts, self._own_groups)
+        if self.adjustment == "table":
+            adjustment: str | Tensor = torch.zeros(self.num_experts, self.num_classes, dtype=torch.float64)
+        else:
+            adjustment, tau = self.adjustment, self._tau if tau is None else tau
+        adjuster = make_adjuster(grouper, self.num_experts, adjustment, tau)
+        self._all_counts, self._tau = counts.clone(), tau
+        self._take(adjuster)
+
+    def _take(self, adjuster: CLALogitAdjuster) -> None:
+        """Keep the constants of this rank's classes, in the memory of those before."""
+        constants = {name: adjuster.grouper.on_cpu(name) for name in ("class_counts", "group_index")}
+        if self.adjustment != "table" or not hasattr(self, "table"):  # one of the caller's own stays
+            constants["table"] = adjuster.on_cpu("table")
+        for name, value in constants.items():
+            # Copies, so that the other ranks' classes take no memory.
+            own, before = value[..., self.classes].detach().clone(), getattr(self, name, None)
+            if before is not None and before.dtype == own.dtype:
+                before.copy_(own)
+            else:
+                setattr(self, name, own if before is None else own.to(before.device))
         numbers = torch.tensor([self.scale or 0.0, self.label_smoothing, float(self.ignore_index)])
-        self._digest = digest_of([grouper.class_counts, grouper.group_index, table, numbers])
+        self._digest = digest_of([*constants.values(), numbers])
         self._compared = False
 
     @property
@@ -175,7 +239,10 @@ class ClassParallelLGLALoss(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for name in ("class_counts", "group_index", "table"):
-            setattr(self, name, moved(getattr(self, name), fn))
+            constant: Tensor = getattr(self, name)
+            there = moved(constant, fn)
+            if not there.is_meta:  # the values are not taken: to_empty has none
+                setattr(self, name, constant.to(there.device, there.dtype))
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def forward(
@@ -243,6 +310,19 @@ class ClassParallelLGLALoss(nn.Module):
             loss: Tensor = _Differentiable.apply(problem, *inputs)  # type: ignore[no-untyped-call]
             return loss
         return problem.reduced(problem.run(inputs, (False, False, False))[0])
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            features: Tensor,
+            weight: Tensor,
+            target: Tensor,
+            bias: Tensor | None = None,
+            *,
+            normalizer: float | Tensor | None = None,
+        ) -> Tensor:
+            """Give the loss of a batch, as :meth:`forward`."""
 
     def _own_part(self, name: str, tensor: Tensor) -> Tensor:
         """A ``DTensor``'s part on this rank, or the tensor itself."""

@@ -57,7 +57,7 @@ class ClassGrouper(ConstantBuffers):
     """
 
     #: Whether the groups are the caller's own, which other counts do not change.
-    _own_groups = False
+    is_own = False
 
     def __init__(self, class_counts: ArrayLike, num_groups: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class ClassGrouper(ConstantBuffers):
         index = _group_index(to_numpy("group_index", group_index), len(counts))
         grouper = cls.__new__(cls)
         ConstantBuffers.__init__(grouper)
-        grouper._own_groups = True
+        grouper.is_own = True
         grouper.keep(counts, index)
         return grouper
 
@@ -98,7 +98,7 @@ class ClassGrouper(ConstantBuffers):
 
     def regrouped(self, counts: Tensor) -> Tensor:
         """Group other counts ``[C]``: the groups ``[C]``; those of the caller stay."""
-        if self._own_groups:
+        if self.is_own:
             return self.on_cpu("group_index")
         return partition_classes(counts, self.num_groups)
 
