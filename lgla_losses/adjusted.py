@@ -169,7 +169,7 @@ class AdjustedLoss(ConstantBuffers):
             numbers["tau"] = check_tau(float(state["tau"]) if "tau" in state else strength_of(table, counts))
         expected = self._all_constants(counts, numbers)
         for name, value in expected.items():
-            if not same_constants(self._current(state, name).double(), value.double()):
+            if name in state and not same_constants(state[name].double(), value.double()):
                 raise ValueError(
                     f"{name}: expected what {type(self).__name__} makes of the class counts in the state, "
                     "got others; construct the loss as the saved one was"

@@ -17,6 +17,7 @@ from torch import Tensor
 from lgla_losses import functional
 from lgla_losses.adjusted import AdjustedLoss, Options
 from lgla_losses.adjustment import check_tau
+from lgla_losses.buffers import scalar
 from lgla_losses.checks import describe, finite_float, positive_float
 from lgla_losses.counts import ArrayLike
 
@@ -268,7 +269,7 @@ class LDAMLoss(AdjustedLoss):
         )
         numbers = {"max_margin": max_margin, "beta": _check_beta(beta)}
         super().__init__(_given(class_counts), numbers, **options)
-        self._keep("reweighting", torch.tensor(False, device="cpu"))
+        self._keep("reweighting", scalar(0.0))  # no bool, of which averages of weights cannot make a mean
         self.scale = positive_float("scale", scale, "1 for a linear head")
 
     def constants(self, counts: Tensor, **numbers: float) -> dict[str, Tensor]:
@@ -286,7 +287,7 @@ class LDAMLoss(AdjustedLoss):
     @property
     def reweighting(self) -> Tensor:
         """Whether the weights are on."""
-        return self._read("reweighting")
+        return self._read("reweighting") > 0
 
     def reweight(self, enabled: bool = True) -> None:
         """Switch the re-weighting on or off; before any epoch or step, as often as one likes."""
@@ -295,11 +296,11 @@ class LDAMLoss(AdjustedLoss):
                 f"enabled: expected True or False, got {describe(enabled)}; "
                 "compare the epoch: criterion.reweight(epoch >= 160)"
             )
-        self._keep("reweighting", torch.tensor(enabled, device="cpu"))
+        self._keep("reweighting", scalar(enabled))
 
     def _weights(self, own: Tensor) -> Tensor:
         # The flag stays on its device: no step waits for it, and a compiled one sees it change.
-        return torch.where(self.constant("reweighting"), self.constant("class_weight"), 1.0)[own]
+        return torch.where(self.constant("reweighting") > 0, self.constant("class_weight"), 1.0)[own]
 
     def _adjusted(self, logits: Tensor, own: Tensor) -> Tensor:
         logits = logits.to(functional.compute_dtype(logits.dtype))

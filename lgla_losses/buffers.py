@@ -118,6 +118,8 @@ class ConstantBuffers(nn.Module):
             f"size mismatch for {prefix}{n}: expected shape {list(self._exact[n].shape)}, got {list(shape)}."
             for n, shape in others.items()
         ]
+        if others:
+            self._keep_all(state_dict, prefix)
         if others or not state or any(value.is_meta for value in state.values()):
             return
         try:
@@ -126,11 +128,18 @@ class ConstantBuffers(nn.Module):
             )
         except (TypeError, ValueError) as problem:
             error_msgs.append(f"{prefix}{problem}")
+            self._keep_all(state_dict, prefix)
             return
         for name, value in restored.items():
             self._keep(name, value)
             if local_metadata.get("assign_to_params_buffers") and self._shown[name].is_meta and name in state:
                 self._show(name, state[name].device)
+
+    def _keep_all(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Let a state change nothing of this module's parts either, which would not fit each other."""
+        for key, value in self.state_dict(prefix=prefix).items():
+            if key in state_dict:
+                state_dict[key] = value
 
     def _inferred(self) -> frozenset[str]:
         """Constants that a state may lack, as they follow from the others."""

@@ -491,7 +491,13 @@ def test_operators(reduce, backend):
     groups = grouper.constant("group_index"), grouper.num_groups
     weights = (logits, target, *groups, 30.0, -100, backend)
     torch.library.opcheck(operators.angular_weights.default, weights)
-    tensors = logits.requires_grad_(), target, criterion.adjuster.constant("table"), torch.rand(7, 3), torch.tensor(3.0)
+    tensors = (
+        logits.requires_grad_(),
+        target,
+        criterion.adjuster.constant("table"),
+        torch.rand(7, 3),
+        torch.tensor(3.0),
+    )
     torch.library.opcheck(operators.cross_entropy.default, (*tensors, -100, 0.1, reduce, True, backend))
 
 

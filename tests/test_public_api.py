@@ -68,7 +68,10 @@ PICTURES = {
     "plot_table": "adjuster, *, ax=None",
     "plot_weight_norms": "weight, class_counts, *, ax=None",
 }
-OPTIONS = "class_counts=None, numbers=None, *, reduction='mean', ignore_index=-100, validate_args=None, backend='auto'"
+OPTIONS = (
+    "class_counts=None, numbers=None, *, reduction='mean', ignore_index=-100, validate_args=None, "
+    "backend='auto'"
+)
 
 
 def parameters(value):
