@@ -151,6 +151,41 @@ def check_mismatched_constants(rank, world_size):
     assert loaded(*inputs).isfinite()
 
 
+class WithLoss(torch.nn.Module):
+    """As models are that give their loss; DDP sends rank 0's buffers to all before every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = GroupConvExperts(None, 3, 4, num_features=5).double()
+        self.criterion = LGLALoss(COUNTS)
+
+    def forward(self, features, target):
+        return self.criterion(self.experts(features), target)
+
+
+def check_changed_adjustment(rank, world_size):
+    """Changed on all ranks it is that of one process; changed on one, the next step says so."""
+    torch.manual_seed(1)  # alike on all ranks
+    _, target, sizes = shares(world_size)
+    features, model = torch.randn(len(target), 5, dtype=torch.float64), WithLoss()
+    parallel = DistributedDataParallel(model)
+    mine = features.split(sizes)[rank], target.split(sizes)[rank]
+    parallel(*mine).backward()
+    for changed in ({"tau": 0.5}, {"class_counts": [1, 2, 3, 90]}):
+        model.criterion.set_adjustment(**changed)
+        model.zero_grad()
+        parallel(*mine).backward()
+        single = LGLALoss([1, 2, 3, 90] if "class_counts" in changed else COUNTS, tau=0.5, sync=False)
+        (gradient,) = torch.autograd.grad(
+            single(model.experts(features), target), model.experts.classifiers.weight
+        )
+        torch.testing.assert_close(model.experts.classifiers.weight.grad, gradient, **CLOSE)
+
+    model.criterion.set_adjustment(tau=2.0 if rank == 0 else 0.5)
+    with pytest.raises(ValueError, match="than on rank 0"):
+        parallel(*mine)
+
+
 def check_copies(rank, world_size):
     """Of a loss with a group share it, as an average of models needs; a group cannot be pickled."""
     logits, target, sizes = shares(world_size)
@@ -196,6 +231,7 @@ def main(rank, world_size):
     check_other_targets(rank, world_size)
     check_bad_values(rank, world_size)
     check_mismatched_constants(rank, world_size)
+    check_changed_adjustment(rank, world_size)
     check_copies(rank, world_size)
     check_group(rank, world_size)
     check_compile(rank, world_size)
