@@ -83,9 +83,7 @@ class CLALogitAdjuster(ConstantBuffers):
         floating_tensor("adjustment table", table, "[K, C]")
         num_classes = check_grouper(grouper).num_classes
         if table.is_meta:
-            raise ValueError(
-                "adjustment table: expected values, got a tensor without any (meta)"
-            )
+            raise ValueError("adjustment table: expected values, got a tensor without any (meta)")
         if table.shape[0] == 0 or table.shape[1] != num_classes:
             raise ValueError(f"adjustment table: expected shape [K, {num_classes}], got {list(table.shape)}")
         adjuster = cls.__new__(cls)

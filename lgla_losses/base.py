@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
+import difflib
+from collections.abc import Mapping, Sequence
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, cast
 
 import torch
 import torch.distributed as dist
@@ -39,7 +41,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class ExpertLossOptions(TypedDict, total=False):
-    """What every loss of K experts takes by keyword."""
+    """What every loss of K experts takes by keyword, wherever its classes are."""
 
     grouper: ClassGrouper | None
     aaw: bool
@@ -48,8 +50,13 @@ class ExpertLossOptions(TypedDict, total=False):
     ignore_index: int
     label_smoothing: float
     sync: bool
-    process_group: ProcessGroup | None
     validate_args: bool | None
+
+
+class LossOptions(ExpertLossOptions, total=False):
+    """What a loss takes by keyword whose classes are in one place."""
+
+    process_group: ProcessGroup | None
     backend: str
 
 
@@ -106,6 +113,13 @@ class ExpertLoss(nn.Module):
         self.validate_args = self.weighter.validate_args
         self.backend = runnable_backend(backend)
         self._compared = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give every loss a constructor of its own name, as Python's errors say that of the function."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in vars(cls):
+            own = renamed(cast(FunctionType, cls.__init__), f"{cls.__qualname__}.__init__")
+            cls.__init__ = own  # type: ignore[method-assign]
 
     def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
         """Change class counts, groups and adjustments during training: a schedule of tau, streaming data.
@@ -271,7 +285,9 @@ class ExpertLoss(nn.Module):
         if self.reduction != "mean":
             return None
         if normalizer is not None:
-            return torch.as_tensor(normalizer, dtype=dtype, device=target.device)
+            if isinstance(normalizer, Tensor):
+                return normalizer.to(target.device, dtype)
+            return normalizer * torch.ones((), dtype=dtype, device=target.device)
         return None if samples is None else samples.to(dtype)
 
     def _communicates(self, target: Tensor, normalizer: float | Tensor | None) -> bool:
@@ -308,6 +324,26 @@ class ExpertLoss(nn.Module):
         return (
             f"adjustment={self.adjustment!r}, aaw={self.aaw}, scale={self.scale}, "
             f"reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, backend={self.backend!r}"
+        )
+
+
+def renamed(function: FunctionType, name: str) -> FunctionType:
+    """The same function under another name."""
+    code, names, defaults = function.__code__, function.__globals__, function.__defaults__
+    twin = FunctionType(code, names, function.__name__, defaults, function.__closure__)
+    twin.__kwdefaults__, twin.__annotations__ = function.__kwdefaults__, function.__annotations__
+    twin.__doc__, twin.__module__, twin.__qualname__ = function.__doc__, function.__module__, name
+    return twin
+
+
+def refuse_unknown(loss: object, options: Mapping[str, object], known: type) -> None:
+    """Raise for options that a loss does not have, by the name of the loss."""
+    for name in options.keys() - known.__annotations__:
+        near = difflib.get_close_matches(name, known.__annotations__, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+        raise TypeError(
+            f"{type(loss).__name__}: expected options among {', '.join(known.__annotations__)}, "
+            f"got {name!r}; {hint}"
         )
 
 

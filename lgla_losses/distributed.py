@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, Unpack
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lgla_losses import functional, fused
 from lgla_losses.adjustment import CLALogitAdjuster
-from lgla_losses.base import ExpertLoss, make_adjuster
+from lgla_losses.base import ExpertLoss, ExpertLossOptions, make_adjuster, refuse_unknown
 from lgla_losses.buffers import moved
 from lgla_losses.checks import (
     WAY_OUT,
@@ -153,11 +153,10 @@ class ClassParallelLGLALoss(nn.Module):
         scale: float | None = None,
         process_group: ProcessGroup | None = None,
         data_group: ProcessGroup | None = None,
-        **options: Any,
+        **options: Unpack[ExpertLossOptions],
     ) -> None:
         super().__init__()
-        if "backend" in options:
-            raise TypeError("backend: expected none, as this loss has but one; leave it out")
+        refuse_unknown(self, options, ExpertLossOptions)
         if data_group is not None and process_group is None:
             raise ValueError(
                 "process_group: expected the ranks that share the classes beside a data_group, got None; on "
