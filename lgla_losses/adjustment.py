@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -166,6 +166,11 @@ class CLALogitAdjuster(ConstantBuffers):
     def num_experts(self) -> int:
         """Number of experts ``K``."""
         return self.constant("table").shape[0]
+
+    if TYPE_CHECKING:
+
+        def __call__(self, logits: ExpertOutput | ExpertLogits) -> Tensor:
+            """Give the adjusted logits, as :meth:`forward`."""
 
     def forward(self, logits: ExpertOutput | ExpertLogits) -> Tensor:
         """The adjusted logits :math:`v + T`, a new tensor."""

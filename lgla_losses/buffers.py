@@ -8,6 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lgla_losses.checks import describe
+
 
 class ConstantBuffers(nn.Module):
     """A module whose constants are buffers to everybody else, and exact whatever happens to these.
@@ -45,20 +47,19 @@ class ConstantBuffers(nn.Module):
 
     def _read(self, name: str) -> Tensor:
         """A constant as users read it: a copy that refuses to be written into."""
-        return self.constant(name).detach().clone().as_subclass(ReadOnlyTensor)
+        copied = self.constant(name).detach().clone()
+        return copied if torch.compiler.is_compiling() else copied.as_subclass(ReadOnlyTensor)
 
     @torch.no_grad()
     def _keep(self, name: str, value: Tensor) -> None:
         """Set a constant, in the memory of the one before where it fits."""
         exact = self._exact.get(name)
+        device = torch.get_default_device() if exact is None else self._shown[name].device
         if exact is not None and (exact.shape, exact.dtype) == (value.shape, value.dtype):
             exact.copy_(value)
-            self._show(name, self._buffers[name].device)  # type: ignore[union-attr]
-            return
-
-        device = torch.get_default_device() if exact is None else exact.device
-        with torch.inference_mode(False):  # its tensors could never be written again
-            self._exact[name] = _fixed(value.to("cpu" if device.type == "meta" else device, copy=True))
+        else:
+            with torch.inference_mode(False):  # its tensors could never be written again
+                self._exact[name] = _fixed(value.to("cpu" if device.type == "meta" else device, copy=True))
         self._show(name, device)
 
     def _show(self, name: str, device: torch.device) -> None:
@@ -110,26 +111,18 @@ class ConstantBuffers(nn.Module):
         self._non_persistent_buffers_set.difference_update(self._exact)
         unexpected_keys[:] = [key for key in unexpected_keys if key not in own]
 
-        state = {name: state_dict[key].detach() for key, name in own.items() if key in state_dict}
+        state = {name: state_dict[key] for key, name in own.items() if key in state_dict}
         if strict:
             missing_keys += [key for key, n in own.items() if n not in state and n not in self._inferred()]
-        others = {n: v.shape for n, v in state.items() if v.shape != self._exact[n].shape}
-        error_msgs += [
-            f"size mismatch for {prefix}{n}: expected shape {list(self._exact[n].shape)}, got {list(shape)}."
-            for n, shape in others.items()
-        ]
-        if others:
-            self._keep_all(state_dict, prefix)
-        if others or not state or any(value.is_meta for value in state.values()):
+        if not state or any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
             return
         try:
-            restored = self._restored(
-                {name: value.cpu() for name, value in state.items()}, state_dict, prefix
-            )
+            restored = self.restored_from(state_dict, prefix)
         except (TypeError, ValueError) as problem:
             error_msgs.append(f"{prefix}{problem}")
             self._keep_all(state_dict, prefix)
             return
+
         for name, value in restored.items():
             self._keep(name, value)
             if local_metadata.get("assign_to_params_buffers") and self._shown[name].is_meta and name in state:
@@ -166,8 +159,17 @@ class ConstantBuffers(nn.Module):
 
     def restored_from(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
         """Read the constants of a ``state_dict``, or those that are here where it has none."""
-        state = {n: state_dict[prefix + n].detach().cpu() for n in self._exact if prefix + n in state_dict}
-        return self._restored(state, state_dict, prefix)
+        state = {name: state_dict[prefix + name] for name in self._exact if prefix + name in state_dict}
+        for name, value in state.items():
+            expected = list(self._exact[name].shape)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
+            if list(value.shape) != expected:
+                raise ValueError(
+                    f"{name}: size mismatch, expected shape {expected}, got {list(value.shape)}; construct "
+                    "the loss for as many classes and experts as the saved one"
+                )
+        return self._restored({n: v.detach().cpu() for n, v in state.items()}, state_dict, prefix)
 
 
 class ReadOnlyTensor(Tensor):

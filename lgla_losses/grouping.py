@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -137,6 +137,11 @@ class ClassGrouper(ConstantBuffers):
         """Count of the largest class over that of the smallest (IF, section 4.1)."""
         counts = self.constant("class_counts")
         return float(counts.max()) / float(counts.min())
+
+    if TYPE_CHECKING:
+
+        def __call__(self, target: Tensor) -> Tensor:
+            """Give the groups, as :meth:`forward`."""
 
     def forward(self, target: Tensor) -> Tensor:
         """Group of each sample ``[N]``; targets out of range raise on the CPU."""

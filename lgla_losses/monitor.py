@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from types import TracebackType
-from typing import Any, Protocol, Self, SupportsIndex
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class LossMonitor:
         0.5
     """
 
-    def __init__(self, criterion: LGLALoss, every: SupportsIndex = 10) -> None:
+    def __init__(self, criterion: LGLALoss, every: int = 10) -> None:
         if not isinstance(criterion, LGLALoss):
             raise TypeError(
                 f"criterion: expected an LGLALoss, got {describe(criterion)}; of a compiled one pass the "

@@ -116,6 +116,11 @@ class AAWWeighter(nn.Module):
         """Number of ranks whose samples the means are over in this step."""
         return ranks_to_sync(self.sync, self.process_group)
 
+    if TYPE_CHECKING:
+
+        def __call__(self, angles: Tensor, target: Tensor, statistics: Tensor | None = None) -> Tensor:
+            """Give the weights, as :meth:`forward`."""
+
     def forward(self, angles: Tensor, target: Tensor, statistics: Tensor | None = None) -> Tensor:
         """Eq. 8; ``statistics`` from the method of that name saves computing them again."""
         self._check_inputs(angles, target)

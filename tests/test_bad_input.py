@@ -29,6 +29,7 @@ from lgla_losses.baselines import (
     LogitAdjustedLoss,
     VSLoss,
 )
+from lgla_losses.distributed import class_shard
 
 COUNTS = [40, 9, 5, 1]
 LOGITS = torch.zeros(2, 3, 4)
@@ -124,6 +125,25 @@ CASES = {
     "negative tau": (lambda: criterion(tau=-1.0), ValueError, "tau", ">= 0", "-1.0"),
     "NaN tau": (lambda: criterion(tau=math.nan), ValueError, "tau", "finite", "nan"),
     "negative tau of logit adjustment": (lambda: criterion(tau=-1.0, adjustment="logit"), ValueError, "tau", "-1.0"),
+    "tau beside softmax": (lambda: criterion(tau=2.0, adjustment="softmax"), ValueError, "tau: expected None", "'softmax'", "got 2.0", "'lgla'"),
+    "tau beside balanced": (lambda: criterion(tau=2.0, adjustment="balanced"), ValueError, "tau: expected None", "'balanced'", "got 2.0"),
+    "tau beside a table": (lambda: criterion(tau=2.0, adjustment=torch.zeros(3, 4)), ValueError, "tau: expected None", "'table'", "got 2.0"),
+    "table on meta": (lambda: criterion(adjustment=torch.zeros(3, 4, device=META)), ValueError, "adjustment table", "meta"),
+    "text for aaw": (lambda: criterion(aaw="no"), TypeError, "aaw: expected True or False", "'no'"),
+    "number for aaw": (lambda: criterion(aaw=1), TypeError, "aaw: expected True or False", "1 of type int"),
+    "text for sync": (lambda: criterion(sync="x"), TypeError, "sync: expected True or False", "'x'"),
+    "text for validate_args": (lambda: criterion(validate_args="x"), TypeError, "validate_args: expected True or False", "'x'"),
+    "text for validate_args of a baseline": (lambda: FocalLoss(validate_args="x"), TypeError, "validate_args", "'x'"),
+    "text for sync of the weights": (lambda: AAWWeighter(ClassGrouper(COUNTS, 2), sync="x"), TypeError, "sync", "'x'"),
+    "argument of another loss": (lambda: criterion(weight=torch.ones(4)), TypeError, "LGLALoss.__init__()", "'weight'"),
+    "misspelt option": (lambda: LinearLGLALoss(COUNTS, redution="sum"), TypeError, "LinearLGLALoss", "'redution'", "'reduction'"),
+    "statistics of lists": (lambda: AAWWeighter(ClassGrouper(COUNTS, 2)).statistics([[0.5]], TARGET), TypeError, "angles", "[[0.5]]"),
+    "statistics of other shapes": (lambda: AAWWeighter(ClassGrouper(COUNTS, 2)).statistics(torch.ones(3, 3), TARGET), ValueError, "target", "[3]", "[2]"),
+    "statistics of NaN": (lambda: AAWWeighter(ClassGrouper(COUNTS, 2)).statistics(torch.full((2, 3), math.nan), TARGET), ValueError, "angles", "NaN"),
+    "statistics of classes that are not there": (lambda: AAWWeighter(ClassGrouper(COUNTS, 2)).statistics(torch.ones(2, 3), TARGET + 9), ValueError, "target", "0..3", "9"),
+    "shard of no ranks": (lambda: class_shard(5, 0, 0), ValueError, "num_ranks", ">= 1", "0"),
+    "shard of a rank that is not there": (lambda: class_shard(5, 9, 4), ValueError, "rank: expected 0..3 of 4 ranks", "9"),
+    "shard of no classes": (lambda: class_shard(0, 0, 1), ValueError, "num_classes", ">= 1", "0"),
     "text tau": (lambda: criterion(tau="2.5"), TypeError, "tau", "number", "'2.5'"),
     # other options
     "zero scale": (lambda: criterion(scale=0.0), ValueError, "scale", "positive", "None", "0.0"),

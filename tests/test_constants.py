@@ -307,6 +307,12 @@ def test_a_schedule_of_tau_compiles_nothing_anew(device):
             torch.testing.assert_close(compiled(logits, target), expected)
 
 
+def test_attributes_can_be_read_in_compiled_code():
+    criterion = LGLALoss(COUNTS)
+    compiled = torch.compile(lambda v: v + criterion.adjuster.table, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(torch.ones(6)), 1 + criterion.adjuster.table)
+
+
 def test_groups_and_a_table_of_the_callers_own_stay():
     grouper = ClassGrouper.from_groups(COUNTS, [0, 1, 0, 1, 0, 1])
     criterion = LGLALoss(grouper=grouper)

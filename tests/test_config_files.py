@@ -1,0 +1,60 @@
+"""Losses and experts are built from configuration files, as by LightningCLI."""
+
+import jsonargparse
+import pytest
+import torch
+from torch import nn
+
+from lgla_losses import LGLALoss
+
+COUNTS = "[500, 100, 20]"
+
+#: What stands in a file, and words of the repr.
+CONFIGURATIONS = {
+    "LGLALoss": (f"{{class_counts: {COUNTS}, num_experts: 3, tau: 2.0, aaw: false}}", "tau=2"),
+    "LGLALoss by keyword": (
+        f"{{class_counts: {COUNTS}, adjustment: balanced, ignore_index: -1}}",
+        "balanced",
+    ),
+    "LinearLGLALoss": (f"{{class_counts: {COUNTS}, scale: 30.0, reduction: sum}}", "sum"),
+    "ClassGrouper": (f"{{class_counts: {COUNTS}, num_groups: 2}}", "num_groups=2"),
+    "distributed.ClassParallelLGLALoss": (f"{{class_counts: {COUNTS}, label_smoothing: 0.1}}", "of 3"),
+    "baselines.FocalLoss": ("{gamma: 1.0, reduction: sum}", "gamma=1.0"),
+    "baselines.BalancedSoftmaxLoss": (f"{{class_counts: {COUNTS}}}", "num_classes=3"),
+    "baselines.ClassBalancedLoss": (f"{{class_counts: {COUNTS}, beta: 0.99, gamma: 2.0}}", "gamma=2.0"),
+    "baselines.LDAMLoss": (f"{{class_counts: {COUNTS}, max_margin: 0.3}}", "scale=30.0"),
+    "baselines.LogitAdjustedLoss": (f"{{class_counts: {COUNTS}, tau: 1.5}}", "num_classes=3"),
+    "baselines.VSLoss": (f"{{class_counts: {COUNTS}, backend: reference}}", "reference"),
+    "GroupConvExperts": ("{stage: null, num_experts: 3, num_classes: 4, num_features: 5}", "num_experts=3"),
+    "GroupConvExperts of a stage": (
+        "{stage: {class_path: torch.nn.Linear, init_args: {in_features: 4, out_features: 5}}, "
+        "num_experts: 2, num_classes: 4}",
+        "Linear",
+    ),
+}
+
+
+def build(name, arguments):
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--module", type=nn.Module)
+    class_path = f"lgla_losses.{name.split()[0]}"
+    config = parser.parse_string(f"module: {{class_path: {class_path}, init_args: {arguments}}}")
+    return parser.instantiate(config).module
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_it_is_built_from_yaml(name):
+    """A number of experts was refused: it implements no protocol SupportsIndex."""
+    arguments, words = CONFIGURATIONS[name]
+    assert words in repr(build(name, arguments))
+
+
+def test_a_loss_from_yaml_is_the_loss():
+    logits, target = 30 * torch.rand(8, 3, 3), torch.arange(8) % 3
+    built = build("LGLALoss", f"{{class_counts: {COUNTS}, tau: 2.0, label_smoothing: 0.1}}")
+    assert built(logits, target) == LGLALoss([500, 100, 20], tau=2.0, label_smoothing=0.1)(logits, target)
+
+
+def test_a_misspelt_option_in_yaml_is_named():
+    with pytest.raises(jsonargparse.ArgumentError, match="redution"):
+        build("LinearLGLALoss", f"{{class_counts: {COUNTS}, redution: sum}}")
