@@ -10,9 +10,9 @@ The modules compose the paper: :class:`ClassGrouper` (section 3.2), :class:`CLAL
 from lgla_losses import functional
 from lgla_losses.adjustment import CLALogitAdjuster
 from lgla_losses.backbone import split_backbone
-from lgla_losses.counts import count_classes
 from lgla_losses.experts import GroupConvExperts
 from lgla_losses.grouping import ClassGrouper
+from lgla_losses.labels import count_classes
 from lgla_losses.linear import LinearLGLALoss
 from lgla_losses.loss import LGLALoss
 from lgla_losses.output import ExpertOutput

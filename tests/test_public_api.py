@@ -15,7 +15,7 @@ from lgla_losses import baselines, functional, plot
 from lgla_losses.adjusted import AdjustedLoss, Options
 
 SIGNATURES = {
-    "count_classes": "labels, num_classes",
+    "count_classes": "labels, num_classes, *, iterate=False",
     "ClassGrouper": "class_counts, num_groups",
     "ClassGrouper.from_groups": "class_counts, group_index",
     "ClassGrouper.forward": "self, target",

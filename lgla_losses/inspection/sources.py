@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lgla_losses.counts import count_classes
+from lgla_losses.labels import count_classes
 
 #: Endings of what counts as an image in a folder.
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
