@@ -371,6 +371,7 @@ REFUSED = [
     ("a.txt", b"12\n5\xff\xfe\n", [], "a.txt, line 2: expected text in UTF-8, got binary data"),
     ("a.txt", b"12\n\n\0\0\0", [], "a.txt, line 3: expected text in UTF-8, got binary data"),
     ("a.csv", "", [], "got an empty file"),
+    ("a.csv", ",\n,\n", [], "expected a CSV file with a row a class, got an empty file"),
     ("a.csv", "name,count\n", [], "expected a row a class below the header of line 1, got none"),
     ("a.csv", "# x\nname,count\ncat,5\ndog,x\n", [], "line 4, column 'count': expected a count, .* got 'x'"),
     ("a.csv", "cat,5\ndog,6\nox,\n", [], "line 3, column '2': expected a count, .* got ''"),

@@ -352,8 +352,6 @@ def _csv_rows(path: Path) -> list[tuple[int, list[str]]]:
         if line.strip() and not line.lstrip().startswith("#"):
             break
         skipped += 1
-    if skipped == len(lines):
-        raise SourceError(f"{path}: expected a CSV file with a row a class, got an empty file")
 
     def parse(delimiter: str) -> Iterable[tuple[int, list[str]]]:
         reader = csv.reader(lines[skipped:], delimiter=delimiter)
@@ -370,6 +368,8 @@ def _csv_rows(path: Path) -> list[tuple[int, list[str]]]:
 
     delimiter = max(DELIMITERS, key=lambda mark: sum(_is_number(c) for _, row in parse(mark) for c in row))
     rows = list(parse(delimiter))
+    if not rows:
+        raise SourceError(f"{path}: expected a CSV file with a row a class, got an empty file")
     begin, width = rows[0][0], len(rows[0][1])
     for number, row in rows:
         if len(row) != width:
