@@ -23,7 +23,8 @@ class Column(Protocol):
         ...
 
 
-#: A vector of samples per class, or of labels.
+#: A vector of samples per class, or of labels. Mappings and columns with an index are for what goes by class:
+#: their keys are the class numbers ``0..C-1`` in any order. The index of a column of labels means nothing.
 ArrayLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any] | Mapping[int, Any] | Column
 
 

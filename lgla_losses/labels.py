@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from operator import attrgetter
 from typing import Any
 
@@ -80,7 +81,7 @@ def count_classes(labels: ArrayLike | Iterable[Any], num_classes: int, *, iterat
             f"labels: expected class indices 0..{num_classes - 1}, got {low if low < 0 else high}; "
             "leave ignored samples out, or raise num_classes"
         )
-    return torch.from_numpy(np.bincount(array, minlength=num_classes).astype(np.int64))
+    return torch.from_numpy(np.bincount(array.astype(np.int64), minlength=num_classes))
 
 
 def label_array(labels: Any, *, iterate: bool = False) -> npt.NDArray[Any]:
@@ -98,7 +99,7 @@ def label_array(labels: Any, *, iterate: bool = False) -> npt.NDArray[Any]:
             "labels: expected one label a sample, got a mapping; counts by class need no counting, the "
             "losses take them as they are"
         )
-    # A vector comes first: a column of a table may have rows that are called targets.
+    # Vectors first: a column of a table may have rows that are called targets.
     if not isinstance(labels, Dataset) and hasattr(labels, "__array__"):
         return as_array("labels", labels)
     kept = _kept_labels(labels)
@@ -121,7 +122,8 @@ def _kept_labels(dataset: Any) -> tuple[str, Any] | None:
     if types:
         (kind, *others) = [types] if isinstance(types, str) else types
         if not others and kind in TARGET_TYPES:
-            return f"target type {kind!r}", TARGET_TYPES[kind](dataset)
+            with suppress(AttributeError):  # of a data set that means something else by it
+                return f"target type {kind!r}", TARGET_TYPES[kind](dataset)
     for name in LABELS[:2] if types else LABELS:
         if getattr(dataset, name, None) is not None:
             return name, getattr(dataset, name)

@@ -78,7 +78,7 @@ def test_counts_in_steps():
         (ValueError, "imbalance_factor: .* got inf", (500, 10, float("inf"))),
         (
             ValueError,
-            r"n_max: expected an integer below 2\*\*63, got 1180591620717411303424",
+            r"n_max: expected an integer .*, got 1180591620717411303424",
             (2**70, 10, 100),
         ),
         (ValueError, "kind: expected one of 'exp', 'step', got 'pareto'", (500, 10, 100, "pareto")),

@@ -360,6 +360,7 @@ REFUSED = [
     ("a.txt", "# made today\n1,500\n", [], "line 2: expected counts, got what looks like .* thousands; write"),
     ("a.txt", "1,500\n1,200\n", [], "line 1: expected counts, got what looks like .* thousands; write numbers"),
     ("a.csv", "cat,1,000\ndog,2,500\n", [], "line 1: expected counts, got what looks like .* 1000 for '1,000'"),
+    ("a.txt", "12;345\n13;400\n", [], "expected one column of counts, got 2 of numbers"),
     ("a.csv", 'name,count\ncat,"1,000"\ndog,5\nox,6\n', [], "line 2, column 'count': .* 1000 for '1,000'"),
     ("a.txt", "1.000.000\n", [], "line 1: expected a count, .* write numbers without separators"),
     ("a.txt", "1,000\n", ["--kind", "text"], "line 1: expected a count, .* 1000 for '1,000'"),

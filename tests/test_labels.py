@@ -113,6 +113,7 @@ KEPT = {
     "Flowers102, DTD": Endless(_labels=[0, 1, 1, 2]),
     "Caltech256": Endless(y=[0, 1, 1, 2]),
     "Caltech101": Endless(y=[0, 1, 1, 2], target_type=["category"]),
+    "a target type of its own": Endless(targets=[0, 1, 1, 2], target_type="attr"),
     "GTSRB": Endless(_samples=[("a.png", 0), ("b.png", 1), ("c.png", 1), ("d.png", 2)]),
     "video folders": Endless(samples=[("a.avi", 0), ("b.avi", 1), ("c.avi", 1), ("d.avi", 2)]),
     "Omniglot": Endless(_flat_character_images=[("a.png", 0), ("b.png", 1), ("c.png", 1), ("d.png", 2)]),
@@ -196,6 +197,7 @@ def test_the_label_column_of_a_hugging_face_data_set_is_counted():
         pd.Series([0, 1, 1, 2], dtype="category"),
         pd.Series(["ant", "bee", "bee", "cat"], dtype="category").cat.codes,
         np.array([0, 1, 1, 2], dtype=object),
+        np.array([0, 1, 1, 2], dtype=np.uint64),
     ],
 )
 def test_the_index_of_a_column_of_labels_means_nothing(labels):

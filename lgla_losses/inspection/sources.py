@@ -200,6 +200,7 @@ class _Table:
     header: list[str] | None
     lines: list[int]
     begin: int
+    delimiter: str
 
     @property
     def shown(self) -> list[str]:
@@ -284,20 +285,20 @@ def _read_samples(path: Path, label_column: str) -> ClassCounts:
 
 
 def _csv_table(path: Path, is_header: Callable[[list[str]], bool]) -> _Table:
-    rows = _csv_rows(path)
+    delimiter, rows = _csv_rows(path)
     begin, header = rows[0][0], None
     if is_header(rows[0][1]):
         header = rows.pop(0)[1]
     if not rows:
         raise SourceError(f"{path}: expected a row a class below the header of line {begin}, got none")
     columns = [list(column) for column in zip(*(cells for _, cells in rows), strict=True)]
-    return _Table(columns, header, [line for line, _ in rows], begin)
+    return _Table(columns, header, [line for line, _ in rows], begin, delimiter)
 
 
 def _count_column(path: Path, table: _Table, asked: str | None) -> int:
     if asked is not None:
         return _asked_column(path, "count-column", asked, table.header, len(table.columns))
-    if table.header is None and _has_separators(table.columns):
+    if table.header is None and table.delimiter == "," and _has_separators(table.columns):
         raise SourceError(
             f"{path}, line {table.begin}: expected counts, got what looks like numbers with a comma after "
             f"the thousands; {THOUSANDS_WAY_OUT}, or say by --count-column which column holds the counts"
@@ -344,8 +345,8 @@ def _has_separators(columns: Sequence[Sequence[str]]) -> bool:
     return False
 
 
-def _csv_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """The rows that are not blank, each with its line; comments may stand before the first."""
+def _csv_rows(path: Path) -> tuple[str, list[tuple[int, list[str]]]]:
+    """The delimiter, and the rows that are not blank with the line of each; comments may stand before."""
     lines = _lines(path)
     skipped = 0
     for line in lines:
@@ -377,7 +378,7 @@ def _csv_rows(path: Path) -> list[tuple[int, list[str]]]:
                 f"{path}, line {number}: expected {width} columns as in line {begin}, got {len(row)}; "
                 f"fill empty cells, and quote names that hold {delimiter!r}"
             )
-    return rows
+    return delimiter, rows
 
 
 def _headed(header: list[str] | None, headings: Sequence[str]) -> list[int]:
