@@ -180,7 +180,7 @@ def _target_transform(dataset: Any) -> Callable[[Any], Any] | None:
     joint = getattr(dataset, "transforms", None) if vision and isinstance(dataset, vision) else None
     if joint is not None and getattr(joint, "target_transform", joint) is not own:
         raise ValueError(
-            f"labels: expected a data set whose target_transform says what it makes of labels, got a "
+            f"labels: expected a data set whose target_transform says what it makes of labels, got "
             f"{type(dataset).__name__} with transforms of another kind; {WAY_OUT}"
         )
     return own

@@ -75,7 +75,7 @@ class Faulty:
         ),
         ("other_samples", "the same in targets and samples of the ImageFolder, got different"),
         ("other_targets", "the same in targets and samples of the ImageFolder, got different"),
-        ("joint_transforms", "target_transform .* got a ImageFolder with transforms of another kind"),
+        ("joint_transforms", "target_transform .* got ImageFolder with transforms of another kind"),
     ],
 )
 def test_targets_that_are_not_what_the_folder_yields_are_refused(root, change, words):
