@@ -7,12 +7,16 @@ The modules compose the paper: :class:`ClassGrouper` (section 3.2), :class:`CLAL
 :mod:`lgla_losses.functional` holds the equations.
 """
 
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from lgla_losses import functional
 from lgla_losses.adjustment import CLALogitAdjuster
 from lgla_losses.backbone import split_backbone
-from lgla_losses.counts import count_classes
 from lgla_losses.experts import GroupConvExperts
 from lgla_losses.grouping import ClassGrouper
+from lgla_losses.labels import count_classes
 from lgla_losses.linear import LinearLGLALoss
 from lgla_losses.loss import LGLALoss
 from lgla_losses.output import ExpertOutput
@@ -32,3 +36,37 @@ __all__ = [
     "functional",
     "split_backbone",
 ]
+
+#: Modules that are imported when they are first asked for: ``metrics`` and ``plot`` need extras.
+_MODULES = (
+    "adjusted",
+    "baselines",
+    "data",
+    "distributed",
+    "inspection",
+    "label_shift",
+    "metrics",
+    "monitor",
+    "plot",
+)
+
+if TYPE_CHECKING:
+    from lgla_losses import adjusted as adjusted
+    from lgla_losses import baselines as baselines
+    from lgla_losses import data as data
+    from lgla_losses import distributed as distributed
+    from lgla_losses import inspection as inspection
+    from lgla_losses import label_shift as label_shift
+    from lgla_losses import metrics as metrics
+    from lgla_losses import monitor as monitor
+    from lgla_losses import plot as plot
+else:  # or type checkers would take any name
+
+    def __getattr__(name: str) -> ModuleType:
+        if name in _MODULES:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,75 +1,31 @@
-"""Samples per class: counted from labels, and checked wherever they enter the library."""
+"""Vectors by class, such as samples per class: put in order and checked wherever they enter the library."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
 
-from lgla_losses.checks import finite_float, positive_int
-
-#: A vector of samples per class, or of labels.
-ArrayLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any]
+from lgla_losses.checks import finite_float
 
 
-def count_classes(labels: ArrayLike | Dataset[Any], num_classes: int) -> Tensor:
-    r"""Count the samples of every class, :math:`n_j` of Eq. 4.
+class Column(Protocol):
+    """A column of a table, such as a pandas ``Series``."""
 
-    Args:
-        labels: class indices ``[N]`` as a list, an array or a tensor, or a data set that keeps
-            them in ``targets`` or ``labels`` (as torchvision's do), or a ``Subset`` of one.
-        num_classes: number of classes ``C``; classes without a sample count 0.
-
-    Returns:
-        int64 ``[C]`` on the CPU.
-
-    Raises:
-        TypeError: labels are not integers, or the data set does not keep them.
-        ValueError: labels are not 1-D, or one lies outside ``0..C-1``.
-
-    Example:
-        >>> count_classes([0, 0, 2], num_classes=4)
-        tensor([2, 0, 1, 0])
-    """
-    num_classes = positive_int("num_classes", num_classes, "give the number of classes")
-    array = label_array(labels)
-    if array.ndim != 1:
-        raise ValueError(f"labels: expected 1-D class indices, got shape {list(array.shape)}; flatten them")
-    if array.size == 0:
-        return torch.zeros(num_classes, dtype=torch.int64)
-    if not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(
-            f"labels: expected integer class indices, got {array.dtype}; "
-            "map names or one-hot rows to indices first, for example with np.unique(..., return_inverse=True)"
-        )
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"labels: expected class indices 0..{num_classes - 1}, got {low if low < 0 else high}; "
-            "leave ignored samples out, or raise num_classes"
-        )
-    return torch.from_numpy(np.bincount(array, minlength=num_classes).astype(np.int64))
+    def to_numpy(self) -> npt.NDArray[Any]:
+        """Give its values."""
+        ...
 
 
-def label_array(labels: ArrayLike | Dataset[Any]) -> npt.NDArray[Any]:
-    """``labels`` as an array, from a vector or from the data set that keeps them."""
-    if isinstance(labels, Subset):
-        return label_array(labels.dataset)[np.asarray(labels.indices, dtype=np.int64)]
-    for attribute in ("targets", "labels"):
-        if hasattr(labels, attribute):
-            return label_array(getattr(labels, attribute))
-    if isinstance(labels, Dataset):
-        raise TypeError(
-            f"labels: expected a data set with an attribute targets or labels, got {type(labels).__name__}; "
-            "pass the labels themselves: count_classes([y for _, y in dataset], num_classes)"
-        )
-    return to_numpy("labels", labels)
+#: A vector of samples per class, or of labels. Mappings and columns with an index are for what goes by class:
+#: their keys are the class numbers ``0..C-1`` in any order. The index of a column of labels means nothing.
+ArrayLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any] | Mapping[int, Any] | Column
 
 
 def as_class_counts(class_counts: ArrayLike) -> Tensor:
@@ -117,20 +73,66 @@ def shot_splits(class_counts: Tensor, many: float, few: float) -> Tensor:
 
 
 def to_numpy(name: str, values: Any) -> npt.NDArray[Any]:
-    """``values`` as an array, from a list, an array or a tensor on any device."""
+    """A vector by class as an array, in class order."""
+    return as_array(name, in_class_order(name, values))
+
+
+def in_class_order(name: str, values: Any) -> Any:
+    """The values of a mapping or of a pandas ``Series`` in the order of their keys; others as they are."""
+    if isinstance(values, Mapping):
+        keys, entries = list(values), list(values.values())
+    elif _is_series(values):
+        keys, entries = list(values.index), values.to_numpy()
+    else:
+        return values
+    num_classes = len(keys)
+    numbered = all(isinstance(key, int | np.integer) and not isinstance(key, bool) for key in keys)
+    if not numbered or sorted(keys) != list(range(num_classes)):
+        way_out = (
+            "number the classes from 0 and give each an entry, as .reindex(range(num_classes)) of pandas does"
+            if numbered
+            else f"give the values in the order of your classes, as [{name}[key] for key in class_names]"
+        )
+        raise ValueError(
+            f"{name}: expected the class numbers 0..C-1 as keys or index, got {reprlib.repr(keys)}; {way_out}"
+        )
+    order = np.argsort(keys)
+    return [entries[place] for place in order]
+
+
+def _is_series(values: Any) -> bool:
+    """Whether it is a pandas ``Series``, or alike: one value for each entry of an index."""
+    has_index = hasattr(values, "to_numpy") and hasattr(getattr(values, "index", None), "__iter__")
+    return has_index and getattr(values, "ndim", 1) == 1
+
+
+def as_array(name: str, values: Any) -> npt.NDArray[Any]:
+    """``values`` as an array, from a list, an array, a column of a table or a tensor on any device."""
     if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        # NumPy has no bfloat16; every half-precision number is a float32.
-        return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)
+        return _tensor_array(name, values)
     try:
-        return np.asarray(values)
+        array = np.asarray(values)
+        # Tables keep integers with the option of a missing one as objects.
+        return np.asarray(array.tolist()) if array.dtype == object else array
     except ValueError as error:
         raise ValueError(f"{name}: expected a 1-D vector of numbers, got uneven rows") from error
 
 
-def integer_array(name: str, values: ArrayLike, way_out: str) -> npt.NDArray[np.int64]:
-    """``values`` as a vector of integers; an empty list is one."""
-    array = to_numpy(name, values)
+def _tensor_array(name: str, values: Tensor) -> npt.NDArray[Any]:
+    if values.is_meta or values.is_nested or values.layout != torch.strided:
+        kind = "meta" if values.is_meta else "nested" if values.is_nested else str(values.layout)
+        raise TypeError(f"{name}: expected a dense tensor that holds values, got one of kind {kind}")
+    values = values.detach().cpu()
+    # NumPy has neither bfloat16 nor floats of 8 bits; each of them is a float32.
+    narrow = values.is_floating_point() and values.dtype not in (torch.float16, torch.float32, torch.float64)
+    return np.asarray(values.float() if narrow else values)
+
+
+def integer_array(
+    name: str, values: ArrayLike, way_out: str, *, by_class: bool = False
+) -> npt.NDArray[np.int64]:
+    """``values`` as a vector of integers, one for each class or in an order of their own; may be empty."""
+    array = to_numpy(name, values) if by_class else as_array(name, values)
     if array.ndim != 1:
         raise ValueError(f"{name}: expected a 1-D vector, got shape {list(array.shape)}; flatten it")
     if array.size and not np.issubdtype(array.dtype, np.integer):

@@ -96,10 +96,17 @@ CASES = {
     "label out of range": (lambda: count_classes([0, 4], 4), ValueError, "labels", "0..3", "got 4", "num_classes"),
     "negative label": (lambda: count_classes([0, -1], 4), ValueError, "labels", "0..3", "got -1"),
     "float labels": (lambda: count_classes([0.0, 1.0], 4), TypeError, "labels", "integer", "float64"),
+    "counts of another order": (lambda: ClassGrouper({1: 3, 2: 2}, 1), ValueError, "class_counts", "0..C-1", "[1, 2]", "reindex"),
+    "counts by name": (lambda: ClassGrouper({"cat": 3, "dog": 2}, 1), ValueError, "class_counts", "0..C-1", "'cat'", "order of your classes"),
+    "groups by name": (lambda: ClassGrouper.from_groups([3, 2], {"cat": 0, "dog": 1}), ValueError, "group_index", "0..C-1", "'cat'"),
+    "sparse counts": (lambda: ClassGrouper(torch.ones(3).to_sparse(), 1), TypeError, "class_counts", "dense", "sparse_coo"),
+    "meta counts": (lambda: ClassGrouper(torch.ones(3, device=META), 1), TypeError, "class_counts", "holds values", "meta"),
+    "mapping of labels": (lambda: count_classes({0: 5}, 4), TypeError, "labels", "one label a sample", "mapping"),
+    "samples without labels": (lambda: count_classes([5], 4, iterate=True), TypeError, "labels", "(input, label)", "5", "at 0"),
     "2-D labels": (lambda: count_classes([[0], [1]], 4), ValueError, "labels", "1-D", "[2, 1]"),
     "no classes": (lambda: count_classes([0], 0), ValueError, "num_classes", "got 0"),
     "data set without labels": (
-        lambda: count_classes(torch.utils.data.TensorDataset(TARGET), 4), TypeError, "labels", "targets", "TensorDataset",
+        lambda: count_classes(torch.utils.data.TensorDataset(TARGET), 4), TypeError, "labels", "targets", "TensorDataset", "iterate=True",
     ),
     # experts and adjustment
     "one expert with LGLA": (lambda: criterion(num_experts=1), ValueError, "num_experts", "at least 2", "got 1", "softmax"),

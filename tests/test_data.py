@@ -3,10 +3,14 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 import sys
+import tracemalloc
+import zipfile
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torchvision
@@ -72,6 +76,11 @@ def test_counts_in_steps():
         (ValueError, "num_classes: expected an integer >= 1", (500, 0, 100)),
         (ValueError, "imbalance_factor: expected a finite number >= 1, .* got 0.01", (500, 10, 0.01)),
         (ValueError, "imbalance_factor: .* got inf", (500, 10, float("inf"))),
+        (
+            ValueError,
+            r"n_max: expected an integer .*, got 1180591620717411303424",
+            (2**70, 10, 100),
+        ),
         (ValueError, "kind: expected one of 'exp', 'step', got 'pareto'", (500, 10, 100, "pareto")),
     ],
 )
@@ -119,11 +128,18 @@ def test_indices_are_the_conventional_ones(seed):
         (ValueError, r"counts: expected a 1-D vector, got shape \[1, 2\]", [0, 1], [[1, 1]]),
         (TypeError, "counts: expected integers, got float64; long_tailed_counts", [0, 1], [1.0, 1.0]),
         (TypeError, "labels: expected integer class indices", [0.0, 1.0], [1, 1]),
+        (ValueError, "counts: expected the class numbers 0..C-1 as keys", [0, 1], {1: 1, 2: 1}),
     ],
 )
 def test_bad_indices(error, message, labels, counts):
     with pytest.raises(error, match=message):
         long_tailed_indices(labels, counts)
+
+
+@pytest.mark.parametrize(("seed", "error"), [(-1, ValueError), (2**32, ValueError), (0.5, TypeError)])
+def test_a_seed_that_the_generator_does_not_take_is_named(seed, error):
+    with pytest.raises(error, match=f"seed: expected an integer.* got {seed}"):
+        long_tailed_indices([0, 1], [1, 1], seed)
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
@@ -177,6 +193,39 @@ def test_subsets_share_the_images(images):
     assert len(data.subset([])) == 0
     with pytest.raises(TypeError, match="indices: expected integers, got bool"):
         data.subset(np.array(LABELS) == 0)
+
+
+@pytest.mark.parametrize("index", [6, -7, 2**40])
+def test_a_subset_of_samples_that_are_not_there_is_refused(index):
+    with pytest.raises(ValueError, match=f"indices: expected those of 6 samples, got {index}"):
+        ImageData(PIXELS, LABELS).subset([0, index])
+    assert ImageData(PIXELS, LABELS).subset([-1]).targets == [2]
+
+
+def test_labels_of_a_table_lose_its_index():
+    data = ImageData(PIXELS[:3], pd.Series(LABELS, index=range(10, 16))[:3])
+    assert data.targets == [0, 1, 2]
+    assert data.subset(pd.Series([2, 0], index=[5, 9])).targets == [2, 0]
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", tmp_path):
+        with pytest.raises(ValueError, match=f"image: expected an image file, got a folder, pipe .*{path}"):
+            read_image(path)
+    with pytest.raises(FileNotFoundError, match="none"):
+        read_image(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"text", lambda content: content[:60]])
+def test_a_damaged_image_is_named(tmp_path, damage):
+    (tmp_path / "a.png").write_bytes(damage(png(PIXELS[0])))
+    with pytest.raises(ValueError, match=f"image: expected one that Pillow can decode, got {tmp_path}/a.png"):
+        read_image(tmp_path / "a.png")
+    with pytest.raises(
+        ValueError, match=r"image: expected one that Pillow can decode, got b'.* of type bytes"
+    ):
+        read_image(damage(png(PIXELS[0])))
 
 
 def test_grey_images_become_rgb():
@@ -304,6 +353,29 @@ def test_other_files_are_no_npz(tmp_path):
         read_npz(tmp_path / "nowhere.npz")
 
 
+def test_a_packed_bomb_is_refused_before_it_is_read(tmp_path):
+    header = io.BytesIO()
+    shape = (10**6, 32, 32, 3)
+    fields = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, fields)
+    with (
+        zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("train_images.npy", "w", force_zip64=True) as file,
+    ):
+        file.write(header.getvalue())
+        for _ in range(300):
+            file.write(bytes(2**20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            ValueError, match=r"a.npz: expected .* \(train_images takes 314,572,928 bytes, packed"
+        ):
+            read_npz(tmp_path / "a.npz")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.fixture(params=[10, 100])
 def cifar(request, tmp_path, monkeypatch):
     """Two images a batch in the layout of CIFAR, with checksums of their own."""
@@ -402,11 +474,16 @@ def test_a_test_list_may_lack_classes(root, tmp_path):
         ("a b/0.png -1\n", "line 1: .* got 'a b/0.png -1'"),
         ("a b/0.png 0\na.png 3\n", "list.txt: expected every class 0..3 .line 2., got none of 1, 2; number"),
         ("a b/0.png 0\na.png 999999999999\n", "got none of 1, 2, 3, 4, 5, ...;"),
+        (
+            "a b/0.png 0\na.png " + "9" * 5000,
+            "line 2: expected a path and a class index .* got 'a.png 9+...9+'",
+        ),
+        (b"a b/0.png 0\n\xff\xfe.png 1\n", "list.txt, line 2: expected text in UTF-8, got binary data"),
         ("\n", "list.txt: expected lines 'path label', got none"),
     ],
 )
 def test_bad_lists(root, tmp_path, content, message):
-    (tmp_path / "list.txt").write_text(content)
+    (tmp_path / "list.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         read_list(tmp_path / "list.txt", root)
 
@@ -436,12 +513,23 @@ def test_inaturalist(root, tmp_path):
         ({**INATURALIST, "categories": [{"id": 5, "name": ""}]}, "got image 3 of category 20"),
         ([INATURALIST], "expected iNaturalist's JSON, got another file"),
         ("{", "expected iNaturalist's JSON, got another file"),
+        ("[" * 100_000, "expected iNaturalist's JSON, got another file"),
+        (b"\xff" * 9, "expected iNaturalist's JSON, got another file"),
+        (
+            {**INATURALIST, "categories": [*INATURALIST["categories"], {"id": "x", "name": ""}]},
+            "another file .'<' not supported",
+        ),
+        ({**INATURALIST, "categories": [{"id": [5], "name": ""}]}, "another file .unhashable"),
+        ({**INATURALIST, "annotations": [{"image_id": {}, "category_id": 5}]}, "another file .unhashable"),
+        ({**INATURALIST, "annotations": 7}, "another file .'int' object is not iterable"),
+        ({**INATURALIST, "images": [{"id": 3, "file_name": 5}]}, "another file .a file_name is no text"),
     ],
 )
 def test_bad_inaturalist(root, tmp_path, content, message):
     path = tmp_path / "train2018.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(ValueError, match=message):
+    content = json.dumps(content) if isinstance(content, dict | list) else content
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"{path}: .*{message}"):
         read_inaturalist(path, root)
 
 

@@ -1,5 +1,7 @@
 """``python -m lgla_losses inspect``: every source, figures in plain loops, warnings, pictures, refusals."""
 
+import errno
+import io
 import itertools
 import json
 import math
@@ -7,6 +9,9 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -347,6 +352,18 @@ REFUSED = [
     ("a.txt", "5\n2.5\n", [], "line 2: expected .* got '2.5'; give the samples of every class"),
     ("a.txt", PRIORS, [], r"line 1: .* got '0.5' \(the numbers sum to 1, as priors do\); multiply"),
     ("a.txt", "5 7\n", [], "line 1: expected .* got '5 7'; .* CSV"),
+    ("a.txt", "9" * 309 + "\n", [], "line 1: expected a count, .* got '9+...9+'; counts are below"),
+    ("a.txt", "5\n-" + "9" * 5000, [], "line 2: expected a count, .* got '-9+...9+'; a class without"),
+    ("a.json", f"[{'9' * 309}]", [], "entry 1: expected a count, .* got 9+...9+; counts are below"),
+    ("a.json", f"[{'9' * 5000}]", [], "a.json: expected JSON, got what cannot be read .* 5000 digits"),
+    ("a.txt", "1,000\n2,000\n3,500\n", [], "a.txt, line 1: expected counts, got what looks like .* thousands; write"),
+    ("a.txt", "# made today\n1,500\n", [], "line 2: expected counts, got what looks like .* thousands; write"),
+    ("a.txt", "1,500\n1,200\n", [], "line 1: expected counts, got what looks like .* thousands; write numbers"),
+    ("a.csv", "cat,1,000\ndog,2,500\n", [], "line 1: expected counts, got what looks like .* 1000 for '1,000'"),
+    ("a.txt", "12;345\n13;400\n", [], "expected one column of counts, got 2 of numbers"),
+    ("a.csv", 'name,count\ncat,"1,000"\ndog,5\nox,6\n', [], "line 2, column 'count': .* 1000 for '1,000'"),
+    ("a.txt", "1.000.000\n", [], "line 1: expected a count, .* write numbers without separators"),
+    ("a.txt", "1,000\n", ["--kind", "text"], "line 1: expected a count, .* 1000 for '1,000'"),
     ("a.txt", "1e300\n", [], "line 1: expected .* got '1e300'; counts are below"),
     ("a.txt", f"{2**62}\n{2**62}\n", [], r"expected counts whose sum is below 2\*\*63, got 9.22e\+18"),
     ("a.txt", "", [], "a.txt: expected class counts, one a line, got an empty file"),
@@ -355,6 +372,7 @@ REFUSED = [
     ("a.txt", b"12\n5\xff\xfe\n", [], "a.txt, line 2: expected text in UTF-8, got binary data"),
     ("a.txt", b"12\n\n\0\0\0", [], "a.txt, line 3: expected text in UTF-8, got binary data"),
     ("a.csv", "", [], "got an empty file"),
+    ("a.csv", ",\n,\n", [], "expected a CSV file with a row a class, got an empty file"),
     ("a.csv", "name,count\n", [], "expected a row a class below the header of line 1, got none"),
     ("a.csv", "# x\nname,count\ncat,5\ndog,x\n", [], "line 4, column 'count': expected a count, .* got 'x'"),
     ("a.csv", "cat,5\ndog,6\nox,\n", [], "line 3, column '2': expected a count, .* got ''"),
@@ -365,6 +383,19 @@ REFUSED = [
     ("a.csv", "a,b\n5,5\n6,5\n", ["--count-column", "c"], "--count-column one of 'a', 'b', or a number 1..2, got 'c'"),
     ("a.csv", "5,5\n6,5\n", ["--name-column", "3", "--count-column", "1"], "for --name-column a number 1..2, got '3'"),
     ("a.csv", 'a,b\n"' + "x" * 200_000 + '",5\n', [], "line 2: expected a row of a CSV file, got field larger"),
+    ("a.csv", "path,label\na.png,0\nb.png,1\n", [], "got one of labels among the columns 'path', 'label'; .* --label-column"),
+    ("a.csv", "path,animal\na.png,cat\nb.png,cat\n", [], "none of numbers among .*; with one row a sample, --label-column"),
+    ("a.csv", "cat,5\ncat,6\n", ["--name-column", "1"], "got 'cat' again .* with one row a sample, --label-column"),
+    ("a.csv", "path,label\na.png,cat\nb.png,\n", ["--label-column", "label"], "line 3: expected a label in column 'label', got an empty"),
+    ("a.csv", "path,label\na.png,0\nb.png,1.5\n", ["--label-column", "label"], "line 3: expected labels that are class numbers, .* got '1.5'"),
+    ("a.csv", "path,label\na.png,0\nb.png,cat\n", ["--label-column", "label"], "line 3: expected labels that are class numbers, .* got 'cat'"),
+    ("a.csv", f"0\n{'9' * 400}\n", ["--label-column", "1"], "line 2: expected labels that are class numbers, .* got '9+...9+'"),
+    ("a.csv", "path,label\na.png,-1\nb.png,0\n", ["--label-column", "2"], "expected labels >= 0, got -1 at line 2"),
+    ("a.csv", "0\n500\n", ["--label-column", "1"], "got 500 at line 2 of 2 labels"),
+    ("a.csv", "a,b\n1,2\n", ["--label-column", "c"], "for --label-column one of 'a', 'b', or a number 1..2, got 'c'"),
+    ("a.csv", "a,b\n1,2\n", ["--label-column", "9" * 5000], "for --label-column a number 1..2, got '9+...9+'"),
+    ("a.csv", "a,b\n1,2\n", ["--label-column", "a", "--count-column", "b"], "expected --label-column, or .* got both"),
+    ("a.txt", "5\n", ["--label-column", "a"], "expected a source of kind csv with label-column='a'"),
     ("a.json", "", [], "got an empty file"),
     ("a.json", "[1,\n 2,\n", [], "a.json, line 3: expected JSON, got Expecting value"),
     ("a.json", "[5,\n 2.5, 1]", [], "line 2, entry 2: expected a count, .* got 2.5"),
@@ -374,6 +405,8 @@ REFUSED = [
     ("a.json", '{"cat": 5,\n "dog":\n -1}', [], "line 3, entry 2: expected .* got -1"),
     ("a.json", '{"cat": 5,\n "cat": 6}', [], r"line 2, entry 2: expected every class once, got 'cat' again \(line 1"),
     ("a.json", "{}", [], "expected a JSON list or mapping of counts, got an empty one"),
+    ("a.json", "[" * 900 + "]" * 900, [], "entry 1: expected a count, .* got ....* give a list of counts"),
+    ("a.json", '"' + "x" * 9999 + '"', [], "mapping of counts, got 'x+...x+'; give"),
     ("a.json", "7", [], "expected a JSON list or mapping of counts, got 7"),
     ("a.json", "[" * 100_000, [], "expected JSON, got what cannot be read"),
     ("a.npy", b"not an array", [], "expected an array of labels, got another or a damaged file"),
@@ -382,6 +415,7 @@ REFUSED = [
     ("a.txt", "5\n", ["--kind", "images"], "a.txt: expected a folder with one folder of images a class, got a file"),
     ("a.txt", "5\n", ["--few", "200"], "expected 0 <= few <= many, finite, got few = 200 and many = 100"),
     ("a.txt", "5\n", ["--batch-size", "0"], "--batch-size"),
+    ("a.txt", "5\n", ["--batch-size", "9" * 400], "--batch-size"),
     ("a.txt", "5\n", ["--kind", "words"], "--kind"),
 ]  # fmt: skip
 
@@ -418,6 +452,79 @@ def test_labels_that_are_none_are_refused(tmp_path, labels, words):
     refused(
         run(tmp_path / "a.npy", "--key", "y"), "a.npy: expected an .npz file with --key y|expected an array"
     )
+
+
+def npy(shape, content=b"", descr="|u1"):
+    """An array as np.save writes it, but for its content."""
+    file = io.BytesIO()
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + content
+
+
+def npz(content, edit=lambda data, here, there: None):
+    """An .npz of one array, in which a byte of both its headers may be changed."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train_labels.npy", content)
+    data = bytearray(file.getvalue())
+    edit(data, data.index(b"PK\x03\x04"), data.index(b"PK\x01\x02"))
+    return bytes(data)
+
+
+def encrypt(data, here, there):
+    data[here + 6] |= 1
+    data[there + 8] |= 1
+
+
+def pack_otherwise(data, here, there):
+    data[here + 8] = data[there + 10] = 99
+
+
+DAMAGED = {
+    "claims 1e13 labels": ("a.npy", lambda: npy((10**13,), bytes(9)), "10,000,000,000,000 bytes, of which there are 9"),
+    "claims 1e13 labels in an archive": ("a.npz", lambda: npz(npy((10**13,), bytes(9))), "10,000,000,000,000 bytes, of which there are 9"),
+    "300 MB of zeros": ("a.npz", lambda: npz(npy((300 * 2**20,), bytes(300 * 2**20))), "train_labels takes 314,572,928 bytes, packed into"),
+    "encrypted": ("a.npz", lambda: npz(npy((3,), b"abc"), encrypt), "is encrypted"),
+    "unknown packing": ("a.npz", lambda: npz(npy((3,), b"abc"), pack_otherwise), "compression method"),
+    "cut off": ("a.npz", lambda: npz(npy((3,), b"abc"))[:-30], "another or a damaged file"),
+    "cut off array": ("a.npy", lambda: npy((3,), b"ab"), "takes 3 bytes, of which there are 2"),
+    "negative size": ("a.npy", lambda: npy((-3,), b"ab"), "another or a damaged file"),
+    "later format": ("a.npy", lambda: npy((3,), b"abc").replace(b"NUMPY\x01", b"NUMPY\x03"), "format"),
+    "another archive": ("a.npz", lambda: npz(b"no array"), "another or a damaged file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", DAMAGED)
+def test_damaged_and_oversized_arrays_are_refused_before_they_are_read(tmp_path, fault):
+    name, make, words = DAMAGED[fault]
+    path = write(tmp_path / name, make())
+    tracemalloc.start()
+    try:
+        refused(run(path), f"{name}: expected an array of labels, got .*{words}")
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_row_a_sample_gives_the_same_numbers(tmp_path, counts_file):
+    rows = [(f"{i}.png", number, NAMES[number]) for i, number in enumerate(LABELS)]
+    write(tmp_path / "a.csv", csv_text(header=("path", "label", "animal"), rows=rows))
+    write(tmp_path / "b.csv", csv_text(";", header=None, rows=[(path, f"{n}.0") for path, n, _ in rows]))
+    expected = record(counts_file)
+    for name, column in (("a.csv", "label"), ("a.csv", "2"), ("b.csv", "2")):
+        found = record(tmp_path / name, "--label-column", column)
+        assert "a CSV file of samples with labels in column" in found["source"]["description"]
+        assert same_figures(found, json.loads(json.dumps(expected)))
+    named = read_class_counts(tmp_path / "a.csv", label_column="animal")
+    assert named.names == sorted(NAMES)
+    assert dict(zip(named.names, named.counts, strict=True)) == dict(zip(NAMES, COUNTS, strict=True))
+
+
+def test_labels_are_counted_in_blocks(tmp_path, counts_file, monkeypatch):
+    monkeypatch.setattr("lgla_losses.inspection.sources.BLOCK", 10)
+    np.save(tmp_path / "labels.npy", LABELS.astype(np.uint8))
+    assert read_class_counts(tmp_path / "labels.npy").counts == COUNTS
 
 
 def test_arrays_of_unknown_names_are_refused(tmp_path):
@@ -504,9 +611,59 @@ print({"typer", "rich", "matplotlib"} & (set(sys.modules) - before))
     assert python("-c", code).stdout == "set()\n"
 
 
-def test_a_pipe_is_not_looked_into(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    refused(run(tmp_path / "pipe"), "got a pipe or device, which can be read only once; say by --kind")
+@pytest.mark.parametrize("name", ["pipe", "pipe.csv", "pipe.npz", "pipe.json"])
+def test_a_pipe_is_not_looked_into(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    refused(run(tmp_path / name), "got a pipe or device, which can be read only once; say by --kind")
+    refused(run(tmp_path / name, "--kind", "labels"), "it is a pipe or device, which can be read only once")
+
+
+def test_a_pipe_in_a_folder_of_images_is_no_image(tmp_path):
+    image_folders(tmp_path)
+    os.mkfifo(tmp_path / "0_plane" / "pipe.png")
+    (tmp_path / "0_plane" / "broken.png").symlink_to(tmp_path / "none")
+    assert read_class_counts(tmp_path).counts == COUNTS
+
+
+def test_a_picture_is_not_written_into_a_pipe(tmp_path, counts_file):
+    os.mkfifo(tmp_path / "pipe.png")
+    refused(run(counts_file, "--png", tmp_path / "pipe.png"), r"--png: .* \(it is a folder, pipe or device")
+    refused(run(counts_file, "--png", tmp_path), r"--png: .* \(it is a folder, pipe or device")
+
+
+def test_a_picture_that_fails_half_way_leaves_the_old_one(tmp_path, counts_file, monkeypatch):
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    picture = write(tmp_path / "a.png", b"old")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    refused(
+        run(counts_file, "--png", picture), r"--png: expected a file that can be written, .* \(No space left"
+    )
+    assert picture.read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "counts.txt"]
+
+
+def test_an_endless_text_is_refused():
+    refused(
+        run("/dev/zero", "--kind", "text"), "/dev/zero: expected text of at most 268,435,456 bytes, got more"
+    )
+
+
+def test_wrong_arguments_of_the_function_are_named(counts_file):
+    reference.assert_raises(
+        lambda: read_class_counts(counts_file, "xml"), ValueError, "kind", "'text', 'csv'", "got 'xml'"
+    )
+    reference.assert_raises(lambda: read_class_counts(counts_file, 3), TypeError, "kind", "got 3")
+    reference.assert_raises(lambda: read_class_counts([3, 2]), TypeError, "source", "a path", "[3, 2]")
+    reference.assert_raises(
+        lambda: read_class_counts("a.csv", count_column=2),
+        TypeError,
+        "count_column",
+        "a text or None",
+        "got 2",
+    )
 
 
 def test_version_and_help():

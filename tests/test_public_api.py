@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import os
 import pkgutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from lgla_losses import baselines, functional, plot
 from lgla_losses.adjusted import AdjustedLoss, Options
 
 SIGNATURES = {
-    "count_classes": "labels, num_classes",
+    "count_classes": "labels, num_classes, *, iterate=False",
     "ClassGrouper": "class_counts, num_groups",
     "ClassGrouper.from_groups": "class_counts, group_index",
     "ClassGrouper.forward": "self, target",
@@ -165,6 +166,42 @@ import lgla_losses
 lgla_losses.LGLALoss([5, 4, 3])
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_modules_are_attributes_of_the_package():
+    """Without imports of their own; they are in ``dir``, which editors ask."""
+    code = """
+import sys
+import torch, lgla_losses
+before = set(sys.modules)
+import torchvision_shim
+for name in lgla_losses._MODULES:
+    assert f"lgla_losses.{name}" not in before
+    assert name in dir(lgla_losses)
+    assert getattr(lgla_losses, name).__name__ == f"lgla_losses.{name}"
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_what_is_no_module_is_no_attribute_of_the_package():
+    with pytest.raises(AttributeError, match="module 'lgla_losses' has no attribute 'plots'"):
+        lgla_losses.plots  # noqa: B018
+    for module in pkgutil.iter_modules(lgla_losses.__path__):
+        assert module.name[0] == "_" or hasattr(lgla_losses, module.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "needed", "extra"),
+    [("plot", "matplotlib.figure", "plot"), ("metrics", "torchmetrics", "metrics")],
+)
+def test_a_module_whose_extra_is_missing_names_it(name, needed, extra, monkeypatch):
+    for loaded in [one for one in sys.modules if f"{one}.".startswith(f"lgla_losses.{name}.")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.delattr(lgla_losses, name, raising=False)
+    monkeypatch.setitem(sys.modules, needed, None)
+    with pytest.raises(ImportError, match=rf'pip install "lgla-losses\[{name}\]"'):
+        getattr(lgla_losses, name)
 
 
 def test_modules_hold_no_assert():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
+import reprlib
 from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lgla_losses.checks import describe
+from lgla_losses.checks import describe, positive_int
+from lgla_losses.data.arrays import array_names, read_array
 from lgla_losses.data.images import ImageData, check_image_array, vision_library
+from lgla_losses.data.text import read_lines
 
 ARRAYS = ("train_images", "train_labels", "val_images", "val_labels")
 PACK = ("train_jpg", "train_off", "train_y", "test_jpg", "test_off", "test_y")
@@ -44,15 +46,18 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, ImageData]:
         FileNotFoundError: there is no such file.
         ValueError: the file is another, or its arrays do not fit.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(
             f"{path}: expected an .npz file with the arrays {', '.join(ARRAYS)} (or {', '.join(PACK)}), got "
             "none; put one there, or for CIFAR let torchvision download it: read_cifar(..., download=True)"
         )
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in (*ARRAYS, *PACK) if name in file}
-    except (OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        there = array_names(path)
+        if there is None:
+            raise ValueError("a single array")
+        arrays = {name: read_array(path, name) for name in (*ARRAYS, *PACK) if name in there}
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: expected an .npz file of plain arrays, got another ({error})") from error
     encoded = any(name in arrays for name in PACK)
     names, others = (PACK, ARRAYS) if encoded else (ARRAYS, PACK)
@@ -156,7 +161,7 @@ def read_list(
     Source: Liu et al., CVPR 2019.
 
     Args:
-        list_file: text in UTF-8.
+        list_file: text in UTF-8 of at most 256 MiB.
         root: the folder that the paths start from.
         num_classes: the classes of a test list, which may lack some; None means those of the list, which
             lacks none.
@@ -166,10 +171,12 @@ def read_list(
 
     Raises:
         FileNotFoundError: the list, the folder or the first image is missing.
-        ValueError: a line is no path and class index, a class of ``0..C-1`` has no line, or one is not below
-            ``num_classes``.
+        ValueError: the file is no such text, a line is no path and class index, a class of ``0..C-1`` has no
+            line, or one is not below ``num_classes``.
     """
     list_file, root = Path(list_file), Path(root)
+    if num_classes is not None:
+        num_classes = positive_int("num_classes", num_classes, "give the number of classes, or None")
     if not list_file.is_file():
         raise FileNotFoundError(
             f"{list_file}: expected a list file of lines 'path label', got none; put there those of "
@@ -177,19 +184,19 @@ def read_list(
             f"{IMAGE_SOURCES}"
         )
     paths, labels, largest = [], [], (-1, 0)
-    with list_file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.isspace():
-                continue
-            fields = line.strip().rsplit(maxsplit=1)
-            if len(fields) != 2 or not fields[1].isdecimal():
-                raise ValueError(
-                    f"{list_file}, line {number}: expected a path and a class index >= 0, as in "
-                    f"'train/a.jpg 0', got {line.strip()!r}"
-                )
-            paths.append(fields[0])
-            labels.append(int(fields[1]))
-            largest = max(largest, (labels[-1], number))
+    for number, line in enumerate(read_lines(list_file), start=1):
+        if line.isspace():
+            continue
+        fields = line.strip().rsplit(maxsplit=1)
+        # What an int64 cannot hold is no class index.
+        if len(fields) != 2 or not fields[1].isdecimal() or len(fields[1]) > 18:
+            raise ValueError(
+                f"{list_file}, line {number}: expected a path and a class index >= 0, as in "
+                f"'train/a.jpg 0', got {reprlib.repr(line.strip())}"
+            )
+        paths.append(fields[0])
+        labels.append(int(fields[1]))
+        largest = max(largest, (labels[-1], number))
     if not paths:
         raise ValueError(f"{list_file}: expected lines 'path label', got none")
     if num_classes is not None and largest[0] >= num_classes:
@@ -230,26 +237,29 @@ def read_inaturalist(json_file: str | os.PathLike[str], root: str | os.PathLike[
             f"there from https://github.com/visipedia/inat_comp/tree/master/2018; {IMAGE_SOURCES}"
         )
     try:
-        content = json.loads(json_file.read_text(encoding="utf-8"))
+        content = json.loads(json_file.read_bytes())
         files = {image["id"]: image["file_name"] for image in content["images"]}
         pairs = [(one["image_id"], one["category_id"]) for one in content["annotations"]]
         names = {category["id"]: str(category["name"]) for category in content["categories"]}
+        unknown = [pair for pair in pairs if pair[0] not in files or pair[1] not in names]
+        categories = sorted(names)
+        if not all(isinstance(file, str) for file in files.values()):
+            raise TypeError("a file_name is no text")
     except KeyError as error:
         raise ValueError(
             f"{json_file}: expected images (id, file_name), annotations (image_id, category_id) and "
             f"categories (id, name), got none of the key {error}; the files of tests have no annotations"
         ) from error
-    except (TypeError, ValueError) as error:
+    except (RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{json_file}: expected iNaturalist's JSON, got another file ({error})") from error
-    unknown = [pair for pair in pairs if pair[0] not in files or pair[1] not in names]
     if unknown or not pairs:
         got = f"image {unknown[0][0]} of category {unknown[0][1]}" if unknown else "none"
         raise ValueError(f"{json_file}: expected annotations of its images and categories, got {got}")
-    label_of = {category: label for label, category in enumerate(sorted(names))}
+    label_of = {category: label for label, category in enumerate(categories)}
     return ImageData(
         _under(root, [files[image] for image, _ in pairs]),
         [label_of[category] for _, category in pairs],
-        classes=[names[category] for category in sorted(names)],
+        classes=[names[category] for category in categories],
     )
 
 

@@ -79,8 +79,17 @@ class ImageData(Dataset[tuple[Any, int]]):
         return len(self.targets)
 
     def subset(self, indices: ArrayLike) -> ImageData:
-        """Some of the samples, in the order of ``indices`` ``[M]``; the images are shared, not copied."""
-        chosen = integer_array("indices", indices, "those of a mask are np.flatnonzero(mask)").tolist()
+        """Some of the samples, in the order of ``indices`` ``[M]``; the images are shared, not copied.
+
+        Raises:
+            TypeError: the indices are not integers.
+            ValueError: the indices are not 1-D, or one is out of range; negative ones count from the end.
+        """
+        array = integer_array("indices", indices, "those of a mask are np.flatnonzero(mask)")
+        wrong = array[(array < -len(self)) | (array >= len(self))]
+        if wrong.size:
+            raise ValueError(f"indices: expected those of {len(self)} samples, got {wrong[0]}")
+        chosen = array.tolist()
         targets = [self.targets[i] for i in chosen]
         return ImageData([self.images[i] for i in chosen], targets, self.transform, self.classes)
 
@@ -97,17 +106,29 @@ def read_image(image: Image) -> Any:
 
     Raises:
         ImportError: Pillow is not installed.
+        OSError: there is no such file, or it cannot be opened.
         TypeError: ``image`` is something else.
+        ValueError: Pillow cannot decode it; the error names the file.
     """
     pil = vision_library("PIL.Image")
     if isinstance(image, np.ndarray):
         return pil.fromarray(image).convert("RGB")
     if not isinstance(image, bytes | str | os.PathLike):
         raise TypeError(f"image: expected bytes, a path or a uint8 array, got {describe(image)}")
-    with pil.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-        if opened.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
-            return pil.fromarray((np.asarray(opened) / 257).astype(np.uint8)).convert("RGB")
-        return opened.convert("RGB")
+    # Opening a pipe would wait for somebody to write into it.
+    if not isinstance(image, bytes) and not os.path.isfile(image) and os.path.exists(image):
+        raise ValueError(f"image: expected an image file, got a folder, pipe or device: {os.fspath(image)}")
+    try:
+        with pil.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            if opened.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
+                return pil.fromarray((np.asarray(opened) / 257).astype(np.uint8)).convert("RGB")
+            return opened.convert("RGB")
+    except Exception as error:
+        # What a damaged file raises in a decoder is in no list; an error of the system names the file.
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        what = describe(image) if isinstance(image, bytes) else os.fspath(image)
+        raise ValueError(f"image: expected one that Pillow can decode, got {what} ({error})") from error
 
 
 def check_image_array(name: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lgla_losses.checks import describe, finite_float, one_of, positive_int
-from lgla_losses.counts import ArrayLike, count_classes, integer_array, label_array
+from lgla_losses.checks import describe, finite_float, integer, one_of, positive_int
+from lgla_losses.counts import ArrayLike, integer_array
+from lgla_losses.labels import count_classes, label_array
 
 
 def long_tailed_counts(n_max: int, num_classes: int, imbalance_factor: float, kind: str = "exp") -> Tensor:
@@ -41,6 +43,8 @@ def long_tailed_counts(n_max: int, num_classes: int, imbalance_factor: float, ki
         tensor([500, 158,  50,  15,   5])
     """
     n_max = positive_int("n_max", n_max, "give the samples of the largest class")
+    if n_max >= 2**63:
+        raise ValueError(f"n_max: expected an integer below 2**63, got {reprlib.repr(n_max)}")
     num_classes = positive_int("num_classes", num_classes, "give the number of classes")
     expected = "a finite number >= 1, the largest class over the smallest"
     factor = finite_float("imbalance_factor", imbalance_factor, low=1.0, high=math.inf, expected=expected)
@@ -77,10 +81,14 @@ def long_tailed_indices(labels: ArrayLike | Dataset[Any], counts: ArrayLike, see
         >>> long_tailed_indices([1, 0, 0, 1], counts=[2, 1])
         tensor([2, 1, 0])
     """
-    wanted = integer_array("counts", counts, "long_tailed_counts makes such ones")
+    wanted = integer_array("counts", counts, "long_tailed_counts makes such ones", by_class=True)
+    seed = integer("seed", seed, "it begins NumPy's legacy generator")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected an integer 0..2**32 - 1, got {seed}")
     if len(wanted) == 0 or wanted.min() < 1:
         raise ValueError(f"counts: expected at least 1 of every class [C], got {describe(wanted.tolist())}")
-    held = count_classes(labels, len(wanted)).numpy()
+    array = label_array(labels)
+    held = count_classes(array, len(wanted)).numpy()
     short = np.flatnonzero(held < wanted)
     if short.size:
         j = short[0]
@@ -88,7 +96,6 @@ def long_tailed_indices(labels: ArrayLike | Dataset[Any], counts: ArrayLike, see
             f"counts: expected at most as many as there are, got {wanted[j]} for class {j}, "
             f"which has {held[j]} ({len(short)} such of {len(wanted)}); lower n_max of long_tailed_counts"
         )
-    array = label_array(labels)
     generator = np.random.RandomState(seed)
     chosen = []
     for j, count in enumerate(wanted.tolist()):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -55,8 +57,8 @@ def inspect(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="Class counts as a text file (one a line), CSV or JSON; labels as .npy or .npz; or a folder "
-            "of images with a folder a class, or with train/ that has them.",
+            help="Class counts as a text file (one a line), CSV or JSON; labels as .npy or .npz, or as CSV "
+            "with --label-column; or a folder of images with a folder a class, or with train/ that has them.",
             show_default=False,
         ),
     ],
@@ -76,9 +78,16 @@ def inspect(
         str | None,
         typer.Option(help="Heading of the class names in a CSV file, or number from 1.", show_default=False),
     ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Heading of the labels in a CSV file with a row a sample, or number from 1.",
+            show_default=False,
+        ),
+    ] = None,
     many: Annotated[float, typer.Option(min=0, help="Many-shot classes have more samples.")] = 100,
     few: Annotated[float, typer.Option(min=0, help="Few-shot classes have fewer samples.")] = 20,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, max=2**63 - 1, help="Samples of a batch.")] = 128,
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a picture there.", show_default=False)
     ] = None,
@@ -89,7 +98,12 @@ def inspect(
     """Look at class counts: imbalance, groups and margins for K = 2..7, warnings, a place to start."""
     if not few <= many < float("inf"):
         _refuse(f"--few, --many: expected 0 <= few <= many, finite, got few = {few:g} and many = {many:g}")
-    options = {"key": key, "count_column": count_column, "name_column": name_column}
+    options = {
+        "key": key,
+        "count_column": count_column,
+        "name_column": name_column,
+        "label_column": label_column,
+    }
     try:
         found = read_class_counts(source, kind, **options)
     except SourceError as error:
@@ -127,11 +141,26 @@ def _write_picture(png: Path, source: Path, found: ClassCounts, inspection: Insp
     title = f"{source.name}: groups of {num_experts} experts"
     try:
         figure = draw_groups(grouper, numbers, inspection.many, inspection.few, title)
-        figure.savefig(png, format="png", dpi=150)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=150)
+        _write_whole(png.resolve(), drawn.getvalue())
     except ImportError as error:
         _refuse(f"--png: {error}")
     except OSError as error:
         _refuse(f"--png: expected a file that can be written, got {png} ({error.strerror or error})")
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all: what was there stays if the disk is full."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is a folder, pipe or device")
+    temporary = path.with_name(f".{os.getpid()}.part")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _refuse(message: str) -> NoReturn:

@@ -5,6 +5,7 @@ Its sentences count groups and experts from 1, as people do; its indices from 0,
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from lgla_losses.adjustment import CLALogitAdjuster
 from lgla_losses.checks import finite_float, positive_int
-from lgla_losses.counts import ArrayLike, integer_array
+from lgla_losses.counts import ArrayLike, integer_array, to_numpy
 from lgla_losses.grouping import ClassGrouper
 
 #: The numbers of experts K that are looked at, those of the paper's Fig. 7; everywhere else it has three.
@@ -146,7 +147,7 @@ def inspect_counts(
         TypeError: counts are not integers, or an option is no number.
         ValueError: counts are negative or all 0, there is not one name a class, or an option is out of range.
     """
-    array = integer_array("counts", counts, "give the number of samples of every class")
+    array = integer_array("counts", counts, "give the number of samples of every class", by_class=True)
     if (array < 0).any() or not (array > 0).any():
         raise ValueError(
             "counts: expected counts >= 0 and one above, "
@@ -157,6 +158,8 @@ def inspect_counts(
     many = finite_float("many", many, low=0, high=float("inf"), expected="a finite number >= 0")
     few = finite_float("few", few, low=0, high=many, expected=f"a number in 0..many={many:g}")
     batch_size = positive_int("batch_size", batch_size, "give the samples of a batch")
+    if batch_size >= 2**63:
+        raise ValueError(f"batch_size: expected an integer below 2**63, got {reprlib.repr(batch_size)}")
 
     def info(number: int) -> ClassInfo:
         return ClassInfo(number, None if names is None else names[number], int(array[number]))
@@ -198,7 +201,7 @@ def gini_coefficient(counts: ArrayLike) -> float:
         >>> gini_coefficient([3, 1])
         0.25
     """
-    ascending = np.sort(np.asarray(counts, dtype=np.float64))
+    ascending = np.sort(to_numpy("counts", counts).astype(np.float64))
     num_classes = len(ascending)
     ranks = np.arange(1, num_classes + 1)
     return float(((2 * ranks - num_classes - 1) * ascending).sum() / (num_classes * ascending.sum()))

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import os
 import re
-import zipfile
-import zlib
+import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from lgla_losses.counts import count_classes
+from lgla_losses.checks import describe, one_of
+from lgla_losses.data.arrays import array_names, read_array
+from lgla_losses.data.text import read_lines
+from lgla_losses.labels import count_classes
 
 #: Endings of what counts as an image in a folder.
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -30,10 +34,21 @@ LABEL_KEYS = ("train_labels", "train_y")
 COUNT_HEADINGS = ("count", "counts", "num_samples", "samples", "num_images", "images", "frequency", "freq")
 NAME_HEADINGS = ("name", "class_name", "classname", "class", "category", "label")
 
+#: Headings of what is a label or a class number and no count, though it may be the only column of numbers.
+LABEL_HEADINGS = (*NAME_HEADINGS, "labels", "target", "targets", "y", "class_id", "category_id", "label_id")
+
 #: Tried in this order; the one that leaves most cells numbers is the file's.
 DELIMITERS = ",\t;"
 
 ZERO_WAY_OUT = "a class without samples has the count 0"
+SAMPLES_WAY_OUT = "with one row a sample, --label-column says which column holds the labels"
+THOUSANDS_WAY_OUT = "write numbers without separators, 1000 for '1,000'"
+
+#: Numbers with a mark after the thousands.
+SEPARATED = re.compile(r"\d{1,3}([,.' \u00a0\u2009\u202f]\d{3})+")
+
+#: Labels that are counted at once.
+BLOCK = 1 << 24
 
 
 class SourceError(ValueError):
@@ -72,32 +87,42 @@ def read_class_counts(
     key: str | None = None,
     count_column: str | None = None,
     name_column: str | None = None,
+    label_column: str | None = None,
 ) -> ClassCounts:
     """Read class counts.
 
     Args:
-        source: a text file with one count a line (``#`` begins a comment); a CSV file with a column of
-            counts and perhaps one of names; a JSON list of counts or mapping of names to counts; an ``.npy``
-            or ``.npz`` file of integer labels; a folder with one folder of images a class, or with
-            ``train/`` that has them.
+        source: a text file with one count a line (``#`` begins a comment); a CSV file with a row a class, a
+            column of counts and perhaps one of names, or with a row a sample and a column of labels; a JSON
+            list of counts or mapping of names to counts; an ``.npy`` or ``.npz`` file of integer labels; a
+            folder with one folder of images a class, or with ``train/`` that has them.
         kind: ``"text"``, ``"csv"``, ``"json"``, ``"labels"`` or ``"images"``; None goes by the ending and the
             content.
         key: the array of labels in an ``.npz``; None takes ``train_labels``, ``train_y`` or the only array.
         count_column: heading of the counts in a CSV file, or its number from 1; None finds it.
         name_column: heading of the names, or its number from 1; None finds it if there is one.
+        label_column: heading of the labels in a CSV file with a row a sample, or its number from 1. Whole
+            numbers are classes counted from 0; other labels name them, in sorted order.
 
     Raises:
         SourceError: a ``ValueError`` that names file, line, what was expected, what came and the way out.
+        TypeError: ``source`` is no path, or ``kind`` no text.
+        ValueError: ``kind`` is another word.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"source: expected a path, got {describe(source)}; LGLALoss takes counts as they are")
     path = Path(source)
+    if kind is not None:
+        kind = one_of("kind", kind, [str(one) for one in Kind])
     try:
         found = detect_kind(path) if kind is None else Kind(kind)
-        _check_options(path, found, key=key, count_column=count_column, name_column=name_column)
+        columns = {"count_column": count_column, "name_column": name_column, "label_column": label_column}
+        _check_options(path, found, key=key, **columns)
         match found:
             case Kind.TEXT:
                 return _read_text(path)
             case Kind.CSV:
-                return _read_csv(path, count_column, name_column)
+                return _read_csv(path, **columns)
             case Kind.JSON:
                 return _read_json(path)
             case Kind.LABELS:
@@ -106,8 +131,8 @@ def read_class_counts(
                 return _read_images(path)
     except OSError as error:
         raise SourceError(
-            f"{path}: expected a file or folder that can be read, got {error.strerror or error}; "
-            "check the path and its permissions"
+            f"{error.filename or path}: expected a file or folder that can be read, got "
+            f"{error.strerror or error}; check the path and its permissions"
         ) from error
 
 
@@ -115,16 +140,16 @@ def detect_kind(path: Path) -> Kind:
     """What a source is, by its ending, else by its content."""
     if path.is_dir():
         return Kind.IMAGES
-    by_suffix = {
-        ".csv": Kind.CSV, ".tsv": Kind.CSV, ".json": Kind.JSON, ".npy": Kind.LABELS, ".npz": Kind.LABELS
-    }  # fmt: skip
-    if path.suffix.lower() in by_suffix:
-        return by_suffix[path.suffix.lower()]
     if path.exists() and not path.is_file():
         raise SourceError(
             f"{path}: expected a file or folder, got a pipe or device, which can be read only once; say by "
             "--kind what it holds"
         )
+    by_suffix = {
+        ".csv": Kind.CSV, ".tsv": Kind.CSV, ".json": Kind.JSON, ".npy": Kind.LABELS, ".npz": Kind.LABELS
+    }  # fmt: skip
+    if path.suffix.lower() in by_suffix:
+        return by_suffix[path.suffix.lower()]
     with path.open("rb") as file:
         begin = file.read(1 << 16)
     if begin.startswith((b"\x93NUMPY", b"PK\x03\x04")):
@@ -138,13 +163,15 @@ def detect_kind(path: Path) -> Kind:
 
 def _check_options(path: Path, kind: Kind, **options: str | None) -> None:
     """Refuse options that say nothing about this kind, as they show a misunderstanding."""
-    of_kind = {"key": Kind.LABELS, "count_column": Kind.CSV, "name_column": Kind.CSV}
     for name, value in options.items():
-        if value is not None and kind != of_kind[name]:
-            option = name.replace("_", "-")
+        of_kind = Kind.LABELS if name == "key" else Kind.CSV
+        option = name.replace("_", "-")
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name}: expected a text or None, got {describe(value)}")
+        if value is not None and kind != of_kind:
             raise SourceError(
-                f"{path}: expected a source of kind {of_kind[name]} with {option}={value!r}, got one of kind "
-                f"{kind}; leave {option} out, or say kind={of_kind[name]}"
+                f"{path}: expected a source of kind {of_kind} with {option}={value!r}, got one of kind "
+                f"{kind}; leave {option} out, or say kind={of_kind}"
             )
 
 
@@ -165,74 +192,167 @@ def _read_text(path: Path) -> ClassCounts:
     return ClassCounts(counts, None, Kind.TEXT, "a text file of class counts, one a line")
 
 
-def _read_csv(path: Path, count_column: str | None, name_column: str | None) -> ClassCounts:
-    rows = _csv_rows(path)
-    numbers_of_lines = [line for line, _ in rows]
-    table = [cells for _, cells in rows]
-    asked = any(
-        column in table[0] for column in (count_column, name_column) if not (column or "0").isdecimal()
-    )
-    header = table.pop(0) if asked or not any(_is_number(cell) for cell in table[0]) else None
-    if not table:
-        raise SourceError(f"{path}: expected a row a class below the header of line {rows[0][0]}, got none")
-    first = len(rows) - len(table)
-    columns = [list(column) for column in zip(*table, strict=True)]
-    shown = header or [str(number) for number in range(1, len(columns) + 1)]
+@dataclass(frozen=True)
+class _Table:
+    """The cells of a CSV file by column, its headings if there are any, and the line of every row."""
 
-    numeric = [c for c, cells in enumerate(columns) if 2 * sum(map(_is_number, cells)) > len(cells)]
-    numbered = [c for c, cells in enumerate(columns) if _class_order(cells)]
-    if count_column is not None:
-        count = _asked_column(path, "count-column", count_column, header, len(columns))
-    else:
-        headed = _headed(header, COUNT_HEADINGS)
-        candidates = headed or numeric
-        if len(candidates) > 1:
-            candidates = [c for c in candidates if c not in numbered]
-        if len(candidates) != 1:
-            got = f"{len(numeric)} of numbers among " if len(numeric) > 1 else "none of numbers among "
+    columns: list[list[str]]
+    header: list[str] | None
+    lines: list[int]
+    begin: int
+    delimiter: str
+
+    @property
+    def shown(self) -> list[str]:
+        """What the columns are called."""
+        return self.header or [str(number) for number in range(1, len(self.columns) + 1)]
+
+
+def _read_csv(
+    path: Path, *, count_column: str | None, name_column: str | None, label_column: str | None
+) -> ClassCounts:
+    if label_column is not None:
+        if count_column is not None or name_column is not None:
             raise SourceError(
-                f"{path}, line {rows[0][0]}: expected one column of counts, got {got}the columns "
-                f"{', '.join(map(repr, shown))}; say which it is by --count-column"
+                f"{path}: expected --label-column, or --count-column and --name-column, got both; a row is "
+                "either a sample or a class"
             )
-        count = candidates[0]
-    others = [c for c in range(len(columns)) if c != count]
-    if name_column is not None:
-        name: int | None = _asked_column(path, "name-column", name_column, header, len(columns))
-    else:
-        headed = [c for c in _headed(header, NAME_HEADINGS) if c != count]
-        unnamed = [c for c in others if c not in numeric and len(set(columns[c])) == len(table)]
-        candidates = headed[:1] or unnamed
-        name = candidates[0] if len(candidates) == 1 else None
+        return _read_samples(path, label_column)
+
+    def is_header(row: list[str]) -> bool:
+        asked = (column for column in (count_column, name_column) if not (column or "0").isdecimal())
+        return any(column in row for column in asked) or not any(map(_is_number, row))
+
+    table = _csv_table(path, is_header)
+    count = _count_column(path, table, count_column)
+    name = _name_column(path, table, name_column, count)
+    names = None if name is None else table.columns[name]
+
     counts = _whole_numbers(
         path,
-        columns[count],
-        lambda entry: f"line {numbers_of_lines[first + entry]}, column {shown[count]!r}",
-        "say by --count-column which column holds the counts",
+        table.columns[count],
+        lambda entry: f"line {table.lines[entry]}, column {table.shown[count]!r}",
+        f"say by --count-column which column holds the counts; {SAMPLES_WAY_OUT}",
     )
-    names = None if name is None else columns[name]
     if names is not None:
-        _check_unique(path, names, lambda entry: f"line {numbers_of_lines[first + entry]}")
-    description = f"a CSV file with counts in column {shown[count]!r}"
+        way_out = f"add the counts up, or name another column by --name-column; {SAMPLES_WAY_OUT}"
+        _check_unique(path, names, lambda entry: f"line {table.lines[entry]}", way_out)
+    description = f"a CSV file with counts in column {table.shown[count]!r}"
     if name is not None:
-        description += f" and names in column {shown[name]!r}"
-    numbering = [c for c in others if c in numbered]
+        description += f" and names in column {table.shown[name]!r}"
+
+    numbering = [c for c, cells in enumerate(table.columns) if c != count and _class_order(cells)]
     if len(numbering) == 1:
-        description += f", classes in the order of column {shown[numbering[0]]!r}"
-        order = _class_order(columns[numbering[0]])
+        description += f", classes in the order of column {table.shown[numbering[0]]!r}"
+        order = _class_order(table.columns[numbering[0]])
         counts, names = [counts[row] for row in order], names and [names[row] for row in order]
     return ClassCounts(counts, names, Kind.CSV, description)
 
 
-def _csv_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """The rows that are not blank, each with its line; comments may stand before the first."""
+def _read_samples(path: Path, label_column: str) -> ClassCounts:
+    def is_header(row: list[str]) -> bool:
+        if not label_column.isdecimal():
+            return True
+        label = row[_asked_column(path, "label-column", label_column, None, len(row))]
+        return label.lower() in LABEL_HEADINGS
+
+    table = _csv_table(path, is_header)
+    column = _asked_column(path, "label-column", label_column, table.header, len(table.columns))
+    labels = table.columns[column]
+    description = f"a CSV file of samples with labels in column {table.shown[column]!r}"
+
+    def where(entry: int) -> str:
+        return f"line {table.lines[entry]}"
+
+    if "" in labels:
+        raise SourceError(
+            f"{path}, {where(labels.index(''))}: expected a label in column {table.shown[column]!r}, got an "
+            "empty cell; leave samples without a label out"
+        )
+    numbers = [_number(label) for label in labels]
+    if not any(number is not None for number in numbers):
+        found = Counter(labels)
+        names = sorted(found)
+        return ClassCounts([found[name] for name in names], names, Kind.CSV, description)
+    for entry, number in enumerate(numbers):
+        if number is None or not abs(number) < 2**63 or number != int(number):
+            raise SourceError(
+                f"{path}, {where(entry)}: expected labels that are class numbers, or all of them names, got "
+                f"{reprlib.repr(labels[entry])}"
+            )
+    array = np.array([int(number) for number in numbers if number is not None])
+    return ClassCounts(_count_labels(f"{path}", array, where), None, Kind.CSV, description)
+
+
+def _csv_table(path: Path, is_header: Callable[[list[str]], bool]) -> _Table:
+    delimiter, rows = _csv_rows(path)
+    begin, header = rows[0][0], None
+    if is_header(rows[0][1]):
+        header = rows.pop(0)[1]
+    if not rows:
+        raise SourceError(f"{path}: expected a row a class below the header of line {begin}, got none")
+    columns = [list(column) for column in zip(*(cells for _, cells in rows), strict=True)]
+    return _Table(columns, header, [line for line, _ in rows], begin, delimiter)
+
+
+def _count_column(path: Path, table: _Table, asked: str | None) -> int:
+    if asked is not None:
+        return _asked_column(path, "count-column", asked, table.header, len(table.columns))
+    if table.header is None and table.delimiter == "," and _has_separators(table.columns):
+        raise SourceError(
+            f"{path}, line {table.begin}: expected counts, got what looks like numbers with a comma after "
+            f"the thousands; {THOUSANDS_WAY_OUT}, or say by --count-column which column holds the counts"
+        )
+    numeric = [c for c, cells in enumerate(table.columns) if 2 * sum(map(_is_number, cells)) > len(cells)]
+    labels = _headed(table.header, LABEL_HEADINGS)
+    candidates = _headed(table.header, COUNT_HEADINGS) or [c for c in numeric if c not in labels]
+    if len(candidates) > 1:
+        candidates = [c for c in candidates if not _class_order(table.columns[c])]
+    if len(candidates) != 1:
+        got = f"{len(numeric)} of numbers among " if len(numeric) > 1 else "none of numbers among "
+        if len(numeric) == 1:
+            got = "one of labels among "
+        raise SourceError(
+            f"{path}, line {table.begin}: expected one column of counts, got {got}the columns "
+            f"{', '.join(map(repr, table.shown))}; say which it is by --count-column; {SAMPLES_WAY_OUT}"
+        )
+    return candidates[0]
+
+
+def _name_column(path: Path, table: _Table, asked: str | None, count: int) -> int | None:
+    if asked is not None:
+        return _asked_column(path, "name-column", asked, table.header, len(table.columns))
+    headed = [c for c in _headed(table.header, NAME_HEADINGS) if c != count]
+    unnamed = [
+        c
+        for c, cells in enumerate(table.columns)
+        if c != count and len(set(cells)) == len(cells) and 2 * sum(map(_is_number, cells)) <= len(cells)
+    ]
+    candidates = headed[:1] or unnamed
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _has_separators(columns: Sequence[Sequence[str]]) -> bool:
+    """Whether two columns without headings are one of numbers such as 1,000, and no class with its count."""
+    for first, rest in pairwise(columns):
+        if not all(cell.isdecimal() and len(cell) <= 3 for cell in first):
+            continue
+        three_digits = all(cell.isdecimal() and len(cell) == 3 for cell in rest)
+        filled = any(cell.startswith("0") for cell in rest)
+        numbered = len(first) > 1 and bool(_class_order(first))
+        if three_digits and (filled or not numbered):
+            return True
+    return False
+
+
+def _csv_rows(path: Path) -> tuple[str, list[tuple[int, list[str]]]]:
+    """The delimiter, and the rows that are not blank with the line of each; comments may stand before."""
     lines = _lines(path)
     skipped = 0
     for line in lines:
         if line.strip() and not line.lstrip().startswith("#"):
             break
         skipped += 1
-    if skipped == len(lines):
-        raise SourceError(f"{path}: expected a CSV file with a row a class, got an empty file")
 
     def parse(delimiter: str) -> Iterable[tuple[int, list[str]]]:
         reader = csv.reader(lines[skipped:], delimiter=delimiter)
@@ -249,6 +369,8 @@ def _csv_rows(path: Path) -> list[tuple[int, list[str]]]:
 
     delimiter = max(DELIMITERS, key=lambda mark: sum(_is_number(c) for _, row in parse(mark) for c in row))
     rows = list(parse(delimiter))
+    if not rows:
+        raise SourceError(f"{path}: expected a CSV file with a row a class, got an empty file")
     begin, width = rows[0][0], len(rows[0][1])
     for number, row in rows:
         if len(row) != width:
@@ -256,7 +378,7 @@ def _csv_rows(path: Path) -> list[tuple[int, list[str]]]:
                 f"{path}, line {number}: expected {width} columns as in line {begin}, got {len(row)}; "
                 f"fill empty cells, and quote names that hold {delimiter!r}"
             )
-    return rows
+    return delimiter, rows
 
 
 def _headed(header: list[str] | None, headings: Sequence[str]) -> list[int]:
@@ -268,10 +390,13 @@ def _headed(header: list[str] | None, headings: Sequence[str]) -> list[int]:
 def _asked_column(path: Path, option: str, asked: str, header: list[str] | None, width: int) -> int:
     if header is not None and header.count(asked) == 1:
         return header.index(asked)
-    if asked.isdecimal() and 1 <= int(asked) <= width:
+    # Python refuses to read numbers of thousands of digits.
+    if asked.isdecimal() and len(asked) < 9 and 1 <= int(asked) <= width:
         return int(asked) - 1
     headings = f"one of {', '.join(map(repr, header))}, or " if header else ""
-    raise SourceError(f"{path}: expected for --{option} {headings}a number 1..{width}, got {asked!r}")
+    raise SourceError(
+        f"{path}: expected for --{option} {headings}a number 1..{width}, got {reprlib.repr(asked)}"
+    )
 
 
 def _read_json(path: Path) -> ClassCounts:
@@ -289,7 +414,7 @@ def _read_json(path: Path) -> ClassCounts:
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: expected JSON, got what cannot be read ({error}); {way_out}") from error
     if not isinstance(content, list | tuple) or not content:
-        got = "an empty one" if content in ([], ()) else repr(content)
+        got = "an empty one" if content in ([], ()) else reprlib.repr(content)
         raise SourceError(f"{path}: expected a JSON list or mapping of counts, got {got}; {way_out}")
 
     def where(entry: int) -> str:
@@ -299,7 +424,7 @@ def _read_json(path: Path) -> ClassCounts:
         counts = _whole_numbers(path, content, where, way_out)
         return ClassCounts(counts, None, Kind.JSON, "a JSON list of class counts")
     names = [key for key, _ in content]
-    _check_unique(path, names, where)
+    _check_unique(path, names, where, "add the counts up")
     counts = _whole_numbers(path, [value for _, value in content], where, way_out)
     order = _class_order(names)
     description = "a JSON mapping of class names to counts"
@@ -326,22 +451,19 @@ def _json_line(text: str, entry: int, is_mapping: bool) -> int:
 
 
 def _read_labels(path: Path, key: str | None) -> ClassCounts:
-    way_out = "save integer labels [N] by np.save or np.savez"
     try:
-        # NumPy leaves a damaged file open that it opened itself.
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if not isinstance(loaded, np.ndarray):
-                key = _label_key(path, loaded.files, key)
-                loaded = loaded[key]
-            elif key is not None:
-                raise SourceError(f"{path}: expected an .npz file with --key {key}, got a single array")
+        keys = array_names(path)
+        if keys is not None:
+            key = _label_key(path, keys, key)
+        elif key is not None:
+            raise SourceError(f"{path}: expected an .npz file with --key {key}, got a single array")
+        loaded = read_array(path, key)
     except SourceError:
         raise
-    except (EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        # A missing or unreadable file is an OSError and goes on; NumPy's advice on pickles would mislead.
+    except ValueError as error:
         raise SourceError(
-            f"{path}: expected an array of labels, got another or a damaged file; {way_out}"
+            f"{path}: expected an array of labels, got another or a damaged file ({error}); "
+            "save integer labels [N] by np.save or np.savez"
         ) from error
     described = f"{path}" if key is None else f"{path}, array {key!r}"
     if not np.issubdtype(loaded.dtype, np.integer):
@@ -354,21 +476,35 @@ def _read_labels(path: Path, key: str | None) -> ClassCounts:
             f"{described}: expected labels of shape [N], got {list(loaded.shape)}; flatten them, or take "
             "the argmax(axis=1) of one-hot rows"
         )
-    low, high = int(loaded.argmin()), int(loaded.argmax())
-    if loaded[low] < 0:
-        raise SourceError(
-            f"{described}: expected labels >= 0, got {loaded[low]} at position {low}; leave ignored samples "
-            "out, as by labels[labels >= 0]"
-        )
-    if loaded[high] >= loaded.size and loaded[high] > 0:
-        raise SourceError(
-            f"{described}: expected labels of classes with a sample each or more on average, got "
-            f"{loaded[high]} at position {high} of {loaded.size} labels; leave ignored samples out, or, if "
-            "these are class counts, write them into a text file, one a line"
-        )
-    counts: list[int] = count_classes(loaded.astype(np.int64), int(loaded[high]) + 1).tolist()
+    counts = _count_labels(described, loaded, lambda position: f"position {position}")
     what = "an array of labels" if key is None else f"the labels in the array {key!r}"
     return ClassCounts(counts, None, Kind.LABELS, what)
+
+
+def _count_labels(
+    described: str, labels: npt.NDArray[np.integer[Any]], where: Callable[[int], str]
+) -> list[int]:
+    """The samples of every class ``0..max`` from their class numbers ``[N]``."""
+    low, high = int(labels.argmin()), int(labels.argmax())
+    if labels[low] < 0:
+        raise SourceError(
+            f"{described}: expected labels >= 0, got {labels[low]} at {where(low)}; leave ignored samples "
+            "out, as by labels[labels >= 0]"
+        )
+    if labels[high] >= labels.size and labels[high] > 0:
+        raise SourceError(
+            f"{described}: expected labels of classes with a sample each or more on average, got "
+            f"{labels[high]} at {where(high)} of {labels.size} labels; leave ignored samples out, or, if "
+            "these are class counts, write them into a text file, one a line"
+        )
+    num_classes = int(labels[high]) + 1
+    counts = np.zeros(num_classes, np.int64)
+    # Small integers would be copied to large ones all at once.
+    size = max(BLOCK, num_classes)
+    for start in range(0, labels.size, size):
+        counts += count_classes(labels[start : start + size].astype(np.int64), num_classes).numpy()
+    found: list[int] = counts.tolist()
+    return found
 
 
 def _label_key(path: Path, keys: list[str], key: str | None) -> str:
@@ -408,31 +544,22 @@ def _class_folders(folder: Path) -> list[Path]:
 
 
 def _images_below(folder: Path) -> Iterable[str]:
-    def unreadable(error: OSError) -> None:
-        raise error
-
-    for _, _, files in os.walk(folder, onerror=unreadable):
-        for name in files:
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield name
+    folders = [os.fspath(folder)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for one in entries:
+                is_named = os.path.splitext(one.name)[1].lower() in IMAGE_SUFFIXES and one.name[0] != "."
+                if one.is_dir(follow_symlinks=False):
+                    folders.append(one.path)
+                elif is_named and one.is_file():  # and no pipe or broken link
+                    yield one.name
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a text in UTF-8, with or without a byte-order mark."""
-    content = path.read_bytes()
     try:
-        text = content.decode("utf-8-sig")
-        wrong = text.find("\0")
-        before = text[: max(wrong, 0)].encode()
-    except UnicodeDecodeError as error:
-        wrong, before = error.start, content[: error.start]
-    if wrong >= 0:
-        line = before.count(b"\n") + 1
-        raise SourceError(
-            f"{path}, line {line}: expected text in UTF-8, got binary data; "
-            "save text as UTF-8, labels as .npy or .npz"
-        )
-    return list(io.StringIO(text, newline=""))
+        return read_lines(path)
+    except ValueError as error:
+        raise SourceError(str(error)) from error
 
 
 def _number(raw: Any) -> int | float | None:
@@ -456,8 +583,11 @@ def _whole_numbers(path: Path, raw: Sequence[Any], where: Callable[[int], str], 
     numbers = [_number(value) for value in raw]
     for entry, number in enumerate(numbers):
         if number is None:
-            problem, advice = "", way_out
-        elif not math.isfinite(number) or number < 0:
+            separated = isinstance(raw[entry], str) and SEPARATED.fullmatch(raw[entry])
+            problem, advice = "", THOUSANDS_WAY_OUT if separated else way_out
+        elif number >= 2**63:
+            problem, advice = "", "counts are below 2**63"
+        elif number < 0 or not math.isfinite(number):
             problem, advice = "", ZERO_WAY_OUT
         elif number != int(number):
             valid = [n for n in numbers if n is not None and 0 <= n <= 1]
@@ -468,13 +598,11 @@ def _whole_numbers(path: Path, raw: Sequence[Any], where: Callable[[int], str], 
                 if is_prior
                 else "give the samples of every class before any weighting"
             )
-        elif number >= 2**63:
-            problem, advice = "", "counts are below 2**63"
         else:
             continue
         raise SourceError(
-            f"{path}, {where(entry)}: expected a count, a whole number >= 0, got {raw[entry]!r}{problem}; "
-            f"{advice}"
+            f"{path}, {where(entry)}: expected a count, a whole number >= 0, got "
+            f"{reprlib.repr(raw[entry])}{problem}; {advice}"
         )
     counts = [int(number) for number in numbers if number is not None]
     if not any(counts):
@@ -498,12 +626,12 @@ def _class_order(cells: Sequence[str]) -> list[int]:
     return order if consecutive and start in (0, 1) else []
 
 
-def _check_unique(path: Path, names: Sequence[str], where: Callable[[int], str]) -> None:
+def _check_unique(path: Path, names: Sequence[str], where: Callable[[int], str], way_out: str) -> None:
     first: dict[str, int] = {}
     for entry, name in enumerate(names):
         if name in first:
             raise SourceError(
                 f"{path}, {where(entry)}: expected every class once, got {name!r} again "
-                f"({where(first[name])}); add the counts up, or name another column by --name-column"
+                f"({where(first[name])}); {way_out}"
             )
         first[name] = entry

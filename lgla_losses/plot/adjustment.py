@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -56,7 +55,7 @@ def plot_table(adjuster: CLALogitAdjuster, *, ax: Axes | None = None) -> Axes:
     return axes
 
 
-def plot_margins(adjuster: CLALogitAdjuster, target_class: SupportsIndex, *, ax: Axes | None = None) -> Axes:
+def plot_margins(adjuster: CLALogitAdjuster, target_class: int, *, ax: Axes | None = None) -> Axes:
     r"""The margins :math:`M(y, j, k)` of one class ``y`` against every rival class ``j``: a line an expert.
 
     By so much must a sample of the class win over the rival: a positive margin moves the boundary towards

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,7 +23,7 @@ def plot_angles(
     grouper: ClassGrouper,
     *,
     ignore_index: int = -100,
-    bins: SupportsIndex = 40,
+    bins: int = 40,
     figure: Figure | None = None,
 ) -> Figure:
     """Histograms of the samples' angles to their class centres by group, a panel an expert.

@@ -1,0 +1,35 @@
+"""Lines of text files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+#: Bytes of the largest text that is read.
+LARGEST = 1 << 28
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such text, or larger than ``LARGEST``.
+    """
+    with path.open("rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"{path}: expected text of at most {LARGEST:,} bytes, got more; save labels as .npy")
+    try:
+        text = content.decode("utf-8-sig")
+        wrong = text.find("\0")
+        before = text[: max(wrong, 0)].encode()
+    except UnicodeDecodeError as error:
+        wrong, before = error.start, content[: error.start]
+    if wrong >= 0:
+        line = before.count(b"\n") + 1
+        raise ValueError(
+            f"{path}, line {line}: expected text in UTF-8, got binary data; "
+            "save text as UTF-8, labels as .npy or .npz"
+        )
+    return list(io.StringIO(text, newline=""))
