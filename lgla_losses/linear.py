@@ -241,14 +241,17 @@ class LinearCrossEntropy(NamedTuple):
         features, weight, _ = inputs
         losses = features.new_zeros(len(features), dtype=functional.compute_dtype(features.dtype))
         chunks = chunks_of(features, num_classes=weight.shape[1])
-        # Without samples nothing else fills them.
+        # Without samples no chunk fills them.
         new = torch.empty_like if chunks else torch.zeros_like
         gradients = [
             new(v, memory_format=torch.contiguous_format) if w else None
             for v, w in zip(inputs, wanted, strict=True)
         ]
+        if not chunks:
+            return losses, gradients
+
         # One memory for all chunks, which is warm from the second on.
-        buffer = features.new_empty((chunks[0].stop if chunks else 0, weight.shape[1]))
+        buffer = features.new_empty((chunks[0].stop, weight.shape[1]))
         with torch.autocast(features.device.type, enabled=False):
             for k in range(features.shape[1]):
                 columns = None if weights is None else weights[:, k : k + 1]
