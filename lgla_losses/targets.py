@@ -29,7 +29,7 @@ def samples_first(logits: Tensor) -> Tensor:
 
 
 def blocks_of(samples: Sequence[int], width: int, device: torch.device) -> Iterator[Block]:
-    """Blocks of the samples, which have so many logits each; an empty batch is one, and a compiler sees one."""
+    """Blocks of samples that have so many logits each; one of an empty batch, and one for a compiler."""
     if torch.compiler.is_compiling() or 0 in samples:
         yield (slice(None),)
         return
