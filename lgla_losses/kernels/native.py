@@ -80,7 +80,29 @@ class _Angles(ctypes.Structure):
     ]
 
 
-def _load() -> tuple[ctypes.CDLL | None, str]:
+def load(path: str) -> ctypes.CDLL:
+    """Load a compiled native.c.
+
+    Raises:
+        OSError: it does not load, or was compiled from other sources.
+        AttributeError: it lacks a function.
+    """
+    # After torch, whose OpenMP threads it shares.
+    library = ctypes.CDLL(path)
+    for function, arguments in (
+        (library.lgla_cross_entropy, _Batch),
+        (library.lgla_statistics, _Angles),
+        (library.lgla_weights, _Angles),
+    ):
+        function.argtypes = [ctypes.POINTER(arguments)]
+        function.restype = ctypes.c_int
+    library.lgla_layout.restype = _I
+    if library.lgla_layout() != 1000 * ctypes.sizeof(_Batch) + ctypes.sizeof(_Angles):
+        raise OSError("it was compiled from other sources; install the package anew")
+    return library
+
+
+def _installed() -> tuple[ctypes.CDLL | None, str]:
     spec = importlib.util.find_spec("lgla_losses.kernels._native")
     if spec is None or spec.origin is None:
         return (
@@ -88,25 +110,13 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             "it was not compiled when lgla-losses was installed, which takes a C compiler with OpenMP",
         )
     try:
-        # After torch, whose OpenMP threads it shares.
-        library = ctypes.CDLL(spec.origin)
-        for function, arguments in (
-            (library.lgla_cross_entropy, _Batch),
-            (library.lgla_statistics, _Angles),
-            (library.lgla_weights, _Angles),
-        ):
-            function.argtypes = [ctypes.POINTER(arguments)]
-            function.restype = ctypes.c_int
-        library.lgla_layout.restype = _I
-        if library.lgla_layout() != 1000 * ctypes.sizeof(_Batch) + ctypes.sizeof(_Angles):
-            return None, f"{spec.origin} was compiled from other sources; install the package anew"
+        return load(spec.origin), ""
     except (OSError, AttributeError) as error:
         return None, f"{spec.origin} does not load: {error}"
-    return library, ""
 
 
 #: The library, or None and the reason.
-LIBRARY, MISSING = _load()
+LIBRARY, MISSING = _installed()
 
 
 def statistics(
