@@ -188,7 +188,7 @@ class LinearLGLALoss(ExpertLoss):
             sample_weight=sample_weight,
             criterion=self.adjuster.table,
         )
-        normalizer_value(normalizer, self.reduction, self.validate_args)
+        normalizer_value(normalizer, self.reduction, self.validate_args, target.device)
 
 
 def as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:

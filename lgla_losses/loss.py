@@ -364,7 +364,7 @@ class LGLALoss(ExpertLoss):
             sample_weight=sample_weight,
             criterion=self.adjuster.table,
         )
-        normalizer_value(normalizer, self.reduction, self.validate_args)
+        normalizer_value(normalizer, self.reduction, self.validate_args, target.device)
 
     def _check_values(self, logits: ExpertLogits, target: Tensor, from_logits: bool) -> None:
         if target.is_floating_point():

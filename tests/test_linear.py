@@ -228,6 +228,20 @@ def test_float64_features_under_autocast_are_told():
         LinearLGLALoss(COUNTS)(features, weight.float(), TARGET)
 
 
+def test_vmap_takes_gradients_of_single_samples():
+    features, weight, _ = (v.detach() for v in inputs())
+    criterion, target = LinearLGLALoss(COUNTS), TARGET.clamp(min=0)
+
+    def loss(weight, features, target):
+        return criterion(features[None], weight, target[None])
+
+    gradients = torch.vmap(torch.func.grad(loss), (None, 0, 0))(weight, features, target)
+    for gradient, sample in zip(gradients, zip(features, target, strict=True), strict=True):
+        leaf = weight.clone().requires_grad_()
+        loss(leaf, *sample).backward()
+        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-10, atol=1e-10)
+
+
 def test_meta_tensors_pass_through():
     features, weight, bias = (v.detach().to("meta").requires_grad_() for v in inputs())
     loss = LinearLGLALoss(COUNTS).to("meta")(features, weight, TARGET.to("meta"), bias)

@@ -38,16 +38,18 @@ def arguments():
     }
 
 
+#: Given in another dtype these are converted.
+CONVERTED = ("table", "weights", "upstream", "parts", "group_index")
 #: What may come of a tensor, and for which arguments that is as good as before.
 SPOILT = {
     "shorter": (lambda v: v[:-1], ("parts",)),
     "narrower": (lambda v: v[..., :-1], ()),
     "without memory": (lambda v: v.to("meta"), ()),
     "freed": (lambda v: freed(v), ("parts",)),  # PyTorch sums them before
-    "of another dtype": (lambda v: v.to(torch.int32), ("table", "weights", "upstream", "parts")),
+    "of another dtype": (lambda v: v.to(torch.int32), CONVERTED),
     "of half the width": (
         lambda v: v.to({8: torch.float32, 4: torch.float16, 2: torch.float8_e5m2}[v.element_size()]),
-        ("table", "weights", "upstream", "parts"),
+        CONVERTED,
     ),
     "sparse": (lambda v: v.to_sparse(), ("parts",)),
 }

@@ -131,7 +131,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Angles and their sums by group; ``check`` finds logits beyond the scale."""
     angles, parts = _angles_for(source, scale), _sums_for(source, num_groups)
-    target, group_index = target.contiguous(), group_index.contiguous()
+    target, group_index = target.contiguous(), _indices(group_index)
     batch = _batch(source, target, group_index, angles, parts, scale=scale, ignore_index=ignore_index)
     _raise_for(_library().lgla_statistics(batch), check)
     return angles, parts
@@ -148,7 +148,7 @@ def weights(
 ) -> tuple[Tensor, Tensor]:
     """Eq. 8 and the samples per rank."""
     angles, parts = angles.contiguous(), parts.sum(dim=0, keepdim=True)
-    target, group_index = target.contiguous(), group_index.contiguous()
+    target, group_index = target.contiguous(), _indices(group_index)
     result, samples = torch.empty_like(angles), angles.new_empty(())
     batch = _batch(
         angles, target, group_index, angles, parts, result, samples,
@@ -170,7 +170,7 @@ def weights_of(
 ) -> tuple[Tensor, Tensor]:
     """Both, for one rank."""
     angles, parts = _angles_for(source, scale), _sums_for(source, num_groups)
-    target, group_index = target.contiguous(), group_index.contiguous()
+    target, group_index = target.contiguous(), _indices(group_index)
     result, samples = torch.empty_like(angles), angles.new_empty(())
     batch = _batch(
         source, target, group_index, angles, parts, result, samples, scale=scale, ignore_index=ignore_index
@@ -184,6 +184,10 @@ def _angles_for(source: Tensor, scale: float | None) -> Tensor:
     if scale is None:
         return source.contiguous()
     return source.new_empty(source.shape[:2], dtype=compute_dtype(source.dtype))
+
+
+def _indices(group_index: Tensor) -> Tensor:
+    return group_index.to(torch.int64).contiguous()
 
 
 def _sums_for(source: Tensor, num_groups: int) -> Tensor:
