@@ -10,14 +10,13 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 #: What to do about numbers that are not finite.
 WAY_OUT = (
     "lower the learning rate, clip gradients, or look for a division by zero upstream "
     "(validate_args=False skips this check)"
 )
-
-
 #: What the losses compute with.
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,8 +99,8 @@ def dense_tensor(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def floating_values(name: str, value: object, shape: str | list[int]) -> Tensor:
-    """``value`` if it is a dense tensor that the losses can compute with; ``shape`` is for the error."""
+def computable_tensor(name: str, value: object, shape: str | list[int]) -> Tensor:
+    """``value`` if the losses can compute with it: dense, of 16 bits or more; ``shape`` is for the error."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor {shape}, got {describe(value)}")
     if dense_tensor(name, value).dtype not in FLOATING:
@@ -114,7 +113,7 @@ def floating_values(name: str, value: object, shape: str | list[int]) -> Tensor:
 
 def floating_tensor(name: str, value: object, shape: str) -> Tensor:
     """``value`` if it is a real floating-point tensor with as many dimensions as ``shape`` names."""
-    value = floating_values(name, value, shape)
+    value = computable_tensor(name, value, shape)
     if value.dim() != shape.count(",") + 1:
         raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
     return value
@@ -172,7 +171,7 @@ def target_tensor(target: object, samples: Sequence[int] | None = None) -> Tenso
 def probability_tensor(target: Tensor, samples: Sequence[int], num_classes: int) -> Tensor:
     """``target`` if it has the shape of class probabilities ``[N, C, ...]``; its values are not read."""
     shape = [samples[0], num_classes, *samples[1:]]
-    floating_values("target", target, shape)
+    computable_tensor("target", target, shape)
     if list(target.shape) != shape:
         raise ValueError(
             f"target: expected class probabilities of shape {shape}, got {list(target.shape)}; class indices "
@@ -200,7 +199,7 @@ def probability_values(target: Tensor) -> None:
 
 def sample_weight_tensor(sample_weight: object, samples: Sequence[int]) -> Tensor:
     """``sample_weight`` if it is one constant for every sample; its values are not read."""
-    sample_weight = floating_values("sample_weight", sample_weight, list(samples))
+    sample_weight = computable_tensor("sample_weight", sample_weight, list(samples))
     if tuple(sample_weight.shape) != tuple(samples):
         raise ValueError(
             f"sample_weight: expected shape {list(samples)}, one weight a sample, "
@@ -248,11 +247,10 @@ def values_readable(tensor: Tensor, validate_args: bool | None) -> bool:
 
 def under_vmap() -> bool:
     """Whether a function is being mapped over a batch, whose values have no number each."""
-    functorch = torch._C._functorch
-    if functorch.peek_interpreter_stack() is None:
+    if _functorch.peek_interpreter_stack() is None:
         return False
-    vmap = functorch.TransformType.Vmap
-    return any(level.key() == vmap for level in functorch.get_interpreter_stack())
+    vmap = _functorch.TransformType.Vmap
+    return any(level.key() == vmap for level in _functorch.get_interpreter_stack())
 
 
 def finite_tensors(**tensors: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lgla_losses.checks import dense_tensor, describe, floating_tensor, floating_values, values_readable
+from lgla_losses.checks import computable_tensor, dense_tensor, describe, floating_tensor, values_readable
 from lgla_losses.functional import compute_dtype, widest_dtype
 
 #: Logits of K experts: ``[N, K, C]``, or K tensors ``[N, C]``.
@@ -43,7 +43,7 @@ class ExpertOutput(NamedTuple):
             ValueError: a weight is negative or not finite, all are zero, or there are not K; or the logits
                 have no dimension of experts.
         """
-        floating_values("logits", self.logits, "[N, K, C, ...]")
+        computable_tensor("logits", self.logits, "[N, K, C, ...]")
         if self.logits.dim() < 3:
             raise ValueError(
                 f"logits: expected shape [N, K, C] or of maps [N, K, C, ...], got {list(self.logits.shape)}; "
@@ -115,14 +115,12 @@ def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool 
             )
         return experts
     shape = f"[N, {num_experts}, {num_classes}]"
-    if isinstance(logits, Tensor):
-        dense_tensor("logits", logits)
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"logits: expected an ExpertOutput, a tensor {shape} or {num_experts} tensors "
             f"[N, {num_classes}], got {describe(logits)}"
         )
-    if logits.is_floating_point() and logits.dim() == 2:
+    if dense_tensor("logits", logits).is_floating_point() and logits.dim() == 2:
         raise ValueError(
             f"logits: expected shape [N, K, C], got {list(logits.shape)}; experts lie on dimension 1, "
             "so those of one model are logits[:, None], and K heads are stacked by torch.stack(heads, dim=1)"
@@ -157,7 +155,7 @@ def expert_blocks(output: ExpertOutput | ExpertLogits, num_classes: int | None) 
             "logits: expected an ExpertOutput, a floating-point tensor [N, C] or [N, K, C], or K tensors "
             f"[N, C], got {describe(output)}"
         )
-    floating_values("logits", output, "[N, C] or [N, K, C]")
+    computable_tensor("logits", output, "[N, C] or [N, K, C]")
     width = "C" if num_classes is None else num_classes
     if (
         output.dim() not in (2, 3)

@@ -337,14 +337,12 @@ def _address(
 ) -> int:
     """Where a tensor's memory begins, if it is of this dtype and shape, on the CPU and there at all.
 
-    Without ``dense`` it may have any strides.
+    Without ``dense`` it may have any strides. What has no strides, as a sparse one, raises by itself.
     """
     if (
         tensor.dtype == dtype
         and tensor.shape == shape
         and tensor.is_cpu
-        and tensor.layout == torch.strided
-        and not tensor.is_neg()
         and (not dense or tensor.is_contiguous())
     ):
         address = tensor.data_ptr()
