@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint docs hero bench bench-gpu bench-class-parallel bench-layouts paper-smoke paper-cpu paper-gpu dist clean
+.PHONY: demo test test-slow sanitize lint docs hero bench bench-gpu bench-class-parallel bench-layouts paper-smoke paper-cpu paper-gpu dist clean
 .SECONDARY:
 
 demo: $(VENV)/.examples    ## train LGLA beside its baselines on long-tailed digits
@@ -14,6 +14,9 @@ test: $(VENV)/.test        ## all but the slow tests
 
 test-slow: $(VENV)/.test   ## compilers, four processes, killed runs, built wheels
 	$(RUN) -m pytest -m slow
+
+sanitize: $(VENV)/.test    ## random calls of the C library under ASan and UBSan; a part of test-slow
+	$(RUN) -m pytest -m slow tests/test_sanitize.py
 
 lint: $(VENV)/.dev         ## style and types
 	$(RUN) -m ruff check .

@@ -218,7 +218,12 @@ def clone(shape: Shape, device: str) -> Step:
 def linear_lgla(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
     """This library's linear loss, its checks included."""
     criterion = LinearLGLALoss(class_counts(shape), shape.experts, TAU, scale=None).to(device)
-    return lambda batch: criterion(*batch.leaves, batch.target)
+
+    def loss(batch: Batch) -> Tensor:
+        features, weight = batch.leaves
+        return criterion(features, weight, batch.target)
+
+    return loss
 
 
 def head_then_lgla(shape: Shape, device: str) -> Callable[[Batch], Tensor]:

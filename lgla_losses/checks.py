@@ -7,37 +7,49 @@ import operator
 import reprlib
 from collections.abc import Sequence
 from numbers import Real
-from typing import SupportsIndex
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 #: What to do about numbers that are not finite.
 WAY_OUT = (
     "lower the learning rate, clip gradients, or look for a division by zero upstream "
     "(validate_args=False skips this check)"
 )
+#: What the losses compute with.
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def describe(value: object) -> str:
     """A short text of what came, for the "got" part of an error."""
     if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
-    return f"{reprlib.repr(value)} of type {type(value).__name__}"
+        if value.is_nested:  # its sizes raise
+            return f"a nested {value.dtype} tensor on {value.device}"
+        layout = "" if value.layout == torch.strided else f"{value.layout} "
+        return f"a {layout}{value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+    try:
+        text = reprlib.repr(value)
+    except ValueError:
+        text = "a number of thousands of digits"  # Python prints none such
+    return f"{text} of type {type(value).__name__}"
 
 
-def integer(name: str, value: SupportsIndex, way_out: str) -> int:
-    """``value`` as an int; booleans and floats are refused."""
+def integer(name: str, value: int, way_out: str) -> int:
+    """``value`` as an int of 64 bits, as tensors hold; booleans and floats are refused."""
     try:
         if isinstance(value, bool):
             raise TypeError
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an integer, got {describe(value)}; {way_out}") from None
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError(f"{name}: expected an integer of 64 bits, got {describe(value)}; {way_out}")
+    return number
 
 
-def positive_int(name: str, value: SupportsIndex, way_out: str) -> int:
+def positive_int(name: str, value: int, way_out: str) -> int:
     """``value`` as an int of at least 1."""
     number = integer(name, value, way_out)
     if number < 1:
@@ -45,7 +57,7 @@ def positive_int(name: str, value: SupportsIndex, way_out: str) -> int:
     return number
 
 
-def class_index(name: str, value: SupportsIndex, num_classes: int) -> int:
+def class_index(name: str, value: int, num_classes: int) -> int:
     """``value`` as the index of a class."""
     index = integer(name, value, "it is the index of a class")
     if not 0 <= index < num_classes:
@@ -59,7 +71,10 @@ def finite_float(name: str, value: float, *, low: float, high: float, expected: 
     """``value`` as a float in the closed interval; ``expected`` says which, and the way out."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}") from None
     if not (math.isfinite(number) and low <= number <= high):
         raise ValueError(f"{name}: expected {expected}, got {number}")
     return number
@@ -74,10 +89,32 @@ def positive_float(name: str, value: float, way_out: str) -> float:
     return number
 
 
-def floating_tensor(name: str, value: object, shape: str) -> Tensor:
-    """``value`` if it is a real floating-point tensor with as many dimensions as ``shape`` names."""
+def dense_tensor(name: str, value: Tensor) -> Tensor:
+    """``value`` if it is neither sparse nor nested, nor in a library's own layout."""
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got {describe(value)}; torch.nested.to_padded_tensor makes one"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {describe(value)}; {name}.to_dense() is one")
+    return value
+
+
+def computable_tensor(name: str, value: object, shape: str | list[int]) -> Tensor:
+    """``value`` if the losses can compute with it: dense, of 16 bits or more; ``shape`` is for the error."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor {shape}, got {describe(value)}")
+    if dense_tensor(name, value).dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: expected a floating-point tensor {shape} of 16 bits or more, got {describe(value)}; "
+            f"convert it with {name}.float()"
+        )
+    return value
+
+
+def floating_tensor(name: str, value: object, shape: str) -> Tensor:
+    """``value`` if it is a real floating-point tensor with as many dimensions as ``shape`` names."""
+    value = computable_tensor(name, value, shape)
     if value.dim() != shape.count(",") + 1:
         raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
     return value
@@ -110,10 +147,18 @@ def target_tensor(target: object, samples: Sequence[int] | None = None) -> Tenso
             f"target: expected an int64 tensor [N] of class indices, got {describe(target)}; "
             "wrap it in torch.as_tensor(target)"
         )
+    dense_tensor("target", target)
+    dimensions = 1 if samples is None else len(samples)
+    if target.is_floating_point() and target.dim() == dimensions + 1:
+        raise TypeError(
+            f"target: expected an int64 tensor [N] of class indices, got {describe(target)}, class "
+            "probabilities by their shape; LGLALoss takes such, also with adjustment='balanced', 'logit' or "
+            "'softmax', and target.argmax(dim=1) are the indices of the likeliest classes"
+        )
     if target.dtype != torch.int64:
         raise TypeError(
             f"target: expected an int64 tensor [N] of class indices, got {target.dtype}; "
-            "integer labels of another type convert with target.long()"
+            "whole numbers of another type convert with target.long()"
         )
     if (target.dim() != 1) if samples is None else (tuple(target.shape) != tuple(samples)):
         size = "[N]" if samples is None else str(list(samples))
@@ -127,6 +172,7 @@ def target_tensor(target: object, samples: Sequence[int] | None = None) -> Tenso
 def probability_tensor(target: Tensor, samples: Sequence[int], num_classes: int) -> Tensor:
     """``target`` if it has the shape of class probabilities ``[N, C, ...]``; its values are not read."""
     shape = [samples[0], num_classes, *samples[1:]]
+    computable_tensor("target", target, shape)
     if list(target.shape) != shape:
         raise ValueError(
             f"target: expected class probabilities of shape {shape}, got {list(target.shape)}; class indices "
@@ -154,10 +200,7 @@ def probability_values(target: Tensor) -> None:
 
 def sample_weight_tensor(sample_weight: object, samples: Sequence[int]) -> Tensor:
     """``sample_weight`` if it is one constant for every sample; its values are not read."""
-    if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
-        raise TypeError(
-            f"sample_weight: expected a floating-point tensor {list(samples)}, got {describe(sample_weight)}"
-        )
+    sample_weight = computable_tensor("sample_weight", sample_weight, list(samples))
     if tuple(sample_weight.shape) != tuple(samples):
         raise ValueError(
             f"sample_weight: expected shape {list(samples)}, one weight a sample, "
@@ -192,10 +235,23 @@ def same_device(**tensors: Tensor | None) -> None:
 
 
 def values_readable(tensor: Tensor, validate_args: bool | None) -> bool:
-    """Whether checks may read values: ``None`` means on the CPU and outside a compiler."""
-    if validate_args is None:
-        return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    return validate_args
+    """Whether checks may read values: ``None`` means on the CPU and outside a compiler.
+
+    Where nobody can, on the meta device and under :func:`torch.vmap`, they do not.
+    """
+    if torch.compiler.is_compiling():
+        return validate_args is True
+    if validate_args is False or tensor.is_meta or under_vmap():
+        return False
+    return validate_args is True or tensor.device.type == "cpu"
+
+
+def under_vmap() -> bool:
+    """Whether a function is being mapped over a batch, whose values have no number each."""
+    if _functorch.peek_interpreter_stack() is None:
+        return False
+    vmap = _functorch.TransformType.Vmap
+    return any(level.key() == vmap for level in _functorch.get_interpreter_stack())
 
 
 def finite_tensors(**tensors: Tensor | None) -> None:
@@ -221,8 +277,13 @@ def target_values(target: Tensor, num_classes: int, ignore_index: int | None = N
         )
 
 
-def normalizer_value(normalizer: float | Tensor | None, reduction: str, validate_args: bool | None) -> None:
-    """None, or a positive number that divides the sum of the losses."""
+def normalizer_value(
+    normalizer: float | Tensor | None,
+    reduction: str,
+    validate_args: bool | None,
+    device: torch.device | None = None,
+) -> None:
+    """None, or a positive number that divides the sum of the losses, which lie on ``device``."""
     if normalizer is None:
         return
     if reduction != "mean":
@@ -231,10 +292,17 @@ def normalizer_value(normalizer: float | Tensor | None, reduction: str, validate
             "it is the divisor of reduction='mean'"
         )
     if not isinstance(normalizer, Tensor):
-        positive_float("normalizer", normalizer, "the number of samples to divide by")
-    elif normalizer.dim() > 0 or normalizer.is_complex():
+        if not torch.compiler.is_compiling():  # to a compiler it has no value
+            positive_float("normalizer", normalizer, "the number of samples to divide by")
+        return
+    dense_tensor("normalizer", normalizer)
+    if normalizer.dim() > 0 or normalizer.is_complex():
         raise ValueError(f"normalizer: expected a number or a real scalar tensor, got {describe(normalizer)}")
-    elif values_readable(normalizer, validate_args):
+    if normalizer.is_meta and device is not None and device.type != "meta":
+        raise ValueError(
+            f"normalizer: expected a number or a scalar tensor that has a value, got {describe(normalizer)}"
+        )
+    if values_readable(normalizer, validate_args):
         positive_float("normalizer", normalizer.item(), "the number of samples to divide by")
 
 

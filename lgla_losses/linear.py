@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -22,12 +22,32 @@ from lgla_losses.checks import (
     target_values,
     values_readable,
 )
+from lgla_losses.counts import ArrayLike
+from lgla_losses.grouping import ClassGrouper
 from lgla_losses.kernels import chunked
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: Logits in memory at a time, in bytes. A matrix product is as fast as ever with these many.
 _CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
 #: But never fewer samples than these: the classes' weights are read anew for every chunk.
 _LEAST_SAMPLES = 64
+
+
+class ExpertLossOptions(TypedDict, total=False):
+    """What the losses of K experts take by name, but for the scale."""
+
+    grouper: ClassGrouper | None
+    aaw: bool
+    adjustment: str | Tensor
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    sync: bool
+    process_group: ProcessGroup | None
+    validate_args: bool | None
+    backend: str
 
 
 class LinearLGLALoss(ExpertLoss):
@@ -63,12 +83,12 @@ class LinearLGLALoss(ExpertLoss):
 
     def __init__(
         self,
-        class_counts: Any = None,
-        num_experts: Any = None,
+        class_counts: ArrayLike | None = None,
+        num_experts: int | None = None,
         tau: float | None = None,
         *,
         scale: float | None = None,
-        **options: Any,
+        **options: Unpack[ExpertLossOptions],
     ) -> None:
         super().__init__(class_counts, num_experts, tau, scale=scale, **options)
 
@@ -146,6 +166,10 @@ class LinearLGLALoss(ExpertLoss):
                 self._refuse(problem, target.device, communicates=False)
         return loss
 
+    if TYPE_CHECKING:
+        # nn.Module declares it as returning Any.
+        __call__ = forward
+
     def _check_values(self, features: Tensor, target: Tensor, sample_weight: Tensor | None) -> None:
         target_values(target, self.num_classes, self.ignore_index)
         if sample_weight is not None:
@@ -188,7 +212,7 @@ class LinearLGLALoss(ExpertLoss):
             sample_weight=sample_weight,
             criterion=self._table,
         )
-        normalizer_value(normalizer, self.reduction, self.validate_args)
+        normalizer_value(normalizer, self.reduction, self.validate_args, target.device)
 
 
 def as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -241,14 +265,17 @@ class LinearCrossEntropy(NamedTuple):
         features, weight, _ = inputs
         losses = features.new_zeros(len(features), dtype=functional.compute_dtype(features.dtype))
         chunks = chunks_of(features, num_classes=weight.shape[1])
-        # Without samples nothing else fills them.
+        # Without samples no chunk fills them.
         new = torch.empty_like if chunks else torch.zeros_like
         gradients = [
             new(v, memory_format=torch.contiguous_format) if w else None
             for v, w in zip(inputs, wanted, strict=True)
         ]
+        if not chunks:
+            return losses, gradients
+
         # One memory for all chunks, which is warm from the second on.
-        buffer = features.new_empty((chunks[0].stop if chunks else 0, weight.shape[1]))
+        buffer = features.new_empty((chunks[0].stop, weight.shape[1]))
         with torch.autocast(features.device.type, enabled=False):
             for k in range(features.shape[1]):
                 columns = None if weights is None else weights[:, k : k + 1]

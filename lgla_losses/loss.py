@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class LGLALoss(ExpertLoss):
             over the number of ranks, so that DDP's averaged gradients are those of the whole batch.
         process_group: the ranks for ``sync``; None means all.
         validate_args: check the values of targets and logits, which waits for a GPU. None means
-            on the CPU only, and not while compiling.
+            on the CPU only, and not while compiling. Nothing is checked under :func:`torch.vmap`.
         backend: ``"fused"`` reads the logits once and writes their gradient once, in C on the CPU
             and in chunks of PyTorch elsewhere; ``"triton"`` does so in GPU kernels; ``"reference"`` is
             plain differentiable PyTorch; ``"auto"`` takes the fastest that can run, and logs once why
@@ -180,6 +180,10 @@ class LGLALoss(ExpertLoss):
                 raise
             self._check_values(logits, target, from_logits=features is None)
         return self._loss(engine, batch, check=False)
+
+    if TYPE_CHECKING:
+        # nn.Module declares it as returning Any.
+        __call__ = forward
 
     def _is_alone(self) -> bool:
         """Whether an error may come late: no rank waits for this one, no hook and no compiler looks on."""
@@ -364,7 +368,7 @@ class LGLALoss(ExpertLoss):
             sample_weight=sample_weight,
             criterion=self._table,
         )
-        normalizer_value(normalizer, self.reduction, self.validate_args)
+        normalizer_value(normalizer, self.reduction, self.validate_args, target.device)
 
     def _check_values(self, logits: ExpertLogits, target: Tensor, from_logits: bool) -> None:
         if target.is_floating_point():

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lgla_losses.checks import describe, floating_tensor, values_readable
+from lgla_losses.checks import computable_tensor, dense_tensor, describe, floating_tensor, values_readable
 from lgla_losses.functional import compute_dtype, widest_dtype
 
 #: Logits of K experts: ``[N, K, C]``, or K tensors ``[N, C]``.
@@ -19,8 +19,8 @@ class ExpertOutput(NamedTuple):
     """The output of K experts on a batch; what :class:`LGLALoss` takes.
 
     Attributes:
-        logits: unadjusted logits ``[N, K, C]``.
-        features: inputs of the experts' classifiers ``[N, K, d]``.
+        logits: unadjusted logits ``[N, K, C]``, of maps ``[N, K, C, H, W]``.
+        features: inputs of the experts' classifiers ``[N, K, d]``, of maps ``[N, K, d, H, W]``.
         weight: weights of the classifiers ``[K, C, d]``, the class centres of Eq. 7.
     """
 
@@ -36,35 +36,54 @@ class ExpertOutput(NamedTuple):
                 equal weights.
 
         Returns:
-            ``[N, C]`` in the logits' dtype.
+            ``[N, C]``, of maps ``[N, C, H, W]``, in the logits' dtype.
 
         Raises:
-            ValueError: a weight is negative or not finite, all are zero, or there are not K.
+            TypeError: the logits or the weights are of a wrong type.
+            ValueError: a weight is negative or not finite, all are zero, or there are not K; or the logits
+                have no dimension of experts.
         """
+        computable_tensor("logits", self.logits, "[N, K, C, ...]")
+        if self.logits.dim() < 3:
+            raise ValueError(
+                f"logits: expected shape [N, K, C] or of maps [N, K, C, ...], got {list(self.logits.shape)}; "
+                "those of one model are logits[:, None]"
+            )
         if fusion is None:
             return self.logits.mean(dim=1)
-        dtype = compute_dtype(self.logits.dtype)
-        weights = normalized_fusion(fusion, self.logits.shape[1]).to(self.logits.device, dtype)
+        dtype, device = compute_dtype(self.logits.dtype), self.logits.device
+        weights = normalized_fusion(fusion, self.logits.shape[1], device).to(device, dtype)
+        weights = weights.view(-1, *[1] * (self.logits.dim() - 2))
         # An expert without weight takes no part, even where it masks a class with -inf.
-        logits = torch.where(weights[:, None] == 0, 0.0, self.logits.to(dtype))
-        return (logits * weights[:, None]).sum(dim=1).to(self.logits.dtype)
+        logits = torch.where(weights == 0, 0.0, self.logits.to(dtype))
+        return (logits * weights).sum(dim=1).to(self.logits.dtype)
 
 
-def normalized_fusion(fusion: Tensor | Sequence[float] | None, num_experts: int) -> Tensor:
-    """The fusion weights ``[K]`` divided by their sum; equal ones for None."""
+def normalized_fusion(
+    fusion: Tensor | Sequence[float] | None, num_experts: int, device: torch.device | None = None
+) -> Tensor:
+    """The fusion weights ``[K]`` divided by their sum; equal ones for None.
+
+    Args:
+        fusion: the weights.
+        num_experts: ``K``.
+        device: where they are needed, where those of the meta device cannot come; None is not there.
+    """
     if fusion is None:
         return torch.full((num_experts,), 1.0 / num_experts, dtype=torch.float64)
     try:
         weights = fusion if isinstance(fusion, Tensor) else torch.as_tensor(fusion, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"fusion: expected {num_experts} real numbers, got {describe(fusion)}") from error
     if weights.is_complex():
         raise TypeError(f"fusion: expected {num_experts} real numbers, got {weights.dtype}")
-    if weights.shape != (num_experts,):
+    if dense_tensor("fusion", weights).shape != (num_experts,):
         raise ValueError(
             f"fusion: expected one weight for each of {num_experts} experts, shape [{num_experts}], "
             f"got shape {list(weights.shape)}"
         )
+    if weights.is_meta and (device is None or device.type != "meta"):
+        raise ValueError(f"fusion: expected weights that have values, got {describe(weights)}")
     weights = weights.to(widest_dtype(weights.device))
     if values_readable(weights, None) and not (
         weights.isfinite().all() and (weights >= 0).all() and (weights > 0).any()
@@ -101,7 +120,7 @@ def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool 
             f"logits: expected an ExpertOutput, a tensor {shape} or {num_experts} tensors "
             f"[N, {num_classes}], got {describe(logits)}"
         )
-    if logits.is_floating_point() and logits.dim() == 2:
+    if dense_tensor("logits", logits).is_floating_point() and logits.dim() == 2:
         raise ValueError(
             f"logits: expected shape [N, K, C], got {list(logits.shape)}; experts lie on dimension 1, "
             "so those of one model are logits[:, None], and K heads are stacked by torch.stack(heads, dim=1)"
@@ -136,6 +155,7 @@ def expert_blocks(output: ExpertOutput | ExpertLogits, num_classes: int | None) 
             "logits: expected an ExpertOutput, a floating-point tensor [N, C] or [N, K, C], or K tensors "
             f"[N, C], got {describe(output)}"
         )
+    computable_tensor("logits", output, "[N, C] or [N, K, C]")
     width = "C" if num_classes is None else num_classes
     if (
         output.dim() not in (2, 3)

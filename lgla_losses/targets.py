@@ -29,12 +29,12 @@ def samples_first(logits: Tensor) -> Tensor:
 
 
 def blocks_of(samples: Sequence[int], width: int, device: torch.device) -> Iterator[Block]:
-    """Blocks of the samples, which have so many logits each; a compiler sees one."""
-    if torch.compiler.is_compiling():
+    """Blocks of samples that have so many logits each; one of an empty batch, and one for a compiler."""
+    if torch.compiler.is_compiling() or 0 in samples:
         yield (slice(None),)
         return
     most = max(1, (_CPU_BLOCK if device.type == "cpu" else _BLOCK) // max(1, width))
-    of_item = max(1, math.prod(samples[1:]))
+    of_item = math.prod(samples[1:])
     if of_item <= most:
         step = most // of_item
         yield from ((slice(n, n + step),) for n in range(0, samples[0], step))
@@ -46,7 +46,7 @@ def blocks_of(samples: Sequence[int], width: int, device: torch.device) -> Itera
 
 def rows_of(tensor: Tensor, trailing: int) -> Tensor:
     """The samples in one dimension; a view where the memory allows."""
-    return tensor.reshape(-1, *tensor.shape[tensor.dim() - trailing :])
+    return tensor.flatten(0, tensor.dim() - trailing - 1)
 
 
 def own_angles(experts: Sequence[Tensor], target: Tensor, scale: float) -> Tensor:
@@ -64,7 +64,7 @@ def own_angles_from_features(features: Tensor, weight: Tensor, target: Tensor) -
         functional.angles_from_features(rows_of(features[block], 2), weight, target[block].flatten())
         for block in blocks
     ]
-    return torch.cat(angles) if angles else features.new_empty((0, features.shape[-2]))
+    return torch.cat(angles)
 
 
 def class_angles(experts: Sequence[Tensor], scale: float) -> Callable[[Block], Tensor]:
@@ -123,8 +123,7 @@ def soft_weights(
         functional.soft_aaw_weights(angles(block), rows_of(probabilities[block], 1), group_index, statistics)
         for block in blocks
     ]
-    shape = *probabilities.shape[:-1], statistics.shape[1] - 1
-    return torch.cat(weights).view(shape) if weights else probabilities.new_zeros(shape)
+    return torch.cat(weights).view(*probabilities.shape[:-1], statistics.shape[1] - 1)
 
 
 class BlockwiseCrossEntropy(NamedTuple):
@@ -181,7 +180,7 @@ class BlockwiseCrossEntropy(NamedTuple):
                 # A copy, over which the gradient is written.
                 part = logits[block].clone(memory_format=torch.contiguous_format)
                 loss = self._rows(
-                    part.view(-1, *part.shape[-2:]),
+                    rows_of(part, 2),
                     self.call.target[block],
                     self.call.table[experts],
                     None if weights is None else rows_of(weights[block], 1)[:, experts],

@@ -35,6 +35,21 @@ def _seed():
 
 
 @pytest.fixture
+def fresh_memory_is_nan(monkeypatch):
+    """Memory that nothing has been written to holds NaN, as far as PyTorch's functions give it."""
+
+    def poisoned(original):
+        def create(*args, **options):
+            tensor = original(*args, **options)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return create
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
 def close():
     """Assert equality within the one tolerance of the result's dtype."""
 

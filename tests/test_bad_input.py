@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -35,7 +36,14 @@ COUNTS = [40, 9, 5, 1]
 LOGITS = torch.zeros(2, 3, 4)
 TARGET = torch.tensor([0, 3])
 META = torch.device("meta")
+FLOAT8 = torch.float8_e4m3fn
 ADJUSTER = CLALogitAdjuster(ClassGrouper(COUNTS, 2))
+
+
+def nested(*tensors, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, of a prototype
+        return torch.nested.nested_tensor(list(tensors), **options)
 
 
 def criterion(**options):
@@ -163,6 +171,9 @@ CASES = {
     "triton backend": (lambda: criterion(backend="triton"), ValueError, "backend", "'triton'", "cannot run", "'auto'"),
     "unknown backend": (lambda: criterion(backend="cuda"), ValueError, "backend", "'reference'", "'cuda'"),
     "smoothing above one": (lambda: criterion(label_smoothing=1.5), ValueError, "label_smoothing", "0..1", "1.5"),
+    "ignore_index of more than 64 bits": (lambda: criterion(ignore_index=2**70), ValueError, "ignore_index", "64 bits", "1180591620717411303424"),
+    "number of thousands of digits": (lambda: criterion(num_experts=10**5000), ValueError, "num_experts", "64 bits", "got a number of thousands"),
+    "tau beyond every float": (lambda: criterion(tau=10**400), ValueError, "tau", "finite", "10000"),
     "float ignore_index": (lambda: criterion(ignore_index=0.5), TypeError, "ignore_index", "integer", "0.5"),
     # logits
     "2-D logits": (lambda: criterion()(LOGITS[:, 0], TARGET), ValueError, "logits", "[N, K, C]", "[2, 4]", "logits[:, None]"),
@@ -179,6 +190,13 @@ CASES = {
     "NaN logits": (lambda: criterion()(LOGITS * math.nan, TARGET), ValueError, "logits", "NaN", "expert 0", "validate_args"),
     "infinite logits": (lambda: criterion()(LOGITS + math.inf, TARGET), ValueError, "logits", "+inf", "expert 0"),
     "-inf on the target": (lambda: criterion()(LOGITS - math.inf, TARGET), ValueError, "logits", "-inf", "expert 0"),
+    "sparse logits": (lambda: criterion()(LOGITS.to_sparse(), TARGET), TypeError, "logits", "dense", "torch.sparse_coo torch.float32 tensor of shape [2, 3, 4]", "logits.to_dense()"),
+    "nested logits": (lambda: criterion()(nested(*LOGITS), TARGET), TypeError, "logits", "dense", "nested torch.float32", "to_padded_tensor"),
+    "jagged logits": (lambda: criterion()(nested(*LOGITS, layout=torch.jagged), TARGET), TypeError, "logits", "dense", "nested", "to_padded_tensor"),
+    "logits of MKL-DNN": (lambda: criterion()(LOGITS.to_mkldnn(), TARGET), TypeError, "logits", "dense", "torch._mkldnn", "to_dense"),
+    "logits of 8 bits": (lambda: criterion()(LOGITS.to(FLOAT8), TARGET), TypeError, "logits", "16 bits or more", "float8", "logits.float()"),
+    "list of sparse logits": (lambda: criterion()([v.to_sparse() for v in LOGITS.unbind(1)], TARGET), TypeError, "logits[0]", "dense", "torch.sparse_coo"),
+    "logits without values": (lambda: criterion()(LOGITS.to(META), TARGET), ValueError, "logits on meta", "target on cpu"),
     "logits to adjust": (lambda: CLALogitAdjuster(ClassGrouper(COUNTS, 2))(LOGITS[0]), ValueError, "logits", "[3, 4]"),
     # targets
     "float target": (lambda: criterion()(LOGITS, TARGET.float()), TypeError, "target", "int64", "float32", "long()"),
@@ -203,7 +221,13 @@ CASES = {
     "features without the map": (
         lambda: criterion()(LOGITS[..., None], TARGET[:, None], features=torch.zeros(2, 3, 5), weight=torch.zeros(3, 4, 5)), ValueError, "features", "[N, K, d, S]", "[2, 3, 5]",
     ),
+    "sparse target": (lambda: criterion()(LOGITS, TARGET.to_sparse()), TypeError, "target", "dense", "torch.sparse_coo", "target.to_dense()"),
+    "nested target": (lambda: criterion()(LOGITS, nested(TARGET)), TypeError, "target", "dense", "nested torch.int64"),
+    "probabilities of 8 bits": (lambda: criterion()(LOGITS, torch.full((2, 4), 0.25).to(FLOAT8)), TypeError, "target", "16 bits", "float8", "target.float()"),
+    "sparse probabilities": (lambda: criterion()(LOGITS, torch.eye(4)[:2].to_sparse()), TypeError, "target", "dense", "torch.sparse_coo"),
     # weights of samples
+    "sparse sample weights": (lambda: criterion()(LOGITS, TARGET, sample_weight=torch.ones(2).to_sparse()), TypeError, "sample_weight", "dense", "sample_weight.to_dense()"),
+    "sample weights of 8 bits": (lambda: criterion()(LOGITS, TARGET, sample_weight=torch.ones(2).to(FLOAT8)), TypeError, "sample_weight", "16 bits", "float8"),
     "list of sample weights": (lambda: criterion()(LOGITS, TARGET, sample_weight=[1.0, 2.0]), TypeError, "sample_weight", "[2]", "[1.0, 2.0]"),
     "integer sample weights": (lambda: criterion()(LOGITS, TARGET, sample_weight=TARGET), TypeError, "sample_weight", "floating-point", "int64"),
     "sample weights of another shape": (lambda: criterion()(LOGITS, TARGET, sample_weight=torch.ones(2, 1)), ValueError, "sample_weight", "[2]", "[2, 1]"),
@@ -261,6 +285,15 @@ CASES = {
         lambda: criterion()(LOGITS, TARGET, normalizer=torch.tensor(math.nan)), ValueError, "normalizer", "positive", "nan",
     ),
     "text normalizer": (lambda: criterion()(LOGITS, TARGET, normalizer="3"), TypeError, "normalizer", "positive", "'3'"),
+    "normalizer beyond every float": (lambda: criterion()(LOGITS, TARGET, normalizer=10**400), ValueError, "normalizer", "positive, finite", "10000"),
+    "normalizer without a value": (lambda: criterion()(LOGITS, TARGET, normalizer=torch.ones((), device=META)), ValueError, "normalizer", "has a value", "meta"),
+    "sparse normalizer": (lambda: criterion()(LOGITS, TARGET, normalizer=torch.ones(()).to_sparse()), TypeError, "normalizer", "dense", "torch.sparse_coo"),
+    "sparse features": (
+        lambda: criterion()(LOGITS, TARGET, features=torch.zeros(2, 3, 5).to_sparse(), weight=torch.zeros(3, 4, 5)), TypeError, "features", "dense", "torch.sparse_coo",
+    ),
+    "weight of 8 bits": (
+        lambda: criterion()(LOGITS, TARGET, features=torch.zeros(2, 3, 5), weight=torch.zeros(3, 4, 5).to(FLOAT8)), TypeError, "weight", "16 bits", "float8",
+    ),
     "1-D normalizer": (
         lambda: criterion()(LOGITS, TARGET, normalizer=torch.ones(2)), ValueError, "normalizer", "scalar", "[2]",
     ),
@@ -289,6 +322,16 @@ CASES = {
     "NaN fusion": (
         lambda: CLALogitAdjuster(ClassGrouper(COUNTS, 2)).implied_prior([1, math.nan, 1]), ValueError, "fusion", "finite",
     ),
+    "fusion beyond every float": (lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble([10**400, 1, 1]), TypeError, "fusion", "3 real numbers", "10000"),
+    "fusion without values": (
+        lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble(torch.ones(3, device=META)), ValueError, "fusion", "have values", "meta",
+    ),
+    "sparse fusion": (lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble(torch.ones(3).to_sparse()), TypeError, "fusion", "dense", "to_dense"),
+    "prior of a fusion without values": (lambda: ADJUSTER.implied_prior(torch.ones(3, device=META)), ValueError, "fusion", "have values", "meta"),
+    "ensemble of one model": (lambda: ExpertOutput(LOGITS[:, 0], LOGITS, LOGITS).ensemble(), ValueError, "logits", "[N, K, C, ...]", "[2, 4]", "logits[:, None]"),
+    "ensemble of a list": (lambda: ExpertOutput([LOGITS[:, 0]] * 3, LOGITS, LOGITS).ensemble(), TypeError, "logits", "floating-point tensor [N, K, C, ...]", "list"),
+    "ensemble of sparse logits": (lambda: ExpertOutput(LOGITS.to_sparse(), LOGITS, LOGITS).ensemble([1, 2, 3]), TypeError, "logits", "dense", "to_dense"),
+    "short fusion of a map": (lambda: ExpertOutput(LOGITS[..., None], LOGITS, LOGITS).ensemble([1, 1]), ValueError, "fusion", "3 experts", "[2]"),
     # GroupConvExperts
     "stage of a wrong type": (lambda: experts(stage=3), TypeError, "stage", "module", "3"),
     "factory of a wrong type": (lambda: experts(stage=lambda: 3), TypeError, "stage", "Module", "3"),
@@ -337,6 +380,9 @@ CASES = {
         lambda: experts(stage=nn.Sequential(nn.Conv2d(2, 4, 3), NoReset())),
         ValueError, "stage", "'1.scale'", "NoReset", "factory", "init_fn=", "reset=False",
     ),
+    "linear: sparse weight": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4).to_sparse(), torch.zeros(2).long()), TypeError, "weight", "dense", "weight.to_dense()"),
+    "linear: bias of 8 bits": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4), torch.zeros(2).long(), torch.zeros(3, 2).to(FLOAT8)), TypeError, "bias", "16 bits", "float8"),
+    "linear: probabilities": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4), torch.ones(2, 2) / 2), TypeError, "target", "int64", "[2, 2]", "LGLALoss takes such", "argmax"),
     "linear: mixed dtypes": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4).double(), torch.zeros(3, 2, 4), torch.zeros(2, dtype=torch.int64)), ValueError, "weight", "float64", "float32", "autocast"),
     "linear: weight of other classes": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.zeros(3, 5, 4), torch.zeros(2, dtype=torch.int64)), ValueError, "features, weight", "[3, 2, d]", "[3, 5, 4]"),
     "linear: logits for features": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3), torch.zeros(3, 2, 4), torch.zeros(2, dtype=torch.int64)), ValueError, "features", "[N, K, d]", "[2, 3]"),
@@ -373,6 +419,11 @@ CASES = {
     "baseline: integer logits": (lambda: FocalLoss()(LOGITS.long(), TARGET), TypeError, "logits", "floating", "int64"),
     "baseline: no logits": (lambda: FocalLoss()("logits", TARGET), TypeError, "logits", "ExpertOutput", "'logits'"),
     "baseline: float target": (lambda: FocalLoss()(LOGITS, TARGET.float()), TypeError, "target", "int64", "long()"),
+    "baseline: probabilities": (lambda: BalancedSoftmaxLoss(COUNTS)(LOGITS, torch.full((2, 4), 0.25)), TypeError, "target", "int64", "[2, 4]", "probabilities", "adjustment='balanced'", "argmax(dim=1)"),
+    "baseline: sparse logits": (lambda: FocalLoss()(LOGITS.to_sparse(), TARGET), TypeError, "logits", "dense", "torch.sparse_coo", "logits.to_dense()"),
+    "baseline: nested logits": (lambda: FocalLoss()(nested(*LOGITS), TARGET), TypeError, "logits", "dense", "nested"),
+    "baseline: logits of 8 bits": (lambda: FocalLoss()(LOGITS.to(FLOAT8), TARGET), TypeError, "logits", "16 bits", "float8"),
+    "baseline: ignore_index of more than 64 bits": (lambda: FocalLoss(ignore_index=2**70), ValueError, "ignore_index", "64 bits"),
     "baseline: short target": (lambda: FocalLoss()(LOGITS, TARGET[:1]), ValueError, "target", "[2]", "[1]"),
     "baseline: target too large": (lambda: FocalLoss()(LOGITS, TARGET + 1), ValueError, "target", "0..3", "got 4"),
     "baseline: NaN logits": (lambda: FocalLoss()(LOGITS * math.nan, TARGET), ValueError, "logits", "NaN", "expert 0", "validate_args"),

@@ -545,6 +545,15 @@ def test_torch_func_and_autocast(close):
 PAGE = (ROOT / "docs" / "guides" / "baselines.md").read_text()
 
 
+@every_loss
+def test_vmap_takes_gradients_of_single_samples(case):
+    criterion, (logits, target) = case.make(COUNTS), batch()
+    gradients = torch.vmap(torch.func.grad(lambda v, y: criterion(v[None], y[None])))(logits, target)
+    leaf = logits.clone().requires_grad_()
+    torch.stack([criterion(v[None], y[None]) for v, y in zip(leaf, target, strict=True)]).sum().backward()
+    torch.testing.assert_close(gradients, leaf.grad, rtol=1e-10, atol=1e-10)
+
+
 def test_the_page_has_a_row_for_each():
     rows = re.findall(r"^\| `(\w+)`", PAGE, re.MULTILINE)
     assert rows == [*sorted(baselines.__all__), "LGLALoss"]

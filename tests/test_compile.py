@@ -56,6 +56,19 @@ def test_criterion_compiles_with_a_dynamic_batch(backend, form, reduction):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("of_logits", [True, False])
+@pytest.mark.parametrize("number", [8, 8.0])
+def test_a_number_as_normalizer_compiles_and_may_change(backend, of_logits, number):
+    criterion = LGLALoss(COUNTS) if of_logits else LinearLGLALoss(COUNTS)
+    compiled = torch.compile(criterion, fullgraph=True, dynamic=True, backend=backend)
+    logits, target = batch(8)
+    inputs = (logits, target) if of_logits else (torch.randn(8, 3, 6), torch.randn(3, 4, 6), target)
+    for normalizer in (number, number + 5, number + 1):
+        loss = compiled(*inputs, normalizer=normalizer)
+        torch.testing.assert_close(loss, criterion(*inputs, normalizer=normalizer))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["tensor", "list"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_many_classes_compile_to_the_operator(backend, form, reduction):

@@ -491,6 +491,20 @@ def test_a_zero_feature_gives_finite_cosine_logits_and_gradients_in_half_precisi
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("maps", [(5,), (4, 6), (3, 2, 3), (1, 1), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_ensemble_of_maps_fuses_experts_not_classes(maps, dtype):
+    """Weights of the experts lay along the classes; where there were K of them nothing told."""
+    output = ExpertOutput(
+        torch.randn(2, 3, 3, *maps).to(dtype), torch.randn(2, 3, 5, *maps), torch.randn(3, 3, 5)
+    )
+    at_positions = output.logits.flatten(3)
+    for fusion in (None, [1, 0, 0], [1, 2, 3], torch.tensor([0.0, 0.0, 1.0])):
+        expected = [output._replace(logits=v).ensemble(fusion) for v in at_positions.unbind(-1)]
+        assert torch.equal(output.ensemble(fusion).flatten(2), torch.stack(expected, dim=-1))
+    assert torch.equal(output.ensemble([1, 0, 0]), output.logits[:, 0])
+
+
 def test_ensemble_is_the_mean_or_a_weighted_mean_of_the_logits(close):
     output = ExpertOutput(torch.randn(5, 3, 7, dtype=torch.float64), torch.empty(0), torch.empty(0))
     close(output.ensemble(), output.logits.mean(1))

@@ -118,15 +118,45 @@ def test_no_more_than_a_chunk_of_logits_exists(engine, monkeypatch):
     assert len({pointer for _, pointer in seen}) == 1
 
 
+@pytest.fixture(params=["float64", "float32", "bfloat16", "float16", "autocast"])
+def precision(request):
+    """The dtype of what the network gives, and what it runs under."""
+    if request.param == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            yield torch.float32
+    else:
+        yield getattr(torch, request.param)
+
+
 @pytest.mark.parametrize("number", [0, 2])
-def test_nothing_to_learn_from(number):
-    features = torch.randn(number, 3, 5, requires_grad=True)
-    weight = torch.randn(3, 6, 5, requires_grad=True)
-    loss = LinearLGLALoss(COUNTS)(features, weight, torch.full((number,), -100))
-    loss.backward()
-    assert loss == 0
-    assert not features.grad.any()
-    assert not weight.grad.any()
+@pytest.mark.parametrize("scale", [None, 30.0])
+@pytest.mark.parametrize(
+    ("reduction", "compiled"), [("mean", False), ("sum", False), ("none", False), ("mean", True)]
+)
+def test_an_empty_batch_or_one_of_ignored_samples_gives_zero_gradients(
+    number, scale, reduction, compiled, precision, fresh_memory_is_nan
+):
+    """In half precision the weight's gradient was what its memory held before, up to 1e31 or NaN."""
+    leaves = [v.detach().to(precision).requires_grad_() for v in inputs()[: 3 if scale is None else 2]]
+    leaves[0] = leaves[0][:number].detach().requires_grad_()
+    criterion = LinearLGLALoss(COUNTS, scale=scale, reduction=reduction)
+    if compiled:
+        torch.compiler.reset()
+        criterion = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    loss = criterion(*leaves[:2], torch.full((number,), -100), *leaves[2:])
+    loss.sum().backward()
+    assert not loss.any()
+    for leaf in leaves:
+        assert not leaf.grad.any()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 0), (2, 3, 0)])
+def test_features_of_no_width_are_zeros(shape, fresh_memory_is_nan):
+    features = torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(3, 6, 0, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.zeros(3, 6, dtype=torch.bfloat16, requires_grad=True)
+    LinearLGLALoss(COUNTS)(features, weight, TARGET[: shape[0]], bias).backward()
+    assert bias.grad.isfinite().all()
 
 
 @pytest.mark.usefixtures("_chunks")
@@ -196,6 +226,20 @@ def test_float64_features_under_autocast_are_told():
     features, weight, _ = inputs()
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="float64"):
         LinearLGLALoss(COUNTS)(features, weight.float(), TARGET)
+
+
+def test_vmap_takes_gradients_of_single_samples():
+    features, weight, _ = (v.detach() for v in inputs())
+    criterion, target = LinearLGLALoss(COUNTS), TARGET.clamp(min=0)
+
+    def loss(weight, features, target):
+        return criterion(features[None], weight, target[None])
+
+    gradients = torch.vmap(torch.func.grad(loss), (None, 0, 0))(weight, features, target)
+    for gradient, sample in zip(gradients, zip(features, target, strict=True), strict=True):
+        leaf = weight.clone().requires_grad_()
+        loss(leaf, *sample).backward()
+        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-10, atol=1e-10)
 
 
 def test_meta_tensors_pass_through():

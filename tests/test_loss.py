@@ -299,12 +299,31 @@ def test_a_step_is_captured_in_a_cuda_graph(close):
     close(loss, expected_losses(criterion.cpu(), logits.detach().cpu(), target.cpu()).mean())
 
 
-def test_vmap_takes_the_loss_of_single_samples(close):
-    """Per-sample gradients: no value may be read with validate_args=False."""
-    criterion = LGLALoss(COUNTS, validate_args=False)
-    logits, target = cosine_logits(4, 3, 6), torch.arange(4)
-    losses = torch.func.vmap(lambda v, y: criterion(v[None], y[None]))(logits, target)
-    close(losses, [criterion(v[None], y[None]).item() for v, y in zip(logits, target, strict=True)])
+@pytest.mark.parametrize("validate_args", [None, True, False])
+@pytest.mark.parametrize("form", ["indices", "probabilities", "maps", "output", "weighted", "normalized"])
+def test_vmap_takes_gradients_of_single_samples(form, validate_args):
+    """With default arguments too: what nobody can read is not checked."""
+    criterion = LGLALoss(COUNTS, validate_args=validate_args)
+    maps = [2, 2] if form == "maps" else []
+    logits = 20 * torch.rand(4, 3, 6, *maps, dtype=torch.float64)
+    target = torch.randint(6, (4, *maps))
+    if form == "probabilities":
+        target = torch.rand(4, 6).softmax(dim=1)
+    features, weight = torch.randn(4, 3, 5).double(), torch.randn(3, 6, 5).double()
+    numbers = 1 + torch.rand(4).double()
+
+    def loss(logits, target, features, number):
+        if form == "output":
+            return criterion(ExpertOutput(logits[None], features[None], weight), target[None])
+        options = {"weighted": {"sample_weight": number[None]}, "normalized": {"normalizer": number}}
+        return criterion(logits[None], target[None], **options.get(form, {}))
+
+    samples = logits, target, features, numbers
+    gradients = torch.vmap(torch.func.grad(loss))(*samples)
+    leaf = logits.clone().requires_grad_()
+    for n in range(4):
+        loss(leaf[n], *(v[n] for v in samples[1:])).backward()
+    torch.testing.assert_close(gradients, leaf.grad, rtol=1e-10, atol=1e-10)
 
 
 def test_a_table_of_ones_own(close):

@@ -333,12 +333,32 @@ def test_it_compiles(soft, maps):
     assert_alike(*results)
 
 
-def test_no_samples(backend):
-    for maps in [(), (4, 4)]:
-        for target in (torch.zeros(0, *maps, dtype=torch.int64), torch.zeros(0, 6, *maps)):
-            loss, gradient = call("cosine", *batch(0, *maps), target, backend=backend)
-            assert loss == 0
-            assert gradient.shape == (0, 3, 6, *maps)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("samples", [(0,), (0, 4, 4), (2, 0, 3), (3, 2, 0)])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_an_empty_batch_is_a_zero_that_keeps_the_graph(
+    form, samples, soft, dtype, backend, fresh_memory_is_nan
+):
+    """Angles of an empty map in half precision had a wrong dtype, and the loss was NaN."""
+    logits, features, weight = (v.to(dtype) for v in batch(*samples))
+    n, *maps = samples
+    target = torch.zeros(n, 6, *maps) if soft else torch.zeros(n, *maps, dtype=torch.int64)
+    for reduction in ("mean", "sum", "none"):
+        options = {"backend": backend, "reduction": reduction}
+        loss, gradient = call(form, logits, features, weight, target, **options)
+        assert loss.shape == (samples if reduction == "none" else ())
+        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert not loss.any()
+        assert gradient.shape == logits.shape
+
+
+def test_maps_of_features_without_width(backend):
+    """All angles are right angles, so that no sample is harder than another."""
+    logits, target = batch(2, 4)[0], torch.randint(0, 6, (2, 4))
+    inputs = torch.zeros(2, 3, 0, 4).double(), torch.zeros(3, 6, 0).double(), target
+    expected = call("no aaw", logits, None, None, target, backend=backend)
+    assert_alike(call("output", logits, *inputs, backend=backend), expected)
 
 
 def test_nothing_of_the_callers_changes():

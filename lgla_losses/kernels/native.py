@@ -1,4 +1,8 @@
-"""The engine for CPUs: native.c, called with pointers."""
+"""The engine for CPUs: native.c, called with pointers.
+
+C sees nothing of a tensor but where it begins, so every address is taken by :func:`_address`, which first
+holds the tensor to what C takes it for.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from lgla_losses.checks import describe
 from lgla_losses.functional import compute_dtype
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -75,7 +80,29 @@ class _Angles(ctypes.Structure):
     ]
 
 
-def _load() -> tuple[ctypes.CDLL | None, str]:
+def load(path: str) -> ctypes.CDLL:
+    """Load a compiled native.c.
+
+    Raises:
+        OSError: it does not load, or was compiled from other sources.
+        AttributeError: it lacks a function.
+    """
+    # After torch, whose OpenMP threads it shares.
+    library = ctypes.CDLL(path)
+    for function, arguments in (
+        (library.lgla_cross_entropy, _Batch),
+        (library.lgla_statistics, _Angles),
+        (library.lgla_weights, _Angles),
+    ):
+        function.argtypes = [ctypes.POINTER(arguments)]
+        function.restype = ctypes.c_int
+    library.lgla_layout.restype = _I
+    if library.lgla_layout() != 1000 * ctypes.sizeof(_Batch) + ctypes.sizeof(_Angles):
+        raise OSError("it was compiled from other sources; install the package anew")
+    return library
+
+
+def _installed() -> tuple[ctypes.CDLL | None, str]:
     spec = importlib.util.find_spec("lgla_losses.kernels._native")
     if spec is None or spec.origin is None:
         return (
@@ -83,25 +110,13 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             "it was not compiled when lgla-losses was installed, which takes a C compiler with OpenMP",
         )
     try:
-        # After torch, whose OpenMP threads it shares.
-        library = ctypes.CDLL(spec.origin)
-        for function, arguments in (
-            (library.lgla_cross_entropy, _Batch),
-            (library.lgla_statistics, _Angles),
-            (library.lgla_weights, _Angles),
-        ):
-            function.argtypes = [ctypes.POINTER(arguments)]
-            function.restype = ctypes.c_int
-        library.lgla_layout.restype = _I
-        if library.lgla_layout() != 1000 * ctypes.sizeof(_Batch) + ctypes.sizeof(_Angles):
-            return None, f"{spec.origin} was compiled from other sources; install the package anew"
+        return load(spec.origin), ""
     except (OSError, AttributeError) as error:
         return None, f"{spec.origin} does not load: {error}"
-    return library, ""
 
 
 #: The library, or None and the reason.
-LIBRARY, MISSING = _load()
+LIBRARY, MISSING = _installed()
 
 
 def statistics(
@@ -115,10 +130,10 @@ def statistics(
     check: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Angles and their sums by group; ``check`` finds logits beyond the scale."""
-    angles = _angles_for(source, scale)
-    parts = _sums_for(angles, num_groups)
-    memory = [target.contiguous(), _indices(group_index), angles, parts]
-    _raise_for(_library().lgla_statistics(_batch(source, memory, scale, ignore_index, 1)), check)
+    angles, parts = _angles_for(source, scale), _sums_for(source, num_groups)
+    target, group_index = target.contiguous(), _indices(group_index)
+    batch = _batch(source, target, group_index, angles, parts, scale=scale, ignore_index=ignore_index)
+    _raise_for(_library().lgla_statistics(batch), check)
     return angles, parts
 
 
@@ -132,9 +147,14 @@ def weights(
     num_ranks: int,
 ) -> tuple[Tensor, Tensor]:
     """Eq. 8 and the samples per rank."""
+    angles, parts = angles.contiguous(), parts.sum(dim=0, keepdim=True)
+    target, group_index = target.contiguous(), _indices(group_index)
     result, samples = torch.empty_like(angles), angles.new_empty(())
-    memory = [target.contiguous(), _indices(group_index), angles, parts.contiguous(), result, samples]
-    _library().lgla_weights(_batch(angles, memory, None, ignore_index, num_ranks))
+    batch = _batch(
+        angles, target, group_index, angles, parts, result, samples,
+        ignore_index=ignore_index, num_ranks=num_ranks,
+    )  # fmt: skip
+    _library().lgla_weights(batch)
     return result, samples
 
 
@@ -149,10 +169,12 @@ def weights_of(
     check: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Both, for one rank."""
-    angles = _angles_for(source, scale)
-    parts, result, samples = _sums_for(angles, num_groups), torch.empty_like(angles), angles.new_empty(())
-    memory = [target.contiguous(), _indices(group_index), angles, parts, result, samples]
-    batch = _batch(source, memory, scale, ignore_index, 1)
+    angles, parts = _angles_for(source, scale), _sums_for(source, num_groups)
+    target, group_index = target.contiguous(), _indices(group_index)
+    result, samples = torch.empty_like(angles), angles.new_empty(())
+    batch = _batch(
+        source, target, group_index, angles, parts, result, samples, scale=scale, ignore_index=ignore_index
+    )
     _raise_for(_library().lgla_statistics(batch), check)
     _library().lgla_weights(batch)
     return result, samples
@@ -164,23 +186,44 @@ def _angles_for(source: Tensor, scale: float | None) -> Tensor:
     return source.new_empty(source.shape[:2], dtype=compute_dtype(source.dtype))
 
 
-def _sums_for(angles: Tensor, num_groups: int) -> Tensor:
-    return angles.new_empty((1, num_groups, angles.shape[1] + 1), dtype=torch.float64)
-
-
 def _indices(group_index: Tensor) -> Tensor:
     return group_index.to(torch.int64).contiguous()
 
 
+def _sums_for(source: Tensor, num_groups: int) -> Tensor:
+    return source.new_empty((1, num_groups, source.shape[1] + 1), dtype=torch.float64)
+
+
 def _batch(
-    source: Tensor, memory: list[Tensor], scale: float | None, ignore_index: int, num_ranks: int
+    source: Tensor,
+    target: Tensor,
+    group_index: Tensor,
+    angles: Tensor,
+    parts: Tensor,
+    weights: Tensor | None = None,
+    samples: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    ignore_index: int,
+    num_ranks: int = 1,
 ) -> _Angles:
-    """Of targets, groups, angles, sums, and weights and the samples where they are wanted."""
-    logits, strides = (None, (0, 0, 0)) if scale is None else (source.data_ptr(), source.stride())
-    pointers = [tensor.data_ptr() for tensor in memory] + [None] * (6 - len(memory))
+    """Of cosine logits, or without a scale of the angles themselves."""
+    (n, k), c, g = source.shape[:2], len(group_index), parts.shape[1]
+    code, exact = _code(source.dtype), compute_dtype(source.dtype)
+    logits: int | None = None
+    strides: tuple[int, ...] = (0, 0, 0)
+    if scale is not None:
+        logits, strides = _address("logits", source, source.dtype, (n, k, c), dense=False), source.stride()
     return _Angles(
-        logits, *pointers, *source.shape[:2], len(memory[1]), memory[3].shape[1], *strides,
-        ignore_index, _DTYPES[source.dtype], num_ranks, scale or 0.0,
+        logits,
+        _address("target", target, torch.int64, (n,)),
+        _address("group_index", group_index, torch.int64, (c,)),
+        _address("angles", angles, exact, (n, k)),
+        _address("parts", parts, torch.float64, (1, g, k + 1)),
+        None if weights is None else _address("weights", weights, exact, (n, k)),
+        None if samples is None else _address("samples", samples, exact, ()),
+        n, k, c, g, *strides, _int64("ignore_index", ignore_index), code, _int64("num_ranks", num_ranks),
+        scale or 0.0,
     )  # fmt: skip
 
 
@@ -252,23 +295,35 @@ def _run(
     check: bool,
 ) -> None:
     n, k, c = logits.shape
+    code, exact = _code(logits.dtype), compute_dtype(logits.dtype)
     target = target.contiguous()
-    table, weights = _dense(table, torch.float64, (k, c)), _dense(weights, state.dtype, (n, k))
+    table, weights = _dense(table, torch.float64, (k, c)), _dense(weights, exact, (n, k))
     threads = torch.get_num_threads() if logits.numel() >= _WORTH_THREADS else 1
-    fresh, fresh_bytes = None, 0
-    if gradient is not None and gradient.data_ptr() != logits.data_ptr():
-        fresh_bytes = gradient.untyped_storage().nbytes()
-        fresh = gradient.untyped_storage().data_ptr() if fresh_bytes >= _WORTH_LARGE_PAGES else None
-    status = _library().lgla_cross_entropy(
-        _Batch(
-            logits.data_ptr(), target.data_ptr(), _pointer(table), _pointer(weights), _pointer(upstream),
-            _pointer(losses), _pointer(total), state.data_ptr(), _pointer(gradient),
-            n, k, c, *logits.stride(), *((0, 0, 0) if gradient is None else gradient.stride()),
-            0 if upstream is None else upstream.stride(0), ignore_index, _DTYPES[logits.dtype], check,
-            min(threads, max(1, n * k)), label_smoothing, divisor, fresh, fresh_bytes,
-        )
+    place = _address("logits", logits, logits.dtype, (n, k, c), dense=False)
+
+    out, fresh, fresh_bytes = None, None, 0
+    out_strides: tuple[int, ...] = (0, 0, 0)
+    if gradient is not None:
+        out = _address("gradient", gradient, logits.dtype, (n, k, c), dense=False)
+        out_strides, memory = gradient.stride(), gradient.untyped_storage()
+        if out != place and memory.nbytes() >= _WORTH_LARGE_PAGES:
+            fresh, fresh_bytes = memory.data_ptr(), memory.nbytes()
+
+    batch = _Batch(
+        place,
+        _address("target", target, torch.int64, (n,)),
+        None if table is None else _address("table", table, torch.float64, (k, c)),
+        None if weights is None else _address("weights", weights, exact, (n, k)),
+        None if upstream is None else _address("upstream", upstream, exact, (n,), dense=False),
+        None if losses is None else _address("losses", losses, exact, (n, k)),
+        None if total is None else _address("total", total, exact, ()),
+        _address("state", state, exact, (n, k, 2)),
+        out,
+        n, k, c, *logits.stride(), *out_strides, 0 if upstream is None else upstream.stride(0),
+        _int64("ignore_index", ignore_index), code, check, min(threads, max(1, n * k)), label_smoothing,
+        divisor, fresh, fresh_bytes,
     )  # fmt: skip
-    _raise_for(status, check)
+    _raise_for(_library().lgla_cross_entropy(batch), check)
 
 
 def _dense(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor | None:
@@ -277,8 +332,40 @@ def _dense(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) ->
     return tensor.to(dtype).expand(shape).contiguous()
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _address(
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], dense: bool = True
+) -> int:
+    """Where a tensor's memory begins, if it is of this dtype and shape, on the CPU and there at all.
+
+    Without ``dense`` it may have any strides. What has no strides, as a sparse one, raises by itself.
+    """
+    if (
+        tensor.dtype == dtype
+        and tensor.shape == shape
+        and tensor.is_cpu
+        and (not dense or tensor.is_contiguous())
+    ):
+        address = tensor.data_ptr()
+        if address or not tensor.numel():
+            return address
+    raise ValueError(
+        f"{name}: expected a {dtype} tensor of shape {list(shape)} in the memory of the CPU"
+        f"{', without gaps' if dense else ''}, got {describe(tensor)}"
+    )
+
+
+def _int64(name: str, value: int) -> int:
+    """``value`` itself: ctypes would wrap what does not fit."""
+    if -(1 << 63) <= value < 1 << 63:
+        return value
+    raise ValueError(f"{name}: expected an integer of 64 bits, got {value}")
+
+
+def _code(dtype: torch.dtype) -> int:
+    """What C calls the dtype of logits."""
+    if dtype in _DTYPES:
+        return _DTYPES[dtype]
+    raise TypeError(f"logits: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
 
 
 def _library() -> ctypes.CDLL:
