@@ -177,11 +177,6 @@ class AdjustedLoss(ConstantBuffers):
         self._numbers = numbers
         return expected | {name: value.to(self._exact[name].dtype) for name, value in state.items()}
 
-    if TYPE_CHECKING:
-
-        def __call__(self, output: ExpertOutput | ExpertLogits, target: Tensor) -> Tensor:
-            """Give the loss of a batch, as :meth:`forward`."""
-
     def forward(self, output: ExpertOutput | ExpertLogits, target: Tensor) -> Tensor:
         """The loss of a batch, a scalar or ``[N]``, in float32 (float64 for float64 logits).
 
@@ -210,6 +205,10 @@ class AdjustedLoss(ConstantBuffers):
                 raise
             self._check_logits(blocks, target)
         return self._loss(engine, blocks, target, check=False)
+
+    if TYPE_CHECKING:
+        # nn.Module declares it as returning Any.
+        __call__ = forward
 
     def _engine(self, blocks: list[Tensor], target: Tensor) -> Engine | None:
         few = blocks[0].shape[2] < WORTH_AN_OPERATOR

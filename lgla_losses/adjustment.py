@@ -167,11 +167,6 @@ class CLALogitAdjuster(ConstantBuffers):
         """Number of experts ``K``."""
         return self.constant("table").shape[0]
 
-    if TYPE_CHECKING:
-
-        def __call__(self, logits: ExpertOutput | ExpertLogits) -> Tensor:
-            """Give the adjusted logits, as :meth:`forward`."""
-
     def forward(self, logits: ExpertOutput | ExpertLogits) -> Tensor:
         """The adjusted logits :math:`v + T`, a new tensor."""
         if isinstance(logits, ExpertOutput):
@@ -181,6 +176,10 @@ class CLALogitAdjuster(ConstantBuffers):
         stacked = checked if isinstance(checked, Tensor) else torch.stack(tuple(checked), dim=1)
         same_device(logits=stacked, table=table)
         return stacked + table.to(functional.compute_dtype(stacked.dtype))
+
+    if TYPE_CHECKING:
+        # nn.Module declares it as returning Any.
+        __call__ = forward
 
     def margin(self, target: Tensor) -> Tensor:
         r"""The margins :math:`M(y_i, j, k) = T(k, j) - T(k, y_i)` of Eq. 6.
@@ -213,7 +212,7 @@ class CLALogitAdjuster(ConstantBuffers):
             float64 ``[C]``, summing to 1.
         """
         table = self.constant("table")
-        weights = normalized_fusion(fusion, self.num_experts).to(table.device)
+        weights = normalized_fusion(fusion, self.num_experts, table.device).to(table.device)
         return functional.implied_prior(table, self.grouper.constant("class_counts"), weights)
 
     def _inferred(self) -> frozenset[str]:

@@ -265,7 +265,7 @@ class ClassParallelLGLALoss(nn.Module):
         weight = self._own_part("weight", weight)
         bias = None if bias is None else self._own_part("bias", bias)
         self._check_inputs(features, weight, target, bias)
-        normalizer_value(normalizer, self.reduction, self.validate_args)
+        normalizer_value(normalizer, self.reduction, self.validate_args, target.device)
         if isinstance(normalizer, Tensor) and normalizer.requires_grad:
             raise ValueError(
                 "normalizer: expected a number without gradient, got one that wants it; detach it"
@@ -311,17 +311,8 @@ class ClassParallelLGLALoss(nn.Module):
         return problem.reduced(problem.run(inputs, (False, False, False))[0])
 
     if TYPE_CHECKING:
-
-        def __call__(
-            self,
-            features: Tensor,
-            weight: Tensor,
-            target: Tensor,
-            bias: Tensor | None = None,
-            *,
-            normalizer: float | Tensor | None = None,
-        ) -> Tensor:
-            """Give the loss of a batch, as :meth:`forward`."""
+        # nn.Module declares it as returning Any.
+        __call__ = forward
 
     def _own_part(self, name: str, tensor: Tensor) -> Tensor:
         """A ``DTensor``'s part on this rank, or the tensor itself."""

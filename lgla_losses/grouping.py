@@ -138,17 +138,16 @@ class ClassGrouper(ConstantBuffers):
         counts = self.constant("class_counts")
         return float(counts.max()) / float(counts.min())
 
-    if TYPE_CHECKING:
-
-        def __call__(self, target: Tensor) -> Tensor:
-            """Give the groups, as :meth:`forward`."""
-
     def forward(self, target: Tensor) -> Tensor:
         """Group of each sample ``[N]``; targets out of range raise on the CPU."""
         target = target_tensor(target)
         if values_readable(target, None):
             target_values(target, self.num_classes)
         return self.constant("group_index")[target]
+
+    if TYPE_CHECKING:
+        # nn.Module declares it as returning Any.
+        __call__ = forward
 
     def _restored(
         self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str

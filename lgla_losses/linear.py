@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from lgla_losses import functional, fused
-from lgla_losses.base import ExpertLoss
+from lgla_losses.base import ExpertLoss, LossOptions, refuse_unknown
 from lgla_losses.checks import (
     WAY_OUT,
     finite_tensors,
@@ -23,31 +23,12 @@ from lgla_losses.checks import (
     values_readable,
 )
 from lgla_losses.counts import ArrayLike
-from lgla_losses.grouping import ClassGrouper
 from lgla_losses.kernels import chunked
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 #: Logits in memory at a time, in bytes. A matrix product is as fast as ever with these many.
 _CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
 #: But never fewer samples than these: the classes' weights are read anew for every chunk.
 _LEAST_SAMPLES = 64
-
-
-class ExpertLossOptions(TypedDict, total=False):
-    """What the losses of K experts take by name, but for the scale."""
-
-    grouper: ClassGrouper | None
-    aaw: bool
-    adjustment: str | Tensor
-    reduction: str
-    ignore_index: int
-    label_smoothing: float
-    sync: bool
-    process_group: ProcessGroup | None
-    validate_args: bool | None
-    backend: str
 
 
 class LinearLGLALoss(ExpertLoss):
@@ -88,8 +69,9 @@ class LinearLGLALoss(ExpertLoss):
         tau: float | None = None,
         *,
         scale: float | None = None,
-        **options: Unpack[ExpertLossOptions],
+        **options: Unpack[LossOptions],
     ) -> None:
+        refuse_unknown(self, options, LossOptions)
         super().__init__(class_counts, num_experts, tau, scale=scale, **options)
 
     def forward(

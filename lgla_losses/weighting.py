@@ -116,11 +116,6 @@ class AAWWeighter(nn.Module):
         """Number of ranks whose samples the means are over in this step."""
         return ranks_to_sync(self.sync, self.process_group)
 
-    if TYPE_CHECKING:
-
-        def __call__(self, angles: Tensor, target: Tensor, statistics: Tensor | None = None) -> Tensor:
-            """Give the weights, as :meth:`forward`."""
-
     def forward(self, angles: Tensor, target: Tensor, statistics: Tensor | None = None) -> Tensor:
         """Eq. 8; ``statistics`` from the method of that name saves computing them again."""
         self._check_inputs(angles, target)
@@ -129,6 +124,10 @@ class AAWWeighter(nn.Module):
             statistics = self.sum_over_ranks(self.local_statistics(angles, target))
         group = functional.target_groups(target, self.grouper.constant("group_index"), self.ignore_index)
         return functional.aaw_weights(angles, group, statistics)
+
+    if TYPE_CHECKING:
+        # nn.Module declares it as returning Any.
+        __call__ = forward
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         refuse_data_parallel(self)
