@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +17,7 @@ from lgla_losses.collectives import refuse_data_parallel
 from lgla_losses.output import ExpertOutput
 from lgla_losses.stacking import (
     apply_per_copy,
-    check_runs_together,
+    copy_module,
     run_separately,
     run_together,
     stack_modules,
@@ -113,7 +112,6 @@ class GroupConvExperts(nn.Module):
             num_features = _features_of(copies)
         self.stage: nn.Module | None = _arrange(copies, self.layout)
         self.together: bool | None = None
-        self._checked_modes: set[bool] = set()
         self.classifiers = ExpertClassifiers(
             self.num_experts,
             positive_int("num_features", num_features, "give the width of the stage's output"),
@@ -159,18 +157,12 @@ class GroupConvExperts(nn.Module):
             maps = run_together(self.stage, self.num_experts, inputs)
             return _pool(maps, leading=2).transpose(0, 1)
         else:
-            self._check_together(inputs)
             outputs = run_separately(self.stage, self.num_experts, inputs)
         return torch.stack([_pool(output) for output in outputs], dim=1)
 
-    def _check_together(self, inputs: tuple[Any, ...]) -> None:
-        """What would fail on a GPU fails here too, with the first batch of either mode."""
-        if torch.compiler.is_compiling() or self.together is not None or self.training in self._checked_modes:
-            return
-        check_runs_together(cast(nn.Module, self.stage), self.num_experts, inputs)
-        self._checked_modes.add(self.training)
-
     def _runs_together(self, device_type: str) -> bool:
+        if torch.jit.is_tracing():
+            return False
         if self.together is not None:
             return self.together
         # Compilers and exporters see through a loop; vmap would fix the batch size for them.
@@ -213,7 +205,7 @@ class GroupConvExperts(nn.Module):
         return single
 
     def _converted(self, layout: str) -> GroupConvExperts:
-        twin = copy.deepcopy(self)
+        twin = copy_module(self)
         if twin.layout != layout:
             twin.layout = layout
             if isinstance(twin.stage, nn.ModuleList):
@@ -252,7 +244,7 @@ def _make_copies(
     if stage is None:
         return []
     if isinstance(stage, nn.Module):
-        copies = [copy.deepcopy(stage) for _ in range(num_experts)]
+        copies = [copy_module(stage) for _ in range(num_experts)]
     elif callable(stage):
         copies = [stage() for _ in range(num_experts)]
     else:
