@@ -137,15 +137,13 @@ class GroupConvExperts(nn.Module):
                 "wrote into it; set inplace=False on its first layer, or make it the trunk's last"
             )
         weight: Tensor = self.classifiers.weight
-        if features.shape[-1] != weight.shape[-1]:
+        if not _is_tracing() and features.shape[-1] != weight.shape[-1]:
             raise ValueError(
                 f"num_features: expected the width of the stage's output, {features.shape[-1]}, "
                 f"got {weight.shape[-1]}; pass num_features={features.shape[-1]}"
             )
-        if torch.is_grad_enabled():
-            # A view: FSDP2 hooks what a module gives, and on the parameter hooks of all steps would add up.
-            weight = weight.view_as(weight)
-        return ExpertOutput(self.classifiers(features), features, weight)
+        # A view: FSDP2 hooks what a module gives, and on the parameter hooks of all steps would add up.
+        return ExpertOutput(self.classifiers(features), features, weight.view_as(weight))
 
     def _features(self, inputs: tuple[Any, ...], device_type: str) -> Tensor:
         """Pooled outputs of the stages ``[N, K, d]``."""
@@ -161,7 +159,7 @@ class GroupConvExperts(nn.Module):
         return torch.stack([_pool(output) for output in outputs], dim=1)
 
     def _runs_together(self, device_type: str) -> bool:
-        if torch.jit.is_tracing():
+        if _is_tracing():
             return False
         if self.together is not None:
             return self.together
@@ -303,6 +301,11 @@ def _check_initialised(module: nn.Module) -> None:
                 f"stage: parameter {path!r} of a {layer} is initialised by no reset_parameters(); "
                 "pass a factory as stage, an init_fn= that sets it, or reset=False to keep the weights"
             )
+
+
+def _is_tracing() -> bool:
+    """Whether :func:`torch.jit.trace` watches, as for TensorBoard's graphs; it cannot see into vmap."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _version(tensor: Tensor) -> int:

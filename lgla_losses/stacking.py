@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -56,7 +56,7 @@ MODULE_INTERNALS = frozenset(vars(nn.Module()))
 Module = TypeVar("Module", bound=nn.Module)
 
 #: A layer's ``_parameters`` or ``_buffers``.
-Store = dict[str, Tensor | None]
+Store = dict[str, Any]
 #: A place in the stores of all layers: number of the store, name there.
 Slot = tuple[int, str]
 
@@ -68,17 +68,20 @@ def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:
         ValueError: the copies differ in more than the values of their tensors, or a layer reads a
             parameter from elsewhere than where it is registered.
     """
-    _refuse_aliases(copies[0])
+    _check_exchangeable(copies[0])
     for layers in zip(*(e.named_modules(remove_duplicate=False) for e in copies), strict=False):
-        first, *others = (_configuration(layer) for _, layer in layers)
-        if any(other != first for other in others):
-            path, layer = layers[0]
-            raise ValueError(
-                f"stage: expected experts that are alike, got layers {path!r} of type {type(layer).__name__} "
-                "that differ in type, options or parameters; use layout='independent'"
-            )
-    first, *others = (list(_named_tensors(expert)) for expert in copies)
-    if any(other != first for other in others):
+        configurations = [_configuration(layer) for _, layer in layers]
+        names = dict.fromkeys(name for configuration in configurations for name in configuration)
+        for name in names:
+            first, *others = (configuration.get(name, configuration) for configuration in configurations)
+            if any(other != first for other in others):
+                path, layer = layers[0]
+                raise ValueError(
+                    f"stage: expected experts that are alike, got layers {path!r} of type "
+                    f"{type(layer).__name__} that differ in {name!r}; make them alike there, or use "
+                    "layout='independent'"
+                )
+    if len({tuple(_named_tensors(expert)) for expert in copies}) > 1:
         raise ValueError(
             "stage: expected experts that are alike, got parameters tied in some and not in others; "
             "use layout='independent'"
@@ -93,8 +96,8 @@ def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:
     return stacked
 
 
-def _refuse_aliases(module: nn.Module) -> None:
-    """Raise where a copy would not be found whole in the places of its parameters and buffers."""
+def _check_exchangeable(module: nn.Module) -> None:
+    """Raise where tensors in the places of parameters and buffers would not make another copy."""
     paths = {tensor: path for path, tensor in _named_tensors(module).items()}
     memory: dict[int, str] = {}
     for tensor, path in paths.items():
@@ -106,28 +109,34 @@ def _refuse_aliases(module: nn.Module) -> None:
                 "twice, or use layout='independent'"
             )
     for path, layer in module.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise ValueError(
+                f"stage: expected layers of Python, got {path!r}, which is compiled; compile the whole "
+                "network, or use layout='independent'"
+            )
         for name, value in _own(layer).items():
             is_renewed = isinstance(layer, nn.RNNBase) and name == "_flat_weights"
             for leaf in [] if is_renewed else pytree.tree_leaves(value):
                 if isinstance(leaf, Tensor) and leaf in paths:
                     raise ValueError(
                         f"stage: expected layers that read {paths[leaf]!r} from where it is registered, got "
-                        f"{path!r} of type {type(layer).__name__}, which keeps it in {name!r} as well; use an "
-                        "nn.ParameterList or a property there, or layout='independent'"
+                        f"{path!r} of type {type(layer).__name__}, which keeps it in {name!r} as well; use "
+                        "an nn.ParameterList or a property there, or layout='independent'"
                     )
 
 
-def _configuration(layer: nn.Module) -> tuple[object, ...]:
+def _configuration(layer: nn.Module) -> dict[str, object]:
     """What must agree between copies for one of them to stand for all."""
     options = {name: _option(value) for name, value in _own(layer).items()}
     for hook in layer._forward_pre_hooks.values():  # those of pruning and of the old weight norm
         options.pop(getattr(hook, "name", getattr(hook, "_tensor_name", "")), None)
-    tensors = [
-        (name, tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad))
+    tensors = {
+        name: None if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad)
         for name, tensor in (*layer._parameters.items(), *layer._buffers.items())
-    ]
+    }
     # By name: parametrizations make a class of their own for every module.
-    return type(layer).__qualname__, layer.training, options, tensors, list(layer._modules)
+    kind = {"type": type(layer).__qualname__, "training": layer.training, "layers": list(layer._modules)}
+    return kind | options | tensors
 
 
 def _own(layer: nn.Module) -> dict[str, Any]:
@@ -258,7 +267,17 @@ def run_separately(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]
     outputs, changes = [], []
     for k in range(num_experts):
         before = _addresses(entries, k)
-        output, changed = _run_copy(stacked, {t: copies[k] for t, copies in entries.items()}, inputs)
+        try:
+            output, changed = _run_copy(stacked, {t: copies[k] for t, copies in entries.items()}, inputs)
+        except RuntimeError as error:
+            if "of Unbind" not in str(error):
+                raise
+            path, layer = _innermost_layer(stacked, error.__traceback__)
+            raise ValueError(
+                f"stage: expected parameters that forward reads, got layer {path!r} of type "
+                f"{type(layer).__name__}, which writes into one; write into its .data there, or use "
+                "layout='independent'"
+            ) from error
         for tensor, address in _addresses(entries, k).items():
             if address != before[tensor]:  # its .data is another tensor now
                 tensor.data[k].copy_(entries[tensor][k].data)
@@ -325,8 +344,8 @@ def _run_copy(
         if slot not in new or isinstance(slots.get(slot), nn.Parameter):
             raise ValueError(
                 "stage: expected a forward pass that keeps parameters, and that puts tensors without a graph "
-                f"into buffers, got one that puts something else into {_path(stacked, slot)!r}; write into it "
-                "by .copy_() under torch.no_grad(), or use layout='independent'"
+                f"into buffers, got one that puts something else into {_path(stacked, slot)!r}; write into "
+                "it by .copy_() under torch.no_grad(), or use layout='independent'"
             )
     return output, new
 
@@ -340,17 +359,18 @@ def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) 
     Raises:
         ValueError: a layer has no rule under vmap; the message names its path and type.
     """
-    layers, tensors = list(stacked.modules()), list(_named_tensors(stacked).values())
+    tensors = list(_named_tensors(stacked).values())
     device = next(value.device for value in inputs if isinstance(value, Tensor))
     slots: list[Slot] = []
+    under_vmap: list[Tensor] = []
 
     def one_copy(index: Tensor, entries: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        before = _kept_tensors(layers)
+        before = set(_kept_tensors(stacked))
         with _UnderVmap(index):
             output, buffers = _run_copy(stacked, dict(zip(tensors, entries, strict=True)), inputs)
-        kept = {slot: t for slot, t in _kept_tensors(layers).items() if t is not before.get(slot)}
-        slots.extend((*buffers, *kept))
-        return output, list(buffers.values()), list(kept.values())
+        slots.extend(buffers)
+        under_vmap.extend(dict.fromkeys(t for t in _kept_tensors(stacked) if t not in before))
+        return output, list(buffers.values()), under_vmap
 
     # The index gives vmap its size also where a stage has no parameters.
     index = torch.arange(num_experts, device=device)
@@ -366,21 +386,32 @@ def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) 
             f"stage: layer {path!r} of type {type(layer).__name__} cannot run grouped ({error}); "
             "let the experts run one by one (experts.together = False), or use layout='independent'"
         ) from error
-    for slot, entries in zip(slots, buffers, strict=False):
+    for slot, entries in zip(slots, buffers, strict=True):
         _replace(stacked, slot, entries.unbind())
-    for (i, name), value in zip(slots[len(buffers) :], kept, strict=True):
-        vars(layers[i])[name] = value
+    _keep(stacked, dict(zip(under_vmap, kept, strict=True)))
     return output
 
 
-def _kept_tensors(layers: list[nn.Module]) -> dict[Slot, Tensor]:
-    """Tensors in the layers' attributes: number of the layer, name there."""
-    return {
-        (i, name): value
-        for i, layer in enumerate(layers)
-        for name, value in vars(layer).items()
-        if isinstance(value, Tensor)
-    }
+def _collections(layer: nn.Module) -> dict[str, Any]:
+    """Attributes that may hold tensors."""
+    return {name: v for name, v in _own(layer).items() if isinstance(v, Tensor | list | tuple | dict)}
+
+
+def _kept_tensors(stacked: nn.Module) -> list[Tensor]:
+    """Tensors in the layers' attributes, where they keep something of a batch; compilers do not look."""
+    layers = [] if torch.compiler.is_compiling() else list(stacked.modules())
+    leaves = (leaf for layer in layers for leaf in pytree.tree_leaves(_collections(layer)))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _keep(stacked: nn.Module, stacks: dict[Tensor, Tensor]) -> None:
+    """Put stacks in the place of what layers kept under vmap, which is of no use outside."""
+    for layer in stacked.modules() if stacks else ():
+        for name, value in _collections(layer).items():
+            leaves, structure = pytree.tree_flatten(value)
+            if any(isinstance(leaf, Tensor) and leaf in stacks for leaf in leaves):
+                leaves = [stacks.get(leaf, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                vars(layer)[name] = pytree.tree_unflatten(leaves, structure)
 
 
 class _UnderVmap(TorchFunctionMode):
