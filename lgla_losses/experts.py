@@ -18,6 +18,7 @@ from lgla_losses.output import ExpertOutput
 from lgla_losses.stacking import (
     apply_per_copy,
     copy_module,
+    is_tracing,
     run_separately,
     run_together,
     stack_modules,
@@ -137,7 +138,7 @@ class GroupConvExperts(nn.Module):
                 "wrote into it; set inplace=False on its first layer, or make it the trunk's last"
             )
         weight: Tensor = self.classifiers.weight
-        if not _is_tracing() and features.shape[-1] != weight.shape[-1]:
+        if not is_tracing() and features.shape[-1] != weight.shape[-1]:
             raise ValueError(
                 f"num_features: expected the width of the stage's output, {features.shape[-1]}, "
                 f"got {weight.shape[-1]}; pass num_features={features.shape[-1]}"
@@ -159,7 +160,7 @@ class GroupConvExperts(nn.Module):
         return torch.stack([_pool(output) for output in outputs], dim=1)
 
     def _runs_together(self, device_type: str) -> bool:
-        if _is_tracing():
+        if is_tracing():
             return False
         if self.together is not None:
             return self.together
@@ -301,11 +302,6 @@ def _check_initialised(module: nn.Module) -> None:
                 f"stage: parameter {path!r} of a {layer} is initialised by no reset_parameters(); "
                 "pass a factory as stage, an init_fn= that sets it, or reset=False to keep the weights"
             )
-
-
-def _is_tracing() -> bool:
-    """Whether :func:`torch.jit.trace` watches, as for TensorBoard's graphs; it cannot see into vmap."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _version(tensor: Tensor) -> int:

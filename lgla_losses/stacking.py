@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 
 #: What autocast runs in low precision, for :class:`_UnderVmap`.
 MATRIX_PRODUCTS = {
@@ -52,6 +53,9 @@ BATCH_NORM = inspect.signature(F.batch_norm)
 
 #: Attributes that every module has; the others are its options.
 MODULE_INTERNALS = frozenset(vars(nn.Module()))
+
+#: Stacked buffers, and those of their copies; see :func:`_entries`.
+ENTRIES: MutableMapping[Tensor, tuple[Tensor, ...]] = WeakTensorKeyDictionary()
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -261,8 +265,8 @@ def run_separately(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]
         ValueError: the forward pass does to parameters or buffers what a stack cannot keep.
     """
     entries: dict[Tensor, Sequence[Tensor]] = {p: p.unbind() for p in stacked.parameters()}
-    # Views, through which every copy updates its own running statistics.
-    entries |= {buffer: [buffer[k] for k in range(num_experts)] for buffer in stacked.buffers()}
+    # Through which every copy updates its own running statistics.
+    entries |= {buffer: _entries(buffer) for buffer in stacked.buffers()}
 
     outputs, changes = [], []
     for k in range(num_experts):
@@ -292,11 +296,35 @@ def run_separately(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]
     return outputs
 
 
+def _entries(buffer: Tensor) -> Sequence[Tensor]:
+    """A buffer of every copy, in the memory of the stack.
+
+    Autograd counts the writes into each by itself, from one call to the next: of plain views it would refuse
+    what a copy saved for backward as soon as the next one writes into its own.
+    """
+    views = buffer.unbind()
+    if torch.is_inference_mode_enabled() or not _is_in_memory(views[0]):
+        return views
+    known = ENTRIES.get(buffer, ())
+    if [entry.data_ptr() for entry in known] != [view.data_ptr() for view in views]:
+        known = ENTRIES[buffer] = tuple(view.data for view in views)
+    return known
+
+
+def _is_in_memory(tensor: Tensor) -> bool:
+    """Whether a tensor lies somewhere; none does that a compiler, an exporter or torch.func looks at."""
+    seen = torch.compiler.is_compiling() or is_tracing() or type(tensor) not in (Tensor, nn.Parameter)
+    return not seen and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_tracing() -> bool:
+    """Whether :func:`torch.jit.trace` looks on, as for TensorBoard's graphs; it cannot see into vmap."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def _addresses(entries: dict[Tensor, Sequence[Tensor]], k: int) -> dict[Tensor, int]:
-    """Where a copy's tensors lie in memory; compilers have no such thing."""
-    if torch.compiler.is_compiling():
-        return {}
-    return {t: copies[k].data_ptr() for t, copies in entries.items() if type(copies[k]) is Tensor}
+    """Where a copy's tensors lie in memory."""
+    return {t: copies[k].data_ptr() for t, copies in entries.items() if _is_in_memory(copies[k])}
 
 
 def _replace(stacked: nn.Module, slot: Slot, entries: Sequence[Tensor | None]) -> None:
