@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn, Self, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from lgla_losses.stacking import (
 
 CLASSIFIERS = ("cosine", "linear")
 LAYOUTS = ("grouped", "independent")
+
+#: What features and logits may be.
+PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 #: Devices where stacked copies run together unless told otherwise, for fewer kernels; not measured there yet.
 #: On a CPU they run one after another, which measured faster (benchmarks/expert_layouts.py).
@@ -91,10 +94,10 @@ class GroupConvExperts(nn.Module):
     def __init__(
         self,
         stage: nn.Module | Callable[[], nn.Module] | None,
-        num_experts: SupportsIndex,
-        num_classes: SupportsIndex,
+        num_experts: int,
+        num_classes: int,
         *,
-        num_features: SupportsIndex | None = None,
+        num_features: int | None = None,
         classifier: str = "cosine",
         scale: float = 30.0,
         layout: str = "grouped",
@@ -108,7 +111,10 @@ class GroupConvExperts(nn.Module):
         self.layout = one_of("layout", layout, LAYOUTS)
         scale = positive_float("scale", scale, "the paper's code uses 30")
 
-        copies = _make_copies(stage, self.num_experts, reset, init_fn)
+        if init_fn is not None and not callable(init_fn):
+            raise TypeError(f"init_fn: expected a function of a layer or None, got {describe(init_fn)}")
+
+        copies = _make_copies(stage, self.num_experts, _boolean("reset", reset), init_fn)
         if num_features is None:
             num_features = _features_of(copies)
         self.stage: nn.Module | None = _arrange(copies, self.layout)
@@ -121,6 +127,11 @@ class GroupConvExperts(nn.Module):
             like=next(self.parameters(), None),
         )
 
+    if TYPE_CHECKING:
+
+        def __call__(self, shared: Tensor | tuple[Any, ...]) -> ExpertOutput:
+            """Give logits, features and class centres of every expert, as :meth:`forward`."""
+
     def forward(self, shared: Tensor | tuple[Any, ...]) -> ExpertOutput:
         """Logits, features and class centres of every expert."""
         inputs = shared if isinstance(shared, tuple) else (shared,)
@@ -130,6 +141,12 @@ class GroupConvExperts(nn.Module):
                 "shared: expected a tensor [N, ...] of shared features, or a tuple of what the stage takes, "
                 f"got {describe(shared)}"
             )
+        weight = self.classifiers.weight
+        if any(tensor.is_meta for tensor in tensors) and not weight.is_meta:
+            raise ValueError(
+                f"shared: expected tensors with values, as the experts' on {weight.device}, got one on meta; "
+                "move the experts to meta as well, or give values"
+            )
         versions = [_version(tensor) for tensor in tensors]
         features = self._features(inputs, tensors[0].device.type)
         if [_version(tensor) for tensor in tensors] != versions:
@@ -137,7 +154,6 @@ class GroupConvExperts(nn.Module):
                 "stage: expected a stage that leaves its input, which the experts share, alone, got one that "
                 "wrote into it; set inplace=False on its first layer, or make it the trunk's last"
             )
-        weight: Tensor = self.classifiers.weight
         if not is_tracing() and features.shape[-1] != weight.shape[-1]:
             raise ValueError(
                 f"num_features: expected the width of the stage's output, {features.shape[-1]}, "
@@ -149,7 +165,8 @@ class GroupConvExperts(nn.Module):
     def _features(self, inputs: tuple[Any, ...], device_type: str) -> Tensor:
         """Pooled outputs of the stages ``[N, K, d]``."""
         if self.stage is None:
-            return _pool(inputs[0])[:, None].expand(-1, self.num_experts, -1)
+            pooled = _pool(inputs[0], "shared: expected features")
+            return pooled[:, None].expand(-1, self.num_experts, -1)
         if isinstance(self.stage, nn.ModuleList):
             outputs = [expert(*inputs) for expert in self.stage]
         elif self._runs_together(device_type):
@@ -163,7 +180,7 @@ class GroupConvExperts(nn.Module):
         if is_tracing():
             return False
         if self.together is not None:
-            return self.together
+            return _boolean("experts.together", self.together)
         # Compilers and exporters see through a loop; vmap would fix the batch size for them.
         return device_type in TOGETHER_ON and not torch.compiler.is_compiling()
 
@@ -182,7 +199,7 @@ class GroupConvExperts(nn.Module):
         """The same function as one stacked module; a new one that shares nothing with these."""
         return self._converted("grouped")
 
-    def extract(self, expert: SupportsIndex) -> Expert:
+    def extract(self, expert: int) -> Expert:
         """One expert as a module by itself; a new one that shares nothing with these.
 
         Args:
@@ -226,12 +243,25 @@ class Expert(nn.Module):
         self.stage = stage
         self.classifier = classifier
 
+    if TYPE_CHECKING:
+
+        def __call__(self, shared: Tensor | tuple[Any, ...]) -> Tensor:
+            """Give logits, as :meth:`forward`."""
+
     def forward(self, shared: Tensor | tuple[Any, ...]) -> Tensor:
         """Logits of what the trunk gives."""
         inputs = shared if isinstance(shared, tuple) else (shared,)
-        features = _pool(inputs[0] if self.stage is None else self.stage(*inputs))
-        logits: Tensor = self.classifier(features[:, None])
-        return logits[:, 0]
+        if self.stage is None:
+            features = _pool(inputs[0], "shared: expected features")
+        else:
+            features = _pool(self.stage(*inputs))
+        return self.classifier(features[:, None])[:, 0]
+
+
+def _boolean(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+    return value
 
 
 def _make_copies(
@@ -331,15 +361,20 @@ def _features_of(copies: list[nn.Module]) -> int:
     )
 
 
-def _pool(features: Tensor, leading: int = 1) -> Tensor:
+def _pool(features: Tensor, expected: str = "stage: expected an output", leading: int = 1) -> Tensor:
     """``[N, d]`` of ``[N, d]``, ``[N, d, H, W]`` or ``[N, d, D, H, W]``, behind ``leading`` dimensions."""
     if not isinstance(features, Tensor):
-        raise TypeError(f"stage: expected an output [N, d] or [N, d, H, W], got {type(features).__name__}")
+        raise TypeError(f"{expected} [N, d] or [N, d, H, W], got {type(features).__name__}")
+    if features.is_nested or features.layout != torch.strided:
+        kind = "nested" if features.is_nested else str(features.layout)
+        raise ValueError(f"{expected} in a dense tensor, got a {kind} one; make it dense first")
+    if features.dtype not in PRECISIONS:
+        raise TypeError(f"{expected} of {', '.join(map(str, PRECISIONS))}, got {features.dtype}; convert it")
     if features.dim() - leading in (3, 4):
         return features.mean(dim=tuple(range(leading + 1, features.dim())))
     if features.dim() != leading + 1:
         raise ValueError(
-            "stage: expected an output [N, d], [N, d, H, W] or [N, d, D, H, W] for every expert, "
+            f"{expected} [N, d], [N, d, H, W] or [N, d, D, H, W] for every expert, "
             f"got {['N', *features.shape[leading:]]}; end the stage with a pooling of its own"
         )
     return features
