@@ -82,8 +82,8 @@ def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:
                 path, layer = layers[0]
                 raise ValueError(
                     f"stage: expected experts that are alike, got layers {path!r} of type "
-                    f"{type(layer).__name__} that differ in {name!r}; make them alike there, or use "
-                    "layout='independent'"
+                    f"{type(layer).__name__} that differ in {name!r}; register a constant as a buffer, "
+                    "delete what is of a batch only, or use layout='independent'"
                 )
     if len({tuple(_named_tensors(expert)) for expert in copies}) > 1:
         raise ValueError(
