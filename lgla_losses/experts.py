@@ -70,12 +70,14 @@ class GroupConvExperts(nn.Module):
         stage: the stacked module, a ``ModuleList`` of K modules, or None.
         classifiers: the K :class:`~lgla_losses.classifiers.ExpertClassifiers`.
         together: how stacked copies run: True together, False one by one, None (the default)
-            together on a GPU and one by one on a CPU, while compiling and while exporting.
+            together on a GPU and one by one on a CPU, while compiling and while exporting. While
+            :func:`torch.jit.trace` looks on they run one by one.
 
     Raises:
-        TypeError: ``stage`` is neither a module nor a factory of modules.
-        ValueError: a number is out of range, a layer cannot be initialised or cannot run grouped,
-            the stage writes into its input (seen in eager mode only), or its output is not
+        TypeError: ``stage`` is neither a module nor a factory of modules, another argument is of a wrong
+            type, or the stage's output is no floating-point tensor.
+        ValueError: a number is out of range, a layer cannot be initialised, stacked or run together,
+            the stage writes into its input (seen in eager mode only), or its output is not a dense
             ``[N, d]``, ``[N, d, H, W]`` or ``[N, d, D, H, W]``.
 
     Shape:

@@ -73,13 +73,13 @@ def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:
             parameter from elsewhere than where it is registered.
     """
     _check_exchangeable(copies[0])
-    for layers in zip(*(e.named_modules(remove_duplicate=False) for e in copies), strict=False):
-        configurations = [_configuration(layer) for _, layer in layers]
+    for same in zip(*(e.named_modules(remove_duplicate=False) for e in copies), strict=False):
+        configurations = [_configuration(layer) for _, layer in same]
         names = dict.fromkeys(name for configuration in configurations for name in configuration)
         for name in names:
             first, *others = (configuration.get(name, configuration) for configuration in configurations)
             if any(other != first for other in others):
-                path, layer = layers[0]
+                path, layer = same[0]
                 raise ValueError(
                     f"stage: expected experts that are alike, got layers {path!r} of type "
                     f"{type(layer).__name__} that differ in {name!r}; register a constant as a buffer, "
@@ -90,12 +90,13 @@ def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:
             "stage: expected experts that are alike, got parameters tied in some and not in others; "
             "use layout='independent'"
         )
-    alike = zip(*(_named_tensors(expert).values() for expert in copies), strict=True)
-    stacks = {same[0]: _like(same[0], torch.stack([t.detach() for t in same])) for same in alike}
+    tensors = zip(*(_named_tensors(expert).values() for expert in copies), strict=True)
+    stacks = {t[0]: _like(t[0], torch.stack([entry.detach() for entry in t])) for t in tensors}
     stacked = copies[0]
-    stores = _stores(stacked)
+    layers = list(stacked.modules())
+    stores = _stores(layers)
     _fill(stores, _exchanged(_slots(stores), stacks))
-    for layer in _recurrent(stacked):
+    for layer in _recurrent(layers):
         layer._flat_weights = [None if t is None else stacks[t] for t in layer._flat_weights]
     return stacked
 
@@ -226,14 +227,14 @@ def _like(tensor: Tensor, converted: Tensor) -> Tensor:
     return nn.Parameter(converted, tensor.requires_grad) if is_parameter else converted
 
 
-def _recurrent(module: nn.Module) -> list[nn.RNNBase]:
+def _recurrent(layers: Sequence[nn.Module]) -> list[nn.RNNBase]:
     """Layers that list their weights once more, in ``_flat_weights``."""
-    return [layer for layer in module.modules() if isinstance(layer, nn.RNNBase)]
+    return [layer for layer in layers if isinstance(layer, nn.RNNBase)]
 
 
-def _stores(module: nn.Module) -> list[Store]:
-    """Where the layers keep parameters and buffers, once for a layer at several paths."""
-    return [store for layer in module.modules() for store in (layer._parameters, layer._buffers)]
+def _stores(layers: Sequence[nn.Module]) -> list[Store]:
+    """Where the layers keep parameters and buffers."""
+    return [store for layer in layers for store in (layer._parameters, layer._buffers)]
 
 
 def _slots(stores: list[Store]) -> dict[Slot, Tensor | None]:
@@ -252,9 +253,9 @@ def _exchanged(slots: dict[Slot, Tensor | None], tensors: dict[Tensor, Tensor]) 
     return {slot: None if tensor is None else tensors[tensor] for slot, tensor in slots.items()}
 
 
-def _path(module: nn.Module, slot: Slot) -> str:
+def _path(layers: Sequence[nn.Module], slot: Slot) -> str:
     """The path of a parameter or buffer."""
-    paths = [path for path, _ in module.named_modules()]
+    paths = [path for path, _ in layers[0].named_modules()]
     return f"{paths[slot[0] // 2]}.{slot[1]}".removeprefix(".")
 
 
@@ -264,15 +265,17 @@ def run_separately(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]
     Raises:
         ValueError: the forward pass does to parameters or buffers what a stack cannot keep.
     """
+    layers = list(stacked.modules())
     entries: dict[Tensor, Sequence[Tensor]] = {p: p.unbind() for p in stacked.parameters()}
     # Through which every copy updates its own running statistics.
     entries |= {buffer: _entries(buffer) for buffer in stacked.buffers()}
+    in_memory = {tensor: copies for tensor, copies in entries.items() if _is_in_memory(copies[0])}
 
     outputs, changes = [], []
     for k in range(num_experts):
-        before = _addresses(entries, k)
+        addresses = [copies[k].data_ptr() for copies in in_memory.values()]
         try:
-            output, changed = _run_copy(stacked, {t: copies[k] for t, copies in entries.items()}, inputs)
+            output, changed = _run_copy(layers, {t: copies[k] for t, copies in entries.items()}, inputs)
         except RuntimeError as error:
             if "of Unbind" not in str(error):
                 raise
@@ -282,17 +285,17 @@ def run_separately(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]
                 f"{type(layer).__name__}, which writes into one; write into its .data there, or use "
                 "layout='independent'"
             ) from error
-        for tensor, address in _addresses(entries, k).items():
-            if address != before[tensor]:  # its .data is another tensor now
-                tensor.data[k].copy_(entries[tensor][k].data)
+        for (tensor, copies), address in zip(in_memory.items(), addresses, strict=True):
+            if copies[k].data_ptr() != address:  # its .data is another tensor now
+                tensor.data[k].copy_(copies[k].data)
         outputs.append(output)
         changes.append(changed)
 
-    slots = _slots(_stores(stacked))
+    slots = _slots(_stores(layers))
     for slot in dict.fromkeys(slot for changed in changes for slot in changed):
         old = slots.get(slot)
         new = [changed.get(slot, None if old is None else old[k]) for k, changed in enumerate(changes)]
-        _replace(stacked, slot, new)
+        _replace(layers, slot, new)
     return outputs
 
 
@@ -322,26 +325,21 @@ def is_tracing() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
-def _addresses(entries: dict[Tensor, Sequence[Tensor]], k: int) -> dict[Tensor, int]:
-    """Where a copy's tensors lie in memory."""
-    return {t: copies[k].data_ptr() for t, copies in entries.items() if _is_in_memory(copies[k])}
-
-
-def _replace(stacked: nn.Module, slot: Slot, entries: Sequence[Tensor | None]) -> None:
+def _replace(layers: Sequence[nn.Module], slot: Slot, entries: Sequence[Tensor | None]) -> None:
     """Put a new stack in the place of a buffer."""
     tensors = [entry for entry in entries if entry is not None]
     kinds = {(tensor.shape, tensor.dtype) for tensor in tensors}
     if len(kinds) > 1 or len(tensors) < len(entries):
         raise ValueError(
             "stage: expected copies that give a buffer one shape and dtype, got others from copy to copy for "
-            f"{_path(stacked, slot)!r}; use layout='independent'"
+            f"{_path(layers, slot)!r}; use layout='independent'"
         )
     store, name = slot
-    _stores(stacked)[store][name] = torch.stack(tensors)
+    _stores(layers)[store][name] = torch.stack(tensors)
 
 
 def _run_copy(
-    stacked: nn.Module, tensors: dict[Tensor, Tensor], inputs: tuple[Any, ...]
+    layers: Sequence[nn.Module], tensors: dict[Tensor, Tensor], inputs: tuple[Any, ...]
 ) -> tuple[Any, dict[Slot, Tensor]]:
     """Output of one copy, and the new tensors that its forward pass put in the place of buffers.
 
@@ -349,16 +347,16 @@ def _run_copy(
     leaves them exchanged, and it refuses to be traced.
 
     Args:
-        stacked: the layers.
+        layers: those of the stack, each once, the stack itself first.
         tensors: those of the copy, for every parameter and buffer of the stack.
         inputs: what the copies take.
     """
-    stores, weights = _stores(stacked), [(layer, layer._flat_weights) for layer in _recurrent(stacked)]
+    stores, weights = _stores(layers), [(layer, layer._flat_weights) for layer in _recurrent(layers)]
     slots = _slots(stores)
     own = _exchanged(slots, tensors)
     try:
         _fill(stores, own)
-        output = stacked(*inputs)
+        output = layers[0](*inputs)
         changed = {slot: t for slot, t in _slots(stores).items() if t is not own.get(slot)}
     finally:
         for i, name in _slots(stores).keys() - slots.keys():
@@ -372,7 +370,7 @@ def _run_copy(
         if slot not in new or isinstance(slots.get(slot), nn.Parameter):
             raise ValueError(
                 "stage: expected a forward pass that keeps parameters, and that puts tensors without a graph "
-                f"into buffers, got one that puts something else into {_path(stacked, slot)!r}; write into "
+                f"into buffers, got one that puts something else into {_path(layers, slot)!r}; write into "
                 "it by .copy_() under torch.no_grad(), or use layout='independent'"
             )
     return output, new
@@ -387,17 +385,17 @@ def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) 
     Raises:
         ValueError: a layer has no rule under vmap; the message names its path and type.
     """
-    tensors = list(_named_tensors(stacked).values())
+    layers, tensors = list(stacked.modules()), list(_named_tensors(stacked).values())
     device = next(value.device for value in inputs if isinstance(value, Tensor))
     slots: list[Slot] = []
     under_vmap: list[Tensor] = []
 
     def one_copy(index: Tensor, entries: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        before = set(_kept_tensors(stacked))
+        before = set(_kept_tensors(layers))
         with _UnderVmap(index):
-            output, buffers = _run_copy(stacked, dict(zip(tensors, entries, strict=True)), inputs)
+            output, buffers = _run_copy(layers, dict(zip(tensors, entries, strict=True)), inputs)
         slots.extend(buffers)
-        under_vmap.extend(dict.fromkeys(t for t in _kept_tensors(stacked) if t not in before))
+        under_vmap.extend(dict.fromkeys(t for t in _kept_tensors(layers) if t not in before))
         return output, list(buffers.values()), under_vmap
 
     # The index gives vmap its size also where a stage has no parameters.
@@ -407,7 +405,7 @@ def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) 
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
-        if torch.compiler.is_compiling() or not _runs_alone(stacked, tensors, inputs):
+        if torch.compiler.is_compiling() or not _runs_alone(layers, tensors, inputs):
             raise
         path, layer = _innermost_layer(stacked, error.__traceback__)
         raise ValueError(
@@ -415,8 +413,8 @@ def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) 
             "let the experts run one by one (experts.together = False), or use layout='independent'"
         ) from error
     for slot, entries in zip(slots, buffers, strict=True):
-        _replace(stacked, slot, entries.unbind())
-    _keep(stacked, dict(zip(under_vmap, kept, strict=True)))
+        _replace(layers, slot, entries.unbind())
+    _keep(layers, dict(zip(under_vmap, kept, strict=True)))
     return output
 
 
@@ -425,16 +423,17 @@ def _collections(layer: nn.Module) -> dict[str, Any]:
     return {name: v for name, v in _own(layer).items() if isinstance(v, Tensor | list | tuple | dict)}
 
 
-def _kept_tensors(stacked: nn.Module) -> list[Tensor]:
+def _kept_tensors(layers: Sequence[nn.Module]) -> list[Tensor]:
     """Tensors in the layers' attributes, where they keep something of a batch; compilers do not look."""
-    layers = [] if torch.compiler.is_compiling() else list(stacked.modules())
+    if torch.compiler.is_compiling():
+        return []
     leaves = (leaf for layer in layers for leaf in pytree.tree_leaves(_collections(layer)))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _keep(stacked: nn.Module, stacks: dict[Tensor, Tensor]) -> None:
+def _keep(layers: Sequence[nn.Module], stacks: dict[Tensor, Tensor]) -> None:
     """Put stacks in the place of what layers kept under vmap, which is of no use outside."""
-    for layer in stacked.modules() if stacks else ():
+    for layer in layers if stacks else ():
         for name, value in _collections(layer).items():
             leaves, structure = pytree.tree_flatten(value)
             if any(isinstance(leaf, Tensor) and leaf in stacks for leaf in leaves):
@@ -546,11 +545,11 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if is_castable else value
 
 
-def _runs_alone(stacked: nn.Module, tensors: Sequence[Tensor], inputs: tuple[Any, ...]) -> bool:
+def _runs_alone(layers: Sequence[nn.Module], tensors: Sequence[Tensor], inputs: tuple[Any, ...]) -> bool:
     """Whether a single copy takes these inputs, so that an error came from running K at once."""
     try:
         with torch.no_grad():
-            _run_copy(stacked, {tensor: tensor[0].clone() for tensor in tensors}, inputs)
+            _run_copy(layers, {tensor: tensor[0].clone() for tensor in tensors}, inputs)
     except (RuntimeError, ValueError):
         return False
     return True
