@@ -306,7 +306,7 @@ def _entries(buffer: Tensor) -> Sequence[Tensor]:
     what a copy saved for backward as soon as the next one writes into its own.
     """
     views = buffer.unbind()
-    if torch.is_inference_mode_enabled() or not _is_in_memory(views[0]):
+    if not _is_in_memory(views[0]) or torch.is_inference_mode_enabled():
         return views
     known = ENTRIES.get(buffer, ())
     if [entry.data_ptr() for entry in known] != [view.data_ptr() for view in views]:

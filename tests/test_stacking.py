@@ -541,3 +541,18 @@ def test_a_refused_batch_leaves_the_stack_whole():
     with pytest.raises(ValueError, match="'center'"):
         experts(torch.randn(2, 4))
     assert_same_tensors(state(experts), before)
+
+
+@pytest.mark.parametrize("name", ["batch norm at two paths", "replaces buffers", "pruned"])
+def test_a_stack_compiles_as_one_graph(name):
+    pair = [experts for _ in range(2) for experts in twins(STAGES[name])[:1]]
+    compiled = torch.compile(pair[0], backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        shared, seen = torch.randn(6, 4, dtype=torch.float64), []
+        for experts, run in zip(pair, (compiled, pair[1]), strict=True):
+            experts.zero_grad()
+            logits = run(shared).logits
+            (logits * torch.arange(5)).sum().backward()
+            seen.append({"logits": logits.detach(), **gradients(experts)})
+        assert_same_tensors(*seen)
+        assert_same_tensors(*map(state, pair))
