@@ -140,7 +140,7 @@ def _configuration(layer: nn.Module) -> dict[str, object]:
         for name, tensor in (*layer._parameters.items(), *layer._buffers.items())
     }
     # By name: parametrizations make a class of their own for every module.
-    kind = {"type": type(layer).__qualname__, "training": layer.training, "layers": list(layer._modules)}
+    kind = {"class": type(layer).__qualname__, "training": layer.training, "_modules": list(layer._modules)}
     return kind | options | tensors
 
 
@@ -151,10 +151,10 @@ def _own(layer: nn.Module) -> dict[str, Any]:
 
 def _option(value: object) -> object:
     """Something to compare by; objects of unknown kinds by their type alone."""
-    if type(value) is Tensor and value.is_leaf and value.device.type == "cpu":  # a constant
-        value = value.detach().numpy()
-    if isinstance(value, np.ndarray):
-        return value.dtype, value.shape, value.tobytes()
+    if type(value) is Tensor and value.is_leaf and value.layout == torch.strided and not value.is_meta:
+        return value.dtype, value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes(), value.shape
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return value.dtype, value.tobytes(), value.shape
     if isinstance(value, bool | int | float | str | torch.dtype | torch.device | None):
         return value
     if isinstance(value, tuple | list):
@@ -188,7 +188,7 @@ def copy_module(module: Module, memo: dict[int, object] | None = None) -> Module
     memo = {id(tensor): tensor.detach().clone() for tensor in kept} | (memo or {})
     try:
         return copy.deepcopy(module, memo.copy())
-    except TypeError:
+    except Exception:  # of whatever kind: it is what the hooks' owners hold
         hooks = _hooks_from_outside(module)
         if not hooks:
             raise
@@ -197,10 +197,10 @@ def copy_module(module: Module, memo: dict[int, object] | None = None) -> Module
 
 def _hooks_from_outside(module: nn.Module) -> list[object]:
     """Hooks of all layers but those that are methods of one."""
-    layers = set(module.modules())
+    layers = {id(layer): layer for layer in module.modules()}
     kinds = [name for name in MODULE_INTERNALS if name.endswith("_hooks")]
-    hooks = [hook for layer in layers for kind in kinds for hook in getattr(layer, kind).values()]
-    return [hook for hook in hooks if getattr(hook, "__self__", None) not in layers]
+    hooks = [hook for layer in layers.values() for kind in kinds for hook in getattr(layer, kind).values()]
+    return [hook for hook in hooks if id(getattr(hook, "__self__", None)) not in layers]
 
 
 def apply_per_copy(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
@@ -533,10 +533,10 @@ class _Agreed(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int], tensor: Tensor) -> tuple[Tensor, None]:
-        first, *others = tensor.detach().unbind(in_dims[0])
-        if not all(torch.equal(first, other) for other in others):
+        entries = tensor.detach().movedim(in_dims[0], 0)
+        if (entries != entries[:1]).any():
             raise ValueError("it reads a value that differs between the copies")
-        return first, None
+        return entries[0], None
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

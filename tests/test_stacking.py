@@ -5,7 +5,10 @@ import functools
 import pickle
 import random
 import threading
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -286,6 +289,21 @@ def test_what_layers_keep_of_a_batch_can_be_read(together):
         assert_same(actual, kept if together else kept[-1])
 
 
+def test_constants_that_all_experts_share_are_stacked():
+    """Of any type, in lists too."""
+
+    class Constants(Layers):
+        def prepare(self):
+            self.options = [
+                torch.ones(3, dtype=torch.bfloat16),
+                torch.tensor(1 + 2j),
+                np.eye(2),
+                np.array([None]),
+            ]
+
+    assert GroupConvExperts(Constants, 3, 7).stage.options[0].dtype == torch.bfloat16
+
+
 def test_experts_with_constants_of_their_own_are_not_stacked():
     class Constant(Layers):
         def prepare(self):
@@ -325,11 +343,12 @@ def test_the_first_batch_runs_each_expert_once():
     assert len(seen) == experts.stage.calls == 6
 
 
+@dataclass
 class Recorder:
     """As a SummaryWriter it holds what nobody can copy."""
 
-    def __init__(self):
-        self.lock, self.shapes = threading.Lock(), []
+    lock: Any = field(default_factory=threading.Lock)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
 
     def __call__(self, layer, inputs, output):
         self.shapes.append(tuple(output.shape))
