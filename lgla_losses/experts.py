@@ -143,7 +143,7 @@ class GroupConvExperts(nn.Module):
                 "shared: expected a tensor [N, ...] of shared features, or a tuple of what the stage takes, "
                 f"got {describe(shared)}"
             )
-        weight = self.classifiers.weight
+        weight: Tensor = self.classifiers.weight
         if any(tensor.is_meta for tensor in tensors) and not weight.is_meta:
             raise ValueError(
                 f"shared: expected tensors with values, as the experts' on {weight.device}, got one on meta; "
@@ -161,8 +161,10 @@ class GroupConvExperts(nn.Module):
                 f"num_features: expected the width of the stage's output, {features.shape[-1]}, "
                 f"got {weight.shape[-1]}; pass num_features={features.shape[-1]}"
             )
-        # A view: FSDP2 hooks what a module gives, and on the parameter hooks of all steps would add up.
-        return ExpertOutput(self.classifiers(features), features, weight.view_as(weight))
+        if torch.is_grad_enabled() and not is_tracing():  # which runs with and without gradients and compares
+            # A view: FSDP2 hooks what a module gives, and on the parameter hooks of all steps would add up.
+            weight = weight.view_as(weight)
+        return ExpertOutput(self.classifiers(features), features, weight)
 
     def _features(self, inputs: tuple[Any, ...], device_type: str) -> Tensor:
         """Pooled outputs of the stages ``[N, K, d]``."""
