@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,11 @@ class ExpertClassifiers(nn.Module):
         for name, parameter in single.named_parameters():
             parameter.requires_grad_(self.get_parameter(name).requires_grad)
         return single
+
+    if TYPE_CHECKING:
+
+        def __call__(self, features: Tensor) -> Tensor:
+            """Give logits, as :meth:`forward`."""
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits of every expert from its own features."""

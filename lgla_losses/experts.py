@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn, Self, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,8 @@ from lgla_losses.collectives import refuse_data_parallel
 from lgla_losses.output import ExpertOutput
 from lgla_losses.stacking import (
     apply_per_copy,
-    check_runs_together,
+    copy_module,
+    is_tracing,
     run_separately,
     run_together,
     stack_modules,
@@ -27,6 +27,9 @@ from lgla_losses.stacking import (
 
 CLASSIFIERS = ("cosine", "linear")
 LAYOUTS = ("grouped", "independent")
+
+#: What features and logits may be.
+PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 #: Devices where stacked copies run together unless told otherwise, for fewer kernels; not measured there yet.
 #: On a CPU they run one after another, which measured faster (benchmarks/expert_layouts.py).
@@ -67,12 +70,14 @@ class GroupConvExperts(nn.Module):
         stage: the stacked module, a ``ModuleList`` of K modules, or None.
         classifiers: the K :class:`~lgla_losses.classifiers.ExpertClassifiers`.
         together: how stacked copies run: True together, False one by one, None (the default)
-            together on a GPU and one by one on a CPU, while compiling and while exporting.
+            together on a GPU and one by one on a CPU, while compiling and while exporting. While
+            :func:`torch.jit.trace` looks on they run one by one.
 
     Raises:
-        TypeError: ``stage`` is neither a module nor a factory of modules.
-        ValueError: a number is out of range, a layer cannot be initialised or cannot run grouped,
-            the stage writes into its input (seen in eager mode only), or its output is not
+        TypeError: ``stage`` is neither a module nor a factory of modules, another argument is of a wrong
+            type, or the stage's output is no floating-point tensor.
+        ValueError: a number is out of range, a layer cannot be initialised, stacked or run together,
+            the stage writes into its input (seen in eager mode only), or its output is not a dense
             ``[N, d]``, ``[N, d, H, W]`` or ``[N, d, D, H, W]``.
 
     Shape:
@@ -91,10 +96,10 @@ class GroupConvExperts(nn.Module):
     def __init__(
         self,
         stage: nn.Module | Callable[[], nn.Module] | None,
-        num_experts: SupportsIndex,
-        num_classes: SupportsIndex,
+        num_experts: int,
+        num_classes: int,
         *,
-        num_features: SupportsIndex | None = None,
+        num_features: int | None = None,
         classifier: str = "cosine",
         scale: float = 30.0,
         layout: str = "grouped",
@@ -108,12 +113,14 @@ class GroupConvExperts(nn.Module):
         self.layout = one_of("layout", layout, LAYOUTS)
         scale = positive_float("scale", scale, "the paper's code uses 30")
 
-        copies = _make_copies(stage, self.num_experts, reset, init_fn)
+        if init_fn is not None and not callable(init_fn):
+            raise TypeError(f"init_fn: expected a function of a layer or None, got {describe(init_fn)}")
+
+        copies = _make_copies(stage, self.num_experts, _boolean("reset", reset), init_fn)
         if num_features is None:
             num_features = _features_of(copies)
         self.stage: nn.Module | None = _arrange(copies, self.layout)
         self.together: bool | None = None
-        self._checked_modes: set[bool] = set()
         self.classifiers = ExpertClassifiers(
             self.num_experts,
             positive_int("num_features", num_features, "give the width of the stage's output"),
@@ -121,6 +128,11 @@ class GroupConvExperts(nn.Module):
             scale if classifier == "cosine" else None,
             like=next(self.parameters(), None),
         )
+
+    if TYPE_CHECKING:
+
+        def __call__(self, shared: Tensor | tuple[Any, ...]) -> ExpertOutput:
+            """Give logits, features and class centres of every expert, as :meth:`forward`."""
 
     def forward(self, shared: Tensor | tuple[Any, ...]) -> ExpertOutput:
         """Logits, features and class centres of every expert."""
@@ -131,6 +143,12 @@ class GroupConvExperts(nn.Module):
                 "shared: expected a tensor [N, ...] of shared features, or a tuple of what the stage takes, "
                 f"got {describe(shared)}"
             )
+        weight: Tensor = self.classifiers.weight
+        if any(tensor.is_meta for tensor in tensors) and not weight.is_meta:
+            raise ValueError(
+                f"shared: expected tensors with values, as the experts' on {weight.device}, got one on meta; "
+                "move the experts to meta as well, or give values"
+            )
         versions = [_version(tensor) for tensor in tensors]
         features = self._features(inputs, tensors[0].device.type)
         if [_version(tensor) for tensor in tensors] != versions:
@@ -138,13 +156,12 @@ class GroupConvExperts(nn.Module):
                 "stage: expected a stage that leaves its input, which the experts share, alone, got one that "
                 "wrote into it; set inplace=False on its first layer, or make it the trunk's last"
             )
-        weight: Tensor = self.classifiers.weight
-        if features.shape[-1] != weight.shape[-1]:
+        if not is_tracing() and features.shape[-1] != weight.shape[-1]:
             raise ValueError(
                 f"num_features: expected the width of the stage's output, {features.shape[-1]}, "
                 f"got {weight.shape[-1]}; pass num_features={features.shape[-1]}"
             )
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not is_tracing():  # which runs with and without gradients and compares
             # A view: FSDP2 hooks what a module gives, and on the parameter hooks of all steps would add up.
             weight = weight.view_as(weight)
         return ExpertOutput(self.classifiers(features), features, weight)
@@ -152,27 +169,22 @@ class GroupConvExperts(nn.Module):
     def _features(self, inputs: tuple[Any, ...], device_type: str) -> Tensor:
         """Pooled outputs of the stages ``[N, K, d]``."""
         if self.stage is None:
-            return _pool(inputs[0])[:, None].expand(-1, self.num_experts, -1)
+            pooled = _pool(inputs[0], "shared: expected features")
+            return pooled[:, None].expand(-1, self.num_experts, -1)
         if isinstance(self.stage, nn.ModuleList):
             outputs = [expert(*inputs) for expert in self.stage]
         elif self._runs_together(device_type):
             maps = run_together(self.stage, self.num_experts, inputs)
             return _pool(maps, leading=2).transpose(0, 1)
         else:
-            self._check_together(inputs)
             outputs = run_separately(self.stage, self.num_experts, inputs)
         return torch.stack([_pool(output) for output in outputs], dim=1)
 
-    def _check_together(self, inputs: tuple[Any, ...]) -> None:
-        """What would fail on a GPU fails here too, with the first batch of either mode."""
-        if torch.compiler.is_compiling() or self.together is not None or self.training in self._checked_modes:
-            return
-        check_runs_together(cast(nn.Module, self.stage), self.num_experts, inputs)
-        self._checked_modes.add(self.training)
-
     def _runs_together(self, device_type: str) -> bool:
+        if is_tracing():
+            return False
         if self.together is not None:
-            return self.together
+            return _boolean("experts.together", self.together)
         # Compilers and exporters see through a loop; vmap would fix the batch size for them.
         return device_type in TOGETHER_ON and not torch.compiler.is_compiling()
 
@@ -191,7 +203,7 @@ class GroupConvExperts(nn.Module):
         """The same function as one stacked module; a new one that shares nothing with these."""
         return self._converted("grouped")
 
-    def extract(self, expert: SupportsIndex) -> Expert:
+    def extract(self, expert: int) -> Expert:
         """One expert as a module by itself; a new one that shares nothing with these.
 
         Args:
@@ -213,7 +225,7 @@ class GroupConvExperts(nn.Module):
         return single
 
     def _converted(self, layout: str) -> GroupConvExperts:
-        twin = copy.deepcopy(self)
+        twin = copy_module(self)
         if twin.layout != layout:
             twin.layout = layout
             if isinstance(twin.stage, nn.ModuleList):
@@ -235,12 +247,25 @@ class Expert(nn.Module):
         self.stage = stage
         self.classifier = classifier
 
+    if TYPE_CHECKING:
+
+        def __call__(self, shared: Tensor | tuple[Any, ...]) -> Tensor:
+            """Give logits, as :meth:`forward`."""
+
     def forward(self, shared: Tensor | tuple[Any, ...]) -> Tensor:
         """Logits of what the trunk gives."""
         inputs = shared if isinstance(shared, tuple) else (shared,)
-        features = _pool(inputs[0] if self.stage is None else self.stage(*inputs))
-        logits: Tensor = self.classifier(features[:, None])
-        return logits[:, 0]
+        if self.stage is None:
+            features = _pool(inputs[0], "shared: expected features")
+        else:
+            features = _pool(self.stage(*inputs))
+        return self.classifier(features[:, None])[:, 0]
+
+
+def _boolean(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+    return value
 
 
 def _make_copies(
@@ -252,7 +277,7 @@ def _make_copies(
     if stage is None:
         return []
     if isinstance(stage, nn.Module):
-        copies = [copy.deepcopy(stage) for _ in range(num_experts)]
+        copies = [copy_module(stage) for _ in range(num_experts)]
     elif callable(stage):
         copies = [stage() for _ in range(num_experts)]
     else:
@@ -340,15 +365,20 @@ def _features_of(copies: list[nn.Module]) -> int:
     )
 
 
-def _pool(features: Tensor, leading: int = 1) -> Tensor:
+def _pool(features: Tensor, expected: str = "stage: expected an output", leading: int = 1) -> Tensor:
     """``[N, d]`` of ``[N, d]``, ``[N, d, H, W]`` or ``[N, d, D, H, W]``, behind ``leading`` dimensions."""
     if not isinstance(features, Tensor):
-        raise TypeError(f"stage: expected an output [N, d] or [N, d, H, W], got {type(features).__name__}")
+        raise TypeError(f"{expected} [N, d] or [N, d, H, W], got {type(features).__name__}")
+    if features.is_nested or features.layout != torch.strided:
+        kind = "nested" if features.is_nested else str(features.layout)
+        raise ValueError(f"{expected} in a dense tensor, got a {kind} one; make it dense first")
+    if features.dtype not in PRECISIONS:
+        raise TypeError(f"{expected} of {', '.join(map(str, PRECISIONS))}, got {features.dtype}; convert it")
     if features.dim() - leading in (3, 4):
         return features.mean(dim=tuple(range(leading + 1, features.dim())))
     if features.dim() != leading + 1:
         raise ValueError(
-            "stage: expected an output [N, d], [N, d, H, W] or [N, d, D, H, W] for every expert, "
+            f"{expected} [N, d], [N, d, H, W] or [N, d, D, H, W] for every expert, "
             f"got {['N', *features.shape[leading:]]}; end the stage with a pooling of its own"
         )
     return features

@@ -54,6 +54,12 @@ def experts(stage=nn.Conv2d(2, 4, 3), num_experts=3, num_classes=4, **options): 
     return GroupConvExperts(stage, num_experts, num_classes, **options)
 
 
+def together(value):
+    stack = experts()
+    stack.together = value
+    return stack(torch.zeros(2, 2, 5, 5))
+
+
 def another_activation(activations):
     return nn.Sequential(nn.Conv2d(2, 4, 3), next(activations))
 
@@ -366,6 +372,24 @@ CASES = {
         lambda: experts(stage=nn.LSTM(2, 4), num_features=4, layout="independent")(torch.zeros(2, 2)),
         TypeError, "stage", "[N, d]", "tuple",
     ),
+    "sparse features": (
+        lambda: experts(stage=None, num_features=4)(torch.zeros(2, 4).to_sparse()), ValueError, "shared", "dense", "sparse_coo",
+    ),
+    "nested features": (
+        lambda: experts(stage=None, num_features=4)(torch.nested.nested_tensor([torch.zeros(2, 4)], layout=torch.jagged)),
+        ValueError, "shared", "dense", "nested",
+    ),
+    "mkldnn features": (
+        lambda: experts(stage=None, num_features=4)(torch.zeros(2, 4).to_mkldnn()), ValueError, "shared", "dense", "mkldnn",
+    ),
+    "float8 features": (
+        lambda: experts(stage=None, num_features=4)(torch.zeros(2, 4).to(torch.float8_e4m3fn)), TypeError, "shared", "float32", "float8",
+    ),
+    "integer features": (lambda: experts(stage=nn.Flatten(), num_features=4)(torch.zeros(2, 4).long()), TypeError, "stage", "float32", "int64"),
+    "meta features": (lambda: experts()(torch.zeros(2, 2, 5, 5, device=META)), ValueError, "shared", "cpu", "meta", "values"),
+    "init_fn of a wrong type": (lambda: experts(init_fn=3), TypeError, "init_fn", "function", "3"),
+    "reset of a wrong type": (lambda: experts(reset="no"), TypeError, "reset", "True or False", "'no'"),
+    "together of a wrong type": (lambda: together("no"), TypeError, "experts.together", "True or False", "'no'"),
     "unknown layout": (lambda: experts(layout="fast"), ValueError, "layout", "'grouped'", "'fast'"),
     "unknown classifier": (lambda: experts(classifier="mlp"), ValueError, "classifier", "'cosine'", "'mlp'"),
     "zero scale of experts": (lambda: experts(scale=0.0), ValueError, "scale", "positive", "0.0"),

@@ -2,16 +2,22 @@
 
 import copy
 import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from jsonargparse import ArgumentParser
 from reference import assert_same
 from scripts import load
 from torch import nn
 
+import lgla_losses
 from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss
 
 
@@ -347,19 +353,6 @@ def test_experts_that_came_to_differ_are_not_stacked():
         independent.to_grouped()
 
 
-def test_the_check_of_the_first_batch_changes_nothing():
-    """Copies that run one by one are tried together once, so that a GPU brings no surprise."""
-    grouped, independent = twins("batch norm, projection")
-    shared = torch.randn(5, 4, 8, 8, dtype=torch.float64)
-    state = torch.random.get_rng_state()
-    grouped(shared), independent(shared)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert_same(
-        grouped.stage.norm1.running_var, torch.stack([e.norm1.running_var for e in independent.stage])
-    )
-    assert grouped.stage.norm1.num_batches_tracked.tolist() == [1, 1, 1]
-
-
 @pytest.mark.parametrize("layout", ["grouped", "independent"])
 @pytest.mark.parametrize("classifier", ["cosine", "linear"])
 def test_an_expert_is_extracted_as_a_plain_module(layout, classifier):
@@ -656,48 +649,16 @@ def test_attention_runs_in_the_precision_of_autocast(together):
         assert experts(torch.randn(4, 4, 8, 8)).features.dtype == torch.bfloat16
 
 
-def test_the_check_of_the_first_batch_is_not_seen():
-    """Neither by hooks nor by layers that keep something of their own."""
-
-    class Counts(nn.Module):
-        calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            self.last = x
-            return x
-
-    experts = GroupConvExperts(nn.Sequential(nn.Conv2d(4, 6, 3), Counts()), 3, 7, num_features=6)
-    seen = []
-    experts.stage[0].register_forward_hook(lambda *_: seen.append(1))
-    experts(torch.randn(2, 4, 8, 8))
-    assert len(seen) == 3
-    assert experts.stage[1].calls == 3
-    assert experts.stage[1].last.sum().isfinite()
-
-
-def test_running_out_of_memory_is_passed_on():
+@RUNS
+def test_running_out_of_memory_is_passed_on(together):
     class Greedy(nn.Conv2d):
         def forward(self, x):
             raise torch.OutOfMemoryError("no more")
 
     experts = GroupConvExperts(Greedy(4, 6, 3), 3, 7)
+    experts.together = together
     with pytest.raises(torch.OutOfMemoryError):
         experts(torch.randn(2, 4, 8, 8))
-
-
-def test_buffers_that_forward_replaces_are_refused():
-    class Moving(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("center", torch.zeros(4))
-
-        def forward(self, x):
-            self.center = 0.9 * self.center + 0.1 * x.mean((0, 2, 3))
-            return x - self.center[:, None, None]
-
-    with pytest.raises(ValueError, match=r"'0\.center'.*copy_.*independent"):
-        GroupConvExperts(nn.Sequential(Moving()), 3, 7, num_features=4)(torch.randn(2, 4, 8, 8))
 
 
 def test_an_extracted_expert_keeps_the_modes_of_its_layers():
@@ -708,24 +669,74 @@ def test_an_extracted_expert_keeps_the_modes_of_its_layers():
     assert not expert.stage[1].training
 
 
-def test_layers_without_a_rule_are_named(recwarn):
-    """BatchNorm with momentum=None reads a value; an RNN has no batching rule."""
-    cumulative = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Sequential(nn.BatchNorm2d(6, momentum=None)))
-    with pytest.raises(ValueError, match=r"layer '1\.0' of type BatchNorm2d cannot run grouped.*independent"):
-        GroupConvExperts(cumulative, 3, 7)(torch.randn(2, 4, 8, 8))
-    assert GroupConvExperts(cumulative, 3, 7, layout="independent")(torch.randn(2, 4, 8, 8)).logits.shape == (
-        2,
-        3,
-        7,
-    )
+def test_layers_without_a_rule_are_named():
+    """An RNN has no batching rule."""
     experts = GroupConvExperts(Recurrent, 3, 7, num_features=6)
-    with pytest.raises(ValueError, match=r"layer 'gru' of type GRU cannot run grouped"):
-        experts(torch.randn(2, 5, 4))
-    experts.together = False
+    experts.together = True
     shared = torch.randn(2, 5, 4)
+    with pytest.raises(ValueError, match=r"layer 'gru' of type GRU cannot run grouped.*together = False"):
+        experts(shared)
+    experts.together = None
     torch.testing.assert_close(experts(shared).features, experts.to_independent()(shared).features)
 
 
-def test_an_error_of_the_users_own_stage_is_passed_on():
+@RUNS
+def test_an_error_of_the_users_own_stage_is_passed_on(together):
+    experts = GroupConvExperts(nn.Conv2d(4, 6, 3), 3, 7)
+    experts.together = together
     with pytest.raises(RuntimeError, match="to have 4 channels, but got 5"):
-        GroupConvExperts(nn.Conv2d(4, 6, 3), 3, 7)(torch.randn(2, 5, 8, 8))
+        experts(torch.randn(2, 5, 8, 8))
+
+
+STAGE_OF_A_RECIPE = """
+stage:
+  class_path: torch.nn.Conv2d
+  init_args: {in_channels: 4, out_channels: 6, kernel_size: 3}
+num_experts: 3
+num_classes: 5
+scale: 16
+"""
+
+
+def test_experts_are_built_from_yaml():
+    """As LightningCLI does. It takes null for what is missing: classifiers alone have the stage Identity."""
+    parser = ArgumentParser()
+    parser.add_class_arguments(GroupConvExperts)
+    alone = "{stage: {class_path: torch.nn.Identity}, num_experts: 2, num_classes: 5, num_features: 4}"
+    for text, width in ((STAGE_OF_A_RECIPE, 6), (alone, 4)):
+        experts = GroupConvExperts(**vars(parser.instantiate(parser.parse_string(text))))
+        features = experts(torch.randn(2, 4, 8, 8)).features
+        assert features.shape == (2, experts.num_experts, width)
+
+
+TYPES = """
+import torch
+from torch import nn
+from lgla_losses import GroupConvExperts
+
+experts = GroupConvExperts(nn.Linear(4, 4), 3, 7)
+reveal_type(experts(torch.zeros(2, 4)))
+reveal_type(experts.extract(0)(torch.zeros(2, 4)))
+reveal_type(experts.classifiers(torch.zeros(2, 3, 4)))
+experts("images")
+"""
+
+
+@pytest.mark.slow
+def test_type_checkers_know_what_experts_give(tmp_path):
+    (tmp_path / "snippet.py").write_text(TYPES)
+    folder = Path(lgla_losses.__file__).parents[1]
+    command = [sys.executable, "-m", "mypy", tmp_path / "snippet.py"]
+    checked = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    output, *tensors = re.findall(r'Revealed type is "([^"]*)"', checked.stdout)
+    assert output.endswith("fallback=lgla_losses.output.ExpertOutput]")
+    assert tensors == ["torch._tensor.Tensor"] * 2
+    assert 'error: Argument 1 to "__call__" of "GroupConvExperts"' in checked.stdout
+
+
+def test_hooks_on_experts_and_classifiers_are_called():
+    experts, seen = GroupConvExperts(nn.Linear(4, 4), 3, 7), []
+    for module in (experts, experts.classifiers):
+        module.register_forward_hook(lambda *arguments: seen.append(type(arguments[2]).__name__))
+    experts(torch.randn(2, 4))
+    assert seen == ["Tensor", "ExpertOutput"]

@@ -1,0 +1,577 @@
+"""Layers as people write them: what independent experts do with them, a stack of experts does too."""
+
+import copy
+import functools
+import pickle
+import random
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import assert_same
+from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils.tensorboard import SummaryWriter
+
+from lgla_losses import GroupConvExperts
+
+#: How the copies of a stack run.
+RUNS = pytest.mark.parametrize("together", [True, False], ids=["together", "one by one"])
+
+# Old forms of normalisation and of tracing say that there are newer ones.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+class Layers(nn.Module):
+    """A linear layer, and what its subclasses do to its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.prepare()
+
+    def prepare(self):
+        pass
+
+    def forward(self, x):
+        return self.change(self.linear(x))
+
+
+class WritesBuffers(Layers):
+    def prepare(self):
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("started", torch.tensor(False))
+        self.register_buffer("scale", torch.ones(4))
+
+    def change(self, x):
+        if self.training:
+            self.calls += 1
+            self.started.fill_(True)
+            self.scale.lerp_(x.detach().abs().mean(0), 0.1)
+        return x / self.scale + x * self.calls
+
+
+class ReplacesBuffers(WritesBuffers):
+    def change(self, x):
+        if self.training:
+            self.calls = self.calls + 1
+            self.started = torch.tensor(True)
+            self.scale = 0.9 * self.scale + 0.1 * x.detach().abs().mean(0)
+        return x / self.scale + x * self.calls
+
+
+class BranchesOnABuffer(WritesBuffers):
+    def change(self, x):
+        if not self.started.item():
+            self.scale.copy_(x.detach().abs().mean(0))
+            self.started.fill_(True)
+        return x / self.scale
+
+
+class GrowsABuffer(Layers):
+    def prepare(self):
+        self.register_buffer("bank", torch.zeros(1, 4))
+
+    def change(self, x):
+        if self.training:
+            self.bank = torch.cat([self.bank, x.detach()])
+        return x - self.bank.mean(0)
+
+
+class MakesABuffer(Layers):
+    def prepare(self):
+        self.register_buffer("center", None)
+
+    def change(self, x):
+        if self.center is None:
+            self.center = x.detach().mean(0)
+            self.register_buffer("spread", x.detach().std(0))
+        return (x - self.center) / self.spread
+
+
+class BoundsItsWeight(nn.Linear):
+    """As EEGNet's layers with a maximum norm."""
+
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.1)
+        return super().forward(x)
+
+
+class KeepsItsOutput(Layers):
+    def change(self, x):
+        self.last = x
+        self.seen = {"maps": [x.exp()]}
+        return x
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x[:, None])[0][:, -1]
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x[:, None], x[:, None], x[:, None])[0][:, 0]
+
+
+class TiedEmbedding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Embedding(4, 4), nn.Linear(4, 4, bias=False)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, x):
+        return self.decoder(x @ self.encoder.weight)
+
+
+class OneBlockUnderTwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.blocks = nn.ModuleDict({"a": nn.Sequential(self.first, nn.BatchNorm1d(4))})
+        self.again = self.blocks["a"]
+
+    def forward(self, x):
+        return self.again(self.blocks["a"](self.first(x)))
+
+
+def at_two_paths(layer):
+    return nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 4), layer)
+
+
+def normed(**options):
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, **options), nn.Dropout(0.0))
+
+
+def pruned():
+    layer = nn.Linear(4, 4)
+    prune.random_unstructured(layer, "weight", 0.5)
+    return nn.Sequential(layer, nn.ReLU(), nn.Linear(4, 4))
+
+
+STAGES = {
+    "PReLU at two paths": lambda: at_two_paths(nn.PReLU(4)),
+    "layer norm at two paths": lambda: at_two_paths(nn.LayerNorm(4)),
+    "batch norm at two paths": lambda: at_two_paths(nn.BatchNorm1d(4)),
+    "activation at two paths": lambda: at_two_paths(nn.GELU()),
+    "linear at two paths": lambda: nn.Sequential(*[nn.Linear(4, 4)] * 2),
+    "a block under two names": OneBlockUnderTwoNames,
+    "tied embedding": TiedEmbedding,
+    "cumulative batch norm": lambda: normed(momentum=None),
+    "batch norm without statistics": lambda: normed(track_running_stats=False),
+    "batch norm without weights": lambda: normed(affine=False),
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(4, 4)),
+    "old spectral norm": lambda: spectral_norm(nn.Linear(4, 4)),
+    "weight norm": lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
+    "old weight norm": lambda: weight_norm(nn.Linear(4, 4)),
+    "pruned": pruned,
+    "recurrent": Recurrent,
+    "attention": Attention,
+    "writes buffers": WritesBuffers,
+    "replaces buffers": ReplacesBuffers,
+    "branches on a buffer": BranchesOnABuffer,
+    "grows a buffer": GrowsABuffer,
+    "makes a buffer": MakesABuffer,
+    "bounds its weight": lambda: BoundsItsWeight(4, 4),
+    "keeps its output": KeepsItsOutput,
+}
+
+#: What vmap refuses: out= of old and new spectral norms, a fused kernel, .data.
+ONE_BY_ONE = {"spectral norm", "old spectral norm", "recurrent", "bounds its weight"}
+
+
+def twins(make, together=None):
+    """Experts in both layouts, with the same weights, in float64."""
+    pair = []
+    for layout in ("grouped", "independent"):
+        torch.manual_seed(0)
+        pair.append(GroupConvExperts(make, 3, 5, num_features=4, layout=layout).double())
+    grouped, independent = pair
+    grouped.together = together
+    return grouped, independent
+
+
+def state(experts):
+    """What a layout saves of its stage, the copies stacked."""
+    if isinstance(experts.stage, nn.ModuleList):
+        states = [expert.state_dict() for expert in experts.stage]
+        return {name: torch.stack([s[name] for s in states]) for name in states[0]}
+    return dict(experts.stage.state_dict())
+
+
+def gradients(experts):
+    if isinstance(experts.stage, nn.ModuleList):
+        names = [name for name, _ in experts.stage[0].named_parameters()]
+        return {n: torch.stack([e.get_parameter(n).grad for e in experts.stage]) for n in names}
+    return {name: parameter.grad for name, parameter in experts.stage.named_parameters()}
+
+
+def assert_same_tensors(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert_same(tensor.double(), expected[name].double())
+
+
+# vmap runs attention on a CPU copy by copy and says so.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@RUNS
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stack_trains_as_independent_experts_do(name, together):
+    if together and name in ONE_BY_ONE:
+        pytest.skip("cannot run together; see below")
+    pair = twins(STAGES[name], together)
+    optimizers = [torch.optim.SGD(experts.parameters(), lr=0.01) for experts in pair]
+    for training in (True, True, False, True, False):
+        inputs, seen = torch.randn(6, 4, dtype=torch.float64), []
+        for experts, optimizer in zip(pair, optimizers, strict=True):
+            experts.train(training).zero_grad()
+            shared = inputs.clone().requires_grad_()
+            output = experts(shared)
+            (output.logits * torch.arange(5)).sum().backward()
+            seen.append({"logits": output.logits.detach(), "gradient": shared.grad, **gradients(experts)})
+            optimizer.step()
+        assert_same_tensors(*seen)
+        assert_same_tensors(*map(state, pair))
+
+    grouped, independent = (experts.eval() for experts in pair)
+    shared = torch.randn(6, 4, dtype=torch.float64)
+    if name == "keeps its output":
+        for expert in independent.stage:
+            del expert.last, expert.seen
+    converted = (grouped.to_independent(), grouped.to_grouped(), independent.to_grouped())
+    expected = independent(shared).logits
+    for experts in (grouped, *converted):
+        assert_same(experts(shared).logits, expected)
+    assert_same(grouped.extract(1)(shared), expected[:, 1])
+
+
+@pytest.mark.parametrize("name", sorted(ONE_BY_ONE))
+def test_what_cannot_run_together_says_how_it_can(name):
+    grouped, independent = twins(STAGES[name], together=True)
+    shared = torch.randn(6, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"cannot run grouped .*experts\.together = False.*independent"):
+        grouped(shared)
+    grouped.together = False
+    assert_same(grouped(shared).logits, independent(shared).logits)
+
+
+def test_experts_that_have_run_are_copied_and_pickled():
+    """After a batch recurrent layers list the weights of the last copy."""
+    grouped, _ = twins(lambda: nn.Sequential(Recurrent(), nn.BatchNorm1d(4)))
+    shared = torch.randn(6, 4, dtype=torch.float64)
+    grouped(shared).logits.sum().backward()
+    expected = grouped.eval()(shared).logits
+    for twin in (copy.deepcopy(grouped), pickle.loads(pickle.dumps(grouped))):
+        assert_same(twin(shared).logits, expected)
+
+
+@RUNS
+def test_what_layers_keep_of_a_batch_can_be_read(together):
+    grouped, independent = twins(KeepsItsOutput, together)
+    shared = torch.randn(6, 4, dtype=torch.float64)
+    grouped(shared), independent(shared)
+    kept = torch.stack([expert.last for expert in independent.stage])
+    for actual in (grouped.stage.last, grouped.stage.seen["maps"][0].log()):
+        assert_same(actual, kept if together else kept[-1])
+
+
+def test_constants_that_all_experts_share_are_stacked():
+    """Of any type, in lists too."""
+
+    class Constants(Layers):
+        def prepare(self):
+            self.options = [
+                torch.ones(3, dtype=torch.bfloat16),
+                torch.tensor(1 + 2j),
+                np.eye(2),
+                np.array([None]),
+            ]
+
+    assert GroupConvExperts(Constants, 3, 7).stage.options[0].dtype == torch.bfloat16
+
+
+def test_experts_with_constants_of_their_own_are_not_stacked():
+    class Constant(Layers):
+        def prepare(self):
+            self.frequencies = torch.randn(4)
+
+        def change(self, x):
+            return x * self.frequencies
+
+    message = r"alike.*Constant that differ in 'frequencies'.*buffer.*independent"
+    with pytest.raises(ValueError, match=message):
+        GroupConvExperts(Constant, 3, 7)
+    independent = GroupConvExperts(Constant, 3, 7, layout="independent")
+    with pytest.raises(ValueError, match=message):
+        independent.to_grouped()
+
+
+def test_the_first_batch_runs_each_expert_once():
+    """No trial moves Python's random numbers or calls hooks and layers a second time."""
+    numbers = []
+
+    class Draws(Layers):
+        calls = 0
+
+        def change(self, x):
+            self.calls += 1
+            numbers.append(random.random())
+            return x
+
+    experts, seen = GroupConvExperts(Draws, 3, 7), []
+    experts.stage.linear.register_forward_hook(lambda *_: seen.append(1))
+    random.seed(0)
+    expected = [random.random() for _ in range(6)]
+    random.seed(0)
+    for training in (True, False):
+        experts.train(training)(torch.randn(2, 4))
+    assert numbers == expected
+    assert len(seen) == experts.stage.calls == 6
+
+
+@dataclass
+class Recorder:
+    """As a SummaryWriter it holds what nobody can copy."""
+
+    lock: Any = field(default_factory=threading.Lock)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+    def __call__(self, layer, inputs, output):
+        self.shapes.append(tuple(output.shape))
+
+
+HOOKS = {
+    "an object": lambda recorder: recorder,
+    "a method": lambda recorder: recorder.__call__,
+    "a partial": lambda recorder: functools.partial(Recorder.__call__, recorder),
+    "a function": lambda recorder: lambda *args: recorder(*args),
+}
+
+
+@pytest.mark.parametrize("layout", ["grouped", "independent"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_forward_hook_may_hold_a_lock(kind, when, layout):
+    recorder = Recorder()
+    stage = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    if when == "before":
+        stage[0].register_forward_hook(HOOKS[kind](recorder))
+    experts = GroupConvExperts(stage, 3, 7, layout=layout)
+    if when == "after":
+        for layer in [experts.stage[0]] if layout == "grouped" else [e[0] for e in experts.stage]:
+            layer.register_forward_hook(HOOKS[kind](recorder))
+    for training in (True, False):
+        experts.train(training)(torch.randn(2, 4))
+    experts.to_independent()(torch.randn(2, 4))
+    experts.extract(0)(torch.randn(2, 4))
+    assert recorder.shapes == [(2, 4)] * (6 + 3 + 1)
+
+
+def test_a_hook_that_is_a_method_of_a_layer_belongs_to_that_layers_copy():
+    class Watches(Layers):
+        def prepare(self):
+            self.linear.register_forward_hook(self.watch)
+            self.linear.register_forward_hook(Recorder())
+
+        def watch(self, layer, inputs, output):
+            self.width = output.shape[-1]
+
+        def change(self, x):
+            return x * self.width
+
+    experts = GroupConvExperts(Watches(), 3, 7, layout="independent")
+    experts(torch.randn(2, 4))
+    hooks = [hook for expert in experts.stage for hook in expert.linear._forward_hooks.values()]
+    assert [hook.__self__ for hook in hooks[::2]] == list(experts.stage)
+
+
+@pytest.mark.parametrize("layout", ["grouped", "independent"])
+@pytest.mark.parametrize("name", ["pruned", "old weight norm", "old spectral norm", "keeps its output"])
+def test_a_stage_that_has_run_before_can_be_copied(name, layout):
+    """Its layers hold tensors with a graph, which copy.deepcopy refuses."""
+    stage, shared = STAGES[name](), torch.randn(6, 4)
+    stage(shared)
+    experts = GroupConvExperts(stage, 3, 7, num_features=4, reset=False, layout=layout).eval()
+    expected = stage.eval()(shared)
+    torch.testing.assert_close(experts(shared).features, torch.stack([expected] * 3, dim=1))
+
+
+@RUNS
+def test_update_bn_recomputes_the_statistics_of_experts(together):
+    grouped, independent = twins(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), together)
+    loader = [torch.randn(n, 4, dtype=torch.float64) for n in (6, 4, 7)]
+    averages = []
+    for experts in (grouped, independent):
+        average = AveragedModel(experts)
+        average.update_parameters(experts)
+        update_bn(loader, average)
+        averages.append(average.module)
+    assert_same_tensors(*map(state, averages))
+    assert averages[0].stage[1].num_batches_tracked.tolist() == [3, 3, 3]
+    assert averages[0].stage[1].momentum == 0.1
+
+
+def test_an_average_over_buffers_is_that_of_independent_experts():
+    averages = []
+    for experts in twins(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))):
+        torch.manual_seed(1)
+        average = AveragedModel(experts, use_buffers=True)
+        for _ in range(3):
+            experts(torch.randn(6, 4, dtype=torch.float64))
+            average.update_parameters(experts)
+        averages.append(average.module)
+    assert_same_tensors(*map(state, averages))
+
+
+def test_copies_that_differ_in_what_a_layer_reads_cannot_run_together():
+    grouped, _ = twins(lambda: nn.Sequential(nn.BatchNorm1d(4, momentum=None)), together=True)
+    grouped.stage[0].num_batches_tracked[1] = 5
+    with pytest.raises(ValueError, match=r"'0' of type BatchNorm1d.*differs between the copies.*together"):
+        grouped(torch.randn(6, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("together", [None, True])
+@pytest.mark.parametrize("layout", ["grouped", "independent"])
+def test_experts_are_traced(layout, together):
+    experts = GroupConvExperts(lambda: normed(), 3, 7, num_features=4, layout=layout).eval()
+    experts.together = together
+    traced = torch.jit.trace(experts, torch.randn(2, 4))
+    shared = torch.randn(5, 4)
+    for actual, expected in zip(traced(shared), experts(shared), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("layout", ["grouped", "independent"])
+def test_tensorboard_draws_the_graph_of_experts(layout, tmp_path):
+    experts = GroupConvExperts(lambda: normed(), 3, 7, num_features=4, layout=layout)
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_graph(experts, torch.randn(2, 4))
+    (file,) = tmp_path.iterdir()
+    assert b"batch_norm" in file.read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["grouped", "independent"])
+def test_gradients_of_single_samples_go_through_experts(layout):
+    experts = GroupConvExperts(lambda: normed(), 3, 7, num_features=4, layout=layout).eval().double()
+    parameters, buffers = dict(experts.named_parameters()), dict(experts.named_buffers())
+
+    def of_one(parameters, sample):
+        return torch.func.functional_call(experts, (parameters, buffers), (sample[None],)).logits.sum()
+
+    shared = torch.randn(5, 4, dtype=torch.float64)
+    single = torch.func.vmap(torch.func.grad(of_one), in_dims=(None, 0))(parameters, shared)
+    experts(shared).logits.sum().backward()
+    for name, parameter in parameters.items():
+        assert_same(single[name].sum(0), parameter.grad)
+
+
+def test_a_forward_pass_that_autograd_would_refuse_is_refused_in_either_layout():
+    """Writes into a buffer between forward and backward are counted, from one call to the next."""
+
+    class Scales(Layers):
+        def prepare(self):
+            self.register_buffer("scale", torch.ones(4))
+
+        def change(self, x):
+            self.scale.mul_(2)
+            return x * self.scale
+
+    for experts in twins(Scales):
+        loss = sum(experts(torch.randn(6, 4, dtype=torch.float64)).logits.sum() for _ in range(2))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+class WritesWeight(nn.Linear):
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.copy_(F.normalize(self.weight))
+        return super().forward(x)
+
+
+class KeepsAList(Layers):
+    def prepare(self):
+        self.weights = [self.linear.weight]
+
+
+class SharesMemory(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.decoder.weight.data = self.encoder.weight.data
+
+
+class KeepsAGraph(Layers):
+    def prepare(self):
+        self.register_buffer("center", torch.zeros(4))
+
+    def change(self, x):
+        self.center = x.mean(0)
+        return x - self.center
+
+
+class LosesABuffer(KeepsAGraph):
+    def change(self, x):
+        self.center = None
+        return x
+
+
+class MakesAParameter(nn.Linear):
+    def forward(self, x):
+        self.weight = nn.Parameter(F.normalize(self.weight))
+        return super().forward(x)
+
+
+REFUSED = {
+    "writes its weight": (lambda: nn.Sequential(WritesWeight(4, 4)), r"'0' of type WritesWeight.*\.data"),
+    "keeps a list": (KeepsAList, r"'linear\.weight' .*keeps it in 'weights'.*ParameterList"),
+    "shares memory": (SharesMemory, r"'encoder\.weight' and 'decoder\.weight', two tensors in one place"),
+    "compiled": (lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 4))), r"'0', which is compiled"),
+    "keeps a graph": (lambda: nn.Sequential(KeepsAGraph()), r"'0\.center'; write into it by \.copy_\(\)"),
+    "loses a buffer": (LosesABuffer, r"'center'; write into it"),
+    "makes a parameter": (lambda: MakesAParameter(4, 4), r"'weight'; write into it"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_stack_cannot_keep_is_refused_by_name(name):
+    stage, message = REFUSED[name]
+    with pytest.raises(ValueError, match=rf"stage: expected .*{message}.*layout='independent'"):
+        GroupConvExperts(stage, 3, 7, num_features=4)(torch.randn(2, 4))
+
+
+def test_a_refused_batch_leaves_the_stack_whole():
+    experts = GroupConvExperts(KeepsAGraph, 3, 7, num_features=4)
+    before = state(experts)
+    with pytest.raises(ValueError, match="'center'"):
+        experts(torch.randn(2, 4))
+    assert_same_tensors(state(experts), before)
+
+
+@pytest.mark.parametrize("name", ["batch norm at two paths", "replaces buffers", "pruned"])
+def test_a_stack_compiles_as_one_graph(name):
+    pair = [experts for _ in range(2) for experts in twins(STAGES[name])[:1]]
+    compiled = torch.compile(pair[0], backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        shared, seen = torch.randn(6, 4, dtype=torch.float64), []
+        for experts, run in zip(pair, (compiled, pair[1]), strict=True):
+            experts.zero_grad()
+            logits = run(shared).logits
+            (logits * torch.arange(5)).sum().backward()
+            seen.append({"logits": logits.detach(), **gradients(experts)})
+        assert_same_tensors(*seen)
+        assert_same_tensors(*map(state, pair))
