@@ -11,19 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lgla_losses.checks import describe, integer, one_of, positive_float, positive_int
+from lgla_losses.checks import boolean, describe, integer, one_of, positive_float, positive_int
 from lgla_losses.classifiers import ExpertClassifiers
 from lgla_losses.collectives import refuse_data_parallel
 from lgla_losses.output import ExpertOutput
-from lgla_losses.stacking import (
-    apply_per_copy,
-    copy_module,
-    is_tracing,
-    run_separately,
-    run_together,
-    stack_modules,
-    unstack_module,
-)
+from lgla_losses.running import is_tracing, run_separately, run_together
+from lgla_losses.stacking import apply_per_copy, copy_module, stack_modules, unstack_module
 
 CLASSIFIERS = ("cosine", "linear")
 LAYOUTS = ("grouped", "independent")
@@ -116,7 +109,7 @@ class GroupConvExperts(nn.Module):
         if init_fn is not None and not callable(init_fn):
             raise TypeError(f"init_fn: expected a function of a layer or None, got {describe(init_fn)}")
 
-        copies = _make_copies(stage, self.num_experts, _boolean("reset", reset), init_fn)
+        copies = _make_copies(stage, self.num_experts, boolean("reset", reset), init_fn)
         if num_features is None:
             num_features = _features_of(copies)
         self.stage: nn.Module | None = _arrange(copies, self.layout)
@@ -184,7 +177,7 @@ class GroupConvExperts(nn.Module):
         if is_tracing():
             return False
         if self.together is not None:
-            return _boolean("experts.together", self.together)
+            return boolean("experts.together", self.together)
         # Compilers and exporters see through a loop; vmap would fix the batch size for them.
         return device_type in TOGETHER_ON and not torch.compiler.is_compiling()
 
@@ -260,12 +253,6 @@ class Expert(nn.Module):
         else:
             features = _pool(self.stage(*inputs))
         return self.classifier(features[:, None])[:, 0]
-
-
-def _boolean(name: str, value: bool) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
-    return value
 
 
 def _make_copies(

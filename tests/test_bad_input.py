@@ -372,7 +372,7 @@ CASES = {
         lambda: experts(stage=nn.LSTM(2, 4), num_features=4, layout="independent")(torch.zeros(2, 2)),
         TypeError, "stage", "[N, d]", "tuple",
     ),
-    "sparse features": (
+    "sparse shared features": (
         lambda: experts(stage=None, num_features=4)(torch.zeros(2, 4).to_sparse()), ValueError, "shared", "dense", "sparse_coo",
     ),
     "nested features": (

@@ -25,7 +25,10 @@ CONFIGURATIONS = {
     "baselines.LDAMLoss": (f"{{class_counts: {COUNTS}, max_margin: 0.3}}", "scale=30.0"),
     "baselines.LogitAdjustedLoss": (f"{{class_counts: {COUNTS}, tau: 1.5}}", "num_classes=3"),
     "baselines.VSLoss": (f"{{class_counts: {COUNTS}, backend: reference}}", "reference"),
-    "GroupConvExperts": ("{stage: null, num_experts: 3, num_classes: 4, num_features: 5}", "num_experts=3"),
+    "GroupConvExperts": (
+        "{stage: {class_path: torch.nn.Identity}, num_experts: 3, num_classes: 4, num_features: 5}",
+        "num_experts=3",
+    ),
     "GroupConvExperts of a stage": (
         "{stage: {class_path: torch.nn.Linear, init_args: {in_features: 4, out_features: 5}}, "
         "num_experts: 2, num_classes: 4}",

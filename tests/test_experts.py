@@ -12,7 +12,6 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from jsonargparse import ArgumentParser
 from reference import assert_same
 from scripts import load
 from torch import nn
@@ -686,27 +685,6 @@ def test_an_error_of_the_users_own_stage_is_passed_on(together):
     experts.together = together
     with pytest.raises(RuntimeError, match="to have 4 channels, but got 5"):
         experts(torch.randn(2, 5, 8, 8))
-
-
-STAGE_OF_A_RECIPE = """
-stage:
-  class_path: torch.nn.Conv2d
-  init_args: {in_channels: 4, out_channels: 6, kernel_size: 3}
-num_experts: 3
-num_classes: 5
-scale: 16
-"""
-
-
-def test_experts_are_built_from_yaml():
-    """As LightningCLI does. It takes null for what is missing: classifiers alone have the stage Identity."""
-    parser = ArgumentParser()
-    parser.add_class_arguments(GroupConvExperts)
-    alone = "{stage: {class_path: torch.nn.Identity}, num_experts: 2, num_classes: 5, num_features: 4}"
-    for text, width in ((STAGE_OF_A_RECIPE, 6), (alone, 4)):
-        experts = GroupConvExperts(**vars(parser.instantiate(parser.parse_string(text))))
-        features = experts(torch.randn(2, 4, 8, 8)).features
-        assert features.shape == (2, experts.num_experts, width)
 
 
 TYPES = """
