@@ -14,18 +14,35 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
 import torch
-from matplotlib.figure import Figure
+from cli import Parser, needs
 from torch import Tensor
 
-from lgla_losses.data import long_tailed_counts, long_tailed_indices
-from lgla_losses.label_shift import estimate_prior, shift_prior
-from lgla_losses.plot import fusion_sweep, plot_fusion_sweep, plot_weight_norms
+ROOT = Path(__file__).resolve().parents[1]
 
-mpl.use("Agg")
-from matplotlib import pyplot as plt
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("--records", type=Path, default=ROOT / "benchmarks" / "results" / "paper")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument(
+        "--runs", type=Path, help="folder of train_paper.py's runs, whose names are the records'"
+    )
+    return parser
+
+
+with needs("plot", make_parser, __name__):
+    import matplotlib as mpl
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from lgla_losses.data import long_tailed_counts, long_tailed_indices
+    from lgla_losses.label_shift import estimate_prior, shift_prior
+    from lgla_losses.plot import fusion_sweep, plot_fusion_sweep, plot_weight_norms
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
 
 COLORS = [
     "#000000",
@@ -35,7 +52,6 @@ COLORS = [
     "#D55E00",
     "#CC79A7",
 ]  # Okabe and Ito, colour-blind safe
-ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"(<!-- (cells|shift|tau|scripts): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 BARS = re.compile(r"<!-- bars: (.*?) -->\s*!\[(.*?)\]\((.*?)\)")
 SMOOTHING = 3.0  # of the prior that is fitted to a test set
@@ -250,12 +266,7 @@ def draw_cells(records: list[dict[str, Any]], title: str, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Fill the page; with --runs write the analyses and the figures first."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", type=Path, default=ROOT / "benchmarks" / "results" / "paper")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
-    parser.add_argument(
-        "--runs", type=Path, help="folder of train_paper.py's runs, whose names are the records'"
-    )
+    parser = make_parser()
     options = parser.parse_args(arguments)
     for path in sorted(options.records.glob("*.json")) if options.runs else []:
         kept = sorted(options.runs.glob(f"{path.stem}/seed*/outputs.npz"))

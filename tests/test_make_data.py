@@ -73,8 +73,8 @@ def test_docstrings(tmp_path):
     ("arguments", "message"),
     [
         (["fashion-mnist", "OUT", "--source", "/nowhere"], "apt install dataset-fashion-mnist"),
-        (["digits", "OUT", "--imbalance", "0.5"], "--imbalance: expected at least 1, got 0.5"),
-        (["digits", "/nowhere/at/all.npz"], "No such file or directory"),
+        (["digits", "OUT", "--imbalance", "0.5"], "--imbalance: expected a number from 1 to inf, got 0.5"),
+        (["digits", "/nowhere/at/all.npz"], "output: there is no folder /nowhere/at"),
     ],
 )
 def test_wrong_arguments(tmp_path, capsys, arguments, message):

@@ -699,22 +699,3 @@ def test_other_files_are_no_checkpoints(npz, tmp_path, tiny, capsys):
         with pytest.raises(SystemExit):
             run(npz(), tmp_path / "run", "--resume")
         assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (ImportError("No module named 'timm'"), r'pip install "lgla-losses\[vision\]"'),
-        (
-            RuntimeError("operator torchvision::nms does not exist"),
-            "--index-url https://download.pytorch.org/whl/cpu",
-        ),
-    ],
-)
-def test_libraries_that_do_not_import_say_what_to_install(monkeypatch, error, message):
-    def fail(name):
-        raise error
-
-    monkeypatch.setattr(cli, "import_module", fail)
-    with pytest.raises(SystemExit, match=message):
-        cli.library("timm")
