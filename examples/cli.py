@@ -8,6 +8,7 @@ import os
 import reprlib
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -31,8 +32,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """Leave a full disk to the main thread, to which TensorBoard's hands it on."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
+
+
 def start(main: Callable[[], None]) -> None:
     """Run a script to its end: that of Ctrl-C, and of a file that cannot be read or written, is one line."""
+    threading.excepthook = _thread_failed
     try:
         main()
     except KeyboardInterrupt:
@@ -216,8 +224,9 @@ def parse_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argp
     if options.warmup_epochs is None:
         options.warmup_epochs = min(1, options.epochs - 1)
     if options.warmup_epochs > options.epochs:
-        parser.error(
-            f"--warmup-epochs: expected at most --epochs {options.epochs}, got {options.warmup_epochs}, with "
-            "which the rate never reaches --lr"
+        print(
+            f"{parser.prog}: --warmup-epochs {options.warmup_epochs} of --epochs {options.epochs}: the run "
+            "ends before the learning rate reaches --lr",
+            file=sys.stderr,
         )
     return options

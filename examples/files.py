@@ -40,7 +40,8 @@ def check_output(option: str, path: Path, *, folder: bool = False) -> None:
             path.open("ab").close()  # some are not to be written
         while not place.exists():
             place = place.parent
-        tempfile.TemporaryFile(dir=place).close()
+        with tempfile.TemporaryFile(dir=place) as trial:
+            trial.write(bytes(4096))  # a full disk makes empty files all the same
     except OSError as error:
         raise InputError(f"{option}: {path} cannot be written ({error.strerror}); give another") from error
 
@@ -79,7 +80,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         # torch.save hides what kept it from writing behind an error of its own.
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise InputError(
-            f"{path}: cannot be written ({reason}); what was there before is kept, half a file is not"
+            f"{path}: cannot be written ({reason}); what was there before is kept, and no half a file left"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -96,4 +97,4 @@ def load_plain(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of whatever kind: their readers are many
         reason = re.split(r"\. |\n", str(error))[0]
-        raise InputError(f"{expected} {reason}") from error
+        raise InputError(f"{expected} another file ({type(error).__name__}: {reason})") from error

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from cli import InputError, Parser, needs, number, shortened, start
-from files import check_output, write_whole
+from files import check_output, kind_of, write_whole
 from torch import nn
 
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -114,7 +114,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
     if options.data is not None and not options.data.is_file():
-        parser.error(f"--data: there is no {options.data}; examples/make_data.py fashion-mnist makes one")
+        parser.error(
+            f"--data: expected an .npz file, got {kind_of(options.data)} at {options.data}; "
+            "examples/make_data.py fashion-mnist makes one"
+        )
     picture = options.output.with_suffix(".png")
     if options.output == picture:
         parser.error(f"--output: expected a .json file, got {picture}, which is to be the picture beside it")

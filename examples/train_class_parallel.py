@@ -180,6 +180,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(
             f"--data-ranks: expected a number that divides {world_size} ranks, got {options.data_ranks}"
         )
+    if options.num_experts > options.classes + 1:
+        parser.error(
+            f"--num-experts: expected at most {options.classes + 1} for {options.classes} classes, got "
+            f"{options.num_experts}"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

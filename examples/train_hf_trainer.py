@@ -8,13 +8,14 @@ one of word pieces of the training texts.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from cli import Parser, needs, number, start
+from cli import InputError, Parser, needs, number, start
 from files import check_output
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ def make_parser(**keywords: Any) -> argparse.ArgumentParser:
     add("--val_fraction", type=number(float, 0.01, 0.99), default=0.2, help="held out, of every label")
     add("--num_experts", type=number(int, 2), default=3, help="the paper's K")
     add("--max_length", type=number(int, 3, 512), default=32, help="tokens of a text; the rest is cut off")
-    add("--vocabulary", type=number(int, 100), default=8000, help="word pieces")
+    add("--vocabulary", type=number(int, 100, 10**7), default=8000, help="word pieces")
     return parser
 
 
@@ -62,7 +63,7 @@ DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 128,
     "learning_rate": 5e-4,
     "weight_decay": 0.01,
-    "warmup_steps": 50,
+    "warmup_steps": 0.1,  # of all
     "lr_scheduler_type": "cosine",
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
@@ -160,6 +161,15 @@ def samples(rows: list[Row], names: list[str], encode: Any) -> Any:
     return [{"input_ids": ids, "labels": label} for ids, label in zip(texts.ids, texts.labels, strict=True)]
 
 
+def check_numbers(args: TrainingArguments) -> None:
+    """Refuse numbers of TrainingArguments with which nothing could be trained."""
+    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
+        raise InputError(f"--num_train_epochs: expected a number above 0, got {args.num_train_epochs}")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if not 1 <= getattr(args, name) < 2**63:
+            raise InputError(f"--{name}: expected a number from 1 to 2 ** 63, got {getattr(args, name):.9g}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Train; --help lists the options."""
     parents = [make_parser(add_help=False)]
@@ -168,6 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         args, options = parser.parse_args_into_dataclasses(arguments)
         options.seed = args.seed
+        check_numbers(args)
         check_output("--output_dir", Path(args.output_dir), folder=True)
         train, val = hold_out(read_rows(options.data, options), options)
         names = sorted({label for _, label in train})

@@ -176,6 +176,9 @@ def main(arguments: list[str] | None = None) -> None:
         check_log_dir(options.log_dir, last.name, options.resume)
         if options.resume:
             check_checkpoint(last, model, options.epochs)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    try:
         trainer = Trainer(
             devices=options.devices,
             strategy=options.strategy,
@@ -184,8 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
             logger=TensorBoardLogger(options.log_dir, name=None),
             callbacks=[*checkpoints, LogLoss(every=options.log_every)],
         )
-    except (OSError, ValueError, MisconfigurationException) as error:
-        parser.error(str(error))
+    except (ValueError, TypeError, OverflowError, MisconfigurationException) as error:
+        parser.error(f"--devices {options.devices:.20} --strategy {options.strategy:.20}: {error}")
     loaders = DataLoader(train, options.batch_size, shuffle=True), DataLoader(val, options.batch_size)
     trainer.fit(model, *loaders, ckpt_path=last if options.resume else None)
     (scores,) = trainer.validate(model, loaders[1], verbose=False)

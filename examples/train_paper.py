@@ -371,6 +371,7 @@ def main(arguments: list[str] | None = None) -> None:
             settings |= read_recipe(recipe)
         settings |= dict(map(parse_setting, options.set))
         run_arguments = as_arguments(make_parser(), settings)
+        check_output("--runs", options.runs, folder=True)
         check_output("--records", path.parent, folder=True)
         if path.parent.is_dir():
             check_output("--records", path)

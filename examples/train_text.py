@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     source = texts.add_mutually_exclusive_group().add_argument
     source("--config", metavar="FILE.json|TYPE", help="an encoder with new weights; None is a small BERT")
     source("--checkpoint", type=Path, metavar="DIR", help="a local checkpoint with its tokenizer")
-    add("--vocabulary", type=number(int, 100), default=8000, help="word pieces, without --checkpoint")
+    add("--vocabulary", type=number(int, 100, 10**7), default=8000, help="word pieces, without --checkpoint")
     add("--max-length", type=number(int, 3), default=128, help="tokens of a text; the rest is cut off")
     add_options(parser)
     parser.set_defaults(
