@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import reprlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -166,8 +167,9 @@ def check_numbers(args: TrainingArguments) -> None:
     if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
         raise InputError(f"--num_train_epochs: expected a number above 0, got {args.num_train_epochs}")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if not 1 <= getattr(args, name) < 2**63:
-            raise InputError(f"--{name}: expected a number from 1 to 2 ** 63, got {getattr(args, name):.9g}")
+        value = getattr(args, name)
+        if not 1 <= value < 2**63:
+            raise InputError(f"--{name}: expected a number from 1 to 2 ** 63, got {reprlib.repr(value)}")
 
 
 def main(arguments: list[str] | None = None) -> None:
