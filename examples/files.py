@@ -7,17 +7,17 @@ import re
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from importlib import import_module
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from cli import InputError
+from cli import InputError, library
 
 
 def kind_of(path: Path) -> str:
     """What lies at a path, for the "got" part of an error."""
-    kinds = {"a folder": os.path.isdir, "a file": os.path.isfile, "a pipe or device": os.path.lexists}
+    kinds = {"a folder": os.path.isdir, "a file": os.path.isfile, "a pipe or device": os.path.exists}
     return next((kind for kind, is_one in kinds.items() if is_one(path)), "nothing")
 
 
@@ -80,7 +80,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         # torch.save hides what kept it from writing behind an error of its own.
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise InputError(
-            f"{path}: cannot be written ({reason}); what was there before is kept, and no half a file left"
+            f"{path}: cannot be written ({reason}); what was there before is kept, nothing half-written is left"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -91,10 +91,11 @@ def load_plain(path: Path) -> Any:
     expected = f"{path}: expected tensors of torch.save or safetensors, got"
     if not path.is_file():
         raise InputError(f"{expected} {kind_of(path)}")
+    load: Callable[[Path], Any] = partial(torch.load, map_location="cpu", weights_only=True)
+    if path.suffix == ".safetensors":
+        load = library("safetensors.torch", "vision").load_file
     try:
-        if path.suffix == ".safetensors":
-            return import_module("safetensors.torch").load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load(path)
     except Exception as error:  # of whatever kind: their readers are many
         reason = re.split(r"\. |\n", str(error))[0]
         raise InputError(f"{expected} another file ({type(error).__name__}: {reason})") from error

@@ -176,6 +176,12 @@ class TestOutput:
         self.refused(Path("/dev/full"), "expected a file, got the pipe or device /dev/full")
         assert Path("/dev/full").is_char_device()
 
+    def test_a_link_to_what_is_yet_to_be_written(self, tmp_path):
+        (tmp_path / "link").symlink_to("new")
+        files.check_output("--output", tmp_path / "link")
+        files.write_whole(tmp_path / "link", lambda file: file.write(b"content"))
+        assert (tmp_path / "new").read_text() == "content"
+
     def test_a_name_that_is_too_long(self, tmp_path):
         self.refused(tmp_path / ("x" * 300), "cannot be written .File name too long.")
         self.refused(tmp_path / ("x" * 300) / "y", "cannot be written .File name too long.", folder=True)
