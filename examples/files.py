@@ -80,7 +80,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         # torch.save hides what kept it from writing behind an error of its own.
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise InputError(
-            f"{path}: cannot be written ({reason}); what was there before is kept, nothing half-written is left"
+            f"{path}: cannot be written ({reason}); what was there before is kept, nothing half-written left"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
