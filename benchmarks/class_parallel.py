@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from arguments import positive, record_file
 from measure import commit, cpu_model, resident
 from tables import grid
 from torch.multiprocessing import get_context
@@ -138,12 +139,12 @@ def markdown(record: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table and write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--classes", type=int, default=200_000)
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--features", type=int, default=64)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULTS / "class_parallel_cpu.json")
+    parser.add_argument("--classes", type=positive, default=200_000)
+    parser.add_argument("--samples", type=positive, default=256)
+    parser.add_argument("--features", type=positive, default=64)
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument("--output", type=record_file, default=RESULTS / "class_parallel_cpu.json")
     options = parser.parse_args(arguments)
 
     rows: list[dict[str, Any]] = []

@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 import triton
+from arguments import positive, record_file
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -158,10 +159,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--classes", nargs="+", type=int, default=list(NUM_CLASSES))
+    parser.add_argument("--classes", nargs="+", type=positive, default=list(NUM_CLASSES))
     parser.add_argument("--smoothing", type=float, default=0.1)
     parser.add_argument("--plain", action="store_true", help="without table, weights, smoothing and gradient")
-    parser.add_argument("--output", type=Path, default=RESULTS / "kernel_resources.json")
+    parser.add_argument("--output", type=record_file, default=RESULTS / "kernel_resources.json")
     options = parser.parse_args()
 
     table = Table(title="Registers a thread, and bytes spilled where any are")

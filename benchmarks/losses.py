@@ -24,6 +24,7 @@ import measure
 import peers
 import report
 import torch
+from arguments import record_file
 from peers import Shape
 from report import Record, Row
 from rich.console import Console
@@ -258,7 +259,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
-        "--out", type=Path, help="default: results/losses_DEVICE.json; the picture goes beside it"
+        "--out", type=record_file, help="default: results/losses_DEVICE.json; the picture goes beside it"
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two repetitions: does it run?")
     parser.add_argument(

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from cli import library
 from torch import Tensor, nn
-
-v2 = library("torchvision.transforms.v2")
+from torchvision.transforms import v2
 
 #: Mean and deviation of the channels.
 CIFAR = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -53,7 +52,7 @@ def _large(size: int, strong: bool) -> list[Any]:
     if not strong:
         return [*crop, *_tensor(IMAGENET)]
     mean = tuple(round(255 * value) for value in IMAGENET[0])
-    policy = library("timm.data.auto_augment").rand_augment_transform(
+    policy = library("timm.data.auto_augment", "vision").rand_augment_transform(
         "rand-n2-m10-mstd0.5", {"translate_const": int(0.45 * size), "img_mean": mean}
     )
     return [*crop, v2.Lambda(policy), *_tensor(IMAGENET)]

@@ -1,15 +1,19 @@
-"""The options of train_images.py and train_text.py, and how they refuse what cannot be used."""
+"""How scripts begin, take their options, and refuse what cannot be used."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
+import reprlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,23 +24,70 @@ class InputError(ValueError):
     """What the user gave cannot be used; shown without a traceback."""
 
 
-def library(name: str) -> Any:
-    """A library of the extras ``vision`` and ``text``; without it the run ends with what to install."""
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, below no page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the script by the message and exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """Leave a full disk to the main thread, to which TensorBoard's hands it on."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
+
+
+def start(main: Callable[[], None]) -> None:
+    """Run a script to its end: that of Ctrl-C, and of a file that cannot be read or written, is one line."""
+    threading.excepthook = _thread_failed
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except (InputError, OSError) as error:
+        Parser().error(str(error))
+
+
+@contextmanager
+def needs(extra: str, make_parser: Callable[[], argparse.ArgumentParser], name: str) -> Iterator[None]:
+    """Import what an extra installs: a script without it answers --help, and else says what to install.
+
+    Args:
+        extra: of this library.
+        make_parser: gives the script's options.
+        name: ``__name__`` of the module that imports; where it is not the script, the script answers.
+    """
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:
+        if name != "__main__":
+            raise
+        parser = make_parser()
+        parser.parse_known_args()
+        parser.error(what_to_install(extra, error))
+
+
+def what_to_install(extra: str, error: Exception) -> str:
+    """Why an import failed, and the command that mends it."""
+    if isinstance(error, ImportError):
+        return f'{error}: pip install "lgla-losses[{extra}]"'
+    # Its compiled operators are of another torch.
+    return (
+        f"the installed torchvision does not fit the installed torch {torch.__version__} ({error}): install "
+        "both from one index, as in pip install --force-reinstall torch torchvision --index-url "
+        "https://download.pytorch.org/whl/cpu for a CPU, or https://download.pytorch.org/whl/cu126 and the "
+        "like for a GPU"
+    )
+
+
+def library(name: str, extra: str) -> Any:
+    """A module that an extra installs and only some options need."""
     try:
         return import_module(name)
-    except ImportError as error:
-        raise SystemExit(
-            f'{name} cannot be imported ({error}): pip install "lgla-losses[vision]" for images, '
-            '"lgla-losses[text]" for texts'
-        ) from error
-    except RuntimeError as error:
-        # Its compiled operators are of another torch.
-        raise SystemExit(
-            f"the installed torchvision {version('torchvision')} does not fit the installed torch "
-            f"{torch.__version__} ({error}): install both from one index, as in\n"
-            "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cpu\n"
-            "for a CPU, or https://download.pytorch.org/whl/cu126 and the like for a GPU"
-        ) from error
+    except (ImportError, RuntimeError) as error:
+        raise InputError(what_to_install(extra, error)) from error
 
 
 def shortened(names: Sequence[object], most: int = 5) -> str:
@@ -46,12 +97,18 @@ def shortened(names: Sequence[object], most: int = 5) -> str:
 
 
 def number(kind: type[int | float], low: float, high: float = math.inf) -> Callable[[str], float]:
-    """A type for argparse: numbers from ``low`` to ``high``."""
+    """A type for argparse: numbers from ``low`` to ``high``, and integers that fit into 64 bits."""
 
     def parse(text: str) -> float:
-        value = kind(text)
+        shown = reprlib.repr(text)[1:-1]
+        try:
+            value = kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: '{shown}'") from error
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, got {text}")
+            raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, got {shown}")
+        if kind is int and value >= 2**63:
+            raise argparse.ArgumentTypeError(f"expected a number below 2 ** 63, got {shown}")
         return value
 
     parse.__name__ = kind.__name__
@@ -100,7 +157,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="epochs after which step divides the rate by 10; None is at 80 and 90 %% of them",
     )
-    add("--warmup-epochs", type=number(int, 0), default=1, help="epochs in which the rate rises linearly")
+    add(
+        "--warmup-epochs",
+        type=number(int, 0),
+        help="epochs in which the rate rises linearly; None is 1, or 0 of a run of one epoch",
+    )
     add(
         "--warmup-start",
         type=number(float, 0, 1),
@@ -129,13 +190,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="continue the run in OUTPUT_DIR")
 
 
-def parse_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """The options, checked as far as they go without data."""
-    options = parser.parse_args(arguments)
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Refuse a device that PyTorch cannot compute on."""
     try:
-        torch.zeros(1, device=options.device).cpu()
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {options.device}: {error}")
+        parser.error(f"--device {device}: {error}".partition("\n")[0])
+
+
+def parse_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """The options, checked as far as they go without data and folders."""
+    options = parser.parse_args(arguments)
+    check_device(parser, options.device)
     if options.amp == "fp16" and torch.device(options.device).type == "cpu":
         parser.error("--amp fp16: expected a GPU, got --device cpu; --amp bf16 runs there")
     if options.cuda_graphs:
@@ -155,13 +221,12 @@ def parse_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argp
     if options.milestones is None:
         tenths = {options.epochs * 8 // 10, options.epochs * 9 // 10}
         options.milestones = sorted(epoch for epoch in tenths if epoch > 0)
-    last = options.log_dir / "last.pt"
-    if options.log_dir.exists() and not options.log_dir.is_dir():
-        parser.error(f"--log-dir: expected a folder, got the file {options.log_dir}")
-    if options.resume and not last.is_file():
-        parser.error(f"--resume: there is no {last}; leave --resume out to begin a run")
-    if not options.resume and last.exists():
-        parser.error(
-            f"--log-dir: {last} is of an earlier run; --resume continues it, another folder begins one"
+    if options.warmup_epochs is None:
+        options.warmup_epochs = min(1, options.epochs - 1)
+    if options.warmup_epochs > options.epochs:
+        print(
+            f"{parser.prog}: --warmup-epochs {options.warmup_epochs} of --epochs {options.epochs}: the run "
+            "ends before the learning rate reaches --lr",
+            file=sys.stderr,
         )
     return options

@@ -10,12 +10,17 @@ import argparse
 import ast
 import csv
 import gzip
+import io
 import sysconfig
+import zlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from cli import InputError, Parser, library, number, start
+from files import check_output, write_whole
 
 from lgla_losses.data import long_tailed_counts
 
@@ -31,8 +36,6 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2t
 
 def long_tail(largest: int, imbalance: float, num_classes: int) -> list[int]:
     """Exponentially falling counts; class 0 is the largest."""
-    if not imbalance >= 1:
-        raise ValueError(f"--imbalance: expected at least 1, got {imbalance}")
     counts: list[int] = long_tailed_counts(largest, num_classes, imbalance).tolist()
     return counts
 
@@ -44,8 +47,7 @@ def digits(options: argparse.Namespace) -> None:
 
 def long_tailed_digits(imbalance: float, seed: int) -> tuple[npt.NDArray[np.uint8], ...]:
     """Images ``[N, 8, 8]`` and labels ``[N]`` for training, then for validation."""
-    import quickstart
-
+    quickstart = library("quickstart", "examples")
     split = quickstart.long_tailed_digits(quickstart.long_tailed_counts(imbalance), seed, "cpu")
     train, val = (
         (255 * tensor[:, 0]).round().byte().numpy() for tensor in (split.train_images, split.test_images)
@@ -61,16 +63,20 @@ def fashion_mnist(options: argparse.Namespace) -> None:
         for kind in ("images-idx3", "labels-idx1")
     )
     generator = np.random.default_rng(options.seed)
-    train = draw(train_labels, long_tail(options.largest, options.imbalance, 10), generator)
-    val = draw(val_labels, [options.validation] * 10, generator)
+    train = draw("--largest", train_labels, long_tail(options.largest, options.imbalance, 10), generator)
+    val = draw("--validation", val_labels, [options.validation] * 10, generator)
     write_images(options.output, train_images[train], train_labels[train], val_images[val], val_labels[val])
 
 
 def draw(
-    labels: npt.NDArray[np.uint8], class_counts: list[int], generator: np.random.Generator
+    option: str, labels: npt.NDArray[np.uint8], class_counts: list[int], generator: np.random.Generator
 ) -> npt.NDArray[np.int64]:
     """The indices of as many samples of every class as it is allowed."""
     classes = enumerate(class_counts)
+    there = np.bincount(labels, minlength=len(class_counts))
+    for j, n in enumerate(class_counts):
+        if n > there[j]:
+            raise InputError(f"{option}: expected at most {there[j]}, all images of class {j}, got {n}")
     return np.concatenate([generator.permutation(np.flatnonzero(labels == j))[:n] for j, n in classes])
 
 
@@ -78,10 +84,13 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
     """An array of bytes in MNIST's format: its dimensions, then the values."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; apt install dataset-fashion-mnist, or give --source")
-    content = gzip.decompress(path.read_bytes())
-    num_dimensions = content[3]
-    shape = np.frombuffer(content, ">i4", num_dimensions, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
+    try:
+        content = gzip.decompress(path.read_bytes())
+        num_dimensions = content[3]
+        shape = np.frombuffer(content, ">i4", num_dimensions, offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
+    except (OSError, EOFError, zlib.error, IndexError, ValueError) as error:
+        raise InputError(f"{path}: expected gzipped bytes in MNIST's format, got others ({error})") from error
 
 
 def write_images(
@@ -92,13 +101,13 @@ def write_images(
     val_labels: npt.NDArray[np.integer],
 ) -> None:
     """What train_images.py reads."""
-    np.savez_compressed(
-        path,
-        train_images=train_images,
-        train_labels=train_labels,
-        val_images=val_images,
-        val_labels=val_labels,
-    )
+    arrays: dict[str, Any] = {
+        "train_images": train_images,
+        "train_labels": train_labels,
+        "val_images": val_images,
+        "val_labels": val_labels,
+    }
+    write_whole(path, lambda file: np.savez_compressed(file, **arrays))
     print(f"{path}: training images by class {np.bincount(train_labels)}, {len(val_labels)} for validation")
 
 
@@ -107,10 +116,11 @@ def docstrings(options: argparse.Namespace) -> None:
     package_of = standard_docstrings()
     by_frequency = sorted(Counter(package_of.values()).items(), key=lambda item: (-item[1], item[0]))
     chosen = {package: n for package, n in by_frequency[::EVERY] if n >= FEWEST_DOCSTRINGS}
-    with options.output.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["text", "label"])
-        table.writerows((text, package) for text, package in package_of.items() if package in chosen)
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow(["text", "label"])
+    table.writerows(row for row in package_of.items() if row[1] in chosen)
+    write_whole(options.output, lambda file: file.write(text.getvalue().encode()))
     print(f"{options.output}: texts by package {chosen}")
 
 
@@ -130,9 +140,7 @@ def standard_docstrings() -> dict[str, str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Make one data set."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     kinds = parser.add_subparsers(required=True)
     for make, output in ((digits, "OUT.npz"), (fashion_mnist, "OUT.npz"), (docstrings, "OUT.csv")):
         kind = kinds.add_parser(
@@ -141,18 +149,21 @@ def main(arguments: list[str] | None = None) -> None:
         kind.set_defaults(make=make)
         kind.add_argument("output", type=Path, metavar=output, help="the file to write")
         if make is not docstrings:
-            kind.add_argument("--imbalance", type=float, default=100.0, help="largest / smallest class")
-            kind.add_argument("--seed", type=int, default=0, help="of which images are taken")
+            kind.add_argument(
+                "--imbalance", type=number(float, 1), default=100.0, help="largest / smallest class"
+            )
+            kind.add_argument("--seed", type=number(int, 0), default=0, help="of which images are taken")
         if make is fashion_mnist:
-            kind.add_argument("--largest", type=int, default=6000, help="images of class 0")
-            kind.add_argument("--validation", type=int, default=1000, help="images a class")
+            kind.add_argument("--largest", type=number(int, 1), default=6000, help="images of class 0")
+            kind.add_argument("--validation", type=number(int, 1), default=1000, help="images a class")
             kind.add_argument("--source", type=Path, default=DEBIAN, help="folder of the four .gz files")
     options = parser.parse_args(arguments)
     try:
+        check_output("output", options.output)
         options.make(options)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -11,21 +11,40 @@ import argparse
 import json
 import re
 import statistics
+import zipfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
 import torch
-from matplotlib.figure import Figure
+from cli import InputError, Parser, needs, start
+from files import check_output, make_folder, write_whole
 from torch import Tensor
 
-from lgla_losses.data import long_tailed_counts, long_tailed_indices
-from lgla_losses.label_shift import estimate_prior, shift_prior
-from lgla_losses.plot import fusion_sweep, plot_fusion_sweep, plot_weight_norms
+ROOT = Path(__file__).resolve().parents[1]
 
-mpl.use("Agg")
-from matplotlib import pyplot as plt
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("--records", type=Path, default=ROOT / "benchmarks" / "results" / "paper")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument(
+        "--runs", type=Path, help="folder of train_paper.py's runs, whose names are the records'"
+    )
+    return parser
+
+
+with needs("plot", make_parser, __name__):
+    import matplotlib as mpl
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from lgla_losses.data import long_tailed_counts, long_tailed_indices
+    from lgla_losses.label_shift import estimate_prior, shift_prior
+    from lgla_losses.plot import fusion_sweep, plot_fusion_sweep, plot_weight_norms
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
 
 COLORS = [
     "#000000",
@@ -35,7 +54,6 @@ COLORS = [
     "#D55E00",
     "#CC79A7",
 ]  # Okabe and Ito, colour-blind safe
-ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"(<!-- (cells|shift|tau|scripts): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 BARS = re.compile(r"<!-- bars: (.*?) -->\s*!\[(.*?)\]\((.*?)\)")
 SMOOTHING = 3.0  # of the prior that is fitted to a test set
@@ -123,7 +141,16 @@ TABLES = {"cells": cells_table, "shift": shift_table, "tau": tau_table, "scripts
 
 def read_records(names: str, folder: Path) -> list[dict[str, Any]]:
     """The records of these names."""
-    return [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names.split()]
+    return [read_record(folder / f"{name}.json") for name in names.split()]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What train_paper.py or sweep_tau.py wrote."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected a record in JSON, got {error}") from error
+    return record
 
 
 def fill(page: str, folder: Path) -> str:
@@ -195,8 +222,11 @@ def label_shift(outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
 
 def read_outputs(path: Path) -> dict[str, Tensor]:
     """What train_paper.py kept of a run."""
-    with np.load(path) as file:
-        return {name: torch.from_numpy(file[name]) for name in file.files}
+    try:
+        with np.load(path) as file:
+            return {name: torch.from_numpy(file[name]) for name in file.files}
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: expected the outputs of a run, got another file ({error})") from error
 
 
 def analyse(seeds: list[dict[str, Tensor]], by_shots: bool) -> dict[str, Any]:
@@ -248,40 +278,58 @@ def draw_cells(records: list[dict[str, Any]], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Fill the page; with --runs write the analyses and the figures first."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", type=Path, default=ROOT / "benchmarks" / "results" / "paper")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
-    parser.add_argument(
-        "--runs", type=Path, help="folder of train_paper.py's runs, whose names are the records'"
-    )
-    options = parser.parse_args(arguments)
-    for path in sorted(options.records.glob("*.json")) if options.runs else []:
+def write_analyses(options: argparse.Namespace) -> None:
+    """What the test logits in the folders of the runs say, as JSON and pictures beside the records."""
+    for path in sorted(options.records.glob("*.json")):
         kept = sorted(options.runs.glob(f"{path.stem}/seed*/outputs.npz"))
         if not kept:
             continue
         seeds = [read_outputs(outputs) for outputs in kept]
-        configuration = json.loads(path.read_text(encoding="utf-8"))["configuration"]
+        configuration = read_record(path)["configuration"]
         analysis = analyse(seeds, configuration["groups"] == "shots")
-        (options.records / "analyses").mkdir(exist_ok=True)
-        (options.records / "analyses" / path.name).write_text(json.dumps(analysis) + "\n", encoding="utf-8")
+        make_folder("--records", options.records / "analyses")
+        write_text(options.records / "analyses" / path.name, json.dumps(analysis) + "\n")
         if analysis["fusion"]:
             draw_fusion(seeds, options.records / f"{path.stem}_fusion.png")
         if configuration["classifier"] == "linear":
             draw_norms(analysis, options.records / f"{path.stem}_norms.png")
-    if not options.page.exists():
-        names = " ".join(path.stem for path in sorted(options.records.glob("*.json")))
-        begun = (
-            f"<!-- bars: {names} -->\n![Accuracy](accuracy.png)\n\n<!-- cells: {names} -->\n<!-- end -->\n"
+
+
+def first_page(folder: Path) -> str:
+    """A page with all records of a folder, its tables yet to be filled."""
+    names = " ".join(path.stem for path in sorted(folder.glob("*.json")))
+    bars = f"<!-- bars: {names} -->\n![Accuracy](accuracy.png)\n"
+    return f"# Results\n\n{bars}\n<!-- cells: {names} -->\n<!-- end -->\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """In UTF-8, whole or not at all."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Fill the page; with --runs write the analyses and the figures first."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    try:
+        check_output("--page", options.page)
+        if not any(options.records.glob("*.json")):
+            raise InputError(f"--records: expected a folder of records, got none in {options.records}")
+        if options.runs:
+            write_analyses(options)
+        begun = options.page.exists()
+        page = options.page.read_text(encoding="utf-8") if begun else first_page(options.records)
+        for names, title, picture in BARS.findall(page):
+            draw_cells(read_records(names, options.records), title, options.page.parent / picture)
+        write_text(options.page, fill(page, options.records))
+    except InputError as error:
+        parser.error(str(error))
+    except KeyError as error:
+        parser.error(
+            f"{options.records}: expected records of train_paper.py or sweep_tau.py, got one without {error}"
         )
-        options.page.write_text(f"# Results\n\n{begun}", encoding="utf-8")
-    page = options.page.read_text(encoding="utf-8")
-    for names, title, picture in BARS.findall(page):
-        draw_cells(read_records(names, options.records), title, options.page.parent / picture)
-    options.page.write_text(fill(page, options.records), encoding="utf-8")
     print(f"page: {options.page}")
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

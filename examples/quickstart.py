@@ -11,20 +11,42 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
-import numpy as np
 import torch
-from make_data import long_tail
-from rich.console import Console
-from rich.table import Table
-from sklearn.datasets import load_digits
+from cli import InputError, Parser, check_device, needs, number, start
+from files import check_output, write_whole
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from lgla_losses import ClassGrouper, ExpertOutput, GroupConvExperts, LGLALoss
 
-mpl.use("Agg")
-from matplotlib import pyplot as plt
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add(
+        "--imbalance",
+        type=number(float, 1),
+        default=50.0,
+        help="largest over smallest class (default 50)",
+    )
+    add("--seeds", type=number(int, 1), default=5, help="number of seeds (default 5)")
+    add("--epochs", type=number(int, 1), default=50, help="epochs a run (default 50)")
+    add("--device", default="cpu", help="cpu (default), cuda, ...")
+    add("--output", type=Path, default=Path("quickstart.png"), help="the picture")
+    return parser
+
+
+with needs("examples", make_parser, __name__):
+    import matplotlib as mpl
+    import numpy as np
+    from make_data import long_tail
+    from rich.console import Console
+    from rich.table import Table
+    from sklearn.datasets import load_digits
+    from tqdm import tqdm
+
+    from lgla_losses import ClassGrouper, ExpertOutput, GroupConvExperts, LGLALoss
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
 
 NUM_CLASSES = 10
 LARGEST_CLASS = 150
@@ -195,31 +217,21 @@ def draw(accuracy: dict[str, Tensor], class_counts: list[int], path: Path) -> No
         axes.set_xticks(digits, [f"{j}" for j in digits])
         axes.set_xlabel("digit, from the most to the least frequent")
         axes.legend()
-    figure.savefig(path, dpi=120)
+    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=120))
     plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train every method on every seed and report the last epoch."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--imbalance", type=float, default=50.0, help="largest over smallest class (default 50)"
-    )
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
-    parser.add_argument("--epochs", type=int, default=50, help="epochs a run (default 50)")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
-    parser.add_argument("--output", type=Path, default=Path("quickstart.png"), help="the picture")
+    parser = make_parser()
     options = parser.parse_args(arguments)
-    if not 1 <= options.imbalance < np.inf or options.seeds < 1 or options.epochs < 1:
-        parser.error("--imbalance, --seeds and --epochs must be at least 1")
-    try:
-        torch.zeros(1, device=options.device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {options.device}: {error}")
-    if not options.output.absolute().parent.is_dir():
-        parser.error(f"--output: there is no folder {options.output.parent}")
+    check_device(parser, options.device)
     if options.output.suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--output: expected a .png, .pdf or .svg file, got {options.output}")
+    try:
+        check_output("--output", options.output)
+    except InputError as error:
+        parser.error(str(error))
 
     class_counts = long_tailed_counts(options.imbalance)
     accuracy: dict[str, list[Tensor]] = {method: [] for method in METHODS}
@@ -242,4 +254,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -153,7 +153,8 @@ def make_schedule(
         if step < warmup:
             return float(start + (1 - start) * (step // num_steps) / options.warmup_epochs)
         if options.schedule == "cosine":
-            return float(end + (1 - end) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2)
+            fall = max(total - warmup, 1)  # none, where the rate rises to the last step
+            return float(end + (1 - end) * (1 + math.cos(math.pi * (step - warmup) / fall)) / 2)
         return float(0.1 ** sum(step >= epoch * num_steps for epoch in options.milestones))
 
     return LambdaLR(optimizer, factor)

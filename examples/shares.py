@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from cli import InputError
+from cli import InputError, library
 from sampling import mixed_seed
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -71,8 +71,7 @@ def loader(images: Images, shares: Shares) -> DataLoader[Batch]:
 def read_data(path: Path | None) -> tuple[Images, Images]:
     """Training and validation images of a file; without one long-tailed digits."""
     if path is None:
-        import quickstart  # needs scikit-learn
-
+        quickstart = library("quickstart", "examples")
         digits = quickstart.long_tailed_digits(quickstart.long_tailed_counts(50.0), 0, "cpu")
         train, val = digits.train_images.expand(-1, 3, -1, -1), digits.test_images.expand(-1, 3, -1, -1)
         return Images(train, digits.train_labels), Images(val, digits.test_labels)

@@ -16,34 +16,56 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
 import torch
-from quickstart import COLORS, NUM_CLASSES, Split, fit, long_tailed_counts, long_tailed_digits
-from rich.console import Console
-from rich.table import Table
+from cli import InputError, Parser, needs, number, shortened, start
+from files import check_output, kind_of, write_whole
 from torch import nn
-from tqdm import tqdm
-
-from lgla_losses import count_classes
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
 
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--data", type=Path, help=".npz of grey images of ten classes; by default scikit-learn's digits")
+    add("--experts", type=number(int, 2, 11), nargs="+", default=[2, 3, 4, 5, 6, 7], metavar="K")
+    add("--ratios", type=number(float, 0), nargs="+", default=list(RATIOS), metavar="TAU/(K-1)")
+    add("--seeds", type=number(int, 1), default=5, help="number of seeds (default 5)")
+    add("--epochs", type=number(int, 1), default=50, help="epochs a run (default 50)")
+    add("--output", type=Path, default=Path("sweep_tau.json"), help="the record; a .png beside")
+    return parser
+
+
+with needs("examples", make_parser, __name__):
+    import matplotlib as mpl
+    import numpy as np
+    from quickstart import COLORS, NUM_CLASSES, Split, fit, long_tailed_counts, long_tailed_digits
+    from rich.console import Console
+    from rich.table import Table
+    from tqdm import tqdm
+
+    from lgla_losses import count_classes
+    from lgla_losses.data import read_npz
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+
 def read_split(path: Path) -> Split:
     """Grey images of an .npz file as examples/make_data.py writes it, at half the resolution."""
-    with np.load(path) as file:
-        arrays = [
-            torch.from_numpy(file[f"{half}_{kind}"])
-            for half in ("train", "val")
-            for kind in ("images", "labels")
-        ]
-    train, train_labels, test, test_labels = arrays
-    images = [nn.functional.avg_pool2d(half[:, None].float() / 255, 2) for half in (train, test)]
-    return Split(images[0], train_labels.long(), images[1], test_labels.long())
+    halves = read_npz(path)
+    images = {}
+    for half, data in halves.items():
+        classes, shape = sorted(set(data.targets)), getattr(data.images, "shape", ())
+        if classes != list(range(NUM_CLASSES)):
+            raise InputError(f"{path}: expected {half} labels of all classes 0..9, got {shortened(classes)}")
+        if len(shape) != 3 or min(shape) < 2:
+            raise InputError(f"{path}: expected grey {half}_images uint8 [N, H, W], got {list(shape)}")
+        pixels = torch.from_numpy(np.asarray(data.images))[:, None]
+        images[half] = nn.functional.avg_pool2d(pixels.float() / 255, 2)
+    train, test = (torch.tensor(data.targets) for data in halves.values())
+    return Split(images["train"], train, images["val"], test)
 
 
 def measure(num_experts: int, tau: float, split: Split, epochs: int) -> dict[str, float]:
@@ -83,34 +105,36 @@ def draw(record: dict[str, Any], path: Path) -> None:
         axes.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
         axes.legend()
     panels[2].axhline(0.0, color="grey", linewidth=0.8, linestyle=":")
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
     plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Sweep, print the table, write the record and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help=".npz of grey images; by default scikit-learn's digits")
-    parser.add_argument("--experts", type=int, nargs="+", default=[2, 3, 4, 5, 6, 7], metavar="K")
-    parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), metavar="TAU/(K-1)")
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
-    parser.add_argument("--epochs", type=int, default=50, help="epochs a run (default 50)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("sweep_tau.json"), help="the record; a .png beside"
-    )
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if options.data is not None and not options.data.is_file():
-        parser.error(f"--data: there is no {options.data}; examples/make_data.py fashion-mnist makes one")
+        parser.error(
+            f"--data: expected an .npz file, got {kind_of(options.data)} at {options.data}; "
+            "examples/make_data.py fashion-mnist makes one"
+        )
+    picture = options.output.with_suffix(".png")
+    if options.output == picture:
+        parser.error(f"--output: expected a .json file, got {picture}, which is to be the picture beside it")
+    try:
+        given = options.data and read_split(options.data)
+        check_output("--output", options.output)
+        check_output("--output", picture)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    options.experts, options.ratios = sorted({*options.experts}), sorted({*options.ratios})
 
     cells: dict[tuple[int, float], dict[str, list[float]]] = {}
     runs = [
         (k, ratio, seed) for seed in range(options.seeds) for k in options.experts for ratio in options.ratios
     ]
     for num_experts, ratio, seed in tqdm(runs, mininterval=0.1 if sys.stderr.isatty() else 30.0):
-        if options.data is None:
-            split = long_tailed_digits(long_tailed_counts(50.0), seed, "cpu")
-        else:
-            split = read_split(options.data)
+        split = given or long_tailed_digits(long_tailed_counts(50.0), seed, "cpu")
         torch.manual_seed(seed)
         results = measure(num_experts, ratio * (num_experts - 1), split, options.epochs)
         cell = cells.setdefault((num_experts, ratio), {column: [] for column in results})
@@ -126,8 +150,6 @@ def main(arguments: list[str] | None = None) -> None:
         "experts": options.experts,
         "cells": [{"experts": k, "ratio": ratio, **columns} for (k, ratio), columns in cells.items()],
     }
-    options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    draw(record, options.output.with_suffix(".png"))
     table = Table(title=f"Balanced accuracy (%), its deviation, slope; {options.seeds} seeds")
     for column in ("K", *(f"{ratio:g}" for ratio in options.ratios)):
         table.add_column(column, justify="right")
@@ -140,8 +162,11 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         table.add_row(str(k), *texts)
     Console(width=140).print(table)
+    content = json.dumps(record, indent=1) + "\n"
+    write_whole(options.output, lambda file: file.write(content.encode()))
+    draw(record, picture)
     print(f"record: {options.output}")
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

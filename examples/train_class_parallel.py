@@ -17,14 +17,35 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from cli import number
+from cli import Parser, needs, number, start
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-from lgla_losses.data import long_tailed_counts
-from lgla_losses.distributed import ClassParallelLGLALoss
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--classes", type=number(int, 2), default=200_000, help="of all ranks together")
+    add("--imbalance", type=number(float, 1), default=1000.0, help="the most frequent class over the rarest")
+    add("--num-experts", type=number(int, 2), default=3, help="the paper's K")
+    add("--data-ranks", type=number(int, 1), default=1, help="parts of the batch; they divide the ranks")
+    add("--batch-size", type=number(int, 1), default=256, help="samples of a step on all ranks together")
+    add("--steps", type=number(int, 1), default=30, help="of the optimizer")
+    add("--lr", type=number(float, 0), default=0.01, help="learning rate of Adam")
+    add("--seed", type=number(int, 1), default=1, help="of weights and samples")
+    add(
+        "--timeout", type=number(float, 1, 1e9), default=600.0, help="seconds until a rank gives up on others"
+    )
+    return parser
+
+
+with needs("train", make_parser, __name__):
+    from tqdm import tqdm
+
+    from lgla_losses.data import long_tailed_counts
+    from lgla_losses.distributed import ClassParallelLGLALoss
 
 #: Numbers of an input, and of a feature.
 INPUTS, FEATURES = 32, 64
@@ -150,19 +171,7 @@ def accuracy(
 
 def main(arguments: list[str] | None = None) -> None:
     """One rank of a run; --help lists the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--classes", type=number(int, 2), default=200_000, help="of all ranks together")
-    add("--imbalance", type=number(float, 1), default=1000.0, help="the most frequent class over the rarest")
-    add("--num-experts", type=number(int, 2), default=3, help="the paper's K")
-    add("--data-ranks", type=number(int, 1), default=1, help="parts of the batch; they divide the ranks")
-    add("--batch-size", type=number(int, 1), default=256, help="samples of a step on all ranks together")
-    add("--steps", type=number(int, 1), default=30, help="of the optimizer")
-    add("--lr", type=number(float, 0), default=0.01, help="learning rate of Adam")
-    add("--seed", type=number(int, 1), default=1, help="of weights and samples")
-    add("--timeout", type=number(float, 1), default=600.0, help="seconds until a rank gives up on others")
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if "WORLD_SIZE" not in os.environ:
         parser.error("expected a start by torchrun --nproc-per-node 4, got one without it")
@@ -170,6 +179,11 @@ def main(arguments: list[str] | None = None) -> None:
     if world_size % options.data_ranks:
         parser.error(
             f"--data-ranks: expected a number that divides {world_size} ranks, got {options.data_ranks}"
+        )
+    if options.num_experts > options.classes + 1:
+        parser.error(
+            f"--num-experts: expected at most {options.classes + 1} for {options.classes} classes, got "
+            f"{options.num_experts}"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
@@ -183,4 +197,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -19,10 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cli import InputError, number
-from recipe import ExpertModel
-from sampling import mixed_seed
-from shares import Images, Shares, loader, read_data
+from cli import InputError, Parser, needs, number, start
+from files import check_log_dir, load_plain, make_folder, write_whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,11 +28,45 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-from training import ShotAccuracy, load_plain, percent, write_whole
 
-from lgla_losses import GroupConvExperts, LGLALoss, count_classes
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("data", type=Path, nargs="?", metavar="FILE.npz", help="the images; None is long-tailed digits")
+    add("--fsdp", action="store_true", help="shard parameters, gradients and optimizer by FSDP2")
+    add("--norm", choices=("batch", "group"), default="batch", help="group has no statistics of a batch")
+    add("--epochs", type=number(int, 1), default=30, help="passes over the training data")
+    add("--batch-size", type=number(int, 1), default=64, help="samples of a step on all ranks together")
+    add("--lr", type=number(float, 0), default=0.1, help="highest learning rate, of a cosine")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights and order")
+    add(
+        "--timeout",
+        type=number(float, 1, 1e9),
+        default=600.0,
+        help="seconds after which a rank gives up on others; longer than a checkpoint takes to write",
+    )
+    add(
+        "--log-dir",
+        type=Path,
+        default=Path("runs", "train_ddp"),
+        help="seen by all ranks: checkpoint, record",
+    )
+    add("--resume", action="store_true", help="go on from the last checkpoint, where there is one")
+    return parser
+
+
+with needs("train", make_parser, __name__):
+    from recipe import ExpertModel
+    from sampling import mixed_seed
+    from shares import Images, Shares, loader, read_data
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+    from training import percent
+
+    from lgla_losses import GroupConvExperts, LGLALoss, count_classes
+    from lgla_losses.metrics import ShotAccuracy
 
 #: Options of which a checkpoint does not depend.
 FREE_OPTIONS = {"data", "fsdp", "timeout", "log_dir", "resume"}
@@ -99,6 +131,8 @@ class Run:
     def fit(self) -> None:
         """Train to the last epoch, and save after every one."""
         folder = self.options.log_dir
+        if self.is_writer:
+            make_folder("--log-dir", folder)
         writer = SummaryWriter(folder, purge_step=len(self.curve) + 1) if self.is_writer else None
         while len(self.curve) < self.options.epochs:
             loss = self._train_epoch()
@@ -168,12 +202,18 @@ class Run:
 
     def resume(self, checkpoint: dict[str, Any]) -> None:
         """Go on where a checkpoint ends."""
-        model, optimizer = checkpoint["model"], checkpoint["optimizer"]
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=WHOLE
-        )
-        self.schedule.load_state_dict(checkpoint["schedule"])
-        self.curve = checkpoint["curve"]
+        try:
+            model, optimizer = checkpoint["model"], checkpoint["optimizer"]
+            set_state_dict(
+                self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=WHOLE
+            )
+            self.schedule.load_state_dict(checkpoint["schedule"])
+            self.curve = checkpoint["curve"]
+        except Exception as error:  # of whatever kind: any part may be damaged
+            raise InputError(
+                f"--resume: expected a checkpoint of this script, got a damaged one in {self.options.log_dir}"
+                f" ({error!r}); begin a run in another --log-dir"
+            ) from error
 
 
 def mean_over_ranks(values: Tensor) -> None:
@@ -204,19 +244,16 @@ def check(options: argparse.Namespace, train: Images) -> dict[str, Any] | None:
             f"--batch-size {options.batch_size}: expected a sample a rank in every step for --norm batch, "
             f"got steps of {smallest} for {ranks} ranks; raise it, or take --norm group"
         )
-    if options.log_dir.exists() and not options.log_dir.is_dir():
-        raise InputError(f"--log-dir: expected a folder, got the file {options.log_dir}")
+    check_log_dir(options.log_dir, "last.pt", options.resume and last.exists())
     if not last.exists():
         return None
-    if not options.resume:
-        raise InputError(
-            f"--log-dir: {last} is of an earlier run; --resume continues it, another folder begins one"
-        )
     checkpoint = load_plain(last)
-    if not isinstance(checkpoint, dict) or "curve" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not {"curve", "run"} <= checkpoint.keys():
         raise InputError(f"--resume: expected a checkpoint of this script, got another file as {last}")
     then, now = checkpoint["run"], description(options, count_classes(train.labels, num_classes(train)))
-    other = [f"{name} {then[name]}, now {value}" for name, value in now.items() if then[name] != value]
+    other = [
+        f"{name} {then.get(name)}, now {value}" for name, value in now.items() if then.get(name) != value
+    ]
     if other:
         raise InputError(f"--resume: {last} is of another run: {'; '.join(other)}; take another --log-dir")
     return checkpoint
@@ -224,30 +261,7 @@ def check(options: argparse.Namespace, train: Images) -> dict[str, Any] | None:
 
 def main(arguments: list[str] | None = None) -> None:
     """One rank of a run; --help lists the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("data", type=Path, nargs="?", metavar="FILE.npz", help="the images; None is long-tailed digits")
-    add("--fsdp", action="store_true", help="shard parameters, gradients and optimizer by FSDP2")
-    add("--norm", choices=("batch", "group"), default="batch", help="group has no statistics of a batch")
-    add("--epochs", type=number(int, 1), default=30, help="passes over the training data")
-    add("--batch-size", type=number(int, 1), default=64, help="samples of a step on all ranks together")
-    add("--lr", type=number(float, 0), default=0.1, help="highest learning rate, of a cosine")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights and order")
-    add(
-        "--timeout",
-        type=number(float, 1),
-        default=600.0,
-        help="seconds after which a rank gives up on others; longer than a checkpoint takes to write",
-    )
-    add(
-        "--log-dir",
-        type=Path,
-        default=Path("runs", "train_ddp"),
-        help="seen by all ranks: checkpoint, record",
-    )
-    add("--resume", action="store_true", help="go on from the last checkpoint, where there is one")
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if "WORLD_SIZE" not in os.environ:
         parser.error(
@@ -263,11 +277,14 @@ def main(arguments: list[str] | None = None) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=options.timeout))
     run = Run(options, train, val)
-    if checkpoint is not None:
-        run.resume(checkpoint)
-    run.fit()
+    try:
+        if checkpoint is not None:
+            run.resume(checkpoint)
+        run.fit()
+    except InputError as error:
+        parser.error(str(error))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

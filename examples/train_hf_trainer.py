@@ -7,33 +7,55 @@ one of word pieces of the training texts.
 
 from __future__ import annotations
 
+import argparse
+import math
+import reprlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from cli import number
+from cli import InputError, Parser, needs, number, start
+from files import check_output
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
-from train_text import SMALL_BERT, Row, TextSet, hold_out, middle_layer, new_tokenizer, read_rows
-from training import print_scores
-from transformers import (
-    AutoModel,
-    BertConfig,
-    EvalPrediction,
-    HfArgumentParser,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.integrations.integration_utils import TensorBoardCallback
-from transformers.utils.generic import ModelOutput
 
-from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss, count_classes, split_backbone
-from lgla_losses.metrics import ShotAccuracy
-from lgla_losses.monitor import LossMonitor
+
+def make_parser(**keywords: Any) -> argparse.ArgumentParser:
+    """The options beside those of TrainingArguments."""
+    parser = Parser(description=__doc__, **keywords)
+    add = parser.add_argument
+    add("data", type=Path, metavar="FILE.csv", help="texts and labels")
+    add("--text_column", default="text", help="its name")
+    add("--label_column", default="label", help="its name")
+    add("--val_fraction", type=number(float, 0.01, 0.99), default=0.2, help="held out, of every label")
+    add("--num_experts", type=number(int, 2), default=3, help="the paper's K")
+    add("--max_length", type=number(int, 3, 512), default=32, help="tokens of a text; the rest is cut off")
+    add("--vocabulary", type=number(int, 100, 10**7), default=8000, help="word pieces")
+    return parser
+
+
+with needs("text", make_parser, __name__):
+    import accelerate  # type: ignore[import-untyped]  # noqa: F401  (Trainer asks for it late)
+    from torch.utils.tensorboard import SummaryWriter
+    from train_text import SMALL_BERT, Row, TextSet, hold_out, middle_layer, new_tokenizer, read_rows
+    from training import print_scores
+    from transformers import (
+        AutoModel,
+        BertConfig,
+        EvalPrediction,
+        HfArgumentParser,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+        set_seed,
+    )
+    from transformers.integrations.integration_utils import TensorBoardCallback
+    from transformers.utils.generic import ModelOutput
+
+    from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss, count_classes, split_backbone
+    from lgla_losses.metrics import ShotAccuracy
+    from lgla_losses.monitor import LossMonitor
 
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/train_hf_trainer",
@@ -42,7 +64,7 @@ DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 128,
     "learning_rate": 5e-4,
     "weight_decay": 0.01,
-    "warmup_steps": 50,
+    "warmup_steps": 0.1,  # of all
     "lr_scheduler_type": "cosine",
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
@@ -52,6 +74,10 @@ DEFAULTS: dict[str, Any] = {
     "dataloader_pin_memory": torch.cuda.is_available(),
     "report_to": ["none"],  # main() adds TensorBoard
 }
+
+
+class OptionParser(Parser, HfArgumentParser):
+    """The parser of transformers, whose errors are one line."""
 
 
 @dataclass
@@ -136,21 +162,26 @@ def samples(rows: list[Row], names: list[str], encode: Any) -> Any:
     return [{"input_ids": ids, "labels": label} for ids, label in zip(texts.ids, texts.labels, strict=True)]
 
 
+def check_numbers(args: TrainingArguments) -> None:
+    """Refuse numbers of TrainingArguments with which nothing could be trained."""
+    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
+        raise InputError(f"--num_train_epochs: expected a number above 0, got {args.num_train_epochs}")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        value = getattr(args, name)
+        if not 1 <= value < 2**63:
+            raise InputError(f"--{name}: expected a number from 1 to 2 ** 63, got {reprlib.repr(value)}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Train; --help lists the options."""
-    parser = HfArgumentParser(TrainingArguments, description=__doc__)  # type: ignore[arg-type]
-    add = parser.add_argument
-    add("data", type=Path, metavar="FILE.csv", help="texts and labels")
-    add("--text_column", default="text", help="its name")
-    add("--label_column", default="label", help="its name")
-    add("--val_fraction", type=number(float, 0.01, 0.99), default=0.2, help="held out, of every label")
-    add("--num_experts", type=number(int, 2), default=3, help="the paper's K")
-    add("--max_length", type=number(int, 3, 512), default=32, help="tokens of a text; the rest is cut off")
-    add("--vocabulary", type=number(int, 100), default=8000, help="word pieces")
+    parents = [make_parser(add_help=False)]
+    parser = OptionParser(TrainingArguments, description=__doc__, parents=parents)  # type: ignore[arg-type]
     parser.set_defaults(**DEFAULTS)
     try:
         args, options = parser.parse_args_into_dataclasses(arguments)
         options.seed = args.seed
+        check_numbers(args)
+        check_output("--output_dir", Path(args.output_dir), folder=True)
         train, val = hold_out(read_rows(options.data, options), options)
         names = sorted({label for _, label in train})
         class_counts = count_classes([names.index(label) for _, label in train], len(names))
@@ -191,4 +222,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

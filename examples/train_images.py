@@ -16,19 +16,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cli import InputError, add_options, library, number, shortened
-from recipe import Task
-from sampling import Sample
+from cli import InputError, Parser, add_options, library, needs, number, shortened, start
+from files import kind_of, load_plain
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
-from training import differing_tensors, load_plain, run
 
-from lgla_losses import split_backbone
-from lgla_losses.data import ImageData, read_image, read_npz
-from lgla_losses.inspection.sources import IMAGE_SUFFIXES
 
-v2 = library("torchvision.transforms.v2")
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("data", type=Path, metavar="DATA_DIR_OR_NPZ", help="the images")
+    add = parser.add_argument_group("images").add_argument
+    add("--backbone", default="torchvision:resnet18", help="torchvision:NAME or timm:NAME")
+    add(
+        "--pretrained",
+        type=Path,
+        metavar="FILE",
+        help="a state_dict of the backbone, .pt, .pth or .safetensors",
+    )
+    add(
+        "--image-size",
+        type=number(int, 1, 2**14),
+        help="pixels; None is the first image's shorter side, at most 224",
+    )
+    add("--small-images", action="store_true", help="a ResNet whose stem keeps the resolution")
+    add(
+        "--augment",
+        choices=("none", "flip", "randaugment", "autoaugment"),
+        default="flip",
+        help="flip crops and mirrors, the others do so and more",
+    )
+    add("--cutout", type=number(int, 0), default=0, metavar="N", help="blank a square of N pixels a side")
+    add("--skip-corrupt", action="store_true", help="leave images out that cannot be read")
+    add_options(parser)
+    return parser
+
+
+with needs("vision", make_parser, __name__):
+    from recipe import Task
+    from sampling import Sample
+    from torchvision.transforms import v2
+    from tqdm import tqdm
+    from training import differing_tensors, run
+
+    from lgla_losses import split_backbone
+    from lgla_losses.data import ImageData, read_image, read_npz
+    from lgla_losses.inspection.sources import IMAGE_SUFFIXES
 
 #: Where a family lists its networks, and what makes one, with new weights.
 FAMILIES = {"torchvision": ("torchvision.models", "get_model"), "timm": ("timm", "create_model")}
@@ -107,6 +140,8 @@ def list_images(half: Path, skip_corrupt: bool) -> dict[str, list[Path]]:
 
 def is_readable(path: Path) -> bool:
     """Whether an image decodes to its end."""
+    if not path.is_file():  # a pipe would be waited for
+        return False
     try:
         read_image(path)
     except Exception:  # decoders raise what they like
@@ -118,7 +153,7 @@ def read_arrays(path: Path) -> tuple[ImageData, ImageData, list[str]]:
     """Training and validation images of an .npz file, and the numbers of its classes as names."""
     try:
         data = read_npz(path)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise InputError(str(error)) from error
     return data["train"], data["val"], data["train"].classes or []
 
@@ -150,7 +185,7 @@ def network_factory(options: argparse.Namespace) -> Callable[[], nn.Module]:
     if family not in FAMILIES:
         raise InputError(f"--backbone: expected torchvision:NAME or timm:NAME, got {options.backbone}")
     package, function = FAMILIES[family]
-    models = library(package)
+    models = library(package, "vision")
     known = models.list_models()
     architecture = name.partition(".")[0] if family == "timm" else name  # timm adds a weights' tag
     if architecture not in known:
@@ -208,8 +243,11 @@ def prepare(options: argparse.Namespace) -> Task:
     """Images, transforms and the network that the options name."""
     make_network = network_factory(options)
     data: Path = options.data
-    if not data.exists():
+    got = kind_of(data)
+    if got == "nothing":
         raise InputError(f"{data}: there is no such folder or file")
+    if got not in ("a folder", "a file"):
+        raise InputError(f"{data}: expected a folder or an .npz file of images, got {got}")
     train, val, names = read_folder(data, options.skip_corrupt) if data.is_dir() else read_arrays(data)
     options.image_size = options.image_size or min(224, *read_image(train.images[0]).size)
     if options.cutout >= options.image_size:
@@ -235,35 +273,8 @@ def prepare(options: argparse.Namespace) -> Task:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train on images; --help lists the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("data", type=Path, metavar="DATA_DIR_OR_NPZ", help="the images")
-    add = parser.add_argument_group("images").add_argument
-    add("--backbone", default="torchvision:resnet18", help="torchvision:NAME or timm:NAME")
-    add(
-        "--pretrained",
-        type=Path,
-        metavar="FILE",
-        help="a state_dict of the backbone, .pt, .pth or .safetensors",
-    )
-    add(
-        "--image-size",
-        type=number(int, 1),
-        help="pixels; None is the first image's shorter side, at most 224",
-    )
-    add("--small-images", action="store_true", help="a ResNet whose stem keeps the resolution")
-    add(
-        "--augment",
-        choices=("none", "flip", "randaugment", "autoaugment"),
-        default="flip",
-        help="flip crops and mirrors, the others do so and more",
-    )
-    add("--cutout", type=number(int, 0), default=0, metavar="N", help="blank a square of N pixels a side")
-    add("--skip-corrupt", action="store_true", help="leave images out that cannot be read")
-    add_options(parser)
-    run(parser, arguments, prepare)
+    run(make_parser(), arguments, prepare)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -12,20 +12,40 @@ from typing import Any
 
 import numpy as np
 import torch
-from cli import number
-from lightning import Callback, LightningModule, Trainer, seed_everything
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
-from make_data import long_tailed_digits
+from cli import InputError, Parser, needs, number, start
+from files import check_log_dir, load_plain
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from training import print_scores
 
-from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss, count_classes
-from lgla_losses.data import ImageData, read_npz
-from lgla_losses.metrics import ShotAccuracy
-from lgla_losses.monitor import LossMonitor
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("data", nargs="?", type=Path, metavar="FILE.npz", help="as train_images.py takes it; None is digits")
+    add("--epochs", type=number(int, 1), default=30, help="passes over the training data")
+    add("--batch-size", type=number(int, 1), default=64, help="samples of a step and device")
+    add("--lr", type=number(float, 0), default=0.1, help="highest learning rate")
+    add("--devices", default="auto", help="Lightning's: how many, or auto")
+    add("--strategy", default="auto", help="Lightning's, ddp say")
+    add("--log-every", type=number(int, 1), default=5, help="steps from one log to the next")
+    add("--log-dir", type=Path, default=Path("runs/train_lightning"), help="checkpoints and curves")
+    add("--resume", action="store_true", help="continue the run in --log-dir")
+    return parser
+
+
+with needs("lightning", make_parser, __name__):
+    from lightning import Callback, LightningModule, Trainer, seed_everything
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from make_data import long_tailed_digits
+    from training import differing_tensors, print_scores
+
+    from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss, count_classes
+    from lgla_losses.data import ImageData, read_npz
+    from lgla_losses.metrics import ShotAccuracy
+    from lgla_losses.monitor import LossMonitor
 
 
 class LongTailedClassifier(LightningModule):
@@ -120,30 +140,30 @@ def read_images(path: Path | None) -> tuple[ImageData, ImageData]:
     return data["train"], data["val"]
 
 
+def check_checkpoint(path: Path, model: LongTailedClassifier, epochs: int) -> None:
+    """Refuse what Lightning could not go on from, or would go on from as another run."""
+    checkpoint = load_plain(path)
+    if (
+        not isinstance(checkpoint, dict)
+        or not {"state_dict", "hyper_parameters", "epoch"} <= checkpoint.keys()
+    ):
+        raise InputError(f"--resume: expected a checkpoint of this script, got another file as {path}")
+    then, now = dict(checkpoint["hyper_parameters"]), dict(model.hparams)
+    other = [
+        f"{name} {then.get(name)}, now {value}" for name, value in now.items() if then.get(name) != value
+    ]
+    if checkpoint["epoch"] >= epochs:
+        other.append(f"{checkpoint['epoch'] + 1} epochs done, now {epochs}")
+    problem = "; ".join(other) or differing_tensors(model.state_dict(), checkpoint["state_dict"])
+    if problem:
+        raise InputError(f"--resume: {path} is of another run: {problem}; take another --log-dir")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Train; --help lists the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("data", nargs="?", type=Path, metavar="FILE.npz", help="as train_images.py takes it; None is digits")
-    add("--epochs", type=number(int, 1), default=30, help="passes over the training data")
-    add("--batch-size", type=number(int, 1), default=64, help="samples of a step and device")
-    add("--lr", type=number(float, 0), default=0.1, help="highest learning rate")
-    add("--devices", default="auto", help="Lightning's: how many, or auto")
-    add("--strategy", default="auto", help="Lightning's, ddp say")
-    add("--log-every", type=number(int, 1), default=5, help="steps from one log to the next")
-    add("--log-dir", type=Path, default=Path("runs/train_lightning"), help="checkpoints and curves")
-    add("--resume", action="store_true", help="continue the run in --log-dir")
+    parser = make_parser()
     options = parser.parse_args(arguments)
     last = options.log_dir / "last.ckpt"
-    if options.resume and not last.is_file():
-        parser.error(f"--resume: there is no {last}; leave --resume out to begin a run")
-    if last.is_file() and not options.resume:
-        parser.error(
-            f"--log-dir: {last} is of an earlier run; --resume continues it, another folder begins one"
-        )
-
     seed_everything(0)
     checkpoints = [
         ModelCheckpoint(options.log_dir, "last", enable_version_counter=False),
@@ -153,6 +173,12 @@ def main(arguments: list[str] | None = None) -> None:
         train, val = read_images(options.data)
         class_counts = count_classes(train.targets, max(train.targets) + 1).tolist()
         model = LongTailedClassifier(class_counts, lr=options.lr)
+        check_log_dir(options.log_dir, last.name, options.resume)
+        if options.resume:
+            check_checkpoint(last, model, options.epochs)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    try:
         trainer = Trainer(
             devices=options.devices,
             strategy=options.strategy,
@@ -161,8 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
             logger=TensorBoardLogger(options.log_dir, name=None),
             callbacks=[*checkpoints, LogLoss(every=options.log_every)],
         )
-    except (OSError, ValueError, MisconfigurationException) as error:
-        parser.error(str(error))
+    except (ValueError, TypeError, OverflowError, MisconfigurationException) as error:
+        parser.error(f"--devices {options.devices:.20} --strategy {options.strategy:.20}: {error}")
     loaders = DataLoader(train, options.batch_size, shuffle=True), DataLoader(val, options.batch_size)
     trainer.fit(model, *loaders, ckpt_path=last if options.resume else None)
     (scores,) = trainer.validate(model, loaders[1], verbose=False)
@@ -172,4 +198,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import reprlib
 import shlex
 import statistics
 import subprocess
@@ -17,32 +18,80 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from augment import TRAINING, transforms
-from cli import InputError, add_options, library, number, parse_options, shortened
-from recipe import Task
-from resnet32 import ResNet32
+from cli import InputError, Parser, add_options, library, needs, number, parse_options, shortened, start
+from files import check_log_dir, check_output, kind_of, make_folder, write_whole
 from torch import nn
-from train_images import load_pretrained, network_factory
-from training import FREE_OPTIONS, Trainer
-
-from lgla_losses.data import (
-    ImageData,
-    long_tailed_counts,
-    long_tailed_indices,
-    read_cifar,
-    read_image,
-    read_inaturalist,
-    read_list,
-    read_npz,
-)
 
 #: Networks for small images, and their blocks a stage.
 SMALL_NETWORKS = {"resnet32": 5, "resnet20": 3, "resnet8": 1}
 
+#: Of training images: by data set, weak or strong.
+AUGMENTATIONS = ("cifar-weak", "cifar-strong", "imagenet-weak", "imagenet-strong", "places")
+
 #: What a recipe says beside options: the files it builds on, its cell, and what the paper reports there.
 ABOUT = ("base", "dataset", "table", "row", "column", "paper", "protocol")
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The options of the command itself."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("recipes", type=Path, nargs="*", metavar="RECIPE", help="TOML files")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0], help="(default 0)")
+    parser.add_argument("--name", help="of the cell; by default the recipes' names")
+    parser.add_argument("--runs", type=Path, default=Path("runs", "paper"), help="checkpoints and curves")
+    parser.add_argument("--records", type=Path, default=Path("runs", "paper"), help="where NAME.json goes")
+    parser.add_argument("--options", action="store_true", help="list what a recipe may set, and stop")
+    return parser
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options that a recipe may set."""
+    parser = Parser(prog="RECIPE", usage="options of a recipe; key-name is key_name there")
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--format",
+        choices=("cifar10", "cifar100", "npz", "list", "inaturalist"),
+        default="npz",
+        help="of the data: torchvision's folders, a pack of arrays or JPEGs, list files, JSON",
+    )
+    add("--data", type=Path, default=Path("data"), help="folder or file of the images")
+    add("--download", action="store_true", help="let torchvision download what is missing of CIFAR")
+    add("--train-list", type=Path, help="list or JSON file of the training images")
+    add("--val-list", type=Path, help="list or JSON file of the test images")
+    add("--imbalance-factor", type=number(float, 1), help="make the data long-tailed; None takes them as is")
+    add("--imbalance", choices=("exp", "step"), default="exp", help="shape of the tail")
+    add("--largest-class", type=number(int, 1), help="training images of class 0; None is all of it")
+    add("--image-size", type=number(int, 1, 2**14), default=32, help="pixels")
+    add("--augment", choices=AUGMENTATIONS, default="cifar-strong", help="of training images")
+    add("--backbone", default="resnet32", help=f"{', '.join(SMALL_NETWORKS)}, torchvision:NAME or timm:NAME")
+    add("--leaky", action="store_true", help="grouped experts with the shortcuts of the authors' code")
+    add("--pretrained", type=Path, help="a state_dict of a torchvision or timm backbone")
+    parser.set_defaults(small_images=False)
+    add_options(parser)
+    parser.set_defaults(split_at="layer3")
+    return parser
+
+
+with needs("vision", command_parser, __name__):
+    import numpy as np
+    from augment import transforms
+    from recipe import Task
+    from resnet32 import ResNet32
+    from train_images import load_pretrained, network_factory
+    from training import FREE_OPTIONS, Trainer
+
+    from lgla_losses.data import (
+        ImageData,
+        long_tailed_counts,
+        long_tailed_indices,
+        read_cifar,
+        read_image,
+        read_inaturalist,
+        read_list,
+        read_npz,
+    )
 
 
 class PaperImages(torch.utils.data.Dataset[Any]):
@@ -59,50 +108,38 @@ class PaperImages(torch.utils.data.Dataset[Any]):
         return len(self.images)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The options that a recipe may set."""
-    parser = argparse.ArgumentParser(prog="RECIPE", usage="options of a recipe; key-name is key_name there")
-    add = parser.add_argument_group("data").add_argument
-    add(
-        "--format",
-        choices=("cifar10", "cifar100", "npz", "list", "inaturalist"),
-        default="npz",
-        help="of the data: torchvision's folders, a pack of arrays or JPEGs, list files, JSON",
-    )
-    add("--data", type=Path, default=Path("data"), help="folder or file of the images")
-    add("--download", action="store_true", help="let torchvision download what is missing of CIFAR")
-    add("--train-list", type=Path, help="list or JSON file of the training images")
-    add("--val-list", type=Path, help="list or JSON file of the test images")
-    add("--imbalance-factor", type=number(float, 1), help="make the data long-tailed; None takes them as is")
-    add("--imbalance", choices=("exp", "step"), default="exp", help="shape of the tail")
-    add("--largest-class", type=number(int, 1), help="training images of class 0; None is all of it")
-    add("--image-size", type=number(int, 1), default=32, help="pixels")
-    add("--augment", choices=tuple(TRAINING), default="cifar-strong", help="of training images")
-    add("--backbone", default="resnet32", help=f"{', '.join(SMALL_NETWORKS)}, torchvision:NAME or timm:NAME")
-    add("--leaky", action="store_true", help="grouped experts with the shortcuts of the authors' code")
-    add("--pretrained", type=Path, help="a state_dict of a torchvision or timm backbone")
-    parser.set_defaults(small_images=False)
-    add_options(parser)
-    parser.set_defaults(split_at="layer3")
-    return parser
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """What a file says over what the files of its ``base`` say."""
-    try:
-        said = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+def read_recipe(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a file says over what the files of its ``base`` say; ``readers`` are those whose base it is."""
+    got = kind_of(path)
+    if got == "nothing":
         others = get_close_matches(path.name, [file.name for file in path.parent.glob("*.toml")])
-        raise InputError(
-            f"{path}: there is no such recipe; close names: {', '.join(others) or 'none'}"
-        ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: expected TOML, got {error}") from error
+        raise InputError(f"{path}: there is no such recipe; close names: {', '.join(others) or 'none'}")
+    if got != "a file":
+        raise InputError(f"{path}: expected a file of TOML, got {got}")
+    chain = (*readers, path.resolve())
+    if chain[-1] in readers:
+        names = " -> ".join(file.name for file in chain[chain.index(chain[-1]) :])
+        raise InputError(f"{path}: expected a base that ends somewhere, got the circle {names}")
+    try:
+        said = parse_toml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expected TOML in UTF-8, got {error}") from error
     settings: dict[str, Any] = {}
     bases = said.pop("base", [])
-    for base in [bases] if isinstance(bases, str) else bases:
-        settings |= read_recipe(path.parent / base)
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(base, str) for base in bases):
+        raise InputError(f"{path}: expected base to be the name of a recipe, or a list of names, got {bases}")
+    for base in bases:
+        settings |= read_recipe(path.parent / base, chain)
     return settings | said
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """What TOML says; a ValueError where it is none."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("lists or tables too deep in each other") from error
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -111,8 +148,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals:
         raise InputError(f"--set: expected key=value, got {text!r}")
     try:
-        return key.replace("-", "_"), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        return key.replace("-", "_"), parse_toml(f"value = {value}")["value"]
+    except ValueError:
         return key.replace("-", "_"), value
 
 
@@ -138,6 +175,8 @@ def as_arguments(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> l
             if value or negative in actions[key].option_strings:
                 arguments.append(flag if value else negative)
         elif isinstance(value, list):
+            if actions[key].nargs != "+":
+                raise InputError(f"{key}: expected one value, got the list {reprlib.repr(value)}")
             arguments += [flag, *map(str, value)]
         else:
             arguments.append(f"{flag}={value}")
@@ -173,16 +212,16 @@ def read_data(options: argparse.Namespace) -> tuple[ImageData, ImageData]:
                 f"{options.val_list or options.data}: expected test classes that are trained, "
                 f"0..{max(train.targets)}, got {max(val.targets)}"
             )
+        if options.augment.startswith("cifar"):
+            train, val = (decoded(data, options.image_size) for data in (train, val))
     except (OSError, ValueError) as error:
         raise InputError(str(error)) from error
-    if options.augment.startswith("cifar"):
-        train, val = (decoded(data, options.image_size) for data in (train, val))
     return train, val
 
 
 def decoded(data: ImageData, size: int) -> ImageData:
     """Small images in memory: read, and shrunk to their final size, but once."""
-    box = library("PIL.Image").Resampling.BOX
+    box = library("PIL.Image", "vision").Resampling.BOX
     images = [np.asarray(read_image(image).resize((size, size), box)) for image in data.images]
     return ImageData(np.stack(images), data.targets, classes=data.classes)
 
@@ -223,19 +262,31 @@ def run_seed(arguments: list[str], seed: int, folder: Path, command: str) -> dic
     if record.exists() and outputs.exists():
         refuse_another_run(record, options)
     else:
+        check_log_dir(folder, "last.pt", options.resume)
         torch.manual_seed(seed)
-        trainer = Trainer(prepare(options), options, command)
+        trainer = Trainer(prepare(options), options, command)  # which goes on by itself
         if resume:
             trainer.resume()
         trainer.fit()
         keep_outputs(trainer, outputs)
-    result: dict[str, Any] = json.loads(record.read_text())
-    return result
+    return read_run(record)
+
+
+def read_run(record: Path) -> dict[str, Any]:
+    """What was written at the end of a run."""
+    try:
+        run: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        if {"configuration", "curve", "final", "best"} <= run.keys():
+            return run
+        reason = "another file"
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        reason = f"a damaged one ({error})"
+    raise InputError(f"{record}: expected the record of a run, got {reason}; delete it")
 
 
 def refuse_another_run(record: Path, options: argparse.Namespace) -> None:
     """Say so where the run that was made before had other settings."""
-    then = json.loads(record.read_text(encoding="utf-8"))["configuration"]
+    then = read_run(record)["configuration"]
     free = FREE_OPTIONS - {"data"}
     differing = [
         f"{name} {then.get(name)}, now {value}"
@@ -256,14 +307,14 @@ def keep_outputs(trainer: Trainer, path: Path) -> None:
         logits.append(output.logits.half().cpu().numpy())
         targets.append(target.cpu().numpy())
         norms = output.weight.detach().norm(dim=-1).cpu().numpy()
-    np.savez(
-        path,
-        logits=np.concatenate(logits),
-        target=np.concatenate(targets),
-        norms=norms,
-        class_counts=trainer.class_counts.numpy(),
-        implied_prior=trainer.criterion.adjuster.implied_prior().cpu().numpy(),
-    )
+    arrays = {
+        "logits": np.concatenate(logits),
+        "target": np.concatenate(targets),
+        "norms": norms,
+        "class_counts": trainer.class_counts.numpy(),
+        "implied_prior": trainer.criterion.adjuster.implied_prior().cpu().numpy(),
+    }
+    write_whole(path, lambda file: np.savez(file, **arrays))
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -290,45 +341,46 @@ def shortened_run(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that runs, or an empty string outside a checkout."""
+    """The commit that runs, or an empty string outside a checkout or without git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a recipe on every seed, and write the record of its cell."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipes", type=Path, nargs="*", metavar="RECIPE", help="TOML files")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0], help="(default 0)")
-    parser.add_argument("--name", help="of the cell; by default the recipes' names")
-    parser.add_argument("--runs", type=Path, default=Path("runs", "paper"), help="checkpoints and curves")
-    parser.add_argument("--records", type=Path, default=Path("runs", "paper"), help="where NAME.json goes")
-    parser.add_argument("--options", action="store_true", help="list what a recipe may set, and stop")
+    parser = command_parser()
     options = parser.parse_args(arguments)
     if options.options:
         make_parser().print_help()
         return
     if not options.recipes:
         parser.error("expected at least one recipe; ls examples/paper")
+    if len(set(options.seeds)) < len(options.seeds):
+        parser.error(f"--seeds: expected each but once, got {shortened(options.seeds)}")
+    name = options.name or "-".join(path.stem for path in options.recipes)
+    path: Path = options.records / f"{name}.json"
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", sys.argv[0], *arguments])
     settings: dict[str, Any] = {}
+    runs = []
     try:
-        for path in options.recipes:
-            settings |= read_recipe(path)
+        for recipe in options.recipes:
+            settings |= read_recipe(recipe)
         settings |= dict(map(parse_setting, options.set))
         run_arguments = as_arguments(make_parser(), settings)
+        check_output("--runs", options.runs, folder=True)
+        check_output("--records", path.parent, folder=True)
+        if path.parent.is_dir():
+            check_output("--records", path)
+        for seed in options.seeds:
+            folder: Path = options.runs / name / f"seed{seed}"
+            print(f"{name}, seed {seed}: {folder}", flush=True)
+            runs.append(run_seed(run_arguments, seed, folder, command))
     except InputError as error:
         parser.error(str(error))
-    name = options.name or "-".join(path.stem for path in options.recipes)
-    command = shlex.join(["python", *sys.argv])
-    runs = []
-    for seed in options.seeds:
-        folder: Path = options.runs / name / f"seed{int(seed)}"
-        print(f"{name}, seed {seed}: {folder}", flush=True)
-        try:
-            runs.append(run_seed(run_arguments, int(seed), folder, command))
-        except InputError as error:
-            parser.error(str(error))
     scores = summary(runs)
     configuration = {
         key: value for key, value in runs[0]["configuration"].items() if key not in ("seed", "log_dir")
@@ -343,9 +395,9 @@ def main(arguments: list[str] | None = None) -> None:
         "summary": scores,
         "runs": [shortened_run(run) for run in runs],
     }
-    options.records.mkdir(parents=True, exist_ok=True)
-    path = options.records / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    make_folder("--records", path.parent)
+    content = json.dumps(record, indent=1, default=str) + "\n"  # dates, of TOML, as texts
+    write_whole(path, lambda file: file.write(content.encode()))
     for column, score in scores["final"].items():
         deviation = "" if score["deviation"] is None else f" ± {score['deviation']:.1f}"
         print(f"{column:>9} {score['mean']:.1f}{deviation}")
@@ -353,4 +405,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -16,16 +16,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cli import InputError, add_options, library, number, shortened
-from recipe import Task
-from sampling import Sample, mixed_seed
+from cli import InputError, Parser, add_options, needs, number, shortened, start
+from files import kind_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from training import run
 
-transformers = library("transformers")
-library("transformers.modeling_utils")  # imports torchvision where there is one, and would hide why it cannot
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("data", type=Path, metavar="FILE.csv", help="texts and labels")
+    texts = parser.add_argument_group("texts")
+    add = texts.add_argument
+    add("--text-column", default="text", help="its name")
+    add("--label-column", default="label", help="its name")
+    add("--val", type=Path, metavar="FILE.csv", help="validation texts; None holds some out")
+    add("--val-fraction", type=number(float, 0.01, 0.99), default=0.2, help="of every label, without --val")
+    source = texts.add_mutually_exclusive_group().add_argument
+    source("--config", metavar="FILE.json|TYPE", help="an encoder with new weights; None is a small BERT")
+    source("--checkpoint", type=Path, metavar="DIR", help="a local checkpoint with its tokenizer")
+    add("--vocabulary", type=number(int, 100, 10**7), default=8000, help="word pieces, without --checkpoint")
+    add("--max-length", type=number(int, 3), default=128, help="tokens of a text; the rest is cut off")
+    add_options(parser)
+    parser.set_defaults(
+        epochs=10, batch_size=32, optimizer="adamw", lr=5e-4, weight_decay=0.01, clip_norm=1.0
+    )
+    return parser
+
+
+with needs("text", make_parser, __name__):
+    import transformers
+    import transformers.modeling_utils  # imports torchvision where there is one, and would hide why it cannot
+    from recipe import Task
+    from sampling import Sample, mixed_seed
+    from training import run
 
 #: The encoder without --checkpoint or --config.
 SMALL_BERT = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
@@ -59,6 +84,10 @@ def pad(samples: list[Sample], padding: int) -> tuple[tuple[Tensor, Tensor], Ten
 def read_rows(path: Path, options: argparse.Namespace) -> list[Row]:
     """The texts and labels of a CSV file."""
     csv.field_size_limit(sys.maxsize)
+    if kind_of(path) == "a pipe or device":  # which could be read but once, and --resume reads again
+        raise InputError(
+            f"{path}: expected a CSV file, got a pipe or device; write the texts to a file first"
+        )
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -125,7 +154,7 @@ def new_tokenizer(texts: list[str], vocabulary: int) -> Any:
 def read_config(options: argparse.Namespace) -> Any:
     """The configuration of an encoder with new weights."""
     if options.config is None:
-        return transformers.BertConfig(**SMALL_BERT)
+        return transformers.BertConfig.from_dict(SMALL_BERT)
     if Path(options.config).is_file():
         return local("a configuration", transformers.AutoConfig.from_pretrained, options.config)
     known = list(transformers.CONFIG_MAPPING)
@@ -202,27 +231,8 @@ def prepare(options: argparse.Namespace) -> Task:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train on texts; --help lists the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("data", type=Path, metavar="FILE.csv", help="texts and labels")
-    texts = parser.add_argument_group("texts")
-    add = texts.add_argument
-    add("--text-column", default="text", help="its name")
-    add("--label-column", default="label", help="its name")
-    add("--val", type=Path, metavar="FILE.csv", help="validation texts; None holds some out")
-    add("--val-fraction", type=number(float, 0.01, 0.99), default=0.2, help="of every label, without --val")
-    source = texts.add_mutually_exclusive_group().add_argument
-    source("--config", metavar="FILE.json|TYPE", help="an encoder with new weights; None is a small BERT")
-    source("--checkpoint", type=Path, metavar="DIR", help="a local checkpoint with its tokenizer")
-    add("--vocabulary", type=number(int, 100), default=8000, help="word pieces, without --checkpoint")
-    add("--max-length", type=number(int, 3), default=128, help="tokens of a text; the rest is cut off")
-    add_options(parser)
-    parser.set_defaults(
-        epochs=10, batch_size=32, optimizer="adamw", lr=5e-4, weight_decay=0.01, clip_norm=1.0
-    )
-    run(parser, arguments, prepare)
+    run(make_parser(), arguments, prepare)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

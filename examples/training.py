@@ -7,7 +7,6 @@ import json
 import operator
 import os
 import platform
-import re
 import reprlib
 import shlex
 import signal
@@ -18,10 +17,11 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import torch
-from cli import AMP_DTYPES, InputError, library, parse_options, shortened
+from cli import AMP_DTYPES, InputError, parse_options, shortened
+from files import check_log_dir, load_plain, make_folder, write_whole
 from graphs import GraphedPass
 from recipe import Task, build_criterion, build_model, make_optimizer, make_schedule
 from rich.console import Console
@@ -33,8 +33,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from lgla_losses import ExpertOutput, count_classes
-
-ShotAccuracy = library("lgla_losses.metrics").ShotAccuracy  # which imports torchvision where there is one
+from lgla_losses.metrics import ShotAccuracy
 
 #: Options that may change when a run is resumed.
 FREE_OPTIONS = {"data", "device", "workers", "log_dir", "resume"}
@@ -66,27 +65,6 @@ def differing_tensors(expected: dict[str, Tensor], got: dict[str, Any]) -> str:
     ]
     problems = {"missing": missing, "of another shape": shapes}
     return "; ".join(f"{kind}: {shortened(names)}" for kind, names in problems.items() if names)
-
-
-def load_plain(path: Path) -> Any:
-    """What torch.save or safetensors wrote, if it is but tensors and plain values."""
-    try:
-        if path.suffix == ".safetensors":
-            return library("safetensors.torch").load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of whatever kind: their readers are many
-        reason = re.split(r"\. |\n", str(error))[0]
-        raise InputError(f"{path}: expected tensors of torch.save or safetensors, got {reason}") from error
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all, whenever the process or the machine stops."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())  # or the new name could outlive a power cut and the content not
-    os.replace(temporary, path)
 
 
 class Interruption:
@@ -135,11 +113,11 @@ class Progress:
 
 
 class Trainer:
-    """Trains, evaluates and keeps the record in OUTPUT_DIR."""
+    """Trains, evaluates and keeps the record in OUTPUT_DIR; ``to_go_on`` is the command that resumes it."""
 
-    def __init__(self, task: Task, options: argparse.Namespace, command: str) -> None:
+    def __init__(self, task: Task, options: argparse.Namespace, to_go_on: str) -> None:
         self.options = options
-        self.command = command
+        self.to_go_on = to_go_on
         self.keep = task.keep
         self.device = torch.device(options.device)
         self.class_counts = count_classes(task.train_labels, len(task.class_names))
@@ -180,7 +158,7 @@ class Trainer:
         """Train from where the run stands to its last epoch, then write the record."""
         options, progress = self.options, self.progress
         begun = time.monotonic() - progress.seconds
-        options.log_dir.mkdir(parents=True, exist_ok=True)
+        make_folder("--log-dir", options.log_dir)
         self.keep(options.log_dir)
         with (
             Interruption() as interruption,
@@ -199,7 +177,7 @@ class Trainer:
                     self._save("best.pt")
                 self._save("last.pt")
                 if interruption.requested:
-                    print(f"stopped after a step and saved; this goes on:\n{self.command} --resume")
+                    print(f"stopped after a step and saved; this goes on:\n{self.to_go_on}")
                     raise SystemExit(128 + signal.SIGINT)
         self._report()
 
@@ -338,25 +316,36 @@ class Trainer:
         """Go on where last.pt ends."""
         path = self.options.log_dir / "last.pt"
         checkpoint = load_plain(path)
-        if (
-            not isinstance(checkpoint, dict)
-            or not {"configuration", "progress", *self._parts()} <= checkpoint.keys()
-        ):
+        parts = {"configuration", "progress", *self._parts()}
+        if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
             raise InputError(f"--resume: expected a checkpoint of this script, got another file as {path}")
+        try:
+            problem = self._difference(checkpoint)
+            if not problem:
+                self._restore(checkpoint)
+        except Exception as error:  # of whatever kind: any part may be damaged
+            raise InputError(
+                f"--resume: expected a checkpoint of this script, got a damaged one as {path} ({error!r}); "
+                "begin a run in another --log-dir"
+            ) from error
+        if problem:
+            raise InputError(
+                f"--resume: {path} is of another run: {problem}; give what it was begun with, or another "
+                "--log-dir"
+            )
+
+    def _difference(self, checkpoint: dict[str, Any]) -> str:
+        """What a checkpoint has of another run; empty where it is of this one."""
         then = checkpoint["configuration"]
         differing = [
             f"{name} {reprlib.repr(then.get(name))}, now {reprlib.repr(self.configuration.get(name))}"
             for name in then.keys() | self.configuration.keys()
             if name not in FREE_OPTIONS and then.get(name) != self.configuration.get(name)
         ]
-        problem = shortened(sorted(differing)) or differing_tensors(
-            self.model.state_dict(), checkpoint["model"]
-        )
-        if problem:
-            raise InputError(
-                f"--resume: {path} is of another run: {problem}; give what it was begun with, or another "
-                "--log-dir"
-            )
+        return shortened(sorted(differing)) or differing_tensors(self.model.state_dict(), checkpoint["model"])
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        """Take over all that a checkpoint holds."""
         for part, holder in self._parts().items():
             holder.load_state_dict(checkpoint[part])
         self.progress = Progress(**checkpoint["progress"])
@@ -421,11 +410,14 @@ def run(
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_options(parser, arguments)
     given = [argument for argument in arguments if argument != "--resume"]
+    to_go_on = shlex.join(["python", sys.argv[0], *given, "--resume"])
     torch.manual_seed(options.seed)
     try:
-        trainer = Trainer(prepare(options), options, shlex.join(["python", sys.argv[0], *given]))
+        if os.path.exists(options.data):  # else prepare() says so, which comes first
+            check_log_dir(options.log_dir, "last.pt", options.resume)
+        trainer = Trainer(prepare(options), options, to_go_on)
         if options.resume:
             trainer.resume()
+        trainer.fit()
     except InputError as error:
         parser.error(str(error))
-    trainer.fit()

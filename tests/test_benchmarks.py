@@ -130,6 +130,26 @@ def test_wrong_arguments_end_before_any_measuring():
     assert "expected cpu or cuda" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "0"], "--ranks: expected an integer from 1 to 2 ** 31, got 0"),
+        (["--samples", "-1"], "--samples: expected an integer from 1 to 2 ** 31, got -1"),
+        (["--classes", "1" + 400 * "0"], "--classes: expected an integer from 1 to 2 ** 31, got 1000"),
+        (
+            ["--output", "no/such/record.json"],
+            "--output: expected a file in a folder that exists, got no/such",
+        ),
+        (["--output", "/dev/full"], "--output: expected a file in a folder that exists, got /dev/full"),
+    ],
+)
+def test_what_class_parallel_cannot_measure_or_write_is_refused_before(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load("benchmarks/class_parallel.py").main(arguments)
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.slow
 def test_class_parallel_ranks_share_memory_and_send_little(tmp_path):
     """In miniature; memory is not asserted, as little of it is the loss's here."""

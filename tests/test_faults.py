@@ -91,7 +91,7 @@ def test_a_rank_that_hangs_ends_the_job_when_the_others_lose_patience(data):
     ("options", "message"),
     [
         (["--batch-size", "1"], "--batch-size 1: expected a sample a rank in every step for --norm batch"),
-        (["--timeout", "0"], "--timeout: expected a number from 1 to inf, got 0"),
+        (["--timeout", "0"], "--timeout: expected a number from 1 to 1e+09, got 0"),
         (["--log-dir", __file__], "--log-dir: expected a folder, got the file "),
         (["no.npz"], "unrecognized arguments: no.npz"),
     ],
@@ -117,6 +117,7 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(data, tmp_path, monkeypatc
             "of another run: epochs 5, now 30; take another --log-dir",
         ),
         ({"model": {}}, ["--resume"], "expected a checkpoint of this script, got another file"),
+        ({"curve": [], "run": {}}, ["--resume"], "of another run: norm None, now batch"),
     ):
         torch.save(content, last)
         refused([data, "--log-dir", tmp_path, *options], message, capsys)

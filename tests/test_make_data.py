@@ -73,8 +73,14 @@ def test_docstrings(tmp_path):
     ("arguments", "message"),
     [
         (["fashion-mnist", "OUT", "--source", "/nowhere"], "apt install dataset-fashion-mnist"),
-        (["digits", "OUT", "--imbalance", "0.5"], "--imbalance: expected at least 1, got 0.5"),
-        (["digits", "/nowhere/at/all.npz"], "No such file or directory"),
+        (["digits", "OUT", "--imbalance", "0.5"], "--imbalance: expected a number from 1 to inf, got 0.5"),
+        (["digits", "OUT", "--seed", "1" + 400 * "0"], "--seed: expected a number below 2 ** 63, got 1000"),
+        (
+            ["fashion-mnist", "OUT", "--validation", "0"],
+            "--validation: expected a number from 1 to inf, got 0",
+        ),
+        (["digits", "/dev/full"], "output: expected a file, got the pipe or device /dev/full"),
+        (["digits", "/nowhere/at/all.npz"], "output: there is no folder /nowhere/at"),
     ],
 )
 def test_wrong_arguments(tmp_path, capsys, arguments, message):
@@ -83,3 +89,36 @@ def test_wrong_arguments(tmp_path, capsys, arguments, message):
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--largest", "4"], "--largest: expected at most 3, all images of class 0, got 4"),
+        (["--validation", "3"], "--validation: expected at most 2, all images of class 0, got 3"),
+    ],
+)
+def test_more_images_than_there_are_is_an_error_instead_of_another_tail(idx, capsys, options, message):
+    enough = ["--largest", "3", "--validation", "1", "--imbalance", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        make_data.main(["fashion-mnist", str(idx / "data.npz"), "--source", str(idx), *enough, *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (idx / "data.npz").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"no gzip", gzip.compress(b"no MNIST"), gzip.compress(b"x" * 99)[:20], gzip.compress(b"x")]
+)
+def test_a_damaged_download_is_named(idx, capsys, content):
+    path = idx / "t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        make_data.main(["fashion-mnist", str(idx / "data.npz"), "--source", str(idx)])
+    assert stopped.value.code == 2
+    assert f"{path}: expected gzipped bytes in MNIST's format, got others" in capsys.readouterr().err
+
+
+def test_the_file_has_the_name_that_was_given(tmp_path):
+    make_data.main(["digits", str(tmp_path / "digits")])
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"]

@@ -33,9 +33,9 @@ def test_a_table_and_a_picture_without_a_terminal(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds", "0"], "at least 1"),
-        (["--imbalance", "0.5"], "at least 1"),
-        (["--imbalance", "nan"], "at least 1"),
+        (["--seeds", "0"], "--seeds: expected a number from 1 to inf, got 0"),
+        (["--imbalance", "0.5"], "--imbalance: expected a number from 1 to inf, got 0.5"),
+        (["--imbalance", "nan"], "--imbalance: expected a number from 1 to inf, got nan"),
         (["--output", "/nowhere/at/all.png"], "no folder /nowhere/at"),
         (["--output", "picture.xyz"], "expected a .png"),
         (["--device", "meta"], "--device meta: "),

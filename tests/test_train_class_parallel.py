@@ -34,6 +34,15 @@ def test_it_learns(data_ranks):
     assert hits > 20  # chance is 0.3 %
 
 
+def test_more_experts_than_classes_allow_are_refused_before_ranks_meet(monkeypatch, capsys):
+    script = load("examples/train_class_parallel.py")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--classes", "5", "--num-experts", "7"])
+    assert stopped.value.code == 2
+    assert "--num-experts: expected at most 6 for 5 classes, got 7" in capsys.readouterr().err
+
+
 def test_ranks_that_form_no_mesh_are_refused(monkeypatch, capsys):
     script = load("examples/train_class_parallel.py")
     for world_size, message in (

@@ -168,6 +168,11 @@ def test_ranks_equal_one_process(data, tmp_path):
         ({"val_fraction": 2}, "--val_fraction: expected a number from 0.01 to 0.99, got 2"),
         ({"abacus": 1}, "are not used by the HfArgumentParser: ['--abacus=1']"),
         ({"eval_strategy": "abacus"}, "abacus"),
+        ({"num_train_epochs": 0}, "--num_train_epochs: expected a number above 0, got 0"),
+        ({"num_train_epochs": "nan"}, "--num_train_epochs: expected a number above 0, got nan"),
+        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size: expected a number from 1"),
+        ({"per_device_eval_batch_size": 10**400}, "--per_device_eval_batch_size: expected a number from 1"),
+        ({"vocabulary": 10**18}, "--vocabulary: expected a number from 100 to 1e+07, got 1000"),
         (
             {"resume_from_checkpoint": "nowhere"},
             "--resume_from_checkpoint: expected a checkpoint, got nowhere",
@@ -181,3 +186,17 @@ def test_wrong_input_is_refused(data, tmp_path, capsys, options, message):
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_training(data, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(data, data / "run")
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--output_dir: {data}/run cannot be written (Not a directory); give another" in line
+
+
+def test_the_rate_reaches_its_height_in_a_short_run(data, tmp_path):
+    run(data, tmp_path / "run", num_train_epochs=1, per_device_train_batch_size=4, logging_steps=1)
+    rates = [rate for _, rate in curves(tmp_path / "run")["train/learning_rate"]]
+    assert max(rates) == pytest.approx(train_hf_trainer.DEFAULTS["learning_rate"])

@@ -96,7 +96,9 @@ def test_a_checkpoint_is_a_whole_model(digits, tmp_path):
     [
         (["nowhere.npz"], "nowhere.npz: expected an .npz file with the arrays train_images"),
         (["--strategy", "abacus"], "abacus"),
-        (["--devices", "0"], "0"),
+        (["--devices", "0"], "--devices 0"),
+        (["--devices", "many"], "--devices many"),
+        (["--devices", "1" + 400 * "0"], "--devices 1000"),
         (["--resume"], "--resume: there is no "),
         (["--epochs", "0"], "--epochs: expected a number from 1 to inf, got 0"),
     ],
@@ -117,3 +119,34 @@ def test_the_default_data(tmp_path):
     assert train[0][0].shape == (3, 8, 8)
     assert 0 <= train[0][0].min() < train[0][0].max() <= 1
     assert len(val) == 240
+
+
+def test_another_run_is_neither_continued_nor_overwritten(digits, tmp_path, capsys):
+    run(digits, tmp_path, "--epochs", "2")
+    before = (tmp_path / "last.ckpt").read_bytes()
+    for data, options, message in (
+        ("nowhere.npz", [], "nowhere.npz: expected an .npz file"),
+        (digits, [], "--resume continues it"),
+        (
+            digits,
+            ["--resume", "--epochs", "1"],
+            "of another run: 2 epochs done, now 1; take another --log-dir",
+        ),
+        (digits, ["--resume", "--lr", "0.5"], "of another run: lr 0.1, now 0.5; take another --log-dir"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            train_lightning.main([str(data), "--log-dir", str(tmp_path), *options])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", [{"epoch": 0}, {"state_dict": {}, "hyper_parameters": {}, "epoch": 0}, "text"]
+)
+def test_what_is_no_checkpoint_of_this_script_is_refused(digits, tmp_path, capsys, content):
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(SystemExit) as stopped:
+        train_lightning.main([str(digits), "--log-dir", str(tmp_path), "--resume"])
+    assert stopped.value.code == 2
+    assert f"{tmp_path}/last.ckpt" in capsys.readouterr().err.splitlines()[-1]

@@ -1,8 +1,12 @@
 """The paper's recipes: what the files say, and miniature runs from the recipe to the page."""
 
 import json
+import os
 import re
+import shlex
 import shutil
+import signal
+import sys
 from argparse import Namespace
 
 import make_data
@@ -435,3 +439,140 @@ def test_the_results_page_is_made_of_the_records():
     assert {path.stem for path in folder.glob("*.json")} <= set(shown)
     for picture in re.findall(r"!\[.+?\]\((.+?)\)", page):
         assert (ROOT / "docs" / picture).exists(), picture
+
+
+def refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_paper.main([*map(str, arguments)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"a": 'base = "a.toml"'},
+            "a.toml: expected a base that ends somewhere, got the circle a.toml -> a.toml",
+        ),
+        (
+            {"a": 'base = ["b.toml"]', "b": 'base = "./c.toml"', "c": 'base = "b.toml"'},
+            "b.toml: expected a base that ends somewhere, got the circle b.toml -> c.toml -> b.toml",
+        ),
+        ({"a": "base = 5"}, "a.toml: expected base to be the name of a recipe, or a list of names, got [5]"),
+        ({"a": "base = 'nowhere.toml'"}, "nowhere.toml: there is no such recipe"),
+        ({"a": "x = ["}, "a.toml: expected TOML in UTF-8, got "),
+        ({"a": b"x = '\xff'"}, "a.toml: expected TOML in UTF-8, got 'utf-8' codec"),
+        ({"a": "x = " + 3000 * "[" + 3000 * "]"}, "a.toml: expected TOML in UTF-8, got "),
+        ({"a": f"epochs = 1{5000 * '0'}"}, "a.toml: expected TOML in UTF-8, got Exceeds the limit"),
+        (
+            {"a": f"batch_size = 1{400 * '0'}"},
+            "argument --batch-size: expected a number below 2 ** 63, got 1000",
+        ),
+        ({"a": "epochs = 0"}, "argument --epochs: expected a number from 1 to inf, got 0"),
+        ({"a": "epochs = [1, 2]"}, "epochs: expected one value, got the list [1, 2]"),
+        ({"a": "lr = nan"}, "argument --lr: expected a number from 0 to inf, got nan"),
+    ],
+)
+def test_recipes_that_cannot_be_read_are_refused_by_name(files, message, tmp_path, capsys):
+    for name, text in files.items():
+        (tmp_path / f"{name}.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert message in refused([tmp_path / "a.toml", "--runs", tmp_path / "runs"], capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_pipe_or_folder_as_a_recipe_is_refused(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.toml")
+    for path, kind in ((tmp_path / "pipe.toml", "a pipe or device"), (tmp_path, "a folder")):
+        assert f"{path}: expected a file of TOML, got {kind}" in refused([path], capsys)
+
+
+def test_a_recipe_may_be_the_base_of_two(tmp_path):
+    for name, text in (
+        ("a", 'base = ["b.toml", "c.toml"]'),
+        ("b", 'base = "d.toml"'),
+        ("c", 'base = "d.toml"'),
+    ):
+        (tmp_path / f"{name}.toml").write_text(text)
+    (tmp_path / "d.toml").write_text("epochs = 3")
+    assert train_paper.read_recipe(tmp_path / "a.toml") == {"epochs": 3}
+
+
+def test_a_first_try_of_one_epoch_trains(tmp_path, digits, capsys):
+    """The recipe's warm-up has five."""
+    run(tmp_path, digits, settings=["epochs=1", "warmup_epochs=5", "paper=2023-10-02"])
+    record = json.loads((tmp_path / "records" / "table5_lgla.json").read_text())
+    assert record["paper"] == "2023-10-02"
+    assert "--warmup-epochs 5 of --epochs 1: the run ends before" in capsys.readouterr().err
+
+
+def test_control_c_says_the_command_that_goes_on(tmp_path, digits, monkeypatch, capsys):
+    step = train_paper.Trainer._train_step
+
+    def interrupted(trainer, *arguments):
+        signal.raise_signal(signal.SIGINT)
+        return step(trainer, *arguments)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(train_paper.Trainer, "_train_step", interrupted)
+    monkeypatch.setattr(sys, "argv", ["examples/train_paper.py"])
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run(tmp_path, digits)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 130
+    monkeypatch.undo()
+    python, script, *arguments = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert (python, script) == ("python", "examples/train_paper.py")
+    train_paper.main(arguments)
+    assert (tmp_path / "records" / "table5_lgla.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--runs", "--records"])
+def test_folders_that_cannot_be_made_are_refused_before_training(option, tmp_path, digits, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, digits, option, str(tmp_path / "file" / "deep"))
+    assert stopped.value.code == 2
+    assert f"{option}: {tmp_path}/file/deep cannot be written (Not a directory)" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_seed_given_twice_is_no_second_run(capsys):
+    assert "--seeds: expected each but once, got 0, 0" in refused([CELLS[0], "--seeds", "0", "0"], capsys)
+
+
+@pytest.mark.parametrize("content", ["{", "3", "{}", "[1]"])
+def test_a_damaged_record_of_an_earlier_run_is_named(content, tmp_path, digits, capsys):
+    run(tmp_path, digits)
+    record = tmp_path / "runs" / "table5_lgla" / "seed0" / "result.json"
+    record.write_text(content)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, digits)
+    assert stopped.value.code == 2
+    assert f"{record}: expected the record of a run, got " in capsys.readouterr().err
+
+
+def test_the_names_of_augmentations_are_all_there():
+    assert set(TRAINING) == set(train_paper.AUGMENTATIONS)
+
+
+def test_a_page_of_records_that_are_none_is_left_as_it_was(tmp_path, capsys):
+    page, records = tmp_path / "page.md", tmp_path / "records"
+    records.mkdir()
+    page.write_text("<!-- cells: one -->\n<!-- end -->\n")
+    for content, message in (
+        (None, f"--records: expected a folder of records, got none in {records}"),
+        ("{", f"{records}/one.json: expected a record in JSON, got "),
+        ("{}", "expected records of train_paper.py or sweep_tau.py, got one without 'summary'"),
+    ):
+        if content is not None:
+            (records / "one.json").write_text(content)
+        with pytest.raises(SystemExit) as stopped:
+            paper_results.main(["--records", str(records), "--page", str(page)])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    assert page.read_text() == "<!-- cells: one -->\n<!-- end -->\n"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import signal
 
 import pytest
@@ -216,3 +217,28 @@ def test_wrong_input_is_refused(rows, config, tmp_path, capsys, content, options
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_first_try_of_one_epoch_trains_and_saves(rows, config, tmp_path):
+    data = write_csv(tmp_path / "data.csv", rows)
+    assert len(run(data, tmp_path / "run", "--config", config, "--epochs", "1")["curve"]) == 1
+
+
+def test_a_pipe_as_texts_is_refused_instead_of_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "pipe.csv", tmp_path / "run")
+    assert stopped.value.code == 2
+    assert "pipe.csv: expected a CSV file, got a pipe or device" in capsys.readouterr().err
+
+
+def test_a_wrong_path_is_told_before_what_an_earlier_run_left(rows, config, tmp_path, capsys):
+    data = write_csv(tmp_path / "data.csv", rows)
+    run(data, tmp_path / "run", "--config", config, "--epochs", "1")
+    for path, message in (
+        (tmp_path / "nowhere.csv", "nowhere.csv: expected a CSV file"),
+        (data, "--resume continues"),
+    ):
+        with pytest.raises(SystemExit):
+            run(path, tmp_path / "run", "--config", config, "--epochs", "1")
+        assert message in capsys.readouterr().err
