@@ -9,8 +9,9 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/.examples    ## train LGLA beside its baselines on long-tailed digits
 	$(RUN) examples/quickstart.py
 
+# Two processes of one thread each; a file's tests, and a page's blocks, stay in one.
 test: $(VENV)/.test        ## all but the slow tests
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.test   ## compilers, four processes, killed runs, built wheels
 	$(RUN) -m pytest -m slow

@@ -14,12 +14,12 @@ from lgla_losses.adjustment import check_tau, strength_of
 from lgla_losses.base import REDUCTIONS, choose_engine, runnable_backend, target_logits
 from lgla_losses.buffers import ConstantBuffers, same_constants, scalar
 from lgla_losses.checks import (
-    boolean,
     integer,
     one_of,
     same_device,
     target_tensor,
     target_values,
+    validation,
     values_readable,
 )
 from lgla_losses.counts import ArrayLike, as_class_counts
@@ -84,7 +84,7 @@ class AdjustedLoss(ConstantBuffers):
         super().__init__()
         self.reduction = one_of("reduction", reduction, REDUCTIONS)
         self.ignore_index = integer("ignore_index", ignore_index, "-100 is usual")
-        self.validate_args = None if validate_args is None else boolean("validate_args", validate_args)
+        self.validate_args = validation(validate_args)
         self.backend = runnable_backend(backend)
         self._numbers = dict(numbers or {})
         if class_counts is not None:
@@ -169,13 +169,15 @@ class AdjustedLoss(ConstantBuffers):
             numbers["tau"] = check_tau(float(state["tau"]) if "tau" in state else strength_of(table, counts))
         expected = self._all_constants(counts, numbers)
         for name, value in expected.items():
-            if name in state and not same_constants(state[name].double(), value.double()):
+            if name in state and not same_constants(state[name], value):
                 raise ValueError(
-                    f"{name}: expected what {type(self).__name__} makes of the class counts in the state, "
-                    "got others; construct the loss as the saved one was"
+                    f"{name}: expected what {type(self).__name__} makes of the class counts beside it, "
+                    "got others; load all constants of a state at once, and construct it as the saved one was"
                 )
         self._numbers = numbers
-        return expected | {name: value.to(self._exact[name].dtype) for name, value in state.items()}
+        # As they are saved; those of fewer digits are computed anew.
+        saved = {n: v for n, v in state.items() if n not in expected or v.dtype == torch.float64}
+        return expected | {name: value.to(self._exact[name].dtype) for name, value in saved.items()}
 
     def forward(self, output: ExpertOutput | ExpertLogits, target: Tensor) -> Tensor:
         """The loss of a batch, a scalar or ``[N]``, in float32 (float64 for float64 logits).
@@ -214,7 +216,8 @@ class AdjustedLoss(ConstantBuffers):
         few = blocks[0].shape[2] < WORTH_AN_OPERATOR
         if self.backend == "auto" and few and torch.compiler.is_compiling():
             return None
-        return choose_engine(self.backend, fused.unfit(*blocks, target), blocks[0].device)
+        constants = [self.constant(name) for name in self._exact]
+        return choose_engine(self.backend, fused.unfit(*blocks, target, *constants), blocks[0].device)
 
     def _check_logits(self, blocks: list[Tensor], target: Tensor) -> None:
         target_logits([v for block in blocks for v in block.unbind(1)], target, self.ignore_index)

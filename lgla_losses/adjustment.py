@@ -63,6 +63,8 @@ class CLALogitAdjuster(ConstantBuffers):
                 [1.0000, 0.0100]], dtype=torch.float64)
     """
 
+    read_only = ("grouper",)
+
     def __init__(self, grouper: ClassGrouper, tau: float | None = None) -> None:
         super().__init__()
         self.grouper = check_grouper(grouper)
@@ -89,7 +91,7 @@ class CLALogitAdjuster(ConstantBuffers):
         adjuster = cls.__new__(cls)
         ConstantBuffers.__init__(adjuster)
         adjuster.grouper = grouper
-        adjuster.adjustment = "table"
+        adjuster._adjustment = "table"
         adjuster._keep("table", _finite(table.detach().to("cpu", torch.float64)))
         return adjuster
 
@@ -116,7 +118,7 @@ class CLALogitAdjuster(ConstantBuffers):
         return adjuster
 
     def _arrange(self, adjustment: str, num_experts: int, tau: float | None) -> None:
-        self.adjustment = adjustment
+        self._adjustment = adjustment
         if tau is not None:
             tau = self._checked(tau)
             self._keep("tau", scalar(tau))
@@ -125,9 +127,9 @@ class CLALogitAdjuster(ConstantBuffers):
 
     def _checked(self, tau: float) -> float:
         """``tau`` if it is a strength, and the adjustment has one."""
-        if self.adjustment not in WITH_TAU:
+        if self._adjustment not in WITH_TAU:
             raise ValueError(
-                f"tau: expected None with adjustment={self.adjustment!r}, which has no strength, got {tau}; "
+                f"tau: expected None with adjustment={self._adjustment!r}, which has no strength, got {tau}; "
                 "'lgla' and 'logit' have one"
             )
         return check_tau(tau)
@@ -145,12 +147,17 @@ class CLALogitAdjuster(ConstantBuffers):
             counts = same_classes(class_counts, grouper.num_classes)
             index = grouper.regrouped(counts)
 
-        if self.adjustment != "table":
-            self._keep("table", _table_of(self.adjustment, counts, index, self.num_experts, tau))
+        if self._adjustment != "table":
+            self._keep("table", _table_of(self._adjustment, counts, index, self.num_experts, tau))
         if tau is not None:
             self._keep("tau", scalar(tau))
         if class_counts is not None:
             grouper.keep(counts, index)
+
+    @property
+    def adjustment(self) -> str:
+        """The kind of adjustment, as in :class:`LGLALoss`."""
+        return self._adjustment
 
     @property
     def table(self) -> Tensor:
@@ -221,21 +228,31 @@ class CLALogitAdjuster(ConstantBuffers):
     def _restored(
         self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
     ) -> dict[str, Tensor]:
-        table = _finite(self._current(state, "table").double())
-        if self.adjustment == "table":
-            return {"table": table}
+        table = self._current(state, "table")
+        exact = _finite(table.double())
+        if self._adjustment == "table":
+            return {"table": exact}
         groups = self.grouper.restored_from(state_dict, prefix + "grouper.")
         counts, index = groups["class_counts"], groups["group_index"]
         tau = None
         if "tau" in self._exact:
-            tau = check_tau(float(state["tau"]) if "tau" in state else strength_of(table[-1], counts))
-        expected = _table_of(self.adjustment, counts, index, self.num_experts, tau)
+            tau = self._strength_in(state, table, counts)
+        expected = _table_of(self._adjustment, counts, index, self.num_experts, tau)
         if not same_constants(table, expected):
             raise ValueError(
-                f"table: expected that of adjustment={self.adjustment!r} for the class counts in the state, "
-                "got another one; construct the loss as the saved one was, or with its table as adjustment="
+                f"table: expected that of adjustment={self._adjustment!r} for the class counts and tau "
+                "beside it, got another one; load all constants of a state at once, and construct the loss "
+                "as the saved one was, or with its table as adjustment="
             )
-        return {"table": table} if tau is None else {"table": table, "tau": scalar(tau)}
+        whole = exact if table.dtype == torch.float64 else expected
+        return {"table": whole} if tau is None else {"table": whole, "tau": scalar(tau)}
+
+    def _strength_in(self, state: Mapping[str, Tensor], table: Tensor, counts: Tensor) -> float:
+        """The tau of a state, by its table where it has none; the one here where it is that one rounded."""
+        if "tau" not in state:
+            return check_tau(strength_of(table[-1].double(), counts))
+        own, tau = self.on_cpu("tau"), state["tau"]
+        return check_tau(float(own if own.to(tau.dtype) == tau else tau))
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""

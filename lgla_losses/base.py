@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from lgla_losses import functional, fused
 from lgla_losses.adjustment import CLALogitAdjuster
-from lgla_losses.buffers import unregister
+from lgla_losses.buffers import refuse_assignment, unregister
 from lgla_losses.checks import (
     WAY_OUT,
     boolean,
+    dense_tensor,
     finite_float,
     floating_tensor,
     gathered_weight,
@@ -84,9 +85,8 @@ class ExpertLoss(nn.Module):
         super().__init__()
         if not isinstance(adjustment, Tensor):
             one_of("adjustment", adjustment, ADJUSTMENTS)
-        self.adjustment = "table" if isinstance(adjustment, Tensor) else adjustment
         self.aaw = boolean("aaw", aaw)
-        needs_groups = self.aaw or self.adjustment == "lgla"
+        needs_groups = self.aaw or (isinstance(adjustment, str) and adjustment == "lgla")
         num_experts = _number_of_experts(num_experts, grouper, adjustment, needs_groups)
         if grouper is None:
             grouper = _group_classes(class_counts, num_experts, needs_groups)
@@ -141,6 +141,11 @@ class ExpertLoss(nn.Module):
         self.adjuster.set_adjustment(class_counts, tau)
         self._compared = False
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("adjustment", "grouper"):
+            refuse_assignment(name)
+        super().__setattr__(name, value)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if "grouper" not in self.weighter._modules:  # version 0.1.0 saved the groups twice
             for key in [key for key in state_dict if key.startswith(f"{prefix}weighter.grouper.")]:
@@ -156,6 +161,11 @@ class ExpertLoss(nn.Module):
     def grouper(self) -> ClassGrouper:
         """The groups of the classes."""
         return self.adjuster.grouper
+
+    @property
+    def adjustment(self) -> str:
+        """The kind of adjustment as given, ``"table"`` for one of one's own."""
+        return self.adjuster.adjustment
 
     @property
     def num_experts(self) -> int:
@@ -174,8 +184,9 @@ class ExpertLoss(nn.Module):
 
     def _engine(self, first: Tensor, *others: object) -> Engine | None:
         """What computes for such inputs; None stands for plain PyTorch."""
-        unfit = fused.unfit(first, *others)
-        if unfit is None and self._table.requires_grad:
+        table = self._table
+        unfit = fused.unfit(first, *others, table, self.grouper.constant("group_index"))
+        if unfit is None and table.requires_grad:
             unfit = "the adjustments are constant to it, and this table wants a gradient"
         return choose_engine(self.backend, unfit, first.device)
 
@@ -205,7 +216,7 @@ class ExpertLoss(nn.Module):
                 found = self.weighter.of_batch(
                     source, target, scale=scale, engine=engine, check=check, note=note
                 )
-                self._compared |= note.digest > 0
+                self._has_compared(note)
                 return found
             if num_ranks == 1 and not values_readable(target, self.validate_args):
                 grouper, ignore_index = self.weighter.grouper, self.ignore_index
@@ -229,8 +240,12 @@ class ExpertLoss(nn.Module):
         """The sum of a step's numbers, with what the ranks tell each other beside them."""
         note = self._note(target)
         total = self.weighter.sum_over_ranks(values.to(functional.widest_dtype(values.device)), note)
-        self._compared |= note.digest > 0
+        self._has_compared(note)
         return total
+
+    def _has_compared(self, note: Note) -> None:
+        if note.digest:  # else nothing is written, which exporters would take for a side effect
+            self._compared = True
 
     def _compares(self, target: Tensor) -> bool:
         """Whether the ranks compare their constants in this step: the first that all of them end well.
@@ -359,7 +374,7 @@ def _number_of_experts(
         fixed["num_experts"] = positive_int("num_experts", num_experts, "the paper uses 3")
     if grouper is not None:
         fixed["grouper (num_groups + 1)"] = check_grouper(grouper).num_groups + 1
-    if isinstance(adjustment, Tensor) and adjustment.dim() > 0:
+    if isinstance(adjustment, Tensor) and dense_tensor("adjustment table", adjustment).dim() > 0:
         fixed["adjustment table"] = adjustment.shape[0]
     if len(set(fixed.values())) > 1:
         got = ", ".join(f"{number} from {name}" for name, number in fixed.items())

@@ -9,7 +9,8 @@ the training samples of class j. Arguments, shapes and errors that all share are
 from __future__ import annotations
 
 import math
-from typing import Unpack
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -297,6 +298,14 @@ class LDAMLoss(AdjustedLoss):
                 "compare the epoch: criterion.reweight(epoch >= 160)"
             )
         self._keep("reweighting", scalar(enabled))
+
+    def _restored(
+        self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
+    ) -> dict[str, Tensor]:
+        enabled = self._current(state, "reweighting")
+        if enabled not in (0, 1):
+            raise ValueError(f"reweighting: expected 0 or 1, got {float(enabled):.4g}")
+        return super()._restored(state, state_dict, prefix)
 
     def _weights(self, own: Tensor) -> Tensor:
         # The flag stays on its device: no step waits for it, and a compiled one sees it change.

@@ -319,3 +319,10 @@ def boolean(name: str, value: bool) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: expected True or False, got {describe(value)}")
     return bool(value)
+
+
+def validation(value: bool | None) -> bool | None:
+    """``validate_args``, if it is True, False or None."""
+    if value is not None and not isinstance(value, bool | np.bool_):
+        raise TypeError(f"validate_args: expected True, False or None, got {describe(value)}")
+    return value

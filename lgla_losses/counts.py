@@ -88,11 +88,14 @@ def in_class_order(name: str, values: Any) -> Any:
     num_classes = len(keys)
     numbered = all(isinstance(key, int | np.integer) and not isinstance(key, bool) for key in keys)
     if not numbered or sorted(keys) != list(range(num_classes)):
-        way_out = (
-            "number the classes from 0 and give each an entry, as .reindex(range(num_classes)) of pandas does"
-            if numbered
-            else f"give the values in the order of your classes, as [{name}[key] for key in class_names]"
-        )
+        way_out = f"give the values in the order of your classes, as [{name}[key] for key in class_names]"
+        if numbered:
+            way_out = (
+                "number the classes from 0 and give each an entry, as "
+                ".reindex(range(num_classes), fill_value=1) of pandas does"
+            )
+        elif all(isinstance(key, float | np.floating) for key in keys):
+            way_out = "convert the labels by .astype(int) before you count them"
         raise ValueError(
             f"{name}: expected the class numbers 0..C-1 as keys or index, got {reprlib.repr(keys)}; {way_out}"
         )

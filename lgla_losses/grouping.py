@@ -91,11 +91,6 @@ class ClassGrouper(ConstantBuffers):
         grouper.keep(counts, index)
         return grouper
 
-    def keep(self, counts: Tensor, index: Tensor) -> None:
-        """Take class counts ``[C]`` and groups ``[C]`` that are checked already, in place."""
-        for name, value in _constants(counts, index).items():
-            self._keep(name, value)
-
     def regrouped(self, counts: Tensor) -> Tensor:
         """Group other counts ``[C]``: the groups ``[C]``; those of the caller stay."""
         if self.is_own:
@@ -149,14 +144,32 @@ class ClassGrouper(ConstantBuffers):
         # nn.Module declares it as returning Any.
         __call__ = forward
 
+    def _take_what_is_written(self) -> None:
+        """Leave it to the adjuster: what an average makes of counts alone may be counts as well."""
+
     def _restored(
         self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
     ) -> dict[str, Tensor]:
         counts = as_class_counts(self._current(state, "class_counts"))
-        index = _group_index(self._current(state, "group_index").numpy(), len(counts))
+        index = _group_index(to_numpy("group_index", self._current(state, "group_index")), len(counts))
         if int(index.max()) + 1 != self.num_groups:
             raise ValueError(f"group_index: expected {self.num_groups} groups, got {int(index.max()) + 1}")
+        if self.is_own and not torch.equal(index, self.on_cpu("group_index")):
+            raise ValueError(
+                "group_index: expected the groups that the loss was given, got others; construct it with the "
+                "groups of the state, or from class counts alone, which takes any"
+            )
         return _constants(counts, index)
+
+    def keep(self, counts: Tensor, index: Tensor) -> None:
+        """Take class counts ``[C]`` and groups ``[C]`` that are checked already, in place."""
+        self._keep_all(_constants(counts, index))
+
+    def _keep_all(self, constants: Mapping[str, Tensor]) -> None:
+        super()._keep_all(constants)
+        # Groups that a state brings stay, unless they are those of the counts.
+        counts, index = constants["class_counts"], constants["group_index"]
+        self.is_own = self.is_own or not torch.equal(index, partition_classes(counts, int(index.max()) + 1))
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from lgla_losses.checks import describe, positive_int
+from lgla_losses.checks import boolean, describe, positive_int
 from lgla_losses.counts import ArrayLike, as_array
 
 #: Attributes that hold a label a sample; those without an underscore are everybody's, the rest torchvision's.
@@ -64,7 +64,7 @@ def count_classes(labels: ArrayLike | Iterable[Any], num_classes: int, *, iterat
         tensor([2, 0, 1, 0])
     """
     num_classes = positive_int("num_classes", num_classes, "give the number of classes")
-    array = label_array(labels, iterate=iterate)
+    array = label_array(labels, iterate=boolean("iterate", iterate))
     if array.ndim != 1:
         raise ValueError(f"labels: expected 1-D class indices, got shape {list(array.shape)}; flatten them")
     if array.size == 0:
@@ -90,9 +90,9 @@ def label_array(labels: Any, *, iterate: bool = False) -> npt.NDArray[Any]:
         return label_array(labels.dataset, iterate=iterate)
     if iterate:
         return as_array("labels", _iterated(labels))
-    if isinstance(labels, Subset):
-        return _taken(label_array(labels.dataset), labels.indices)
-    if isinstance(labels, ConcatDataset):
+    if isinstance(labels, Subset | ConcatDataset) and not _changes_labels(labels):
+        if isinstance(labels, Subset):
+            return _taken(label_array(labels.dataset), labels.indices)
         return np.concatenate([label_array(one) for one in labels.datasets])
     if isinstance(labels, Mapping):
         raise TypeError(
@@ -111,6 +111,13 @@ def label_array(labels: Any, *, iterate: bool = False) -> npt.NDArray[Any]:
             f"{type(labels).__name__}; {WAY_OUT}"
         )
     return as_array("labels", labels)
+
+
+def _changes_labels(part: Subset[Any] | ConcatDataset[Any]) -> bool:
+    """Whether a class of the user's own may give other labels than the data sets that it is made of."""
+    kind = Subset if isinstance(part, Subset) else ConcatDataset
+    own = hasattr(part, "target_transform") or any(hasattr(part, name) for name in LABELS)
+    return own or type(part).__getitem__ is not kind.__getitem__
 
 
 def _kept_labels(dataset: Any) -> tuple[str, Any] | None:

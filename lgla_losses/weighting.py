@@ -15,6 +15,7 @@ from lgla_losses.checks import (
     same_device,
     target_tensor,
     target_values,
+    validation,
     values_readable,
 )
 from lgla_losses.collectives import Note, RanksOf, ranks_to_sync, refuse_data_parallel, sum_over_ranks
@@ -83,7 +84,7 @@ class AAWWeighter(nn.Module):
         self.ignore_index = integer("ignore_index", ignore_index, "as in torch.nn.CrossEntropyLoss")
         self.sync = boolean("sync", sync)
         self._ranks = RanksOf(process_group)
-        self.validate_args = None if validate_args is None else boolean("validate_args", validate_args)
+        self.validate_args = validation(validate_args)
 
     @property
     def process_group(self) -> ProcessGroup | None:

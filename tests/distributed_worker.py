@@ -10,6 +10,7 @@ from ranks import serve
 from torch.nn.parallel import DistributedDataParallel
 
 from lgla_losses import AAWWeighter, ClassGrouper, GroupConvExperts, LGLALoss
+from lgla_losses.baselines import LDAMLoss, LogitAdjustedLoss
 
 COUNTS = [40, 9, 5, 1]
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -186,6 +187,21 @@ def check_changed_adjustment(rank, world_size):
         parallel(*mine)
 
 
+def check_states_of_one_rank(rank, world_size):
+    """DDP sends what rank 0 has loaded, as PyTorch's tutorials have it."""
+    logits, target, sizes = shares(world_size)
+    inputs = logits.split(sizes)[rank], target.split(sizes)[rank]
+    for make in (LGLALoss, LDAMLoss, LogitAdjustedLoss):
+        saved = make([1, 2, 3, 90])
+        if make is LDAMLoss:
+            saved.reweight()
+        model = torch.nn.ModuleDict({"layer": torch.nn.Linear(1, 1), "loss": make(COUNTS)})
+        if rank == 0:
+            model["loss"].load_state_dict(saved.state_dict())
+        criterion = DistributedDataParallel(model).module["loss"]
+        torch.testing.assert_close(criterion(*inputs), saved(*inputs), **CLOSE)
+
+
 def check_copies(rank, world_size):
     """Of a loss with a group share it, as an average of models needs; a group cannot be pickled."""
     logits, target, sizes = shares(world_size)
@@ -232,6 +248,7 @@ def main(rank, world_size):
     check_bad_values(rank, world_size)
     check_mismatched_constants(rank, world_size)
     check_changed_adjustment(rank, world_size)
+    check_states_of_one_rank(rank, world_size)
     check_copies(rank, world_size)
     check_group(rank, world_size)
     check_compile(rank, world_size)

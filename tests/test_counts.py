@@ -80,7 +80,10 @@ def test_a_prior_by_class_keeps_its_classes():
         (LABELS[LABELS > 0].value_counts(), r"got \[1, 2\]; number the classes from 0 .* \.reindex\(range"),
         ((LABELS + 1).value_counts(), r"got \[2, 3, 1\]; number the classes from 0"),
         (pd.Series([5, 4], index=[0, 0]), r"got \[0, 0\]"),
-        (LABELS.astype(float).value_counts(), r"got \[1\.0, 2\.0, 0\.0\]; give the values in the order"),
+        (
+            LABELS.astype(float).value_counts(),
+            r"got \[1\.0, 2\.0, 0\.0\]; convert the labels by \.astype\(int\)",
+        ),
         (
             pd.Series(["b", "b", "a"]).value_counts(),
             r"got \['b', 'a'\]; give .* \[class_counts\[key\] for key",

@@ -221,3 +221,29 @@ def test_the_index_of_a_column_of_labels_means_nothing(labels):
 def test_what_has_no_labels_is_refused(labels, error, words):
     with pytest.raises(error, match=f"labels: expected .*{words}"):
         count_classes(labels, 3)
+
+
+class Renumbered(Subset):
+    """As people give one part of a random split transforms of its own."""
+
+    target_transform = staticmethod(lambda label: (label + 1) % 3)
+
+    def __getitem__(self, index):
+        inputs, label = super().__getitem__(index)
+        return inputs, self.target_transform(label)
+
+
+class Relabelled(Subset):
+    def __init__(self, dataset, indices, targets):
+        super().__init__(dataset, indices)
+        self.targets = targets
+
+
+def test_a_subset_with_labels_of_its_own_is_not_counted_by_those_inside():
+    inside = TensorDataset(torch.zeros(4), torch.tensor([0, 0, 1, 2]))
+    with pytest.raises(
+        TypeError, match="labels: expected labels, or a data set that keeps them.*iterate=True"
+    ):
+        count_classes(Renumbered(inside, [0, 1, 2]), 3)
+    assert count_classes(Renumbered(inside, [0, 1, 2]), 3, iterate=True).tolist() == [0, 2, 1]
+    assert count_classes(Relabelled(inside, [0, 1, 2], [2, 2, 2]), 3).tolist() == [0, 0, 3]

@@ -74,6 +74,18 @@ def test_a_model_with_its_loss_is_saved_and_loaded(tmp_path):
     torch.testing.assert_close(loaded(inputs, labels), model(inputs, labels))
 
 
+def test_a_loss_that_was_changed_in_training_is_loaded_as_it_was(tmp_path):
+    model = Classifier(Config(COUNTS))
+    model.losses[0].set_adjustment([9, 8, 7, 6, 5, 1], tau=1.0)
+    model.losses[1].set_adjustment(tau=0.5)
+    model.losses[2].reweight()
+    model.save_pretrained(tmp_path)
+    loaded = Classifier.from_pretrained(tmp_path)
+    inputs, labels = torch.randn(12, 5), torch.arange(12) % 6
+    torch.testing.assert_close(loaded(inputs, labels), model(inputs, labels))
+    assert_same_constants(loaded, model)
+
+
 def test_a_loss_that_the_checkpoint_lacks_is_the_constructors(tmp_path):
     """Its tables held whatever memory held: losses of 11.27 where tables were near 0."""
     Encoder(Config()).save_pretrained(tmp_path)
