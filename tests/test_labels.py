@@ -232,6 +232,9 @@ class Renumbered(Subset):
         inputs, label = super().__getitem__(index)
         return inputs, self.target_transform(label)
 
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
 
 class Relabelled(Subset):
     def __init__(self, dataset, indices, targets):

@@ -5,7 +5,6 @@ Its sentences count groups and experts from 1, as people do; its indices from 0,
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,8 +157,6 @@ def inspect_counts(
     many = finite_float("many", many, low=0, high=float("inf"), expected="a finite number >= 0")
     few = finite_float("few", few, low=0, high=many, expected=f"a number in 0..many={many:g}")
     batch_size = positive_int("batch_size", batch_size, "give the samples of a batch")
-    if batch_size >= 2**63:
-        raise ValueError(f"batch_size: expected an integer below 2**63, got {reprlib.repr(batch_size)}")
 
     def info(number: int) -> ClassInfo:
         return ClassInfo(number, None if names is None else names[number], int(array[number]))
