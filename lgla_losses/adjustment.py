@@ -135,7 +135,7 @@ class CLALogitAdjuster(ConstantBuffers):
         return check_tau(tau)
 
     def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
-        """Change class counts and strength in place, as :meth:`LGLALoss.set_adjustment` does."""
+        """Change class counts and strength in place, as :meth:`LGLALoss.set_adjustment`."""
         if tau is not None:
             tau = self._checked(tau)
         elif self.tau is not None:

@@ -179,7 +179,7 @@ class ClassParallelLGLALoss(nn.Module):
         self._take(whole.adjuster)
 
     def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
-        """Change class counts, groups and adjustments, as :meth:`LGLALoss.set_adjustment` does.
+        """Change class counts, groups and adjustments, as :meth:`~lgla_losses.LGLALoss.set_adjustment` does.
 
         Every rank calls it, with the counts of all classes; the next step compares them.
 

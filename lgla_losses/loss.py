@@ -89,7 +89,7 @@ class LGLALoss(ExpertLoss):
             over the number of ranks, so that DDP's averaged gradients are those of the whole batch.
         process_group: the ranks for ``sync``; None means all.
         validate_args: check the values of targets and logits, which waits for a GPU. None means
-            on the CPU only, and not while compiling. Nothing is checked under :func:`torch.vmap`.
+            on the CPU only, and not while compiling. Nothing is checked under :func:`torch.func.vmap`.
         backend: ``"fused"`` reads the logits once and writes their gradient once, in C on the CPU
             and in chunks of PyTorch elsewhere; ``"triton"`` does so in GPU kernels; ``"reference"`` is
             plain differentiable PyTorch; ``"auto"`` takes the fastest that can run, and logs once why

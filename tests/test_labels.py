@@ -245,7 +245,7 @@ class Relabelled(Subset):
 def test_a_subset_with_labels_of_its_own_is_not_counted_by_those_inside():
     inside = TensorDataset(torch.zeros(4), torch.tensor([0, 0, 1, 2]))
     with pytest.raises(
-        TypeError, match="labels: expected labels, or a data set that keeps them.*iterate=True"
+        TypeError, match=r"labels: expected labels, or a data set that keeps them.*iterate=True"
     ):
         count_classes(Renumbered(inside, [0, 1, 2]), 3)
     assert count_classes(Renumbered(inside, [0, 1, 2]), 3, iterate=True).tolist() == [0, 2, 1]
