@@ -163,13 +163,16 @@ class ClassGrouper(ConstantBuffers):
 
     def keep(self, counts: Tensor, index: Tensor) -> None:
         """Take class counts ``[C]`` and groups ``[C]`` that are checked already, in place."""
-        self._keep_all(_constants(counts, index))
+        super()._keep_all(_constants(counts, index))
 
     def _keep_all(self, constants: Mapping[str, Tensor]) -> None:
+        """Take what a state brings: its groups stay as well, unless they are those of its counts."""
+        names = "class_counts", "group_index"
+        known = all(torch.equal(constants[name], self.on_cpu(name)) for name in names)
+        if not (known or self.is_own):
+            counts, index = (constants[name] for name in names)
+            self.is_own = not torch.equal(index, partition_classes(counts, self.num_groups))
         super()._keep_all(constants)
-        # Groups that a state brings stay, unless they are those of the counts.
-        counts, index = constants["class_counts"], constants["group_index"]
-        self.is_own = self.is_own or not torch.equal(index, partition_classes(counts, int(index.max()) + 1))
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""
