@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,8 +67,11 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
     if type(value) is set:
         new: Any = set(value)
-    elif type(value) in (list, tuple):
-        new = type(value)(copied(entry, memo) for entry in value)
+    elif type(value) is list:
+        new = [copied(entry, memo) for entry in value]
+    elif type(value) is tuple:
+        new = tuple(copied(entry, memo) for entry in value)
+        new = value if all(map(operator.is_, new, value)) else new
     else:
         entries, structure = pytree.tree_flatten(value, is_leaf=lambda entry: entry is not value)
         is_known = not structure.is_leaf()
@@ -78,7 +82,7 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
 
 def _same(value: Any, other: Any) -> bool:
     """Whether two containers hold the same objects."""
-    if type(value) is not type(other) or not isinstance(value, CONTAINERS):
+    if value is other or type(value) is not type(other) or not isinstance(value, CONTAINERS):
         return value is other
     if isinstance(value, dict):
         return value.keys() == other.keys() and all(_same(v, other[key]) for key, v in value.items())
@@ -155,7 +159,7 @@ class CopiesAttributes:
     def _note(self) -> dict[nn.Module, tuple[dict[str, Any], set[str]]]:
         """What has changed in layers, and which attributes are gone, since the last time."""
         differences = {}
-        for layer, values in read(list(self.stacked.modules())).items():
+        for layer, values in read(self._layers()).items():
             left = self.left.setdefault(layer, {})
             changed = {n: v for n, v in values.items() if n not in left or not _same(v, left[n])}
             gone = left.keys() - values.keys()
@@ -168,16 +172,28 @@ class CopiesAttributes:
 
     @contextmanager
     def turn(self, k: int) -> Iterator[None]:
-        """Let the layers have the attributes of copy ``k``, and keep what it makes of them."""
-        write(self.copies[k])
+        """Let the layers have the attributes of copy ``k``, and keep what it makes of them.
+
+        Copies take turns in order: the layers go on having the attributes of the last one.
+        """
+        layers, last = self._layers(), len(self.copies) - 1
+        write({layer: self.copies[k][layer] for layer in layers})
         try:
             yield
-        finally:
-            self.copies[k] = read(list(self.stacked.modules()))
-            if k + 1 == len(self.copies):
-                self._note()
-            else:
-                write(self.copies[-1])
+        except BaseException:
+            self.copies[k].update(read(layers))
+            write({layer: self.copies[last][layer] for layer in layers})
+            raise
+        self.copies[k].update(read(layers))
+        if k == last:
+            self._note()
+
+    def _layers(self) -> list[nn.Module]:
+        """Layers whose attributes are exchanged: all, but PyTorch's own while compiling, which takes long."""
+        layers = list(self.stacked.modules())
+        if torch.compiler.is_compiling():
+            layers = [layer for layer in layers if not type(layer).__module__.startswith("torch.nn.")]
+        return layers
 
     def gather(self) -> list[Tensor]:
         """Stack the tensors that copies keep: the stacks, which the layers then have.
@@ -216,5 +232,7 @@ class CopiesAttributes:
 
 def attributes_of(stacked: nn.Module, num_experts: int) -> CopiesAttributes:
     """Those of the copies in a stack."""
-    kept: CopiesAttributes = vars(stacked).setdefault(KEY, CopiesAttributes(stacked, num_experts))
+    if KEY not in vars(stacked):
+        vars(stacked)[KEY] = CopiesAttributes(stacked, num_experts)
+    kept: CopiesAttributes = vars(stacked)[KEY]
     return kept

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import MutableMapping, Sequence
-from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -82,16 +81,14 @@ def run_separately(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]
     entries |= {buffer: _entries(buffer) for buffer in stacked.buffers()}
     in_memory = {tensor: copies for tensor, copies in entries.items() if _is_in_memory(copies[0])}
 
-    attributes = None
-    if not torch.compiler.is_compiling():
-        attributes = attributes_of(stacked, num_experts)
-        attributes.follow()
+    attributes = attributes_of(stacked, num_experts)
+    attributes.follow()
 
     outputs, changes = [], []
     for k in range(num_experts):
         addresses = [copies[k].data_ptr() for copies in in_memory.values()]
         try:
-            with nullcontext() if attributes is None else attributes.turn(k):
+            with attributes.turn(k):
                 output, changed = _run_copy(layers, {t: copies[k] for t, copies in entries.items()}, inputs)
         except RuntimeError as error:
             if "of Unbind" not in str(error):

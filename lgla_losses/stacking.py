@@ -67,12 +67,13 @@ def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:
     stacks = {t[0]: _like(t[0], torch.stack([entry.detach() for entry in t])) for t in tensors}
     stacked = copies[0]
     layers = list(stacked.modules())
-    shared = _shared_containers(copies)
-    vars(stacked)[KEY] = CopiesAttributes(stacked, len(copies), shared)
+    attributes = CopiesAttributes(stacked, len(copies), _shared_containers(copies))
+    vars(stacked)[KEY] = attributes
     stores = stores_of(layers)
     fill(stores, exchanged(slots_of(stores), stacks))
     for layer in recurrent_layers(layers):
         layer._flat_weights = [None if t is None else stacks[t] for t in layer._flat_weights]
+    attributes.follow()
     return stacked
 
 
