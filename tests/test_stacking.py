@@ -795,3 +795,13 @@ def test_a_stack_compiles_as_one_graph(name):
             seen.append({"logits": logits.detach(), **gradients(experts)})
         assert_same_tensors(*seen)
         assert_same_tensors(*map(state, pair))
+
+
+def test_a_compiled_stack_keeps_the_caches_of_its_copies_apart():
+    grouped, independent = (experts.eval() for experts in twins(Caches))
+    compiled = torch.compile(grouped, backend="aot_eager", fullgraph=True)
+    shared = torch.randn(6, 4, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(2):
+            assert_same(compiled(shared).logits, independent(shared).logits)
+    assert_same(grouped(shared).logits, independent(shared).logits)
