@@ -210,7 +210,8 @@ def _hooks_from_outside(module: nn.Module) -> list[object]:
 def _belongs(hook: object, own: set[int]) -> bool:
     """Whether a hook is one of these objects, by their ids, a method of one, or a partial with one."""
     if isinstance(hook, functools.partial):
-        return any(_belongs(part, own) for part in (hook.func, *hook.args, *hook.keywords.values()))
+        parts = (hook.func, *hook.args, *hook.keywords.values())
+        return any(callable(part) and _belongs(part, own) for part in parts)
     return id(hook) in own or id(getattr(hook, "__self__", hook)) in own
 
 

@@ -517,6 +517,9 @@ HOOKS = {
     "an object": lambda recorder: recorder,
     "a method": lambda recorder: recorder.__call__,
     "a partial": lambda recorder: functools.partial(Recorder.__call__, recorder),
+    "a partial with a number": lambda recorder: functools.partial(
+        lambda owner, number, *args: owner(*args), recorder, 4
+    ),
     "a function": lambda recorder: lambda *args: recorder(*args),
 }
 
