@@ -95,12 +95,12 @@ def _check_exchangeable(module: nn.Module) -> None:
                 f"stage: expected layers of Python, got {path!r}, which is compiled; compile the whole "
                 "network, or use layout='independent'"
             )
-    layers = {id(layer) for layer in module.modules()}
+    seen = {id(layer) for layer in module.modules()}
     for path, layer in module.named_modules():
         hooks = {name: getattr(layer, name) for name in HOOKS}
         for name, value in (own_attributes(layer) | hooks).items():
             is_renewed = isinstance(layer, nn.RNNBase) and name == "_flat_weights"
-            held = [] if is_renewed else [t for t in _reachable(value, layers) if t in paths]
+            held = [] if is_renewed else [t for t in _reachable(value, seen) if t in paths]
             if held:
                 raise ValueError(
                     f"stage: expected layers that read {paths[held[0]]!r} from where it is registered, got "
@@ -109,10 +109,10 @@ def _check_exchangeable(module: nn.Module) -> None:
                 )
 
 
-def _reachable(root: object, layers: set[int]) -> list[Tensor]:
-    """Tensors that an object holds in whatever way, but by the layers with these ids."""
-    tensors, seen, queue = [], set(layers), deque([root])
-    while queue and len(seen) < len(layers) + MOST_OBJECTS:
+def _reachable(root: object, seen: set[int]) -> list[Tensor]:
+    """Tensors that an object holds in whatever way, but by objects with the ids in ``seen``, which grows."""
+    tensors, queue, most = [], deque([root]), len(seen) + MOST_OBJECTS
+    while queue and len(seen) < most:
         value = queue.popleft()
         if id(value) in seen or isinstance(value, type | ModuleType | CodeType):
             continue
