@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from threading import RLock
 from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +30,10 @@ PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: Devices where stacked copies run together unless told otherwise, for fewer kernels; not measured there yet.
 #: On a CPU they run one after another, which measured faster (benchmarks/expert_layouts.py).
 TOGETHER_ON = ("cuda",)
+
+
+#: Of stacks, in whose layers one thread at a time puts its copies.
+LOCKS: MutableMapping[nn.Module, AbstractContextManager[Any]] = WeakKeyDictionary()
 
 
 class GroupConvExperts(nn.Module):
@@ -166,11 +173,12 @@ class GroupConvExperts(nn.Module):
             return pooled[:, None].expand(-1, self.num_experts, -1)
         if isinstance(self.stage, nn.ModuleList):
             outputs = [expert(*inputs) for expert in self.stage]
-        elif self._runs_together(device_type):
-            maps = run_together(self.stage, self.num_experts, inputs)
-            return _pool(maps, leading=2).transpose(0, 1)
         else:
-            outputs = run_separately(self.stage, self.num_experts, inputs)
+            with nullcontext() if torch.compiler.is_compiling() else _lock_of(self.stage):
+                if self._runs_together(device_type):
+                    maps = run_together(self.stage, self.num_experts, inputs)
+                    return _pool(maps, leading=2).transpose(0, 1)
+                outputs = run_separately(self.stage, self.num_experts, inputs)
         return torch.stack([_pool(output) for output in outputs], dim=1)
 
     def _runs_together(self, device_type: str) -> bool:
@@ -230,6 +238,11 @@ class GroupConvExperts(nn.Module):
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""
         return f"num_experts={self.num_experts}, layout={self.layout!r}"
+
+
+def _lock_of(stage: nn.Module) -> AbstractContextManager[Any]:
+    """The lock of a stack, which stays out of copies and pickles; a thread may take it again."""
+    return LOCKS.setdefault(stage, RLock())
 
 
 class Expert(nn.Module):

@@ -20,12 +20,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lgla_losses.attributes import attributes_of, own_attributes, read, replaced, write
 from lgla_losses.stacking import (
     Slot,
     exchanged,
     fill,
     named_tensors,
-    own_attributes,
     recurrent_layers,
     slots_of,
     stores_of,
@@ -81,11 +81,15 @@ def run_separately(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]
     entries |= {buffer: _entries(buffer) for buffer in stacked.buffers()}
     in_memory = {tensor: copies for tensor, copies in entries.items() if _is_in_memory(copies[0])}
 
+    attributes = attributes_of(stacked, num_experts)
+    attributes.follow()
+
     outputs, changes = [], []
     for k in range(num_experts):
         addresses = [copies[k].data_ptr() for copies in in_memory.values()]
         try:
-            output, changed = _run_copy(layers, {t: copies[k] for t, copies in entries.items()}, inputs)
+            with attributes.turn(k):
+                output, changed = _run_copy(layers, {t: copies[k] for t, copies in entries.items()}, inputs)
         except RuntimeError as error:
             if "of Unbind" not in str(error):
                 raise
@@ -199,9 +203,16 @@ def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) 
     device = next(value.device for value in inputs if isinstance(value, Tensor))
     slots: list[Slot] = []
     under_vmap: list[Tensor] = []
+    copies = None if torch.compiler.is_compiling() else attributes_of(stacked, num_experts)
+    stacks = [] if copies is None else copies.gather()
+    attributes = {} if copies is None else read(layers)
 
-    def one_copy(index: Tensor, entries: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def one_copy(
+        index: Tensor, entries: list[Tensor], kept: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         before = set(_kept_tensors(layers))
+        if copies is not None:
+            write(replaced(attributes, copies.memo(stacks, kept)))
         with _UnderVmap(index):
             output, buffers = _run_copy(layers, dict(zip(tensors, entries, strict=True)), inputs)
         slots.extend(buffers)
@@ -211,11 +222,13 @@ def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) 
     # The index gives vmap its size also where a stage has no parameters.
     index = torch.arange(num_experts, device=device)
     try:
-        output, buffers, kept = vmap(one_copy, randomness="different")(index, tensors)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        if torch.compiler.is_compiling() or not _runs_alone(layers, tensors, inputs):
+        output, buffers, kept = vmap(one_copy, randomness="different")(index, tensors, stacks)
+    except BaseException as error:
+        write(attributes)
+        is_known = isinstance(error, RuntimeError | ValueError) and not isinstance(
+            error, torch.OutOfMemoryError
+        )
+        if copies is None or not is_known or not _runs_alone(stacked, tensors, stacks, inputs):
             raise
         path, layer = _innermost_layer(stacked, error.__traceback__)
         raise ValueError(
@@ -224,7 +237,12 @@ def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) 
         ) from error
     for slot, entries in zip(slots, buffers, strict=True):
         _replace(layers, slot, entries.unbind())
-    _keep(layers, dict(zip(under_vmap, kept, strict=True)))
+    if copies is not None:
+        # What a container that copies share kept under vmap is of no use outside.
+        useless = set(map(id, under_vmap))
+        copies.shared = [v for v in copies.shared if useless.isdisjoint(map(id, pytree.tree_leaves(v)))]
+        write(replaced(read(layers), copies.memo(under_vmap, kept)))
+        copies.stacks = kept
     return output
 
 
@@ -241,16 +259,6 @@ def _kept_tensors(layers: Sequence[nn.Module]) -> list[Tensor]:
         return []
     leaves = (leaf for layer in layers for leaf in pytree.tree_leaves(_collections(layer)))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _keep(layers: Sequence[nn.Module], stacks: dict[Tensor, Tensor]) -> None:
-    """Put stacks in the place of what layers kept under vmap, which is of no use outside."""
-    for layer in layers if stacks else ():
-        for name, value in _collections(layer).items():
-            leaves, structure = pytree.tree_flatten(value)
-            if any(isinstance(leaf, Tensor) and leaf in stacks for leaf in leaves):
-                leaves = [stacks.get(leaf, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                vars(layer)[name] = pytree.tree_unflatten(leaves, structure)
 
 
 class _UnderVmap(TorchFunctionMode):
@@ -357,13 +365,20 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if is_castable else value
 
 
-def _runs_alone(layers: Sequence[nn.Module], tensors: Sequence[Tensor], inputs: tuple[Any, ...]) -> bool:
+def _runs_alone(
+    stacked: nn.Module, tensors: Sequence[Tensor], stacks: Sequence[Tensor], inputs: tuple[Any, ...]
+) -> bool:
     """Whether a single copy takes these inputs, so that an error came from running K at once."""
+    layers = list(stacked.modules())
+    attributes = read(layers)
+    write(replaced(attributes, {id(stack): stack[0] for stack in stacks}))
     try:
         with torch.no_grad():
             _run_copy(layers, {tensor: tensor[0].clone() for tensor in tensors}, inputs)
     except (RuntimeError, ValueError):
         return False
+    finally:
+        write(attributes)
     return True
 
 

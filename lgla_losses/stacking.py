@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
+from collections import deque
 from collections.abc import Callable, Sequence
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _WrappedHook
 from torch.utils import _pytree as pytree
 
-#: Attributes that every module has; the others are its options.
-MODULE_INTERNALS = frozenset(vars(nn.Module()))
+from lgla_losses.attributes import (
+    CONTAINERS,
+    KEY,
+    MODULE_INTERNALS,
+    CopiesAttributes,
+    attributes_of,
+    own_attributes,
+)
+
+#: Where modules keep hooks.
+HOOKS = sorted(name for name in MODULE_INTERNALS if name.endswith("_hooks"))
+#: How many objects behind an attribute are looked at for tensors.
+MOST_OBJECTS = 10_000
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -51,10 +67,13 @@ def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:
     stacks = {t[0]: _like(t[0], torch.stack([entry.detach() for entry in t])) for t in tensors}
     stacked = copies[0]
     layers = list(stacked.modules())
+    attributes = CopiesAttributes(stacked, len(copies), _shared_containers(copies))
+    vars(stacked)[KEY] = attributes
     stores = stores_of(layers)
     fill(stores, exchanged(slots_of(stores), stacks))
     for layer in recurrent_layers(layers):
         layer._flat_weights = [None if t is None else stacks[t] for t in layer._flat_weights]
+    attributes.follow()
     return stacked
 
 
@@ -76,15 +95,44 @@ def _check_exchangeable(module: nn.Module) -> None:
                 f"stage: expected layers of Python, got {path!r}, which is compiled; compile the whole "
                 "network, or use layout='independent'"
             )
-        for name, value in own_attributes(layer).items():
+    seen = {id(layer) for layer in module.modules()}
+    for path, layer in module.named_modules():
+        hooks = {name: getattr(layer, name) for name in HOOKS}
+        for name, value in (own_attributes(layer) | hooks).items():
             is_renewed = isinstance(layer, nn.RNNBase) and name == "_flat_weights"
-            for leaf in [] if is_renewed else pytree.tree_leaves(value):
-                if isinstance(leaf, Tensor) and leaf in paths:
-                    raise ValueError(
-                        f"stage: expected layers that read {paths[leaf]!r} from where it is registered, got "
-                        f"{path!r} of type {type(layer).__name__}, which keeps it in {name!r} as well; use "
-                        "an nn.ParameterList or a property there, or layout='independent'"
-                    )
+            held = [] if is_renewed else [t for t in _reachable(value, seen) if t in paths]
+            if held:
+                raise ValueError(
+                    f"stage: expected layers that read {paths[held[0]]!r} from where it is registered, got "
+                    f"{path!r} of type {type(layer).__name__}, which keeps it in {name!r} as well; use "
+                    "an nn.ParameterList or a property there, or layout='independent'"
+                )
+
+
+def _reachable(root: object, seen: set[int]) -> list[Tensor]:
+    """Tensors that an object holds in whatever way, but by objects with the ids in ``seen``, which grows."""
+    tensors, queue, most = [], deque([root]), len(seen) + MOST_OBJECTS
+    while queue and len(seen) < most:
+        value = queue.popleft()
+        if id(value) in seen or isinstance(value, type | ModuleType | CodeType):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, FunctionType):  # not by its module's global variables
+            queue += [value.__closure__, value.__defaults__, value.__kwdefaults__]
+        else:
+            queue += gc.get_referents(value)
+    return tensors
+
+
+def _shared_containers(copies: Sequence[nn.Module]) -> list[Any]:
+    """Containers in attributes that are the same object in all copies, as one that a factory's user reads."""
+    held = [
+        {id(v): v for layer in expert.modules() for v in own_attributes(layer).values()} for expert in copies
+    ]
+    common = set.intersection(*map(set, held)) if len(held) > 1 else set()
+    return [value for key, value in held[0].items() if key in common and isinstance(value, CONTAINERS)]
 
 
 def _configuration(layer: nn.Module) -> dict[str, object]:
@@ -99,11 +147,6 @@ def _configuration(layer: nn.Module) -> dict[str, object]:
     # By name: parametrizations make a class of their own for every module.
     kind = {"class": type(layer).__qualname__, "training": layer.training, "_modules": list(layer._modules)}
     return kind | options | tensors
-
-
-def own_attributes(layer: nn.Module) -> dict[str, Any]:
-    """Attributes of a layer that not every module has."""
-    return {name: value for name, value in vars(layer).items() if name not in MODULE_INTERNALS}
 
 
 def _option(value: object) -> object:
@@ -123,41 +166,53 @@ def _option(value: object) -> object:
 
 def unstack_module(stacked: nn.Module, num_experts: int) -> list[nn.Module]:
     """New modules, one for every entry of the first dimension; nothing is shared."""
-    tensors = named_tensors(stacked).values()
-    return [
-        copy_module(stacked, {id(tensor): _like(tensor, tensor[k].detach().clone()) for tensor in tensors})
-        for k in range(num_experts)
-    ]
+    tensors, modules = named_tensors(stacked).values(), []
+    attributes = attributes_of(stacked, num_experts)
+    attributes.follow()
+    for k in range(num_experts):
+        own: dict[int, object] = {id(t): _like(t, t[k].detach().clone()) for t in tensors}
+        with attributes.turn(k):
+            module = copy_module(stacked, own | {id(attributes): None})
+        del vars(module)[KEY]
+        modules.append(module)
+    return modules
 
 
 def copy_module(module: Module, memo: dict[int, object] | None = None) -> Module:
     """A deep copy, also of modules that :func:`copy.deepcopy` refuses.
 
-    What a layer keeps of a batch loses its graph. Where a hook cannot be copied, as one that holds a lock or
-    a file, the copies share the hooks.
+    What a layer keeps of a batch loses its graph. Hooks of others, as a recorder's, are shared.
 
     Args:
         module: what to copy.
         memo: by the ``id`` of an object what takes its place.
     """
-    leaves = (leaf for layer in module.modules() for leaf in pytree.tree_leaves(own_attributes(layer)))
-    kept = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_leaf]
-    memo = {id(tensor): tensor.detach().clone() for tensor in kept} | (memo or {})
-    try:
-        return copy.deepcopy(module, memo.copy())
-    except Exception:  # of whatever kind: it is what the hooks' owners hold
-        hooks = _hooks_from_outside(module)
-        if not hooks:
-            raise
-        return copy.deepcopy(module, memo | {id(hook): hook for hook in hooks})
+    memo = {id(hook): hook for hook in _hooks_from_outside(module)} | (memo or {})
+    for layer in module.modules():
+        copies = vars(layer).get(KEY)
+        held = [own_attributes(layer), *(copies.copies if copies and id(copies) not in memo else ())]
+        for leaf in pytree.tree_leaves(held):
+            if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                memo.setdefault(id(leaf), leaf.detach().clone())
+    return copy.deepcopy(module, memo)
 
 
 def _hooks_from_outside(module: nn.Module) -> list[object]:
-    """Hooks of all layers but those that are methods of one."""
-    layers = {id(layer): layer for layer in module.modules()}
-    kinds = [name for name in MODULE_INTERNALS if name.endswith("_hooks")]
-    hooks = [hook for layer in layers.values() for kind in kinds for hook in getattr(layer, kind).values()]
-    return [hook for hook in hooks if id(getattr(hook, "__self__", None)) not in layers]
+    """Hooks of all layers but those that belong to a layer, as its methods do."""
+    layers = list(module.modules())
+    own = {id(value) for layer in layers for value in (layer, *own_attributes(layer).values())}
+    hooks = [hook for layer in layers for kind in HOOKS for hook in getattr(layer, kind).values()]
+    # Of a wrapper, which refers to its layer, there is one in every copy.
+    hooks = [hook.hook if isinstance(hook, _WrappedHook) else hook for hook in hooks]
+    return [hook for hook in hooks if not _belongs(hook, own)]
+
+
+def _belongs(hook: object, own: set[int]) -> bool:
+    """Whether a hook is one of these objects, by their ids, a method of one, or a partial with one."""
+    if isinstance(hook, functools.partial):
+        parts = (hook.func, *hook.args, *hook.keywords.values())
+        return any(callable(part) and _belongs(part, own) for part in parts)
+    return id(hook) in own or id(getattr(hook, "__self__", hook)) in own
 
 
 def apply_per_copy(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:

@@ -109,6 +109,44 @@ class KeepsItsOutput(Layers):
         return x
 
 
+class Caches(Layers):
+    """As timm's LeViT, which keeps biases of attention until it trains again."""
+
+    def prepare(self):
+        self.bias = nn.Parameter(torch.randn(4))
+        self.cache = {}
+
+    def train(self, mode=True):
+        if mode and self.cache:
+            self.cache = {}
+        return super().train(mode)
+
+    def change(self, x):
+        if self.training:
+            return x + 2 * self.bias
+        if "bias" not in self.cache:
+            self.cache["bias"] = [2 * self.bias]
+        return x + self.cache["bias"][0]
+
+
+class Counts(Layers):
+    def prepare(self):
+        self.calls = 0
+
+    def change(self, x):
+        self.calls += 1
+        return x / self.calls
+
+
+class RemembersTheBatchBefore(Layers):
+    def prepare(self):
+        self.before = ()
+
+    def change(self, x):
+        self.before = (*self.before, x.detach())[-2:]
+        return x + self.before[0].mean(0)
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -187,6 +225,9 @@ STAGES = {
     "makes a buffer": MakesABuffer,
     "bounds its weight": lambda: BoundsItsWeight(4, 4),
     "keeps its output": KeepsItsOutput,
+    "caches": Caches,
+    "counts": Counts,
+    "remembers the batch before": RemembersTheBatchBefore,
 }
 
 #: What vmap refuses: out= of old and new spectral norms, a fused kernel, .data.
@@ -249,14 +290,17 @@ def test_a_stack_trains_as_independent_experts_do(name, together):
 
     grouped, independent = (experts.eval() for experts in pair)
     shared = torch.randn(6, 4, dtype=torch.float64)
+    converted = [grouped.to_independent(), grouped.to_grouped()]
+    single = grouped.extract(1)
     if name == "keeps its output":
         for expert in independent.stage:
             del expert.last, expert.seen
-    converted = (grouped.to_independent(), grouped.to_grouped(), independent.to_grouped())
+    if name not in ("caches", "remembers the batch before"):
+        converted.append(independent.to_grouped())
     expected = independent(shared).logits
     for experts in (grouped, *converted):
         assert_same(experts(shared).logits, expected)
-    assert_same(grouped.extract(1)(shared), expected[:, 1])
+    assert_same(single(shared), expected[:, 1])
 
 
 @pytest.mark.parametrize("name", sorted(ONE_BY_ONE))
@@ -287,6 +331,120 @@ def test_what_layers_keep_of_a_batch_can_be_read(together):
     kept = torch.stack([expert.last for expert in independent.stage])
     for actual in (grouped.stage.last, grouped.stage.seen["maps"][0].log()):
         assert_same(actual, kept if together else kept[-1])
+
+
+@pytest.mark.parametrize("convert", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])
+@RUNS
+def test_what_layers_keep_survives_copies_and_another_way_of_running(together, convert):
+    grouped, independent = twins(lambda: nn.Sequential(Caches(), Counts()), together)
+    shared = torch.randn(6, 4, dtype=torch.float64)
+    with torch.no_grad():
+        for experts in (grouped.eval(), independent.eval()):
+            experts(shared)
+        expected = independent(shared).logits
+        twin = convert(grouped)
+        for experts in (twin, grouped):
+            experts.together = not together
+            assert_same(experts(shared).logits, expected)
+        expected = independent(shared).logits
+        twin.together = together
+        assert_same(twin(shared).logits, expected)
+        twin.stage[0].bias.zero_()
+        for expert in independent.stage:
+            expert[0].bias.zero_()
+        for experts in (twin, independent):
+            experts.train().eval()
+        assert_same(twin(shared).logits, independent(shared).logits)
+        twin.stage[1].calls = 0
+        for expert in independent.stage:
+            expert[1].calls = 0
+        assert_same(twin(shared).logits, independent(shared).logits)
+
+
+def test_a_cache_that_its_user_empties_is_empty_for_every_copy():
+    grouped, independent = twins(Caches)
+    shared = torch.randn(6, 4, dtype=torch.float64)
+    with torch.no_grad():
+        for experts in (grouped.eval(), independent.eval()):
+            experts(shared)
+        grouped.stage.bias.zero_()
+        grouped.stage.cache.clear()
+        for expert in independent.stage:
+            expert.bias.zero_()
+            expert.cache.clear()
+    assert_same(grouped(shared).logits, independent(shared).logits)
+
+
+def test_copies_that_count_apart_cannot_run_together():
+    class CountsPositives(Layers):
+        seen = 0
+
+        def change(self, x):
+            self.seen += int((x > 0).sum())
+            return x / (1 + self.seen)
+
+    grouped, _ = twins(CountsPositives)
+    shared = torch.randn(6, 4, dtype=torch.float64)
+    grouped(shared)
+    grouped.together = True
+    with pytest.raises(ValueError, match=r"'seen' of layer ''.*CountsPositives.*experts\.together = False"):
+        grouped(shared)
+
+
+@RUNS
+def test_a_container_that_a_factory_shares_is_written_by_every_copy(together):
+    class Reports(Layers):
+        def __init__(self, shapes):
+            super().__init__()
+            self.shapes = shapes
+
+        def change(self, x):
+            self.shapes.append(x.shape)
+            return x
+
+    shapes = []
+    grouped, _ = twins(lambda: Reports(shapes), together)
+    grouped(torch.randn(6, 4, dtype=torch.float64))
+    assert shapes == [(6, 4)] * (1 if together else 3)
+
+
+@RUNS
+def test_threads_may_share_experts(together):
+    grouped, independent = twins(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), together)
+    grouped.eval(), independent.eval()
+    shared, failures = torch.randn(6, 4, dtype=torch.float64), []
+    expected = independent(shared).logits
+
+    def serve():
+        try:
+            for _ in range(100):
+                assert_same(grouped(shared).logits, expected)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=serve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_experts_may_be_part_of_experts(together):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = GroupConvExperts(Counts, 2, 4, num_features=4)
+            self.experts.together = together
+
+        def forward(self, x):
+            return self.experts(x).ensemble()
+
+    grouped, independent = twins(Nested, together)
+    shared = torch.randn(6, 4, dtype=torch.float64)
+    for _ in range(3):
+        assert_same(grouped(shared).logits, independent(shared).logits)
 
 
 def test_constants_that_all_experts_share_are_stacked():
@@ -340,7 +498,8 @@ def test_the_first_batch_runs_each_expert_once():
     for training in (True, False):
         experts.train(training)(torch.randn(2, 4))
     assert numbers == expected
-    assert len(seen) == experts.stage.calls == 6
+    assert len(seen) == 6
+    assert experts.stage.calls == 2
 
 
 @dataclass
@@ -358,6 +517,9 @@ HOOKS = {
     "an object": lambda recorder: recorder,
     "a method": lambda recorder: recorder.__call__,
     "a partial": lambda recorder: functools.partial(Recorder.__call__, recorder),
+    "a partial with a number": lambda recorder: functools.partial(
+        lambda owner, number, *args: owner(*args), recorder, 4
+    ),
     "a function": lambda recorder: lambda *args: recorder(*args),
 }
 
@@ -365,8 +527,9 @@ HOOKS = {
 @pytest.mark.parametrize("layout", ["grouped", "independent"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind", HOOKS)
-def test_a_forward_hook_may_hold_a_lock(kind, when, layout):
-    recorder = Recorder()
+@pytest.mark.parametrize("lock", [threading.Lock, object], ids=["a lock", "nothing"])
+def test_hooks_are_called_whatever_they_hold(lock, kind, when, layout):
+    recorder = Recorder(lock())
     stage = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     if when == "before":
         stage[0].register_forward_hook(HOOKS[kind](recorder))
@@ -386,6 +549,11 @@ def test_a_hook_that_is_a_method_of_a_layer_belongs_to_that_layers_copy():
         def prepare(self):
             self.linear.register_forward_hook(self.watch)
             self.linear.register_forward_hook(Recorder())
+            self.linear.register_forward_hook(functools.partial(Watches.watch, self))
+            self._register_load_state_dict_pre_hook(self.loads)
+
+        def loads(self, *_):
+            self.loaded = True
 
         def watch(self, layer, inputs, output):
             self.width = output.shape[-1]
@@ -396,7 +564,10 @@ def test_a_hook_that_is_a_method_of_a_layer_belongs_to_that_layers_copy():
     experts = GroupConvExperts(Watches(), 3, 7, layout="independent")
     experts(torch.randn(2, 4))
     hooks = [hook for expert in experts.stage for hook in expert.linear._forward_hooks.values()]
-    assert [hook.__self__ for hook in hooks[::2]] == list(experts.stage)
+    assert [hook.__self__ for hook in hooks[::3]] == list(experts.stage)
+    assert [hook.args[0] for hook in hooks[2::3]] == list(experts.stage)
+    experts.stage[1].load_state_dict(experts.stage[1].state_dict())
+    assert [hasattr(expert, "loaded") for expert in experts.stage] == [False, True, False]
 
 
 @pytest.mark.parametrize("layout", ["grouped", "independent"])
@@ -508,6 +679,50 @@ class KeepsAList(Layers):
         self.weights = [self.linear.weight]
 
 
+class Holds(Layers):
+    """Its own weight in something else."""
+
+    def prepare(self):
+        self.held = self.holder(self.linear.weight)
+
+
+class HoldsAPartial(Holds):
+    def holder(self, weight):
+        return functools.partial(F.linear, weight=weight)
+
+
+class HoldsAnObject(Holds):
+    def holder(self, weight):
+        return Recorder(lock=None, shapes={"weight": weight})
+
+
+class HoldsASet(Holds):
+    def holder(self, weight):
+        return {weight}
+
+
+class HoldsAFunction(Holds):
+    def holder(self, weight):
+        return lambda x: F.linear(x, weight)
+
+
+class HoldsAMethod(Holds):
+    def holder(self, weight):
+        return weight.matmul
+
+
+class HoldsAModule(Holds):
+    def holder(self, weight):
+        twin = nn.Linear(4, 4)
+        twin.weight = weight
+        return [twin]
+
+
+class HoldsItInAHook(Holds):
+    def holder(self, weight):
+        self.linear.register_forward_hook(lambda layer, inputs, output: output + weight.sum())
+
+
 class SharesMemory(nn.Module):
     def __init__(self):
         super().__init__()
@@ -536,9 +751,17 @@ class MakesAParameter(nn.Linear):
         return super().forward(x)
 
 
+HELD = r"'linear\.weight' from where it is registered.*keeps it in 'held'"
 REFUSED = {
     "writes its weight": (lambda: nn.Sequential(WritesWeight(4, 4)), r"'0' of type WritesWeight.*\.data"),
     "keeps a list": (KeepsAList, r"'linear\.weight' .*keeps it in 'weights'.*ParameterList"),
+    "keeps a partial": (HoldsAPartial, HELD),
+    "keeps an object": (HoldsAnObject, HELD),
+    "keeps a set": (HoldsASet, HELD),
+    "keeps a function": (HoldsAFunction, HELD),
+    "keeps a method": (HoldsAMethod, HELD),
+    "keeps a module in a list": (HoldsAModule, HELD),
+    "keeps a hook": (HoldsItInAHook, HELD.replace("held", "_forward_hooks")),
     "shares memory": (SharesMemory, r"'encoder\.weight' and 'decoder\.weight', two tensors in one place"),
     "compiled": (lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 4))), r"'0', which is compiled"),
     "keeps a graph": (lambda: nn.Sequential(KeepsAGraph()), r"'0\.center'; write into it by \.copy_\(\)"),
@@ -575,3 +798,13 @@ def test_a_stack_compiles_as_one_graph(name):
             seen.append({"logits": logits.detach(), **gradients(experts)})
         assert_same_tensors(*seen)
         assert_same_tensors(*map(state, pair))
+
+
+def test_a_compiled_stack_keeps_the_caches_of_its_copies_apart():
+    grouped, independent = (experts.eval() for experts in twins(Caches))
+    compiled = torch.compile(grouped, backend="aot_eager", fullgraph=True)
+    shared = torch.randn(6, 4, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(2):
+            assert_same(compiled(shared).logits, independent(shared).logits)
+    assert_same(grouped(shared).logits, independent(shared).logits)

@@ -1,0 +1,238 @@
+"""What the layers of a stack keep in Python attributes, such as caches and counters: every copy its own."""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+#: Where the root of a stack has its :class:`CopiesAttributes`.
+KEY = "_attributes_of_copies"
+#: Attributes that every module has; the others are its own.
+MODULE_INTERNALS = frozenset(vars(nn.Module()))
+#: Those that copies do not exchange; those of recurrent layers follow the parameters.
+NOT_EXCHANGED = MODULE_INTERNALS | {KEY, "_flat_weights", "_flat_weight_refs"}
+CONTAINERS = (dict, list, tuple, set, deque)
+
+#: Own attributes of every layer.
+Attributes = dict[nn.Module, dict[str, Any]]
+
+
+def own_attributes(layer: nn.Module) -> dict[str, Any]:
+    """Attributes of a layer that not every module has."""
+    return {name: v for name, v in vars(layer).items() if name not in MODULE_INTERNALS and name != KEY}
+
+
+def read(layers: Sequence[nn.Module]) -> Attributes:
+    """The attributes of layers that copies exchange."""
+    return {
+        layer: {name: value for name, value in vars(layer).items() if name not in NOT_EXCHANGED}
+        for layer in layers
+    }
+
+
+def write(attributes: Attributes) -> None:
+    """Give layers these attributes, and no others."""
+    for layer, values in attributes.items():
+        present = vars(layer)
+        for name in present.keys() - values.keys() - NOT_EXCHANGED:
+            del present[name]
+        present.update(values)
+
+
+def replaced(attributes: Attributes, memo: dict[int, Any]) -> Attributes:
+    """The same attributes in containers of their own; for ``memo`` see :func:`copied`."""
+    return {
+        layer: {name: copied(value, memo) for name, value in values.items()}
+        for layer, values in attributes.items()
+    }
+
+
+def copied(value: Any, memo: dict[int, Any]) -> Any:
+    """The same in new containers; what is no container stays itself.
+
+    Args:
+        value: of any type.
+        memo: by the ``id`` of an object what takes its place; one container is copied once.
+    """
+    if id(value) in memo:
+        return memo[id(value)]
+    if not isinstance(value, CONTAINERS):
+        return value
+    if type(value) is set:
+        new: Any = set(value)
+    elif type(value) is list:
+        new = [copied(entry, memo) for entry in value]
+    elif type(value) is tuple:
+        new = tuple(copied(entry, memo) for entry in value)
+        new = value if all(map(operator.is_, new, value)) else new
+    else:
+        entries, structure = pytree.tree_flatten(value, is_leaf=lambda entry: entry is not value)
+        is_known = not structure.is_leaf()
+        new = pytree.tree_unflatten([copied(e, memo) for e in entries], structure) if is_known else value
+    memo[id(value)] = new
+    return new
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two containers hold the same objects."""
+    if value is other or type(value) is not type(other) or not isinstance(value, CONTAINERS):
+        return value is other
+    if isinstance(value, dict):
+        return value.keys() == other.keys() and all(_same(v, other[key]) for key, v in value.items())
+    if isinstance(value, set):
+        return bool(value == other)
+    return len(value) == len(other) and all(map(_same, value, other))
+
+
+def _only(attributes: Attributes, names: Mapping[nn.Module, set[str]]) -> Attributes:
+    return {
+        layer: {name: value for name, value in values.items() if name in names.get(layer, ())}
+        for layer, values in attributes.items()
+    }
+
+
+class CopiesAttributes:
+    """The attributes of K copies that share the layers of a stack.
+
+    Between two calls the layers have those of the last copy, or, where the copies ran together, stacks of
+    all. What changes there in the meantime, as a cache that ``train()`` clears, changes for every copy.
+
+    Args:
+        stacked: the stack.
+        num_experts: number of copies ``K``.
+        shared: containers that the copies have in common.
+    """
+
+    def __init__(self, stacked: nn.Module, num_experts: int, shared: Sequence[Any] = ()) -> None:
+        self.stacked = stacked
+        self.shared = list(shared)
+        self.copies: list[Attributes] = [{} for _ in range(num_experts)]
+        self.left: Attributes = {}  # as the last copy left them
+        self.stacks: list[Tensor] = []  # of tensors that layers keep since the copies ran together
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.stacks:
+            return vars(self)
+        self.follow()
+        # Nothing that a user has deleted, and nothing that the layers alone can tell.
+        differing = {
+            layer: {
+                name
+                for name, value in values.items()
+                if not all(name in own[layer] and _same(value, own[layer][name]) for own in self.copies)
+            }
+            for layer, values in self.left.items()
+        }
+        copies = [_only(attributes, differing) for attributes in self.copies]
+        return vars(self) | {"copies": copies, "left": _only(self.left, differing)}
+
+    def memo(self, old: Sequence[Tensor] = (), new: Sequence[Tensor] = ()) -> dict[int, Any]:
+        """For :func:`copied`: other tensors, and the containers that copies share, which stay."""
+        kept = {id(value): value for value in self.shared}
+        return kept | {id(before): after for before, after in zip(old, new, strict=True)}
+
+    def follow(self) -> None:
+        """Give every copy what has changed since the last copy, or all together, have run."""
+        stacks = [(stack, stack.unbind()) for stack in self.stacks]
+        memos = [
+            self.memo([stack for stack, _ in stacks], [entries[k] for _, entries in stacks])
+            for k in range(len(self.copies))
+        ]
+        for layer, (changed, gone) in self._note().items():
+            for attributes, memo in zip(self.copies, memos, strict=True):
+                own = attributes.setdefault(layer, {})
+                if not changed and not gone:
+                    continue
+                kept = {name: v for name, v in own.items() if name not in gone}
+                is_last = attributes is self.copies[-1] and not stacks
+                new = changed if is_last else {name: copied(v, memo) for name, v in changed.items()}
+                attributes[layer] = kept | new
+        self.stacks = []
+
+    def _note(self) -> dict[nn.Module, tuple[dict[str, Any], set[str]]]:
+        """What has changed in layers, and which attributes are gone, since the last time."""
+        differences = {}
+        for layer, values in read(self._layers()).items():
+            left = self.left.setdefault(layer, {})
+            changed = {n: v for n, v in values.items() if n not in left or not _same(v, left[n])}
+            gone = left.keys() - values.keys()
+            differences[layer] = changed, gone
+            if changed or gone:
+                for name in gone:
+                    del left[name]
+                left.update({name: copied(value, {}) for name, value in changed.items()})
+        return differences
+
+    @contextmanager
+    def turn(self, k: int) -> Iterator[None]:
+        """Let the layers have the attributes of copy ``k``, and keep what it makes of them.
+
+        Copies take turns in order: the layers go on having the attributes of the last one.
+        """
+        layers, last = self._layers(), len(self.copies) - 1
+        write({layer: self.copies[k][layer] for layer in layers})
+        try:
+            yield
+        except BaseException:
+            self.copies[k].update(read(layers))
+            write({layer: self.copies[last][layer] for layer in layers})
+            raise
+        self.copies[k].update(read(layers))
+        if k == last:
+            self._note()
+
+    def _layers(self) -> list[nn.Module]:
+        """Layers whose attributes are exchanged: all, but PyTorch's own while compiling, which takes long."""
+        layers = list(self.stacked.modules())
+        if torch.compiler.is_compiling():
+            layers = [layer for layer in layers if not type(layer).__module__.startswith("torch.nn.")]
+        return layers
+
+    def gather(self) -> list[Tensor]:
+        """Stack the tensors that copies keep: the stacks, which the layers then have.
+
+        Raises:
+            ValueError: the copies keep what cannot be stacked.
+        """
+        if not self.left:  # they have not run one by one
+            return self.stacks
+        self.follow()
+        stacks: dict[int, Tensor] = {}
+        for path, layer in self.stacked.named_modules():
+            sets = [attributes[layer] for attributes in self.copies]
+            for name in dict.fromkeys(name for values in sets for name in values):
+                flat = [pytree.tree_flatten(values.get(name, KEY)) for values in sets]
+                for entries in zip(*(leaves for leaves, _ in flat), strict=False):
+                    if all(entry is entries[0] for entry in entries):
+                        continue
+                    tensors = [entry for entry in entries if isinstance(entry, Tensor)]
+                    if len(tensors) == len(entries) and len({t.shape for t in tensors}) == 1:
+                        stacks[id(entries[-1])] = torch.stack(tensors)
+                    elif tensors or any(entry != entries[0] for entry in entries):
+                        flat = []
+                        break
+                if not flat or any(structure != flat[0][1] for _, structure in flat):
+                    raise ValueError(
+                        f"experts.together: expected copies that keep what can be stacked, got {name!r} "
+                        f"of layer {path!r}, type {type(layer).__name__}, which differs; let the experts run "
+                        "one by one (experts.together = False), or use layout='independent'"
+                    )
+        write(replaced(self.copies[-1], self.memo() | stacks))
+        self.stacks = list(stacks.values())
+        self.copies, self.left = [{} for _ in self.copies], {}
+        return self.stacks
+
+
+def attributes_of(stacked: nn.Module, num_experts: int) -> CopiesAttributes:
+    """Those of the copies in a stack."""
+    if KEY not in vars(stacked):
+        vars(stacked)[KEY] = CopiesAttributes(stacked, num_experts)
+    kept: CopiesAttributes = vars(stacked)[KEY]
+    return kept
