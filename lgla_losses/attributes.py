@@ -230,6 +230,12 @@ class CopiesAttributes:
         return self.stacks
 
 
+def hand_on(kept: CopiesAttributes | None, stacked: nn.Module) -> None:
+    """Give a stack what was kept of its copies, where a copy of it has lost that, as of torch.fx."""
+    if kept is not None:
+        vars(stacked).setdefault(KEY, kept)
+
+
 def attributes_of(stacked: nn.Module, num_experts: int) -> CopiesAttributes:
     """Those of the copies in a stack."""
     if KEY not in vars(stacked):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lgla_losses.attributes import KEY, hand_on
 from lgla_losses.checks import boolean, describe, integer, one_of, positive_float, positive_int
 from lgla_losses.classifiers import ExpertClassifiers
 from lgla_losses.collectives import refuse_data_parallel
@@ -120,6 +121,7 @@ class GroupConvExperts(nn.Module):
         if num_features is None:
             num_features = _features_of(copies)
         self.stage: nn.Module | None = _arrange(copies, self.layout)
+        self._attributes = None if self.stage is None else vars(self.stage).get(KEY)
         self.together: bool | None = None
         self.classifiers = ExpertClassifiers(
             self.num_experts,
@@ -174,6 +176,8 @@ class GroupConvExperts(nn.Module):
         if isinstance(self.stage, nn.ModuleList):
             outputs = [expert(*inputs) for expert in self.stage]
         else:
+            if not torch.compiler.is_compiling():
+                hand_on(self._attributes, self.stage)
             with nullcontext() if torch.compiler.is_compiling() else _lock_of(self.stage):
                 if self._runs_together(device_type):
                     maps = run_together(self.stage, self.num_experts, inputs)
@@ -226,13 +230,18 @@ class GroupConvExperts(nn.Module):
         return single
 
     def _converted(self, layout: str) -> GroupConvExperts:
+        if self.layout == "grouped" and self.stage is not None:
+            hand_on(self._attributes, self.stage)
         twin = copy_module(self)
+        if twin.layout == "grouped" and twin.stage is not None:
+            hand_on(twin._attributes, twin.stage)
         if twin.layout != layout:
             twin.layout = layout
             if isinstance(twin.stage, nn.ModuleList):
                 twin.stage = stack_modules(list(twin.stage))
             elif twin.stage is not None:
                 twin.stage = nn.ModuleList(unstack_module(twin.stage, self.num_experts))
+            twin._attributes = None if twin.stage is None else vars(twin.stage).get(KEY)
         return twin
 
     def extra_repr(self) -> str:

@@ -173,7 +173,7 @@ def unstack_module(stacked: nn.Module, num_experts: int) -> list[nn.Module]:
         own: dict[int, object] = {id(t): _like(t, t[k].detach().clone()) for t in tensors}
         with attributes.turn(k):
             module = copy_module(stacked, own | {id(attributes): None})
-        del vars(module)[KEY]
+        vars(module).pop(KEY, None)  # a torch.fx.GraphModule copies no attributes that it does not know
         modules.append(module)
     return modules
 

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.tensorboard import SummaryWriter
 
-from lgla_losses import GroupConvExperts
+from lgla_losses import GroupConvExperts, split_backbone
 
 #: How the copies of a stack run.
 RUNS = pytest.mark.parametrize("together", [True, False], ids=["together", "one by one"])
@@ -808,3 +808,44 @@ def test_a_compiled_stack_keeps_the_caches_of_its_copies_apart():
         for _ in range(2):
             assert_same(compiled(shared).logits, independent(shared).logits)
     assert_same(grouped(shared).logits, independent(shared).logits)
+
+
+class Remembering(nn.Module):
+    """A cache of a parameter and a counter, as people keep them in attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias, self.cache, self.calls = nn.Parameter(torch.randn(8)), {}, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if "bias" not in self.cache:
+            self.cache["bias"] = 2 * self.bias.detach()
+        return x + self.cache["bias"] / self.calls
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.memory, self.head = nn.Linear(4, 8), Remembering(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.memory(self.body(x)))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e)), GroupConvExperts.to_grouped]
+)
+def test_a_stage_of_split_backbone_keeps_what_each_expert_remembers(copied):
+    """Copies of a torch.fx.GraphModule lose the attributes that it does not know."""
+    _, stage = split_backbone(Network(), "memory")
+    grouped = GroupConvExperts(stage, 3, 5, reset=False, num_features=8)
+    with torch.no_grad():
+        for parameter in grouped.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    independent, x = grouped.to_independent(), torch.randn(2, 8)
+    for _ in range(2):
+        torch.testing.assert_close(grouped(x).logits, independent(x).logits)
+    expected = copy.deepcopy(independent)(x).logits
+    torch.testing.assert_close(copied(grouped)(x).logits, expected)
+    torch.testing.assert_close(grouped.to_independent()(x).logits, expected)
