@@ -86,11 +86,11 @@ class AdjustedLoss(ConstantBuffers):
         self.ignore_index = integer("ignore_index", ignore_index, "-100 is usual")
         self.validate_args = validation(validate_args)
         self.backend = runnable_backend(backend)
+        #: As constructed; a tau may have changed since, and is a constant as well.
         self._numbers = dict(numbers or {})
         if class_counts is not None:
             counts = as_class_counts(class_counts).double()
-            for name, constant in self._all_constants(counts, self._numbers).items():
-                self._keep(name, constant)
+            self._keep_all(self._all_constants(counts, self._numbers))
 
     def constants(self, counts: Tensor, **numbers: float) -> dict[str, Tensor]:
         """Compute what the loss holds of the class counts.
@@ -118,23 +118,21 @@ class AdjustedLoss(ConstantBuffers):
                 loss has no counts or no ``tau``.
         """
         kind = type(self).__name__
-        if self.class_counts is None:
+        if "class_counts" not in self._exact:
             raise ValueError(
                 f"class_counts, tau: expected a loss of class counts, got {kind}, which has none"
             )
-        numbers = dict(self._numbers)
-        if tau is not None:
-            if "tau" not in numbers:
-                raise ValueError(f"tau: expected None for {kind}, which has no strength, got {tau}")
-            numbers["tau"] = check_tau(tau)
+        numbers = self._numbers
+        if "tau" in numbers:
+            numbers = numbers | {"tau": float(self.on_cpu("tau")) if tau is None else check_tau(tau)}
+        elif tau is not None:
+            raise ValueError(f"tau: expected None for {kind}, which has no strength, got {tau}")
         if class_counts is None:
             counts = self.on_cpu("class_counts")
         else:
-            counts = same_classes(class_counts, len(self.class_counts)).double()
+            counts = same_classes(class_counts, len(self.on_cpu("class_counts"))).double()
 
-        for name, constant in self._all_constants(counts, numbers).items():
-            self._keep(name, constant)
-        self._numbers = numbers
+        self._keep_all(self._all_constants(counts, numbers))
 
     def _all_constants(self, counts: Tensor, numbers: Mapping[str, float]) -> dict[str, Tensor]:
         """The constants that follow from class counts and numbers, with these."""
@@ -163,10 +161,11 @@ class AdjustedLoss(ConstantBuffers):
         self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
     ) -> dict[str, Tensor]:
         counts = as_class_counts(self._current(state, "class_counts")).double()
-        numbers = dict(self._numbers)
+        numbers = self._numbers
         if "tau" in numbers:
             table = self._current(state, "table").double()
-            numbers["tau"] = check_tau(float(state["tau"]) if "tau" in state else strength_of(table, counts))
+            tau = float(state["tau"]) if "tau" in state else strength_of(table, counts)
+            numbers = numbers | {"tau": check_tau(tau)}
         expected = self._all_constants(counts, numbers)
         for name, value in expected.items():
             if name in state and not same_constants(state[name], value):
@@ -174,7 +173,6 @@ class AdjustedLoss(ConstantBuffers):
                     f"{name}: expected what {type(self).__name__} makes of the class counts beside it, "
                     "got others; load all constants of a state at once, and construct it as the saved one was"
                 )
-        self._numbers = numbers
         # As they are saved; those of fewer digits are computed anew.
         saved = {n: v for n, v in state.items() if n not in expected or v.dtype == torch.float64}
         return expected | {name: value.to(self._exact[name].dtype) for name, value in saved.items()}

@@ -119,27 +119,17 @@ class CLALogitAdjuster(ConstantBuffers):
 
     def _arrange(self, adjustment: str, num_experts: int, tau: float | None) -> None:
         self._adjustment = adjustment
+        tau = strength(adjustment, tau)
         if tau is not None:
-            tau = self._checked(tau)
             self._keep("tau", scalar(tau))
         counts, index = self.grouper.on_cpu("class_counts"), self.grouper.on_cpu("group_index")
         self._keep("table", _table_of(adjustment, counts, index, num_experts, tau))
 
-    def _checked(self, tau: float) -> float:
-        """``tau`` if it is a strength, and the adjustment has one."""
-        if self._adjustment not in WITH_TAU:
-            raise ValueError(
-                f"tau: expected None with adjustment={self._adjustment!r}, which has no strength, got {tau}; "
-                "'lgla' and 'logit' have one"
-            )
-        return check_tau(tau)
-
     def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
         """Change class counts and strength in place, as :meth:`LGLALoss.set_adjustment`."""
-        if tau is not None:
-            tau = self._checked(tau)
-        elif self.tau is not None:
-            tau = float(self.tau)
+        tau = strength(self._adjustment, tau)
+        if tau is None and "tau" in self._exact:
+            tau = float(self.on_cpu("tau"))
         grouper = self.grouper
         if class_counts is None:
             counts, index = grouper.on_cpu("class_counts"), grouper.on_cpu("group_index")
@@ -256,7 +246,8 @@ class CLALogitAdjuster(ConstantBuffers):
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""
-        tau = "" if self.tau is None or self.tau.is_meta else f", tau={float(self.tau):.4g}"
+        known = "tau" in self._exact and not self.constant("tau").is_meta
+        tau = f", tau={float(self.on_cpu('tau')):.4g}" if known else ""
         return f"num_experts={self.num_experts}{tau}"
 
 
@@ -264,8 +255,8 @@ def _table_of(adjustment: str, counts: Tensor, index: Tensor, num_experts: int, 
     """The adjustments ``[K, C]`` of a kind."""
     if adjustment == "lgla" and tau is not None:
         return functional.cla_table(counts, index, tau)
-    strength = {"softmax": 0.0, "balanced": 1.0}.get(adjustment, tau)
-    return functional.log_prior_table(counts, num_experts, strength or 0.0)
+    factor = {"softmax": 0.0, "balanced": 1.0}.get(adjustment, tau)
+    return functional.log_prior_table(counts, num_experts, factor or 0.0)
 
 
 def strength_of(adjustment: Tensor, counts: Tensor) -> float:
@@ -279,6 +270,18 @@ def _finite(table: Tensor) -> Tensor:
     if not table.isfinite().all():
         raise ValueError("adjustment table: expected finite values, got NaN or infinity")
     return table
+
+
+def strength(adjustment: str, tau: float | None) -> float | None:
+    """``tau`` if it is None, or a strength of an adjustment that has one."""
+    if tau is None:
+        return None
+    if adjustment not in WITH_TAU:
+        raise ValueError(
+            f"tau: expected None with adjustment={adjustment!r}, which has no strength, got {tau}; "
+            "'lgla' and 'logit' have one"
+        )
+    return check_tau(tau)
 
 
 def check_tau(tau: float) -> float:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lgla_losses import functional, fused
-from lgla_losses.adjustment import CLALogitAdjuster
+from lgla_losses.adjustment import CLALogitAdjuster, strength
 from lgla_losses.buffers import refuse_assignment, unregister
 from lgla_losses.checks import (
     WAY_OUT,
@@ -454,10 +454,8 @@ def make_adjuster(
 ) -> CLALogitAdjuster:
     """The adjustments of a loss, by their name or a table ``[K, C]``."""
     if isinstance(adjustment, Tensor):
-        adjuster = CLALogitAdjuster.from_table(grouper, adjustment)
-        if tau is not None:
-            adjuster.set_adjustment(tau=tau)  # which says that a table has none
-        return adjuster
+        strength("table", tau)
+        return CLALogitAdjuster.from_table(grouper, adjustment)
     if adjustment == "lgla":
         return CLALogitAdjuster(grouper, tau)
     return CLALogitAdjuster.of_prior(grouper, num_experts, adjustment, tau)

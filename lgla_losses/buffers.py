@@ -90,8 +90,7 @@ class ConstantBuffers(nn.Module):
         self._writes[name] = shown._version
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        parts = [module for module in self.modules() if isinstance(module, ConstantBuffers)]
-        for part in parts:
+        for part in self._parts():
             # Some loaders, as that of accelerate, put tensors here by themselves.
             for name, buffer in part._buffers.items():
                 if buffer is not None and buffer is not part._shown.get(name):
@@ -154,14 +153,17 @@ class ConstantBuffers(nn.Module):
         What an average of weights makes of them does not fit each other, or is the same but for rounding.
         """
         written = {name: buffer.detach().clone() for name, buffer in self.named_buffers()}
-        for module in self.modules():
-            if isinstance(module, ConstantBuffers):
-                for name, shown in module._shown.items():
-                    module._show(name, shown.device)
+        for part in self._parts():
+            for name, shown in part._shown.items():
+                part._show(name, shown.device)
         same = [same_constants(written[name], exact) for name, exact in self._exact.items()]
         if not all(same):
             with suppress(RuntimeError):
                 self.load_state_dict(written)
+
+    def _parts(self) -> list[ConstantBuffers]:
+        """This module, and those within it that hold constants."""
+        return [module for module in self.modules() if isinstance(module, ConstantBuffers)]
 
     def _keep_all(self, constants: Mapping[str, Tensor]) -> None:
         for name, value in constants.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from lgla_losses import functional, fused
-from lgla_losses.adjustment import CLALogitAdjuster
+from lgla_losses.adjustment import strength
 from lgla_losses.base import ExpertLoss, ExpertLossOptions, make_adjuster, refuse_unknown
 from lgla_losses.buffers import moved
 from lgla_losses.checks import (
@@ -176,7 +176,7 @@ class ClassParallelLGLALoss(nn.Module):
         self._all_counts = whole.grouper.on_cpu("class_counts").clone()
         self._own_groups = whole.grouper.on_cpu("group_index").clone() if whole.grouper.is_own else None
         self._tau = None if whole.adjuster.tau is None else float(whole.adjuster.tau)
-        self._take(whole.adjuster)
+        self._take(whole.grouper, {"table": whole.adjuster.on_cpu("table")})
 
     def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
         """Change class counts, groups and adjustments, as :meth:`~lgla_losses.LGLALoss.set_adjustment` does.
@@ -197,19 +197,18 @@ class ClassParallelLGLALoss(nn.Module):
             grouper = ClassGrouper(counts, self.num_groups)
         else:
             grouper = ClassGrouper.from_groups(counts, self._own_groups)
-        if self.adjustment == "table":
-            adjustment: str | Tensor = torch.zeros(self.num_experts, self.num_classes, dtype=torch.float64)
-        else:
-            adjustment, tau = self.adjustment, self._tau if tau is None else tau
-        adjuster = make_adjuster(grouper, self.num_experts, adjustment, tau)
-        self._all_counts, self._tau = counts.clone(), tau
-        self._take(adjuster)
-
-    def _take(self, adjuster: CLALogitAdjuster) -> None:
-        """Keep the constants of this rank's classes, in the memory of those before."""
-        constants = {name: adjuster.grouper.on_cpu(name) for name in ("class_counts", "group_index")}
-        if self.adjustment != "table" or not hasattr(self, "table"):  # one of the caller's own stays
+        tau = strength(self.adjustment, tau)
+        constants = {}
+        if self.adjustment != "table":  # one of the caller's own stays
+            tau = self._tau if tau is None else tau
+            adjuster = make_adjuster(grouper, self.num_experts, self.adjustment, tau)
             constants["table"] = adjuster.on_cpu("table")
+        self._all_counts, self._tau = counts.clone(), tau
+        self._take(grouper, constants)
+
+    def _take(self, grouper: ClassGrouper, constants: dict[str, Tensor]) -> None:
+        """Keep the constants of this rank's classes, in the memory of those before."""
+        constants |= {name: grouper.on_cpu(name) for name in ("class_counts", "group_index")}
         for name, value in constants.items():
             # Copies, so that the other ranks' classes take no memory.
             own, before = value[..., self.classes].detach().clone(), getattr(self, name, None)

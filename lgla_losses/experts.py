@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lgla_losses.attributes import KEY, hand_on
-from lgla_losses.checks import boolean, describe, integer, one_of, positive_float, positive_int
+from lgla_losses.checks import FLOATING, boolean, describe, integer, one_of, positive_float, positive_int
 from lgla_losses.classifiers import ExpertClassifiers
 from lgla_losses.collectives import refuse_data_parallel
 from lgla_losses.output import ExpertOutput
@@ -24,9 +24,6 @@ from lgla_losses.stacking import apply_per_copy, copy_module, stack_modules, uns
 
 CLASSIFIERS = ("cosine", "linear")
 LAYOUTS = ("grouped", "independent")
-
-#: What features and logits may be.
-PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 #: Devices where stacked copies run together unless told otherwise, for fewer kernels; not measured there yet.
 #: On a CPU they run one after another, which measured faster (benchmarks/expert_layouts.py).
@@ -381,8 +378,8 @@ def _pool(features: Tensor, expected: str = "stage: expected an output", leading
     if features.is_nested or features.layout != torch.strided:
         kind = "nested" if features.is_nested else str(features.layout)
         raise ValueError(f"{expected} in a dense tensor, got a {kind} one; make it dense first")
-    if features.dtype not in PRECISIONS:
-        raise TypeError(f"{expected} of {', '.join(map(str, PRECISIONS))}, got {features.dtype}; convert it")
+    if features.dtype not in FLOATING:
+        raise TypeError(f"{expected} of {', '.join(map(str, FLOATING))}, got {features.dtype}; convert it")
     if features.dim() - leading in (3, 4):
         return features.mean(dim=tuple(range(leading + 1, features.dim())))
     if features.dim() != leading + 1:
