@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 
 import pytest
+import torch
 
 
 def group_index(counts, num_groups):
@@ -107,3 +108,8 @@ def assert_raises(call, error, *words):
     assert caught.type is error
     message = str(caught.value)
     assert re.search(".*".join(map(re.escape, words)), message, re.DOTALL), message
+
+
+def cosine_logits(num_samples, num_experts, num_classes, dtype=torch.float64, device="cpu"):
+    """Logits of cosine classifiers of scale 30, at random."""
+    return (30 * (2 * torch.rand(num_samples, num_experts, num_classes, device=device) - 1)).to(dtype)

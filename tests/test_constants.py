@@ -6,6 +6,7 @@ import pickle
 import accelerate
 import pytest
 import torch
+from reference import cosine_logits
 from safetensors.torch import load_model, save_file, save_model
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
@@ -42,10 +43,6 @@ LOSSES = {
     "VSLoss": VSLoss,
 }
 every_loss = pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
-
-
-def cosine_logits(num_samples, num_experts, num_classes):
-    return 60 * torch.rand(num_samples, num_experts, num_classes, dtype=torch.float64) - 30
 
 
 def value(criterion):

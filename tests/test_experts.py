@@ -2,10 +2,6 @@
 
 import copy
 import pickle
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -16,7 +12,6 @@ from reference import assert_same
 from scripts import load
 from torch import nn
 
-import lgla_losses
 from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss
 
 
@@ -685,31 +680,6 @@ def test_an_error_of_the_users_own_stage_is_passed_on(together):
     experts.together = together
     with pytest.raises(RuntimeError, match="to have 4 channels, but got 5"):
         experts(torch.randn(2, 5, 8, 8))
-
-
-TYPES = """
-import torch
-from torch import nn
-from lgla_losses import GroupConvExperts
-
-experts = GroupConvExperts(nn.Linear(4, 4), 3, 7)
-reveal_type(experts(torch.zeros(2, 4)))
-reveal_type(experts.extract(0)(torch.zeros(2, 4)))
-reveal_type(experts.classifiers(torch.zeros(2, 3, 4)))
-experts("images")
-"""
-
-
-@pytest.mark.slow
-def test_type_checkers_know_what_experts_give(tmp_path):
-    (tmp_path / "snippet.py").write_text(TYPES)
-    folder = Path(lgla_losses.__file__).parents[1]
-    command = [sys.executable, "-m", "mypy", tmp_path / "snippet.py"]
-    checked = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    output, *tensors = re.findall(r'Revealed type is "([^"]*)"', checked.stdout)
-    assert output.endswith("fallback=lgla_losses.output.ExpertOutput]")
-    assert tensors == ["torch._tensor.Tensor"] * 2
-    assert 'error: Argument 1 to "__call__" of "GroupConvExperts"' in checked.stdout
 
 
 def test_hooks_on_experts_and_classifiers_are_called():

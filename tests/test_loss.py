@@ -12,15 +12,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import cosine_logits
 
 from lgla_losses import ClassGrouper, ExpertOutput, LGLALoss
 
 COUNTS = [120, 60, 30, 9, 4, 1]
 ADJUSTMENTS = ["lgla", "softmax", "balanced", "logit"]
-
-
-def cosine_logits(num_samples, num_experts, num_classes, dtype=torch.float64, device="cpu"):
-    return (30 * (2 * torch.rand(num_samples, num_experts, num_classes, device=device) - 1)).to(dtype)
 
 
 def expected_losses(criterion, logits, target, angles=None):

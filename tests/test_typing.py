@@ -12,7 +12,8 @@ pytest.importorskip("mypy")
 #: Lines of a user, and what is said about them; about others nothing.
 SCRIPT = """\
 import torch
-from lgla_losses import LGLALoss, LinearLGLALoss
+from torch import nn
+from lgla_losses import GroupConvExperts, LGLALoss, LinearLGLALoss
 
 logits, target = torch.zeros(2, 3, 3), torch.tensor([0, 2])
 criterion = LGLALoss([3, 2, 1], num_experts=3, reduction="sum")
@@ -26,12 +27,17 @@ LinearLGLALoss([3, 2, 1], redution="sum")  # Unexpected keyword argument "reduti
 LinearLGLALoss([3, 2, 1], "3")  # Argument 2 to "LinearLGLALoss" has incompatible type "str"
 LinearLGLALoss([3, 2, 1], ignore_index="none")  # Argument "ignore_index" to "LinearLGLALoss"
 LGLALoss([3, 2, 1], ignore_index="none")  # Argument "ignore_index" to "LGLALoss"
+experts = GroupConvExperts(nn.Linear(4, 4), 3, 7)
+reveal_type(experts(torch.zeros(2, 4)))  # fallback=lgla_losses.output.ExpertOutput]"
+reveal_type(experts.extract(0)(torch.zeros(2, 4)))  # Revealed type is "torch._tensor.Tensor"
+reveal_type(experts.classifiers(torch.zeros(2, 3, 4)))  # Revealed type is "torch._tensor.Tensor"
+experts("images")  # Argument 1 to "__call__" of "GroupConvExperts"
 """
 
 
 @pytest.mark.slow
-def test_a_misspelt_argument_and_the_type_of_a_loss_are_seen_before_the_run(tmp_path):
-    """Calls of the losses had type Any, and LinearLGLALoss took any option."""
+def test_misspelt_arguments_and_types_of_results_are_seen_before_the_run(tmp_path):
+    """Calls of losses and experts had type Any, and LinearLGLALoss took any option."""
     script = tmp_path / "user.py"
     script.write_text(SCRIPT)
     result = subprocess.run(
