@@ -49,12 +49,14 @@ class Part(NamedTuple):
         command: what Python runs; ``{seconds}`` stands for the time that it may plan with.
         share: of the section's time that is left.
         stop: the signal at the limit, upon which the process writes what it has.
+        grace: seconds that it may take for this, beyond GRACE within the limit.
         threads: of a process on the CPU; None leaves it to PyTorch.
     """
 
     command: list[str]
     share: float = 1.0
     stop: signal.Signals = signal.SIGTERM
+    grace: float = GRACE
     threads: int | None = None
 
 
@@ -146,7 +148,7 @@ class Runner:
 
     def _run_part(self, part: Part, limit: float, log: IO[bytes]) -> dict[str, str | float]:
         """Run a process to its end or its limit, then end all that it started."""
-        limit = max(limit, 0.0)
+        limit = max(limit - (part.grace - GRACE), 0.0)
         words = [word.replace("{seconds}", f"{less_margin(limit):.0f}") for word in part.command]
         command = shlex.join(["python", *words])
         program = next(word for word in words if not word.startswith("-m")).rpartition("/")[2]
@@ -170,7 +172,7 @@ class Runner:
         if process.returncode is None:
             why = f"stopped by {self.stopped_by}" if self.stopped_by else f"cut off after {limit:.0f} s"
             outcome = f"{program}: {why}"
-        end_all(process, part.stop)
+        end_all(process, part.stop, part.grace)
         reader.join(GRACE)
         if outcome != "passed":
             echo(f"\n{outcome}")
@@ -231,8 +233,8 @@ def tests(out: Path, dry: bool) -> Part:
         words += [str(path.relative_to(ROOT)) for path in named]
         if importlib.util.find_spec("xdist"):
             words += ["-n", str(min(os.cpu_count() or 1, MOST_PROCESSES)), "--dist", "worksteal"]
-    # Upon Ctrl-C pytest reports what it has found so far.
-    return Part(words, stop=signal.SIGINT, threads=1)
+    # Upon Ctrl-C pytest reports what it has found so far, after 10 seconds in which its workers may end.
+    return Part(words, stop=signal.SIGINT, grace=GRACE if dry else 13.0, threads=1)
 
 
 def names_a_device(path: Path) -> bool:
@@ -263,12 +265,12 @@ def environment(threads: int | None) -> dict[str, str]:
     }
 
 
-def end_all(process: subprocess.Popen[bytes], stop: signal.Signals) -> None:
+def end_all(process: subprocess.Popen[bytes], stop: signal.Signals, grace: float) -> None:
     """Ask a process to end, then kill whatever is left of its group."""
     if process.poll() is None:
         process.send_signal(stop)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
+            process.wait(grace)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
