@@ -210,9 +210,8 @@ def parts_of(section: str, options: argparse.Namespace) -> Iterator[Part]:
         record = ["--out", f"{out}/losses.json", "--seconds", "{seconds}"]
         yield Part(["benchmarks/losses.py", *device, *record, *quick])
     elif section == "layouts":
-        record = ["--output", f"{out}/expert_layouts.json"]
-        short = ["--networks", "resnet32", "--repeats", "1"] if dry else []
-        yield Part(["benchmarks/expert_layouts.py", *device, *record, *short])
+        record = ["--output", f"{out}/expert_layouts.json", "--seconds", "{seconds}"]
+        yield Part(["benchmarks/expert_layouts.py", *device, *record, *quick])
     else:
         data = options.data or out / "random_images.npz"
         if options.data is None:
