@@ -3,6 +3,7 @@
 import pytest
 import reference
 import torch
+from conftest import HAS_GPU, on_gpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ try:
 except ImportError:
     triton = None
 
-GPU = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = "cuda" if HAS_GPU else "cpu"
 INF, NAN = float("inf"), float("nan")
 IGNORE = -100
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -26,7 +27,11 @@ kernels = chunked
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 
-@pytest.fixture(params=["native", "chunked", "triton"], autouse=True)
+#: By name; all but the C library's run on a GPU where there is one.
+ENGINES = ["native", on_gpu("chunked"), on_gpu("triton")]
+
+
+@pytest.fixture(params=ENGINES, autouse=True)
 def _engine(request):
     global kernels
     kernels = {"native": native, "chunked": chunked, "triton": triton}[request.param]
