@@ -4,18 +4,18 @@ import hypothesis
 import pytest
 import torch
 
-HAS_GPU = torch.cuda.is_available()
-if HAS_GPU:
+if torch.cuda.is_available():
     torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 take it unasked: 10 bits of 23
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 import torchvision_shim  # noqa: F401
 
+HAS_GPU = torch.cuda.is_available()
+
 # The same examples in every run: a failure seen once is seen again.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
-
 
 
 def on_gpu(value):
@@ -42,6 +42,20 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _gpu_survives():
+    """What breaks a process's GPU, as an access out of bounds or a capture cut short, fails one test only.
+
+    All later tests of the process would fail too. pytest-xdist starts another one in its place.
+    """
+    yield
+    if HAS_GPU and torch.cuda.is_initialized() and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.rand(1, device="cuda").item()
+        except RuntimeError:
+            os._exit(1)
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 import pytest
 import reference
 import torch
-from conftest import HAS_GPU, on_gpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import HAS_GPU, on_gpu
 from lgla_losses import functional
 from lgla_losses.kernels import chunked, native
 
