@@ -5,7 +5,6 @@ Where there is no GPU a graph is the step itself, and the meta device, which has
 
 import contextlib
 import gc
-import warnings
 
 import pytest
 import torch
@@ -201,13 +200,8 @@ def captured(step, device):
     current.wait_stream(side)
     gc.collect()  # graphs of autograd that are still alive remember their stream
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            results = step()
-    except BaseException:
-        torch.cuda.set_stream(current)
-        end_of_failed_capture()
-        raise
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = step()
 
     def replay():
         for tensor in results:
@@ -216,14 +210,6 @@ def captured(step, device):
         return [tensor.clone() for tensor in results]
 
     return replay
-
-
-def end_of_failed_capture():
-    """Capture once more, something that can be: PyTorch's generator still waits for the end of a capture."""
-    with contextlib.suppress(RuntimeError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-            torch.zeros(1, device="cuda").add_(1)
 
 
 def in_use(device):
