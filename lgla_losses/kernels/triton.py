@@ -878,10 +878,15 @@ def _constants(
     logits: Tensor, table: Tensor | None, weights: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Table ``[K, C]`` and weights ``[N, K]`` as the kernels read them, whatever a hook made of them."""
-    return (
-        None if table is None else table.expand(logits.shape[1:]).contiguous(),
-        None if weights is None else weights.expand(logits.shape[:2]).contiguous(),
-    )
+    num_samples, num_experts, num_classes = logits.shape
+    return _filled(table, (num_experts, num_classes)), _filled(weights, (num_samples, num_experts))
+
+
+def _filled(tensor: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """Expanded and contiguous; a tensor that is both is not asked to be, which takes microseconds."""
+    if tensor is None or (tensor.shape == shape and tensor.is_contiguous()):
+        return tensor
+    return tensor.expand(shape).contiguous()
 
 
 def _target_strides(source: Tensor) -> tuple[int, ...]:
