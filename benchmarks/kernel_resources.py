@@ -111,6 +111,11 @@ def loss_launches(
     yield from recorded(kernels.rescale_, logits, scalar)
 
 
+def options_for(tile: kernels.Tile, target: GPUTarget) -> dict[str, int]:
+    """What the launcher tells the compiler on such a GPU."""
+    return tile.options(None if target.backend == "hip" else int(target.arch))
+
+
 def compiled(launch: Launch, target: GPUTarget) -> Any:
     """The kernel as the just-in-time compiler would make it for this launch."""
     names = launch.kernel.arg_names
@@ -130,7 +135,7 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=launch.tile.options(target.backend == "hip"))
+    return triton.compile(source, target=target, options=options_for(launch.tile, target))
 
 
 def resources(launch: Launch, target: GPUTarget) -> dict[str, int]:
@@ -160,7 +165,7 @@ def rows_of(launch: Launch, num_classes: int, dtype: str, targets: list[str]) ->
     rows = []
     for name in targets:
         target = TARGETS[name]
-        options = launch.tile.options(target.backend == "hip")
+        options = options_for(launch.tile, target)
         configuration = {
             "plan": kernels.plan(),
             "classes": num_classes,

@@ -227,16 +227,28 @@ def test_a_plan_that_does_not_exist():
         kernels.use("fastest")
 
 
+@pytest.mark.usefixtures("plan")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("num_classes", [2, 100, 1000, 8142, 16_384, 100_000])
-def test_programs_fit_every_gpu(num_classes, dtype, plan):
-    """NVIDIA runs up to 32 warps a program and 64 registers a thread of them, AMD 16 warps."""
+@pytest.mark.parametrize("num_classes", [2, 100, 1000, 4096, 8142, 16_384, 100_000])
+def test_programs_fit_every_gpu(num_classes, dtype):
+    """AMD runs up to 16 warps a program; NVIDIA 32, and 65,536 registers on a multiprocessor."""
     tile = kernels.forward_tile(num_classes, dtype)
-    assert tile.num_warps <= 32
-    assert tile.num_warps * 32 * (tile.registers or 64) <= 65536
-    assert tile.options(hip=True) == {"num_warps": min(16, tile.num_warps)}
-    limited = plan != "0.1" and dtype == torch.float32
-    assert tile.options(hip=False).get("maxnreg") == (64 if limited else None)
+    amd = tile.options(None)
+    assert amd.keys() == {"num_warps"}
+    assert amd["num_warps"] <= 16
+    for architecture in (80, 90, 100, 120):
+        nvidia = tile.options(architecture)
+        assert nvidia["num_warps"] <= 32
+        assert nvidia["num_warps"] * 32 * nvidia.get("maxnreg", 0) <= 65536
+
+
+def test_registers_are_limited_where_a_program_would_have_a_multiprocessor_to_itself():
+    tile = kernels.forward_tile(8142, torch.float32)
+    assert tile.options(90) == {"num_warps": 16, "maxnreg": 64}
+    assert tile.options(100) == {"num_warps": 32, "maxnreg": 64}
+    assert tile.options(None) == {"num_warps": 16}
+    assert kernels.forward_tile(1000, torch.float32).options(90) == {"num_warps": 4}
+    assert kernels.forward_tile(4096, torch.float64).options(90) == {"num_warps": 16}
 
 
 def compile_kernels(directory, *options):

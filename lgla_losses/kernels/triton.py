@@ -92,12 +92,18 @@ class Tile(NamedTuple):
     num_warps: int
     registers: int | None = None
 
-    def options(self, hip: bool) -> dict[str, int]:
-        """What Triton's compiler is told: AMD runs up to 16 warps, and has no limit to ask for."""
-        if hip:
+    def options(self, architecture: int | None) -> dict[str, int]:
+        """What Triton's compiler is told.
+
+        AMD, here None, runs up to 16 warps, and has no limit of registers to ask for. From sm_100 on the
+        compiler spills at 64 registers and 16 elements a thread, so that a thread has 8.
+        """
+        if architecture is None:
             return {"num_warps": min(16, self.num_warps)}
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.num_warps, **limit}
+        if self.registers is None:
+            return {"num_warps": self.num_warps}
+        more = 2 if architecture >= 100 and self.block // (32 * self.num_warps) >= 16 else 1
+        return {"num_warps": min(32, more * self.num_warps), "maxnreg": self.registers}
 
 
 # The sizes below give a thread 8 to 32 elements, all in registers: benchmarks/kernel_resources.py prints
@@ -122,7 +128,9 @@ def _forward_tile(num_classes: int, dtype: torch.dtype, plan: str) -> Tile:
         return Tile(rows, block, max(4, min(16, wide * block // 512)))
     if not whole:
         return Tile(1, 4096, 32, 64) if plan == "resident" else Tile(1, 2048, 16, 64)
-    return Tile(rows, block, max(4, block // 512), 64)
+    num_warps = max(4, block // 512)
+    # Small tiles take few registers, or leave the compiler no choice.
+    return Tile(rows, block, num_warps, 64 if num_warps > 4 else None)
 
 
 @lru_cache(maxsize=256)
@@ -148,7 +156,15 @@ def _power_of_two(number: int, least: int = 1) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
-_HIP = torch.version.hip is not None
+@lru_cache(maxsize=256)
+def _options(tile: Tile, device: torch.device) -> dict[str, int]:
+    """What Triton's compiler is told for a device."""
+    if torch.version.hip is not None:
+        return tile.options(None)
+    if device.type != "cuda":
+        return tile.options(0)  # Triton's interpreter, which has no use for them
+    major, minor = torch.cuda.get_device_capability(device)
+    return tile.options(10 * major + minor)
 
 
 @lru_cache(maxsize=64)
@@ -323,6 +339,8 @@ def _store_gradient(
     values = exponentials * (factor / total)[:, None]
     if smoothing != 0.0:
         values -= (factor * (smoothing / num_classes))[:, None]
+    # In 32 bits, as the comparison of every class with a target in 64 takes registers.
+    y = tl.where((y >= 0) & (y < num_classes), y, -1).to(tl.int32)
     values = tl.where(j[None, :] == y[:, None], values - (factor * (1.0 - smoothing))[:, None], values)
     values = tl.where(valid[:, None], values, 0.0)
     mask = here[:, None] & (j < num_classes)[None, :]
@@ -858,7 +876,7 @@ def _launch(kernel: Any, programs: int, tile: Tile, first: Tensor, *arguments: A
     if first.is_cuda and first.get_device() != torch.cuda.current_device():
         device = torch.cuda.device(first.device)
     with device:
-        kernel[(programs,)](first, *arguments, **tile.options(_HIP), **constants)
+        kernel[(programs,)](first, *arguments, **_options(tile, first.device), **constants)
 
 
 def _programs(like: Tensor, num_samples: int, columns: int, tile: Tile) -> int:
@@ -867,7 +885,7 @@ def _programs(like: Tensor, num_samples: int, columns: int, tile: Tile) -> int:
 
 
 def _resident(like: Tensor, tile: Tile) -> int:
-    return _resident_programs(like.device, tile.options(_HIP)["num_warps"])
+    return _resident_programs(like.device, _options(tile, like.device)["num_warps"])
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
