@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import report
 import torch
 from arguments import record_file
 from peers import KINDS, Column, Shape, Step
+from recording import leave_on_sigterm, write_whole
 from report import Record, Row
 from rich.console import Console
 
@@ -169,7 +169,7 @@ class Found(NamedTuple):
 
     def save(self, path: Path) -> None:
         """Keep it, whatever happens next."""
-        _replace(path, json.dumps(self._asdict()))
+        write_whole(path, json.dumps(self._asdict()))
 
 
 def measure_job(job: Job, setting: Setting, found: Found, save: Callable[[], None]) -> None:
@@ -539,14 +539,7 @@ def write(record: Record, path: Path) -> None:
     """The record, a row a line."""
     rows = ",\n".join(f"    {json.dumps(row)}" for row in record["rows"])
     head = json.dumps({**record, "rows": []}, indent=2)
-    _replace(path, head.removesuffix("[]\n}") + f"[\n{rows}\n  ]\n}}\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    write_whole(path, head.removesuffix("[]\n}") + f"[\n{rows}\n  ]\n}}\n")
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -597,17 +590,11 @@ def main() -> int:
         parser.error(f"--only: expected a part of the name of a size, got {options.only}")
 
     path = options.out or RESULTS / f"losses_{kind}.json"
-    signal.signal(signal.SIGTERM, _end_once)
+    leave_on_sigterm()
     console = Console(width=150)
     record = run(options, path, console)
     _show(record, path, console)
     return 1 if record["problems"] else 0
-
-
-def _end_once(number: int, frame: object) -> None:
-    """Leave by way of every ``finally``, undisturbed."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise SystemExit(128 + number)
 
 
 def _show(record: Record, path: Path, console: Console) -> None:

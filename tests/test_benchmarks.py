@@ -8,6 +8,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import expert_layouts
 import losses as benchmark
 import measure
 import peers as contestants
@@ -312,6 +313,40 @@ def test_a_process_that_crashes_or_takes_too_long_is_named(tmp_path, monkeypatch
     assert time.perf_counter() - start < 30
     assert record["problems"] == [f"{benchmark.QUICK[0].label}: ended with status -6"]
     assert record["left_out"][0] == f"{benchmark.QUICK[1].label}: cut off, as time was up"
+
+
+def test_a_gpu_has_the_layouts_in_two_memory_formats_and_in_graphs(stand_in_gpu, tables):
+    times = {}
+    expert_layouts.measure_layouts(expert_layouts.TINY, 2, "cpu", float("inf"), times)
+    ways = {"grouped, one by one", "grouped, together", "independent", "hand-grouped"}
+    formats = {f"{way}, {memory}" for way in ways for memory in ("channels_last", "channels first")}
+    assert set(times) == formats | {f"{way}, CUDA graph" for way in formats}
+    rows = [{"network": "tiny", **found.row(name, 4)} for name, found in times.items()]
+    assert all(row["images_per_second_quartiles"][1] > 0 for row in rows)
+    assert all((row["peak_mib_median"] is None) == row["layout"].endswith("graph") for row in rows)
+    assert len(tables.layouts({"rows": rows}).splitlines()) == 2 + 16
+
+
+def test_a_layout_that_fails_is_a_row_with_a_note(monkeypatch, tmp_path, capsys, tables):
+    monkeypatch.setattr(expert_layouts.GroupConvExperts, "to_independent", breaks)
+    path = tmp_path / "record.json"
+    monkeypatch.setattr(sys, "argv", ["expert_layouts.py", "--quick", "--output", str(path)])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert expert_layouts.main() == 1
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    rows = {row["layout"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows["independent"]["note"] == "failed: RuntimeError: no such kernel"
+    assert rows["grouped, together"]["images_per_second_quartiles"][1] > 0
+    assert "Traceback" in capsys.readouterr().err
+    assert "no such kernel" in tables.layouts({"rows": list(rows.values())})
+
+
+def test_layouts_that_no_time_is_left_for_are_rows_with_a_note():
+    times = {}
+    expert_layouts.measure_layouts(expert_layouts.TINY, 9, "cpu", 0.0, times)
+    assert {found.row("", 4)["note"] for found in times.values()} == {"not measured, as time was up"}
 
 
 def test_wrong_arguments_end_before_any_measuring():
