@@ -140,7 +140,8 @@ def _modules(
 
     def experts() -> GroupConvExperts:
         made = GroupConvExperts(workload.make_stage, NUM_EXPERTS, 100, num_features=width).to(device)
-        return _formatted(made, memory_format)
+        _format(made, memory_format)
+        return made
 
     def grouped(together: bool) -> Layout:
         module = experts()
@@ -153,10 +154,12 @@ def _modules(
 
     def hand_grouped() -> Layout:
         assert workload.hand_grouped is not None
-        hand = _formatted(workload.hand_grouped().to(device), memory_format)
+        hand = workload.hand_grouped().to(device)
+        _format(hand, memory_format)
 
         def step(x: Tensor) -> Tensor:
-            return hand(x.repeat(1, NUM_EXPERTS, 1, 1)).mean((2, 3)).square().mean()
+            maps: Tensor = hand(x.repeat(1, NUM_EXPERTS, 1, 1))
+            return maps.mean((2, 3)).square().mean()
 
         return Layout(step, (hand,), shared())
 
@@ -175,8 +178,9 @@ def _modules(
     return made if workload.hand_grouped is None else made | {"hand-grouped": hand_grouped}
 
 
-def _formatted(module: Any, memory_format: torch.memory_format) -> Any:
-    return module if memory_format == torch.contiguous_format else module.to(memory_format=memory_format)
+def _format(module: nn.Module, memory_format: torch.memory_format) -> None:
+    if memory_format != torch.contiguous_format:
+        module.to(memory_format=memory_format)  # type: ignore[call-overload]
 
 
 def prepared(layout: Layout, device: str) -> Callable[[], object]:

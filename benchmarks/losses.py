@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import importlib.metadata
 import json
 import os
@@ -21,8 +22,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import measure
 import peers
@@ -399,11 +401,17 @@ def _add_launches(rows: list[Row], like: dict[str, str], column: str, number: in
 
 def work(job: Job, options: argparse.Namespace) -> int:
     """Measure one job, in a process of its own, and keep what it finds in a file."""
-    kind = torch.device(options.device).type
+    if job.part == COMPILED and not options.quick:
+        importlib.import_module("torch._inductor.compile_fx")  # seconds, which need not wait
+    word = sys.stdin.readline()
+    if not word:
+        return 1  # whoever started this is gone
+
     start = time.perf_counter()
+    kind = torch.device(options.device).type
     if kind == "cuda":
         torch.cuda.set_device(options.device)
-    bandwidth = options.bandwidth or _bandwidth(options.device, options.quick)
+    bandwidth = float(word) or _bandwidth(options.device, options.quick)
     machine = {"device": measure.device_name(options.device), "copy_gb_per_s": _rounded(bandwidth / 1e9)}
     found = Found(machine, [], [])
     effort = QUICK_EFFORT if options.quick else EFFORT[kind]
@@ -427,32 +435,74 @@ def _bandwidth(device: str, quick: bool) -> float:
 def run(options: argparse.Namespace, path: Path, console: Console) -> Record:
     """Measure every size in a process of its own; the record is written after each."""
     start = time.perf_counter()
-    record = _empty_record(options)
+    record, jobs = _empty_record(options), _jobs(options)
     took: list[float] = []
     # A cache of this run's own: the seconds of first steps are those of compiling, run after run.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        files = [Path(folder) / f"{number}.json" for number in range(len(jobs))]
+        commands = [_command(number, file, options) for number, file in enumerate(files)]
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "PYTHONUNBUFFERED": "1"}
-        for number, job in enumerate(_jobs(options)):
-            left = options.seconds - (time.perf_counter() - start)
-            if took and left < statistics.median(took[-3:]):
-                record["left_out"].append(job.label)
-                continue
-            begin = time.perf_counter()
-            rows = Path(folder) / f"{number}.json"
-            try:
-                ended = _ended(_command(number, rows, record, options), environment, left)
-            finally:
-                # Also where a signal ends this process.
-                _take(record, rows)
-                record["seconds"] = _rounded(time.perf_counter() - start)
-                write(record, path)
-            if ended:
-                record["left_out" if ended == _NO_TIME else "problems"].append(f"{job.label}: {ended}")
-                console.print(f"{job.label}: {ended}", style="red", highlight=False)
-                write(record, path)
-            took.append(time.perf_counter() - begin)
-        write(record, path)
+        # Not beside a measurement on the same processor.
+        ahead = options.quick or record["kind"] == "cuda"
+        with Workers(commands, environment, ahead) as workers:
+            for number, job in enumerate(jobs):
+                left = options.seconds - (time.perf_counter() - start)
+                if took and left < statistics.median(took[-3:]):
+                    record["left_out"].append(job.label)
+                    continue
+                begin = time.perf_counter()
+                try:
+                    ended = workers.run(number, f"{1e9 * record['copy_gb_per_s']}", left)
+                finally:
+                    # Also where a signal ends this process.
+                    _take(record, files[number])
+                    record["seconds"] = _rounded(time.perf_counter() - start)
+                    write(record, path)
+                if ended:
+                    record["left_out" if ended == _NO_TIME else "problems"].append(f"{job.label}: {ended}")
+                    console.print(f"{job.label}: {ended}", style="red", highlight=False)
+                took.append(time.perf_counter() - begin)
+    write(record, path)
     return record
+
+
+class Workers:
+    """Processes that run one after another; the next may load its modules ahead, and waits for its turn."""
+
+    def __init__(self, commands: list[list[str]], environment: dict[str, str], ahead: bool) -> None:
+        self.commands, self.environment, self.ahead = commands, environment, ahead
+        self.processes: dict[int, subprocess.Popen[str]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes.values():
+            _stop(process)
+
+    def run(self, number: int, word: str, seconds: float) -> str:
+        """Tell a process to begin; how it ended, if not well. It is stopped when time is up."""
+        process = self._started(number)
+        if self.ahead and number + 1 < len(self.commands):
+            self._started(number + 1)
+        assert process.stdin is not None
+        try:
+            with suppress(BrokenPipeError):  # it has ended already, and its status says how
+                process.stdin.write(f"{word}\n")
+                process.stdin.flush()
+            status = process.wait(None if seconds == float("inf") else max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            return _NO_TIME
+        finally:
+            _stop(process)
+        return f"ended with status {status}" if status else ""
+
+    def _started(self, number: int) -> subprocess.Popen[str]:
+        if number not in self.processes:
+            self.processes[number] = subprocess.Popen(
+                self.commands[number], env=self.environment, stdin=subprocess.PIPE, text=True
+            )
+        return self.processes[number]
 
 
 _NO_TIME = "cut off, as time was up"
@@ -468,26 +518,16 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
     return [job for job in chosen if job.cells]
 
 
-def _command(number: int, rows: Path, record: Record, options: argparse.Namespace) -> list[str]:
+def _command(number: int, rows: Path, options: argparse.Namespace) -> list[str]:
     command = [sys.executable, __file__, "--device", options.device, "--only", options.only]
-    command += ["--job", str(number), "--rows", str(rows)] + ["--quick"] * options.quick
-    return command + ["--bandwidth", str(1e9 * record["copy_gb_per_s"])] * bool(record["copy_gb_per_s"])
+    return command + ["--job", str(number), "--rows", str(rows)] + ["--quick"] * options.quick
 
 
-def _ended(command: list[str], environment: dict[str, str], seconds: float) -> str:
-    """How a process ended, if not well; it is stopped when time is up, and with this one."""
-    process = subprocess.Popen(command, env=environment)
-    try:
-        status = process.wait(None if seconds == float("inf") else max(1.0, seconds))
-    except subprocess.TimeoutExpired:
-        return _NO_TIME
-    finally:
-        _stop(process)
-    return f"ended with status {status}" if status else ""
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[str]) -> None:
     process.terminate()
+    if process.stdin is not None:
+        with suppress(BrokenPipeError):
+            process.stdin.close()
     try:
         process.wait(3)
     except subprocess.TimeoutExpired:
@@ -565,7 +605,6 @@ def _arguments() -> argparse.ArgumentParser:
     # How this script calls itself.
     parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--bandwidth", type=float, help=argparse.SUPPRESS)
     return parser
 
 
