@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from peers import CLONE, PLAIN, PRODUCTS
+from peers import CLONE, KINDS, PLAIN, PRODUCTS
 from rich.table import Table
-from tables import grid
+from tables import grid, machine
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -236,6 +236,18 @@ def markdown(record: Record) -> dict[str, str]:
     return tables
 
 
+def page(record: Record) -> str:
+    """All that a record says, as text for a page: where, wins and losses, what is missing, every table."""
+    lines = [f"Measured on: {machine(record)}."]
+    first, *lost = balance(record)
+    lines.append("\n".join([f"{first[0].upper()}{first[1:]}", "", *(f"- {line}" for line in lost)]))
+    for key, title in (("problems", "Failed"), ("left_out", "Not measured")):
+        if record.get(key):
+            lines.append("\n".join([f"{title}:", "", *(f"- {line}" for line in record[key])]))
+    lines += [f"**{title}**\n\n{table}" for title, table in markdown(record).items()]
+    return "\n\n".join(lines)
+
+
 def _markdown_table(rows: list[Row], quantity: str) -> str:
     columns = [
         name
@@ -271,6 +283,8 @@ _COLOURS = {
     "LinearLGLALoss": "#0072B2",
     "LGLALoss, compiled": "#56B4E9",
     "LinearLGLALoss, compiled": "#56B4E9",
+    "LGLALoss, plan 0.1": "#8FB8DE",
+    "LinearLGLALoss, plan 0.1": "#8FB8DE",
     "LGLALoss, reference": "#009E73",
     "head + LGLALoss": "#009E73",
     "LGLALoss, fused": "#00614a",
@@ -292,6 +306,7 @@ def plot(record: Record, path: Path) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     rows = [row for row in record["rows"] if row["phase"] == PHASES[1] and row["ratio_to_plain"]]
+    rows = [row for row in rows if not row["shape"].endswith(tuple(KINDS))]  # tables have these
     panels = list(dict.fromkeys((row["suite"], row["dtype"]) for row in rows))
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(11, 3.6 * len(panels)), layout="constrained", squeeze=False

@@ -26,6 +26,11 @@ def read(name: str) -> Record:
     return record
 
 
+def has(name: str) -> bool:
+    """Whether there is a committed record of this name."""
+    return (RESULTS / f"{name}.json").exists()
+
+
 def machine(record: Record) -> str:
     """Where, with what and when a record was made, as far as it says so."""
     facts = [record.get("device")]
