@@ -347,7 +347,8 @@ def _graph_rows(cell: Cell, dtype: torch.dtype, setting: Setting, found: Found) 
     dot = torch.zeros((), device=setting.device)
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     numbers: dict[str, int | None] = {}
-    columns = [c for c in _columns(cell, EAGER, setting) if c.equal and c.name not in _SLOW]
+    wanted = (*report.DEFAULTS, peers.PLAIN)
+    columns = [column for column in _columns(cell, EAGER, setting) if column.name in wanted]
     for column in columns:
         try:
             step = column.make(cell.shape, setting.device)

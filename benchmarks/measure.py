@@ -58,8 +58,8 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-#: Clock cycles for which a GPU is kept busy, about 3 ms: longer than the host takes to call any step.
-_HEAD_START = 5_000_000
+#: Clock cycles for which a GPU is kept busy, about 5 ms: longer than the host takes to call any step.
+_HEAD_START = 10_000_000
 
 
 def timed(call: Callable[[], object], device: str, head_start: bool = False) -> float:
