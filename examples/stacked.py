@@ -211,17 +211,17 @@ class StackedNetworks(nn.Module):
     def __init__(self, networks: Sequence[ResNet32], form: Form) -> None:
         super().__init__()
         trunks: list[Any] = [network.trunk for network in networks]
-        stages: list[Any] = [s for network in networks for s in network.experts.to_independent().stage]
+        experts: list[Any] = [network.experts for network in networks]
+        stages = [branch for part in experts for branch in part.to_independent().stage]
         self.stem = Convolution([trunk[0] for trunk in trunks], shared=True)
         self.norm = Norm([trunk[1] for trunk in trunks])
         chains = [trunk[3] for trunk in trunks], [s[0] for s in stages], [s[1] for s in stages]
         bundles, self.members = zip(*(make_bundles(branches, form) for branches in chains), strict=True)
         self.stages = nn.ModuleList(bundles)
 
-        heads: list[Any] = [network.experts.classifiers for network in networks]
-        self.scale = heads[0].scale
-        self.weight = nn.Parameter(torch.cat([head.weight.detach() for head in heads]))
-        self.experts = [network.experts.num_experts for network in networks]
+        self.scale = experts[0].classifiers.scale
+        self.weight = nn.Parameter(torch.cat([part.classifiers.weight.detach() for part in experts]))
+        self.experts = [part.num_experts for part in experts]
         self.run_of = [run for run, experts in enumerate(self.experts) for _ in range(experts)]
         self.streams: list[torch.cuda.Stream] = []
 
