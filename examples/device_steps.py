@@ -180,18 +180,30 @@ class Steps:
         self.sums.index_add_(0, self.step // self.steps_per_epoch, self.losses[None])
         self.step.add_(1)
 
-    def seconds_per_step(self, number: int) -> float:
-        """How long a step takes; nothing has changed afterwards but the random numbers drawn."""
+    def trial(self, number: int) -> tuple[list[list[float]], float]:
+        """What the first two steps lose, and how long a step takes; nothing has changed afterwards.
+
+        The random numbers are drawn anew: every form of the networks loses the same.
+        """
         before = {name: tensor.clone() for name, tensor in self.state().items()}
+        torch.manual_seed(0)
+        losses = []
+        for _ in range(2):
+            self._advance_first()
+            losses.append(self.losses.tolist())
         self._wait()
         begun = time.perf_counter()
         for _ in range(number):
-            self.step.zero_()  # a short run has fewer steps
-            self.advance()
+            self._advance_first()
         self._wait()
         seconds = (time.perf_counter() - begun) / number
         self.restore(before)
-        return seconds
+        return losses, seconds
+
+    def _advance_first(self) -> None:
+        """Do the first step again, as a short run has no others."""
+        self.step.zero_()
+        self.advance()
 
     def _wait(self) -> None:
         if self.step.is_cuda:

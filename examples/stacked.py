@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from cli import library
 from resnet32 import BasicBlock, ResNet32
 from torch import Tensor, nn
 
@@ -34,6 +35,8 @@ class Form(NamedTuple):
             that is more to compute, on hardware that likes wide groups. None for a branch a group.
         streams: run the tensors of a stage on streams of their own.
         separate: leave the networks as they are, on streams of their own.
+        fused: in training, compute a batch norm and what follows it by kernels of stacked_kernels.py.
+        own: in training, compute convolutions of stride 1 by kernels of stacked_kernels.py, too.
         compiled: let torch.compile fuse what surrounds the convolutions, in training.
     """
 
@@ -41,6 +44,8 @@ class Form(NamedTuple):
     group: int | None = None
     streams: bool = False
     separate: bool = False
+    fused: bool = False
+    own: bool = False
     compiled: bool = False
 
     def shares(self, branches: int, width: int) -> list[int]:
@@ -55,18 +60,26 @@ class Form(NamedTuple):
         return -(-branches // -(-branches // most))
 
 
-#: Forms by name; what is slower on one GPU may be faster on another.
+#: Forms by name; what is slower on one GPU may be faster on another. PyTorch's own operations come first.
 FORMS = {
     "grouped": Form(),
+    "kernels": Form(fused=True, own=True),
+    "grouped-fused": Form(fused=True),
+    "grouped-64-fused": Form(group=64, fused=True),
     "grouped-64": Form(group=64),
-    "grouped-128": Form(group=128),
-    "block-diagonal": Form(group=2**16),
-    "tensors-64": Form(tensor=64, group=64),
-    "tensors-128": Form(tensor=128, group=128),
-    "dense": Form(tensor=1),
-    "dense-streams": Form(tensor=1, streams=True),
     "separate": Form(separate=True),
+    "tensors-64": Form(tensor=64, group=64),
+    "dense-streams": Form(tensor=1, streams=True),
+    "dense": Form(tensor=1),
+    "grouped-128-fused": Form(group=128, fused=True),
+    "tensors-128": Form(tensor=128, group=128),
+    "block-diagonal": Form(group=2**16),
 }
+
+
+def kernels() -> Any:
+    """The module of the kernels, which needs Triton."""
+    return library("stacked_kernels", "triton")
 
 
 class Convolution(nn.Module):
@@ -77,6 +90,7 @@ class Convolution(nn.Module):
         merged: branches that share a group, whose weights are 0 from one branch to another; a divisor of
             their number.
         shared: all branches see the same input.
+        own: compute it by a kernel of stacked_kernels.py in training, if its stride is 1.
 
     Shape:
         - input: ``[N, g * I, H, W]``, or shared ``[N, I, H, W]``, in channels-last format
@@ -85,13 +99,16 @@ class Convolution(nn.Module):
 
     diagonal: Tensor
 
-    def __init__(self, layers: Sequence[nn.Conv2d], *, merged: int = 1, shared: bool = False) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Conv2d], *, merged: int = 1, shared: bool = False, own: bool = False
+    ) -> None:
         super().__init__()
         # In the order of channels-last memory, so that no form has to convert it: [g, O, 3, 3, I].
         weights = [layer.weight.detach().permute(0, 2, 3, 1) for layer in layers]
         self.weight = nn.Parameter(torch.stack(weights))
         self.stride, self.merged = layers[0].stride, merged
         self.groups = 1 if shared else len(layers) // merged
+        self.by_kernel = own and merged == 1 and not shared and self.stride == (1, 1)
         self.register_buffer("diagonal", torch.eye(merged).to(self.weight), persistent=False)
 
     def lower(self, dtype: torch.dtype) -> None:
@@ -101,6 +118,9 @@ class Convolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The feature maps of all branches."""
         weight: Tensor = self.weight
+        if self.by_kernel and self.training:
+            y: Tensor = kernels().grouped_convolution(x, weight)
+            return y
         inputs, m = self.merged * weight.shape[-1], self.merged
         if m > 1:
             # [groups, m, O, 3, 3, m, I], of which one of the two m is the branch that the input is of.
@@ -111,12 +131,12 @@ class Convolution(nn.Module):
 
 
 class Norm(nn.Module):
-    """The batch norms of several branches: statistics of a channel need no other."""
+    """The batch norms of several branches, with what follows them: a channel's statistics need no other."""
 
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, layers: Sequence[nn.BatchNorm2d]) -> None:
+    def __init__(self, layers: Sequence[nn.BatchNorm2d], fused: bool) -> None:
         super().__init__()
         self.weight, self.bias = (
             nn.Parameter(torch.cat([getattr(layer, name).detach() for layer in layers]))
@@ -125,25 +145,34 @@ class Norm(nn.Module):
         for name in ("running_mean", "running_var"):
             self.register_buffer(name, torch.cat([getattr(layer, name) for layer in layers]))
         self.momentum, self.eps = layers[0].momentum or 0.1, layers[0].eps
+        self.fused = fused
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The normalised channels."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The normalised channels, with ``residual`` added where there is one, rectified."""
         statistics = self.running_mean, self.running_var
-        return F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
+        if self.fused and self.training:
+            y: Tensor = kernels().norm_relu(
+                x, residual, self.weight, self.bias, *statistics, self.momentum, self.eps
+            )
+            return y
+        y = F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
+        return F.relu(y if residual is None else y + residual)
 
 
 class StackedBlock(nn.Module):
     """The blocks of several branches; see :class:`BasicBlock`."""
 
-    def __init__(self, blocks: Sequence[BasicBlock], merged: int, compiled: bool) -> None:
+    def __init__(self, blocks: Sequence[BasicBlock], merged: int, form: Form) -> None:
         super().__init__()
         self.conv1, self.conv2 = (
-            Convolution([getattr(block, name) for block in blocks], merged=merged)
+            Convolution([getattr(block, name) for block in blocks], merged=merged, own=form.own)
             for name in ("conv1", "conv2")
         )
-        self.bn1, self.bn2 = (Norm([getattr(block, name) for block in blocks]) for name in ("bn1", "bn2"))
+        self.bn1, self.bn2 = (
+            Norm([getattr(block, name) for block in blocks], form.fused) for name in ("bn1", "bn2")
+        )
         self.branches, self.stride, self.padding = len(blocks), blocks[0].stride, blocks[0].padding
-        maps: Any = torch.compile(self._maps, dynamic=False) if compiled else self._maps
+        maps: Any = torch.compile(self._maps, dynamic=False) if form.compiled else self._maps
         self.in_training: Callable[[Tensor], Tensor] = maps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,8 +180,8 @@ class StackedBlock(nn.Module):
         return self.in_training(x) if self.training else self._maps(x)
 
     def _maps(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + self._shortcut(x))
+        y: Tensor = self.bn2(self.conv2(self.bn1(self.conv1(x))), self._shortcut(x))
+        return y
 
     def _shortcut(self, x: Tensor) -> Tensor:
         x = x[:, :, :: self.stride, :: self.stride]
@@ -190,7 +219,7 @@ def make_bundles(branches: list[Any], form: Form) -> tuple[nn.ModuleList, list[l
         merged = form.merged(number, width)
         own += own[-1:] * (-number % merged)
         chains = zip(*(branches[i] for i in own), strict=True)
-        bundles.append(nn.Sequential(*(StackedBlock(blocks, merged, form.compiled) for blocks in chains)))
+        bundles.append(nn.Sequential(*(StackedBlock(blocks, merged, form) for blocks in chains)))
         members.append(own)
     return bundles, members
 
@@ -214,7 +243,7 @@ class StackedNetworks(nn.Module):
         experts: list[Any] = [network.experts for network in networks]
         stages = [branch for part in experts for branch in part.to_independent().stage]
         self.stem = Convolution([trunk[0] for trunk in trunks], shared=True)
-        self.norm = Norm([trunk[1] for trunk in trunks])
+        self.norm = Norm([trunk[1] for trunk in trunks], form.fused)
         chains = [trunk[3] for trunk in trunks], [s[0] for s in stages], [s[1] for s in stages]
         bundles, self.members = zip(*(make_bundles(branches, form) for branches in chains), strict=True)
         self.stages = nn.ModuleList(bundles)
@@ -238,7 +267,7 @@ class StackedNetworks(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """The logits of every network."""
         x = images.to(self.stem.weight.dtype).contiguous(memory_format=torch.channels_last)
-        x = F.relu(self.norm(self.stem(x)))
+        x = self.norm(self.stem(x))
         runs = list(range(len(self.experts)))
 
         maps = self._stage(0, [x], [runs])

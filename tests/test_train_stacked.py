@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import paper_results
 import pytest
+import stacked_kernels
 import torch
 import train_stacked
 from device_steps import DeviceSGD, Steps, Tables
@@ -22,7 +23,8 @@ from lgla_losses import LGLALoss
 CPU = torch.device("cpu")
 COUNTS = [20, 9, 4, 2]
 EXPERTS = [3, 1, 2, 3]
-PLAIN_FORMS = {name: form for name, form in FORMS.items() if not form.compiled}
+#: Without kernels, which a CPU runs in an interpreter and in float32.
+PLAIN_FORMS = {name: form for name, form in FORMS.items() if not form.fused}
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +43,11 @@ def augmentation(monkeypatch):
     monkeypatch.setitem(sys.modules, "device_augment", module)
 
 
-def networks(experts=EXPERTS, dtype=torch.float64):
+def networks(experts=EXPERTS, dtype=torch.float64, blocks=2):
     nets = []
     for number in experts:
         torch.manual_seed(0)
-        nets.append(ResNet32(len(COUNTS), number, blocks=2).to(dtype))
+        nets.append(ResNet32(len(COUNTS), number, blocks=blocks).to(dtype))
     return nets
 
 
@@ -124,6 +126,24 @@ def test_gradients_are_those_of_separate_networks(name):
     torch.testing.assert_close(stacked.weight.grad, heads)
 
 
+@pytest.mark.parametrize("name", ["kernels", "grouped-fused", "grouped-64-fused"])
+def test_kernels_train_as_pytorch_does(name, monkeypatch):
+    monkeypatch.setattr(stacked_kernels, "PROGRAMS", 3)
+    nets, losses = networks([2, 1], torch.float32, blocks=1), criteria([2, 1])
+    read = tables(2, 3, torch.float32)
+
+    def prepare(images):
+        return images / 128 - 1
+
+    expected, plain = train(nets, losses, FORMS["grouped"], read, torch.float32, prepare)
+    got, steps = train(nets, losses, FORMS[name], read, torch.float32, prepare)
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+    for one, other in zip(
+        steps.logits(read.images, prepare), plain.logits(read.images, prepare), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-2)
+
+
 def test_one_run_does_not_move_another():
     nets, read = networks([2, 2]), tables()
     losses = criteria([2, 2])
@@ -171,7 +191,9 @@ def test_measuring_changes_nothing():
     read = tables()
     steps = Steps(net, criteria([2]), DeviceSGD(net, torch.float64), in_double, read, 4)
     before = {name: tensor.clone() for name, tensor in steps.state().items()}
-    assert steps.seconds_per_step(2) > 0
+    losses, seconds = steps.trial(2)
+    assert seconds > 0
+    assert losses[1] < losses[0]
     after = steps.state()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
