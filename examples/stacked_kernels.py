@@ -1,0 +1,368 @@
+"""Triton kernels for stacked networks: batch norm with what follows it in one, and grouped 3x3 convolutions.
+
+Maps are in channels-last memory, ``[P, C]`` of ``P = N * H * W`` pixels. In training alone; a network is
+evaluated by PyTorch's own operations.
+"""
+
+# Triton's kernels have no types: their arguments are what its compiler makes of them.
+# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-calls=False
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+#: Values of a program's tile, and programs of a sweep over all pixels: each leaves sums of its own.
+TILE, PROGRAMS = 8192, 528
+
+#: Pixels at once of the gradient of a convolution's weights.
+PIXELS_AT_ONCE = 64
+
+
+@triton.jit
+def _statistics(x, mean, parts, pixels, channels: tl.constexpr, rows: tl.constexpr, width: tl.constexpr):
+    """Sums of what lies above the running mean, which keeps the digits, and of its squares."""
+    c = tl.arange(0, width)
+    here = c < channels
+    middle = tl.load(mean + c, mask=here, other=0.0)
+    first = tl.zeros([rows, width], tl.float32)
+    second = tl.zeros([rows, width], tl.float32)
+    for start in range(tl.program_id(0) * rows, pixels, tl.num_programs(0) * rows):
+        p = start + tl.arange(0, rows)
+        mask = (p < pixels)[:, None] & here[None, :]
+        value = tl.load(x + p[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        value = tl.where(mask, value - middle[None, :], 0.0)
+        first += value
+        second += value * value
+    out = parts + tl.program_id(0) * 2 * channels + c
+    tl.store(out, tl.sum(first, axis=0), mask=here)
+    tl.store(out + channels, tl.sum(second, axis=0), mask=here)
+
+
+@triton.jit
+def _sums(parts, c, here, number: tl.constexpr, channels: tl.constexpr, block: tl.constexpr):
+    """Both sums of some channels over all programs."""
+    first = tl.zeros([block], tl.float32)
+    second = tl.zeros([block], tl.float32)
+    for start in range(0, number, 64):
+        i = start + tl.arange(0, 64)
+        mask = (i < number)[:, None] & here[None, :]
+        at = parts + i[:, None] * 2 * channels + c[None, :]
+        first += tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)
+        second += tl.sum(tl.load(at + channels, mask=mask, other=0.0), axis=0)
+    return first, second
+
+
+@triton.jit
+def _finish_statistics(
+    parts, running_mean, running_var, saved, pixels, momentum, eps,
+    number: tl.constexpr, channels: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Mean and inverse deviation of every channel, and the running ones."""
+    c = tl.program_id(0) * block + tl.arange(0, block)
+    here = c < channels
+    first, second = _sums(parts, c, here, number, channels, block)
+    old_mean = tl.load(running_mean + c, mask=here, other=0.0)
+    old_var = tl.load(running_var + c, mask=here, other=1.0)
+    above = first / pixels
+    var = tl.maximum(second / pixels - above * above, 0.0)
+    mean = old_mean + above
+    tl.store(saved + c, mean, mask=here)
+    tl.store(saved + channels + c, 1.0 / tl.sqrt(var + eps), mask=here)
+    tl.store(running_mean + c, old_mean + momentum * above, mask=here)
+    unbiased = var * (pixels / (pixels - 1.0))
+    tl.store(running_var + c, old_var + momentum * (unbiased - old_var), mask=here)
+
+
+@triton.jit
+def _apply(
+    x, residual, saved, weight, bias, y, pixels,
+    channels: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    """Normalise, add what is to be added, and rectify."""
+    c = tl.arange(0, width)
+    here = c < channels
+    mean = tl.load(saved + c, mask=here, other=0.0)
+    scale = tl.load(saved + channels + c, mask=here, other=0.0) * tl.load(weight + c, mask=here, other=0.0)
+    shift = tl.load(bias + c, mask=here, other=0.0) - mean * scale
+    for start in range(tl.program_id(0) * rows, pixels, tl.num_programs(0) * rows):
+        p = start + tl.arange(0, rows)
+        mask = (p < pixels)[:, None] & here[None, :]
+        at = p[:, None] * channels + c[None, :]
+        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
+        if residual is not None:
+            value += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + at, tl.maximum(value, 0.0).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rectified(upstream, x, y, saved, scale, shift, at, mask):
+    """The gradient behind the rectifier; where there is no ``y``, it is computed again."""
+    gradient = tl.load(upstream + at, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    if y is not None:
+        passes = tl.load(y + at, mask=mask, other=0.0).to(tl.float32) > 0.0
+    else:
+        passes = value * scale[None, :] + shift[None, :] > 0.0
+    return tl.where(passes, gradient, 0.0), value
+
+
+@triton.jit
+def _gradient_statistics(
+    upstream, x, y, saved, weight, bias, parts, pixels,
+    channels: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    """Sums of the gradient, and of it times the normalised input."""
+    c = tl.arange(0, width)
+    here = c < channels
+    mean = tl.load(saved + c, mask=here, other=0.0)
+    inverse = tl.load(saved + channels + c, mask=here, other=0.0)
+    scale = inverse * tl.load(weight + c, mask=here, other=0.0)
+    shift = tl.load(bias + c, mask=here, other=0.0) - mean * scale
+    first = tl.zeros([rows, width], tl.float32)
+    second = tl.zeros([rows, width], tl.float32)
+    for start in range(tl.program_id(0) * rows, pixels, tl.num_programs(0) * rows):
+        p = start + tl.arange(0, rows)
+        mask = (p < pixels)[:, None] & here[None, :]
+        at = p[:, None] * channels + c[None, :]
+        gradient, value = _rectified(upstream, x, y, saved, scale, shift, at, mask)
+        first += gradient
+        second += gradient * (value - mean[None, :]) * inverse[None, :]
+    out = parts + tl.program_id(0) * 2 * channels + c
+    tl.store(out, tl.sum(first, axis=0), mask=here)
+    tl.store(out + channels, tl.sum(second, axis=0), mask=here)
+
+
+@triton.jit
+def _finish_gradient(
+    parts, weight_gradient, bias_gradient,
+    number: tl.constexpr, channels: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """The gradients of weight and bias."""
+    c = tl.program_id(0) * block + tl.arange(0, block)
+    here = c < channels
+    first, second = _sums(parts, c, here, number, channels, block)
+    tl.store(bias_gradient + c, first, mask=here)
+    tl.store(weight_gradient + c, second, mask=here)
+
+
+@triton.jit
+def _gradient(
+    upstream, x, y, saved, weight, bias, weight_gradient, bias_gradient, out, residual_out, pixels,
+    channels: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the input, and of what was added to it."""
+    c = tl.arange(0, width)
+    here = c < channels
+    mean = tl.load(saved + c, mask=here, other=0.0)
+    inverse = tl.load(saved + channels + c, mask=here, other=0.0)
+    scale = inverse * tl.load(weight + c, mask=here, other=0.0)
+    shift = tl.load(bias + c, mask=here, other=0.0) - mean * scale
+    share = tl.load(bias_gradient + c, mask=here, other=0.0) / pixels
+    slope = inverse * tl.load(weight_gradient + c, mask=here, other=0.0) / pixels
+    for start in range(tl.program_id(0) * rows, pixels, tl.num_programs(0) * rows):
+        p = start + tl.arange(0, rows)
+        mask = (p < pixels)[:, None] & here[None, :]
+        at = p[:, None] * channels + c[None, :]
+        gradient, value = _rectified(upstream, x, y, saved, scale, shift, at, mask)
+        if residual_out is not None:
+            tl.store(residual_out + at, gradient.to(residual_out.dtype.element_ty), mask=mask)
+        centred = gradient - share[None, :] - (value - mean[None, :]) * slope[None, :]
+        tl.store(out + at, (scale[None, :] * centred).to(out.dtype.element_ty), mask=mask)
+
+
+class _NormRelu(torch.autograd.Function):
+    """relu(batch_norm(x) + residual), of batch statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor,
+        running_mean: Tensor, running_var: Tensor, momentum: float, eps: float,
+    ) -> Tensor:  # fmt: skip
+        channels = x.shape[1]
+        pixels, tile = x.numel() // channels, _tile(channels)
+        programs = min(PROGRAMS, -(-pixels // tile["rows"]))
+        parts = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
+        saved = torch.empty(2, channels, dtype=torch.float32, device=x.device)
+        y = torch.empty_like(x)
+        _statistics[(programs,)](x, running_mean, parts, pixels, **tile)
+        _finish_statistics[(-(-channels // 16),)](
+            parts, running_mean, running_var, saved, pixels, momentum, eps,
+            number=programs, channels=channels, block=16, num_warps=4,
+        )  # fmt: skip
+        _apply[(programs,)](x, residual, saved, weight, bias, y, pixels, **tile)
+        ctx.save_for_backward(x, None if residual is None else y, saved, weight, bias)
+        ctx.programs = programs
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, saved, weight, bias = ctx.saved_tensors
+        channels = x.shape[1]
+        pixels, tile, programs = x.numel() // channels, _tile(channels), ctx.programs
+        upstream = upstream.contiguous(memory_format=torch.channels_last)
+        parts = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
+        gradients = torch.empty_like(weight), torch.empty_like(bias)
+        out = torch.empty_like(x)
+        residual_out = None if y is None else torch.empty_like(x)
+        _gradient_statistics[(programs,)](upstream, x, y, saved, weight, bias, parts, pixels, **tile)
+        _finish_gradient[(-(-channels // 16),)](
+            parts, *gradients, number=programs, channels=channels, block=16, num_warps=4
+        )
+        _gradient[(programs,)](
+            upstream, x, y, saved, weight, bias, *gradients, out, residual_out, pixels, **tile
+        )
+        return out, residual_out, *gradients, None, None, None, None
+
+
+def _tile(channels: int) -> dict[str, int]:
+    width = triton.next_power_of_2(channels)
+    return {"channels": channels, "width": width, "rows": max(1, TILE // width), "num_warps": 8}
+
+
+def norm_relu(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Batch norm in training, plus ``residual`` where there is one, rectified.
+
+    Args:
+        x: ``[N, C, H, W]``, in channels-last memory, as is ``residual``.
+        residual: of the same shape and dtype.
+        weight: float32 ``[C]``, as are ``bias`` and the running statistics, which move on.
+        bias: of the channels.
+        running_mean: of the channels.
+        running_var: of the channels.
+        momentum: share of the batch in the running statistics.
+        eps: added to the variance.
+    """
+    result: Tensor = _NormRelu.apply(x, residual, weight, bias, running_mean, running_var, momentum, eps)
+    return result
+
+
+@triton.jit
+def _convolve(
+    x, weight, y, pixels, groups: tl.constexpr, inputs: tl.constexpr, outputs: tl.constexpr,
+    height: tl.constexpr, wide: tl.constexpr, flip: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """A block of pixels of one group; ``flip`` takes the gradient back to the input."""
+    g = tl.program_id(0)  # the groups of a pixel lie side by side in memory
+    p = tl.program_id(1) * block + tl.arange(0, block)
+    row, column = p // wide % height, p % wide
+    i, o = tl.arange(0, inputs), tl.arange(0, outputs)
+    # The weights are [g, O, 3, 3, I] of the layer; backwards its outputs come in.
+    if flip:
+        of_group = weight + g * inputs * 9 * outputs + i[:, None] * 9 * outputs + o[None, :]
+    else:
+        of_group = weight + g * outputs * 9 * inputs + o[None, :] * 9 * inputs + i[:, None]
+    total = tl.zeros([block, outputs], tl.float32)
+    for tap in tl.static_range(9):
+        down, right = tap // 3 - 1, tap % 3 - 1
+        inside = (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < wide)
+        at = (p + down * wide + right)[:, None] * (groups * inputs) + g * inputs + i[None, :]
+        value = tl.load(x + at, mask=(inside & (p < pixels))[:, None], other=0.0)
+        matrix = tl.load(of_group + ((8 - tap) * outputs if flip else tap * inputs))
+        total = tl.dot(value, matrix, total, input_precision="ieee")
+    out = y + p[:, None] * (groups * outputs) + g * outputs + o[None, :]
+    tl.store(out, total.to(y.dtype.element_ty), mask=(p < pixels)[:, None])
+
+
+@triton.jit
+def _convolution_gradient(
+    x, upstream, parts, pixels, groups: tl.constexpr, inputs: tl.constexpr, outputs: tl.constexpr,
+    height: tl.constexpr, wide: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """A row of three taps of one group's weights, over a part of the pixels."""
+    g = tl.program_id(0)
+    down = tl.program_id(2) - 1
+    i, o = tl.arange(0, inputs), tl.arange(0, outputs)
+    left = tl.zeros([outputs, inputs], tl.float32)
+    middle = tl.zeros([outputs, inputs], tl.float32)
+    right = tl.zeros([outputs, inputs], tl.float32)
+    for start in range(tl.program_id(1) * block, pixels, tl.num_programs(1) * block):
+        p = start + tl.arange(0, block)
+        row, column = p // wide % height + down, p % wide
+        inside = (row >= 0) & (row < height) & (p < pixels)
+        at = p[:, None] * (groups * outputs) + g * outputs + o[None, :]
+        gradient = tl.trans(tl.load(upstream + at, mask=(p < pixels)[:, None], other=0.0))
+        at = x + (p + down * wide)[:, None] * (groups * inputs) + g * inputs + i[None, :]
+        value = tl.load(at - groups * inputs, mask=(inside & (column > 0))[:, None], other=0.0)
+        left = tl.dot(gradient, value, left, input_precision="ieee")
+        value = tl.load(at, mask=inside[:, None], other=0.0)
+        middle = tl.dot(gradient, value, middle, input_precision="ieee")
+        value = tl.load(at + groups * inputs, mask=(inside & (column < wide - 1))[:, None], other=0.0)
+        right = tl.dot(gradient, value, right, input_precision="ieee")
+    # [programs, g, O, 3, 3, I]
+    out = parts + (tl.program_id(1) * groups + g) * outputs * 9 * inputs + tl.program_id(2) * 3 * inputs
+    out += o[:, None] * 9 * inputs + i[None, :]
+    tl.store(out, left)
+    tl.store(out + inputs, middle)
+    tl.store(out + 2 * inputs, right)
+
+
+class _GroupedConvolution(torch.autograd.Function):
+    """A grouped 3x3 convolution of stride 1 and padding 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _convolved(x, weight, flip=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        groups, outputs, _, _, inputs = weight.shape
+        upstream = upstream.contiguous(memory_format=torch.channels_last)
+        pixels = x.numel() // x.shape[1]
+        programs = min(max(1, PROGRAMS // (3 * groups)), -(-pixels // PIXELS_AT_ONCE))
+        parts = torch.empty(programs, *weight.shape, dtype=torch.float32, device=x.device)
+        _convolution_gradient[(groups, programs, 3)](
+            x, upstream, parts, pixels, groups=groups, inputs=inputs, outputs=outputs,
+            height=x.shape[2], wide=x.shape[3], block=PIXELS_AT_ONCE, num_warps=4,
+        )  # fmt: skip
+        return _convolved(upstream, weight, flip=True), parts.sum(0).to(weight.dtype)
+
+
+def _convolved(x: Tensor, weight: Tensor, flip: bool) -> Tensor:
+    groups, outputs, _, _, inputs = weight.shape
+    if flip:
+        outputs, inputs = inputs, outputs
+    n, _, height, wide = x.shape
+    pixels = n * height * wide
+    y = torch.empty(
+        n, groups * outputs, height, wide, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    block = 256 if inputs * outputs <= 1024 else 128  # what the registers hold
+    _convolve[(groups, -(-pixels // block))](
+        x, weight, y, pixels, groups=groups, inputs=inputs, outputs=outputs,
+        height=height, wide=wide, flip=flip, block=block, num_warps=8,
+    )  # fmt: skip
+    return y
+
+
+def grouped_convolution(x: Tensor, weight: Tensor) -> Tensor:
+    """A grouped 3x3 convolution of stride 1 and padding 1.
+
+    Args:
+        x: ``[N, g * I, H, W]``, in channels-last memory.
+        weight: ``[g, O, 3, 3, I]``, of the same dtype; I and O are powers of two from 16.
+
+    Returns:
+        ``[N, g * O, H, W]``, in channels-last memory.
+    """
+    result: Tensor = _GroupedConvolution.apply(x, weight)
+    return result

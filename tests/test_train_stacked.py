@@ -1,0 +1,336 @@
+"""Several runs as one network: the same numbers as each alone, and the command that trains them."""
+
+import copy
+import json
+import re
+import signal
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import paper_results
+import pytest
+import stacked_kernels
+import torch
+import train_stacked
+from device_steps import DeviceSGD, Steps, Tables
+from resnet32 import ResNet32
+from stacked import FORMS, Form, stack
+from torch import nn
+
+from lgla_losses import LGLALoss
+
+CPU = torch.device("cpu")
+COUNTS = [20, 9, 4, 2]
+EXPERTS = [3, 1, 2, 3]
+#: Without kernels, which a CPU runs in an interpreter and in float32.
+PLAIN_FORMS = {name: form for name, form in FORMS.items() if not form.fused}
+
+
+@pytest.fixture(autouse=True)
+def augmentation(monkeypatch):
+    """One that draws nothing, where that of the device is not what is tested."""
+
+    class Plain(nn.Module):
+        def __init__(self, size=32, strong=True, dtype=torch.float32):
+            super().__init__()
+            self.dtype = dtype
+
+        def forward(self, images):
+            return images.to(self.dtype) / 128 - 1
+
+    module = SimpleNamespace(DeviceAugment=Plain, normalised=lambda images: images / 128 - 1)
+    monkeypatch.setitem(sys.modules, "device_augment", module)
+
+
+def networks(experts=EXPERTS, dtype=torch.float64, blocks=2):
+    nets = []
+    for number in experts:
+        torch.manual_seed(0)
+        nets.append(ResNet32(len(COUNTS), number, blocks=blocks).to(dtype))
+    return nets
+
+
+def criteria(experts=EXPERTS):
+    kinds = [{"adjustment": "balanced", "aaw": False}, {"tau": 2.5}]
+    return [
+        LGLALoss(COUNTS, num_experts=k, validate_args=False, **(kinds[i == 3] if k != 2 else {"aaw": False}))
+        for i, k in enumerate(experts)
+    ]
+
+
+def tables(steps=4, batch=8, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (40, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    targets = torch.arange(40) % len(COUNTS)
+    order = torch.stack([torch.randperm(40, generator=generator)[:batch] for _ in range(steps)])
+    rates = torch.tensor([0.02, 0.05, 0.1, 0.01], dtype=dtype)[:steps]
+    return Tables(images, targets, order, rates)
+
+
+def in_double(images):
+    return images.double() / 128 - 1
+
+
+def train(nets, losses, form, read, dtype=torch.float64, prepare=in_double):
+    net = stack(nets, form, CPU)
+    steps = Steps(net, losses, DeviceSGD(net, dtype), prepare, read, steps_per_epoch=len(read.order))
+    every = []
+    for _ in range(len(read.order)):
+        steps.advance()
+        every.append(steps.losses.clone())
+    return torch.stack(every), steps
+
+
+def train_alone(net, criterion, read):
+    """A run of its own, by PyTorch's optimizer."""
+    net, losses = copy.deepcopy(net), []
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=2e-4)
+    for index, rate in zip(read.order, read.rates, strict=True):
+        optimizer.param_groups[0]["lr"] = rate.item()
+        optimizer.zero_grad()
+        loss = criterion(net(in_double(read.images[index])), read.targets[index])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses), net.eval()
+
+
+@pytest.mark.parametrize("name", PLAIN_FORMS)
+def test_runs_together_give_what_each_gives_alone(name):
+    nets, losses, read = networks(), criteria(), tables()
+    together, steps = train(nets, losses, FORMS[name], read)
+    predicted = steps.logits(read.images, in_double)
+    for i, (net, criterion) in enumerate(zip(nets, losses, strict=True)):
+        alone, trained = train_alone(net, criterion, read)
+        torch.testing.assert_close(together[:, i].double(), alone, rtol=1e-6, atol=1e-6)
+        with torch.no_grad():
+            expected = trained(in_double(read.images)).logits
+        torch.testing.assert_close(predicted[i].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, form in PLAIN_FORMS.items() if not form.separate])
+def test_gradients_are_those_of_separate_networks(name):
+    nets = networks()
+    images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    stacked = stack(nets, FORMS[name], CPU)
+    logits, expected = stacked(images), [net(images).logits for net in nets]
+    for one, other in zip(logits, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+    upstream = [torch.randn_like(v) for v in expected]
+    sum((v * u).sum() for v, u in zip(logits, upstream, strict=True)).backward()
+    sum((v * u).sum() for v, u in zip(expected, upstream, strict=True)).backward()
+    stem = torch.cat([net.trunk[0].weight.grad for net in nets])
+    torch.testing.assert_close(stacked.stem.weight.grad.flatten(0, 1).permute(0, 3, 1, 2), stem)
+    heads = torch.cat([net.experts.classifiers.weight.grad for net in nets])
+    torch.testing.assert_close(stacked.weight.grad, heads)
+
+
+@pytest.mark.parametrize("name", ["kernels", "grouped-fused", "grouped-64-fused"])
+def test_kernels_train_as_pytorch_does(name, monkeypatch):
+    monkeypatch.setattr(stacked_kernels, "PROGRAMS", 3)
+    nets, losses = networks([2, 1], torch.float32, blocks=1), criteria([2, 1])
+    read = tables(2, 3, torch.float32)
+
+    def prepare(images):
+        return images / 128 - 1
+
+    expected, plain = train(nets, losses, FORMS["grouped"], read, torch.float32, prepare)
+    got, steps = train(nets, losses, FORMS[name], read, torch.float32, prepare)
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+    for one, other in zip(
+        steps.logits(read.images, prepare), plain.logits(read.images, prepare), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-2)
+
+
+def test_one_run_does_not_move_another():
+    nets, read = networks([2, 2]), tables()
+    losses = criteria([2, 2])
+    first, _ = train(nets, losses, Form(group=128), read)
+    other = [losses[0], LGLALoss(COUNTS, num_experts=2, aaw=False, adjustment="softmax", validate_args=False)]
+    second, _ = train(nets, other, Form(group=128), read)
+    torch.testing.assert_close(first[:, 0], second[:, 0])
+    assert not torch.allclose(first[:, 1], second[:, 1])
+
+
+def test_maps_stay_in_channels_last_memory():
+    stacked = stack(networks(), FORMS["grouped-64"], CPU)
+    seen = []
+    for module in stacked.modules():
+        if type(module).__name__ in ("Convolution", "Norm"):
+            module.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    stacked(torch.randn(4, 3, 16, 16, dtype=torch.float64))
+    assert len(seen) == 2 + 4 * 6
+    maps = [tensor for pair in seen for tensor in pair]
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in maps)
+
+
+def test_weights_of_low_precision_learn_in_full():
+    read = tables(dtype=torch.float32)
+    nets = networks([2], torch.float32)
+    losses = criteria([2])
+    net = stack(nets, FORMS["grouped"], CPU)
+    optimizer = DeviceSGD(net, torch.bfloat16)
+    steps = Steps(net, losses, optimizer, lambda images: images / 128 - 1, read, 4)
+    before = [weight.clone() for weight in optimizer.weights]
+    for _ in range(4):
+        steps.advance()
+    assert len(optimizer.lowered) == 13
+    for i, (parameter, weight) in enumerate(zip(optimizer.parameters, optimizer.weights, strict=True)):
+        assert weight.dtype == torch.float32
+        assert not torch.equal(weight, before[i])
+        assert parameter.dtype == (torch.bfloat16 if i in optimizer.lowered else torch.float32)
+        assert torch.equal(parameter.detach(), weight.to(parameter.dtype))
+    exact, _ = train(nets, losses, FORMS["grouped"], read, torch.float32, lambda images: images / 128 - 1)
+    assert steps.losses.item() == pytest.approx(exact[-1].item(), rel=0.1)
+
+
+def test_measuring_changes_nothing():
+    net = stack(networks([2]), FORMS["grouped"], CPU)
+    read = tables()
+    steps = Steps(net, criteria([2]), DeviceSGD(net, torch.float64), in_double, read, 4)
+    before = {name: tensor.clone() for name, tensor in steps.state().items()}
+    losses, seconds = steps.trial(2)
+    assert seconds > 0
+    assert losses[1] < losses[0]
+    after = steps.state()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def test_an_epoch_meets_every_image():
+    order = train_stacked.make_order(21, 8, seed=3, epoch=1)
+    assert order.shape == (3, 8)
+    assert order.flatten()[:21].sort().values.tolist() == list(range(21))
+    assert torch.equal(order.flatten()[21:], order.flatten()[:3])
+    assert not torch.equal(order, train_stacked.make_order(21, 8, seed=3, epoch=2))
+
+
+def test_methods_are_the_paper_s():
+    options = train_stacked.make_parser().parse_args([])
+    options.epochs, options.amp, options.data, options.device = 400, "none", "x.npz", "cpu"
+    runs = {name: train_stacked.make_run(name, 400, COUNTS, options) for name in train_stacked.METHODS}
+    said = {name: run.options for name, run in runs.items()}
+    assert {name: (o.num_experts, o.adjustment, o.aaw, o.tau) for name, o in said.items()} == {
+        "softmax": (3, "softmax", False, None),
+        "balms1": (1, "balanced", False, None),
+        "balms3": (3, "balanced", False, None),
+        "cla": (3, "lgla", False, 2.5),
+        "lgla": (3, "lgla", True, 2.5),
+        "lgla2": (3, "lgla", True, 2.0),
+        "lgla3": (3, "lgla", True, 3.0),
+    }
+    rates = train_stacked.make_rates(said["lgla"], 2)
+    assert rates[:10:2] == pytest.approx([0.0333, 0.0467, 0.06, 0.0733, 0.0867], abs=5e-5)
+    assert [rates[2 * epoch] for epoch in (5, 319, 320, 359, 360, 399)] == pytest.approx(
+        [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    )
+
+
+def test_epochs_are_halved_until_they_fit():
+    assert train_stacked.fitting_epochs(400, 1.0, 450.0) == 400
+    assert train_stacked.fitting_epochs(400, 1.0, 399.0) == 200
+    assert train_stacked.fitting_epochs(400, 1.0, 99.0) == 50
+    assert train_stacked.fitting_epochs(400, 1.0, -5.0) == 1
+
+
+def run(tmp_path, *arguments, forms=("grouped",)):
+    out = tmp_path / "out"
+    train_stacked.main(["--quick", "--device", "cpu", "--out", str(out), "--forms", *forms, *arguments])
+    return out
+
+
+def read(out, method="lgla"):
+    return json.loads((out / f"stacked_{method}.json").read_text())
+
+
+def test_a_command_trains_all_and_writes_what_tables_are_made_of(tmp_path):
+    out = run(tmp_path, "--evaluate-every", "1", forms=("grouped", "separate"))
+    overview = json.loads((out / "stacked.json").read_text())
+    assert set(overview["seeds"][0]["forms"]) == {"grouped", "separate"}
+    assert overview["seeds"][0]["form"] in overview["seeds"][0]["forms"]
+    records = [read(out, method) for method in train_stacked.FIVE]
+    table = paper_results.cells_table(records)
+    assert "| LGLA, tau = 2.5 |" in table
+    assert "| BALMS x1 |" in table
+    for record, k in zip(records, (3, 1, 3, 3, 3), strict=True):
+        (one,) = record["runs"]
+        assert record["finished"]
+        assert [entry["epoch"] for entry in one["curve"]] == [1, 2]
+        assert all(entry["scores"] and entry["loss"] > 0 for entry in one["curve"])
+        with np.load(out / record["name"] / "seed0" / "outputs.npz") as outputs:
+            assert outputs["logits"].shape == (40, k, 10)
+            right = outputs["logits"].astype(np.float64).mean(1).argmax(1) == outputs["target"]
+        assert one["final"]["scores"]["ensemble"]["top-1"] == pytest.approx(right.mean(), abs=0.051)
+
+
+def test_a_run_is_the_same_in_two_halves(tmp_path, monkeypatch):
+    whole = read(run(tmp_path / "whole", "--epochs", "3"))
+    save = train_stacked.Stack.save
+
+    def stop_after_the_first_epoch(self):
+        save(self)
+        monkeypatch.setattr(train_stacked.Stack, "save", save)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train_stacked, "CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr(train_stacked.Stack, "save", stop_after_the_first_epoch)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, "--epochs", "3")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    half = read(tmp_path / "out")
+    assert not half["finished"]
+    assert [entry["epoch"] for entry in half["runs"][0]["curve"]] == [1]
+
+    gone_on = read(run(tmp_path, "--epochs", "3", "--resume"))
+    assert gone_on["finished"]
+    assert gone_on["runs"][0]["final"] == whole["runs"][0]["final"]
+
+
+def test_a_run_without_time_for_all_takes_fewer_epochs(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_stacked, "fitting_epochs", lambda asked, seconds, left: asked // 2)
+    out = run(tmp_path, "--epochs", "4", "--seconds", "300")
+    record = read(out)
+    assert (record["configuration"]["epochs"], record["configuration"]["milestones"]) == (2, [1])
+    assert record["runs"][0]["final"]["epoch"] == 2
+    assert json.loads((out / "stacked.json").read_text())["epochs_asked"] == 4
+
+
+def test_a_form_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    make = train_stacked.stack
+
+    def fail(networks, form, device):
+        if form.group == 64:
+            raise RuntimeError("no kernel\nmore lines")
+        return make(networks, form, device)
+
+    monkeypatch.setattr(train_stacked, "stack", fail)
+    out = run(tmp_path, "--methods", "balms1", forms=("grouped-64", "dense"))
+    (seed,) = json.loads((out / "stacked.json").read_text())["seeds"]
+    assert seed["forms"]["grouped-64"] == "failed: RuntimeError: no kernel"
+    assert seed["form"] == "dense"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--forms", "fast"], "--forms: expected some of grouped, .* got 'fast'"),
+        (["--methods", "lgla", "lgla"], "--methods: expected each but once"),
+        (["--data", "nothing.npz"], "nothing.npz: expected an .npz file"),
+    ],
+)
+def test_what_cannot_be_used_is_named(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        run(tmp_path, *arguments)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_earlier_run_is_not_overwritten(tmp_path, capsys):
+    run(tmp_path, "--epochs", "1", "--methods", "balms1")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--methods", "balms1")
+    assert "--resume continues it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--methods", "lgla", "--resume")
+    assert "expected" in capsys.readouterr().err
