@@ -163,8 +163,15 @@ def check(problem: Problem, device: torch.device, tell: Callable[..., None]) -> 
             found = {"error": error, "bound": problem.bound}
         except Exception as raised:
             traceback.print_exc()
-            outcome, found = "failed", {"why": f"{type(raised).__name__}: {raised}".partition("\n")[0]}
+            outcome, found = "failed", {"why": first_cause(raised)}
         tell(check=name, outcome=outcome, **found, seconds=round(time.monotonic() - begun, 2))
+
+
+def first_cause(error: BaseException) -> str:
+    """What was raised first, in a line: a capture that fails ends by another error, which says less."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def run_share(options: argparse.Namespace) -> None:

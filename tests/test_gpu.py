@@ -18,6 +18,8 @@ import gpu_problems
 import pytest
 from scripts import ROOT
 
+import lgla_losses
+
 SCRIPTS = {
     "bench": "benchmarks/losses.py",
     "layouts": "benchmarks/expert_layouts.py",
@@ -293,7 +295,7 @@ def from_name(cls, name):
     return distribution(cls, name)
 
 importlib.metadata.Distribution.from_name = classmethod(from_name)
-if "expert_layouts.py" in str(sys.orig_argv) or "train_stacked.py" in str(sys.orig_argv):
+if any(name in str(sys.orig_argv) for name in ("expert_layouts.py", "train_stacked.py", "train_paper.py")):
     import torchvision_shim
 """
 
@@ -349,11 +351,32 @@ def test_a_bare_machine_lacks_what_it_should(bare):
     assert done.stdout == "[None, None, None] None\nPackageNotFoundError\nModuleNotFoundError\n", done.stderr
 
 
-@pytest.mark.parametrize("script", ["examples/train_paper.py", "benchmarks/kernel_resources.py"])
+@pytest.mark.parametrize("script", ["examples/make_data.py", "benchmarks/kernel_resources.py"])
 def test_scripts_find_the_package_of_a_checkout_that_nobody_has_installed(bare, script):
     done = bare.run(sys.executable, bare.checkout / script, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")
+
+
+def test_a_run_of_the_paper_there_ends_with_its_record(bare, tmp_path):
+    images = tmp_path / "images.npz"
+    bare.run(sys.executable, bare.checkout / "benchmarks" / "random_images.py", images)
+    recipes = [bare.checkout / "examples" / "paper" / name for name in ("table5_lgla.toml", "cpu.toml")]
+    settings = (
+        "backbone=resnet8",
+        "epochs=1",
+        "format=npz",
+        "imbalance_factor=",
+        "workers=0",
+        f"data={images}",
+    )
+    folders = "--runs", tmp_path / "runs", "--records", tmp_path, "--name", "lgla"
+    script = bare.checkout / "examples" / "train_paper.py"
+    done = bare.run(sys.executable, script, *recipes, *folders, "--set", *settings)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "lgla.json").read_text())
+    assert record["commit"] == ""
+    assert record["runs"][0]["versions"]["lgla_losses"] == lgla_losses.__version__
 
 
 @pytest.mark.slow  # all sections, shortened
