@@ -232,6 +232,12 @@ def error(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
+def assert_near(actual, expected, tolerance):
+    """By the norms of tensors, for results of convolutions."""
+    errors = [error(ours, theirs) for ours, theirs in zip(actual, expected, strict=True)]
+    assert all(value < tolerance for value in errors), errors
+
+
 # --- Losses -------------------------------------------------------------------------------------------------
 
 
@@ -400,13 +406,13 @@ def test_a_step_of_experts_is_replayed_from_a_graph(how, low, memory_format, dev
     step = of_experts(device, experts, low, memory_format)
     first = step()
     replay = captured(step, device)
-    # Gradients of convolutions may be added up in any order.
-    tolerance = {"rtol": 1e-3, "atol": 1e-4} if low is None else {"rtol": 0.05, "atol": 0.02}
-    assert_alike(replay(), first, **tolerance)
+    # cuDNN may add up gradients in another order every time.
+    tolerance = 1e-3 if low is None else 0.1
+    assert_near(replay(), first, tolerance)
     counters = [v for v in experts.buffers() if not v.is_floating_point()]
     before = [int(v.sum()) for v in counters]
     step.next_batch()
-    assert_alike(replay(), step(), **tolerance)
+    assert_near(replay(), step(), tolerance)
     after = [n + 2 * v.numel() for n, v in zip(before, counters, strict=True)]
     assert [int(v.sum()) for v in counters] == after
 
