@@ -339,8 +339,9 @@ def _store_gradient(
     values = exponentials * (factor / total)[:, None]
     if smoothing != 0.0:
         values -= (factor * (smoothing / num_classes))[:, None]
-    # In 32 bits, as the comparison of every class with a target in 64 takes registers.
-    y = tl.where((y >= 0) & (y < num_classes), y, -1).to(tl.int32)
+    # In 32 bits, as the comparison of every class with a target in 64 takes registers (but in float64).
+    if values.dtype != tl.float64:
+        y = tl.where((y >= 0) & (y < num_classes), y, -1).to(tl.int32)
     values = tl.where(j[None, :] == y[:, None], values - (factor * (1.0 - smoothing))[:, None], values)
     values = tl.where(valid[:, None], values, 0.0)
     mask = here[:, None] & (j < num_classes)[None, :]
