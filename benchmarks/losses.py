@@ -346,12 +346,13 @@ def _graph_rows(cell: Cell, dtype: torch.dtype, setting: Setting, found: Found) 
     (batch,) = peers.make_batches(cell.shape, dtype, setting.device)
     dot = torch.zeros((), device=setting.device)
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    steps: dict[str, Step] = {}  # what the graphs read must stay where it is
     numbers: dict[str, int | None] = {}
     wanted = (*report.DEFAULTS, peers.PLAIN)
     columns = [column for column in _columns(cell, EAGER, setting) if column.name in wanted]
     for column in columns:
         try:
-            step = column.make(cell.shape, setting.device)
+            steps[column.name] = step = column.make(cell.shape, setting.device)
             numbers[column.name] = number = measure.launches(step, batch)
             _add_launches(found.rows, like, column.name, number)
             graphs[column.name] = measure.recorded(_training_step(step, batch))
