@@ -62,8 +62,9 @@ GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 OTHER, CONTRAST, AUTOCONTRAST, EQUALIZE, COLOR = range(5)
 KINDS = {"Contrast": CONTRAST, "AutoContrast": AUTOCONTRAST, "Equalize": EQUALIZE, "Color": COLOR}
 
-#: More images than these go through in parts, so that what lies between takes a few hundred megabytes.
-MOST_AT_ONCE = 4096
+#: More images than these go through in parts: on a CPU they stay in its cache, elsewhere a few hundred
+#: megabytes hold what lies between.
+MOST_ON_CPU, MOST_AT_ONCE = 128, 4096
 
 #: Constants are computed where torchvision's are, whatever the default device.
 CPU = torch.device("cpu")
@@ -249,7 +250,7 @@ class Operations(nn.Module):
         """Give the table that moves values from the mean grey, or to it."""
         own = self.every_level * self.scales[chosen][:, None, None]
         # A fused multiply-add rounds once: in float64 the product is exact.
-        mean = grey.mean(2, keepdim=True).double()
+        mean = grey.mean(2, keepdim=True)
         contrasted = (own + mean * self.weights[chosen][:, None, None]).to(torch.float32)
         return contrasted.clamp_(0, 255).to(torch.uint8)
 
@@ -349,7 +350,8 @@ class DeviceAugment(nn.Module):
                 f"images: expected uint8 [N, 3, {self.size}, {self.size}], "
                 f"got {images.dtype} {list(images.shape)}; DeviceAugment(size=...) takes another size"
             )
-        parts = [self._augmented(part) for part in images.split(MOST_AT_ONCE)]
+        most = MOST_ON_CPU if images.device.type == "cpu" else MOST_AT_ONCE
+        parts = [self._augmented(part) for part in images.split(most)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _augmented(self, images: Tensor) -> Tensor:
