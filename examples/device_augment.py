@@ -275,6 +275,24 @@ class Operations(nn.Module):
         return torch.where(step == 0, self.every_level, equalized).to(torch.uint8)
 
 
+def _policy_operations(size: int) -> tuple[list[tuple[str, float]], Tensor]:
+    """Give the policy's operations in both directions, after one that does nothing, and where each is.
+
+    Returns:
+        Name and magnitude of each, and the index ``[25, 2, 2]`` by row of the policy, turn and sign.
+    """
+    operations = [("Identity", 0.0)]
+    places = torch.zeros(len(POLICY), 2, 2, dtype=torch.int64, device=CPU)
+    for row, pair in enumerate(POLICY):
+        for turn, (name, _, level) in enumerate(pair):
+            for sign, negative in enumerate((False, True)):
+                operation = name, magnitude_of(name, level, size, negative)
+                if operation not in operations:
+                    operations.append(operation)
+                places[row, turn, sign] = operations.index(operation)
+    return operations, places
+
+
 class DeviceAugment(nn.Module):
     """Augment and normalise whole batches on the device that holds them.
 
@@ -283,7 +301,7 @@ class DeviceAugment(nn.Module):
     image has its own draws, from the default generator of the images' device.
 
     There are no parameters, no host reads and no shapes that depend on data, so a CUDA graph holds it, and
-    each replay draws anew. Its some 200 small kernels cost a large batch little more than a small one.
+    each replay draws anew. A call takes some 200 small kernels, whether it has ten images or thousands.
 
     Args:
         size: of the images, which are square.
@@ -309,23 +327,13 @@ class DeviceAugment(nn.Module):
         self.dtype = dtype
         self.padding = size // 8
 
-        # Each operation of the policy in both its directions, after the one that does nothing.
-        operations = [("Identity", 0.0)]
-        actions = torch.zeros(len(POLICY), 2, 2, dtype=torch.int64, device=CPU)
-        for row, pair in enumerate(POLICY):
-            for stage, (name, _, level) in enumerate(pair):
-                for sign, negative in enumerate((False, True)):
-                    operation = name, magnitude_of(name, level, size, negative)
-                    if operation not in operations:
-                        operations.append(operation)
-                    actions[row, stage, sign] = operations.index(operation)
-        chances = torch.tensor([[chance for _, chance, _ in pair] for pair in POLICY], device=CPU)
-
+        operations, actions = _policy_operations(size)
+        chances = [[chance for _, chance, _ in pair] for pair in POLICY]
         self.operations = operations
         self.operate = Operations(operations, size)
         constants = {
             "actions": actions,
-            "chances": chances.to(torch.float32),
+            "chances": torch.tensor(chances, dtype=torch.float32, device=CPU),
             "line": torch.arange(size, device=CPU),
             "mean": torch.tensor(MEAN, dtype=torch.float32, device=CPU).view(3, 1),
             "deviation": torch.tensor(DEVIATION, dtype=torch.float32, device=CPU).view(3, 1),
