@@ -62,8 +62,9 @@ GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 OTHER, CONTRAST, AUTOCONTRAST, EQUALIZE, COLOR = range(5)
 KINDS = {"Contrast": CONTRAST, "AutoContrast": AUTOCONTRAST, "Equalize": EQUALIZE, "Color": COLOR}
 
-#: More images than these go through in parts, so that what lies between takes a few hundred megabytes.
-MOST_AT_ONCE = 4096
+#: More images than these go through in parts: on a CPU they stay in its cache, elsewhere a few hundred
+#: megabytes hold what lies between.
+MOST_ON_CPU, MOST_AT_ONCE = 128, 4096
 
 #: Constants are computed where torchvision's are, whatever the default device.
 CPU = torch.device("cpu")
@@ -249,7 +250,7 @@ class Operations(nn.Module):
         """Give the table that moves values from the mean grey, or to it."""
         own = self.every_level * self.scales[chosen][:, None, None]
         # A fused multiply-add rounds once: in float64 the product is exact.
-        mean = grey.mean(2, keepdim=True).double()
+        mean = grey.mean(2, keepdim=True)
         contrasted = (own + mean * self.weights[chosen][:, None, None]).to(torch.float32)
         return contrasted.clamp_(0, 255).to(torch.uint8)
 
@@ -274,6 +275,24 @@ class Operations(nn.Module):
         return torch.where(step == 0, self.every_level, equalized).to(torch.uint8)
 
 
+def _policy_operations(size: int) -> tuple[list[tuple[str, float]], Tensor]:
+    """Give the policy's operations in both directions, after one that does nothing, and where each is.
+
+    Returns:
+        Name and magnitude of each, and the index ``[25, 2, 2]`` by row of the policy, turn and sign.
+    """
+    operations = [("Identity", 0.0)]
+    places = torch.zeros(len(POLICY), 2, 2, dtype=torch.int64, device=CPU)
+    for row, pair in enumerate(POLICY):
+        for turn, (name, _, level) in enumerate(pair):
+            for sign, negative in enumerate((False, True)):
+                operation = name, magnitude_of(name, level, size, negative)
+                if operation not in operations:
+                    operations.append(operation)
+                places[row, turn, sign] = operations.index(operation)
+    return operations, places
+
+
 class DeviceAugment(nn.Module):
     """Augment and normalise whole batches on the device that holds them.
 
@@ -282,7 +301,7 @@ class DeviceAugment(nn.Module):
     image has its own draws, from the default generator of the images' device.
 
     There are no parameters, no host reads and no shapes that depend on data, so a CUDA graph holds it, and
-    each replay draws anew. Its some 200 small kernels cost a large batch little more than a small one.
+    each replay draws anew. A call takes some 200 small kernels, whether it has ten images or thousands.
 
     Args:
         size: of the images, which are square.
@@ -308,23 +327,13 @@ class DeviceAugment(nn.Module):
         self.dtype = dtype
         self.padding = size // 8
 
-        # Each operation of the policy in both its directions, after the one that does nothing.
-        operations = [("Identity", 0.0)]
-        actions = torch.zeros(len(POLICY), 2, 2, dtype=torch.int64, device=CPU)
-        for row, pair in enumerate(POLICY):
-            for stage, (name, _, level) in enumerate(pair):
-                for sign, negative in enumerate((False, True)):
-                    operation = name, magnitude_of(name, level, size, negative)
-                    if operation not in operations:
-                        operations.append(operation)
-                    actions[row, stage, sign] = operations.index(operation)
-        chances = torch.tensor([[chance for _, chance, _ in pair] for pair in POLICY], device=CPU)
-
+        operations, actions = _policy_operations(size)
+        chances = [[chance for _, chance, _ in pair] for pair in POLICY]
         self.operations = operations
         self.operate = Operations(operations, size)
         constants = {
             "actions": actions,
-            "chances": chances.to(torch.float32),
+            "chances": torch.tensor(chances, dtype=torch.float32, device=CPU),
             "line": torch.arange(size, device=CPU),
             "mean": torch.tensor(MEAN, dtype=torch.float32, device=CPU).view(3, 1),
             "deviation": torch.tensor(DEVIATION, dtype=torch.float32, device=CPU).view(3, 1),
@@ -349,7 +358,8 @@ class DeviceAugment(nn.Module):
                 f"images: expected uint8 [N, 3, {self.size}, {self.size}], "
                 f"got {images.dtype} {list(images.shape)}; DeviceAugment(size=...) takes another size"
             )
-        parts = [self._augmented(part) for part in images.split(MOST_AT_ONCE)]
+        most = MOST_ON_CPU if images.device.type == "cpu" else MOST_AT_ONCE
+        parts = [self._augmented(part) for part in images.split(most)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _augmented(self, images: Tensor) -> Tensor:
