@@ -18,6 +18,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -43,8 +44,8 @@ FIVE = ["softmax", "balms1", "balms3", "cla", "lgla"]
 #: Steps from one look at the losses to the next, for which the host waits.
 STEPS_A_LOOK = 100
 
-#: Seconds from one checkpoint to the next, and those kept back for the last evaluation and the records.
-CHECKPOINT_EVERY, RESERVE = 30.0, 12.0
+#: Seconds from one checkpoint to the next, and those kept for the last evaluation and the records.
+CHECKPOINT_EVERY, RESERVE = 30.0, 10.0
 
 #: What --quick sets.
 QUICK = {"backbone": "resnet8", "batch_size": 16, "image_size": 8}
@@ -138,7 +139,10 @@ def read_images(options: argparse.Namespace) -> tuple[ImageData, ImageData]:
         train, val = data["train"], data["val"]
         if options.quick:
             few = [int(i) for j in sorted(set(train.targets)) for i in _first(train.targets, j)]
-            train, val = train.subset(few), val.subset(range(min(len(val.targets), 100)))
+            train, val = (
+                train.subset(few),
+                val.subset(range(0, len(val.targets), max(1, len(val.targets) // 100))),
+            )
         size = QUICK["image_size"] if options.quick else 32
         return train_paper.decoded(train, size), train_paper.decoded(val, size)  # type: ignore[arg-type]
     except (OSError, ValueError) as error:
@@ -241,7 +245,8 @@ class Stack:
         targets = torch.as_tensor(train.targets).to(self.device)
         self.tables = Tables(images, targets, torch.cat(orders).to(self.device), rates)
 
-        self.form, self.seconds_per_step, self.measured = "", math.nan, dict[str, Any]()
+        self.form, self.measured = "", dict[str, Any]()
+        self.seconds_per_step = self.seconds_per_evaluation = math.nan
         self.epoch, self.seconds = 0, 0.0
         self.evaluations: dict[int, list[Any]] = {}
         self.logits: list[Tensor] = []
@@ -297,6 +302,17 @@ class Stack:
         if fastest == math.inf:
             raise InputError(f"--forms: none of {', '.join(forms)} runs: {self.measured}")
         self.seconds_per_step = fastest
+        for _ in range(2):  # the first loads kernels
+            begun = time.monotonic()
+            self._scores()
+            self.seconds_per_evaluation = time.monotonic() - begun
+
+    def seconds_of(self, epochs: int) -> float:
+        """How long so many epochs take, with evaluations, and a fiftieth for checkpoints."""
+        evaluations: int = math.ceil(epochs / self.options.evaluate_every)
+        seconds = epochs * self.steps_per_epoch * self.seconds_per_step
+        seconds += evaluations * self.seconds_per_evaluation
+        return 1.02 * seconds
 
     def train(self, ending: Ending, deadline: float) -> None:
         """Train to the last epoch, to a signal, or to the deadline, and evaluate."""
@@ -317,7 +333,7 @@ class Stack:
             if time.monotonic() - saved > CHECKPOINT_EVERY:
                 self.save()
                 saved = time.monotonic()
-        if self.epoch not in self.evaluations or not self.logits:
+        if self.epoch > 0 and (self.epoch not in self.evaluations or not self.logits):
             self._look(self.epoch * self.steps_per_epoch, time.monotonic() - begun)
             self.evaluate()
         self.save()
@@ -335,22 +351,23 @@ class Stack:
 
     def evaluate(self) -> None:
         """Accuracies of every method on the test images."""
-        self.logits = self.steps.logits(self.val_images, self.normalised)
-        self.evaluations[self.epoch] = [self._scores(logits) for logits in self.logits]
+        self.evaluations[self.epoch] = self._scores()
         shown = (
             f"{method} {100 * scores['ensemble']['balanced']:.1f}"
             for method, scores in zip(self.options.methods, self.evaluations[self.epoch], strict=True)
         )
         print(f"epoch {self.epoch}, balanced accuracy: {', '.join(shown)}", flush=True)
 
-    def _scores(self, logits: Tensor) -> dict[str, Any]:
-        rows = {"ensemble": logits.mean(dim=1)}
-        rows |= {f"expert {k + 1}": expert for k, expert in enumerate(logits.unbind(1))}
-        scores = {}
-        for row, values in rows.items():
-            metric = ShotAccuracy(self.counts)
-            metric.update(values, self.val_targets)
-            scores[row] = score(metric)
+    def _scores(self) -> list[dict[str, Any]]:
+        self.logits = self.steps.logits(self.val_images, self.normalised)
+        scores: list[dict[str, Any]] = [{} for _ in self.logits]
+        for of_run, logits in zip(scores, self.logits, strict=True):
+            rows = {"ensemble": logits.mean(dim=1)}
+            rows |= {f"expert {k + 1}": expert for k, expert in enumerate(logits.unbind(1))}
+            for row, values in rows.items():
+                metric = ShotAccuracy(self.counts)
+                metric.update(values, self.val_targets)
+                of_run[row] = score(metric)
         return scores
 
     def identity(self) -> dict[str, Any]:
@@ -462,10 +479,10 @@ def form_of(name: str) -> Form:
     return FORMS[plain]._replace(compiled=plain != name)
 
 
-def fitting_epochs(asked: int, seconds_per_epoch: float, left: float) -> int:
+def fitting_epochs(asked: int, seconds_of: Callable[[int], float], left: float) -> int:
     """The epochs asked for, halved until they take no longer than there is left."""
     epochs = asked
-    while epochs > 1 and epochs * seconds_per_epoch > left:
+    while epochs > 1 and seconds_of(epochs) > left:
         epochs //= 2
     return epochs
 
@@ -505,6 +522,7 @@ def write_overview(stacks: list[Stack], options: argparse.Namespace, command: st
             "forms": stack.measured,
             "graph": stack.steps.graph is not None,
             "milliseconds_per_step": round(1000 * stack.seconds_per_step, 3),
+            "seconds_per_evaluation": round(stack.seconds_per_evaluation, 3),
             "steps_per_epoch": stack.steps_per_epoch,
             "epochs": stack.epochs,
             "epochs_done": stack.epoch,
@@ -534,19 +552,16 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 def train_seed(stack: Stack, ending: Ending, left: float) -> None:
     """Measure, and train as long as ``left`` allows; or go on from a checkpoint."""
-    options, deadline = stack.options, time.monotonic() + left - RESERVE
+    options, deadline = stack.options, time.monotonic() + left - min(RESERVE, 0.1 * left)
     graph = stack.device.type == "cuda" and not options.no_graph
     if options.resume and stack.checkpoint.exists():
         stack.resume(graph)
     else:
         stack.choose(options.forms, graph)
-        seconds = stack.steps_per_epoch * stack.seconds_per_step * 1.05  # evaluations, checkpoints
-        fitting = fitting_epochs(options.epochs, seconds, deadline - time.monotonic())
+        fitting = fitting_epochs(options.epochs, stack.seconds_of, deadline - time.monotonic())
         if fitting < options.epochs:
-            print(
-                f"{options.epochs} epochs take {options.epochs * seconds:.0f} s: {fitting} instead",
-                flush=True,
-            )
+            needed = stack.seconds_of(options.epochs)
+            print(f"{options.epochs} epochs take {needed:.0f} s: {fitting} instead", flush=True)
             stack.shorten(fitting)
     stack.train(ending, deadline)
 
@@ -589,8 +604,10 @@ def main(arguments: list[str] | None = None) -> None:
                 left = begun + (options.seconds or math.inf) - time.monotonic()
                 train_seed(stack, ending, left / (len(options.seeds) - i))
                 stacks.append(stack)
-                write_records(stacks, options, command)
                 write_overview(stacks, options, command)
+                if stack.epoch == 0:
+                    raise SystemExit("no time was left for an epoch; give more --seconds")
+                write_records(stacks, options, command)
                 if ending.signal:
                     raise SystemExit(128 + ending.signal)
         except InputError as error:

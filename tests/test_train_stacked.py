@@ -229,10 +229,10 @@ def test_methods_are_the_paper_s():
 
 
 def test_epochs_are_halved_until_they_fit():
-    assert train_stacked.fitting_epochs(400, 1.0, 450.0) == 400
-    assert train_stacked.fitting_epochs(400, 1.0, 399.0) == 200
-    assert train_stacked.fitting_epochs(400, 1.0, 99.0) == 50
-    assert train_stacked.fitting_epochs(400, 1.0, -5.0) == 1
+    assert [train_stacked.fitting_epochs(400, float, left) for left in (450.0, 399.0, 99.0, -5.0)] == [
+        *(400, 200, 50),
+        1,
+    ]
 
 
 def run(tmp_path, *arguments, forms=("grouped",)):
@@ -295,6 +295,24 @@ def test_a_run_without_time_for_all_takes_fewer_epochs(tmp_path, monkeypatch):
     assert (record["configuration"]["epochs"], record["configuration"]["milestones"]) == (2, [1])
     assert record["runs"][0]["final"]["epoch"] == 2
     assert json.loads((out / "stacked.json").read_text())["epochs_asked"] == 4
+
+
+def test_a_run_that_meets_its_deadline_keeps_what_it_has(tmp_path, monkeypatch):
+    advance = train_stacked.Steps.advance
+
+    def slow(self):
+        advance(self)
+        clock.now += 10.0
+
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(train_stacked, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(train_stacked.Steps, "advance", slow)
+    # The three steps of the measurement and the six of an epoch, but not those of another.
+    record = read(run(tmp_path, "--epochs", "2", "--seconds", "95", "--methods", "lgla"))
+    assert not record["finished"]
+    assert record["runs"][0]["final"]["epoch"] == 1
+    with pytest.raises(SystemExit, match="no time was left"):
+        run(tmp_path / "without", "--seconds", "1")
 
 
 def test_a_form_that_fails_leaves_the_others(tmp_path, monkeypatch):
