@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow sanitize lint docs hero bench bench-gpu bench-class-parallel bench-layouts paper-smoke paper-cpu paper-gpu dist clean
+.PHONY: demo test test-slow sanitize lint docs hero bench gpu bench-class-parallel bench-layouts paper-smoke paper-cpu paper-gpu dist clean
 .SECONDARY:
 
 demo: $(VENV)/.examples    ## train LGLA beside its baselines on long-tailed digits
@@ -112,14 +112,17 @@ paper-gpu:                 ## the paper's recipes in full, with 3 seeds
 	done
 	$(PYTHON) examples/paper_results.py --runs runs/paper
 
-# On a machine with a GPU, whose own PyTorch is used: PYTHON must have it. The C library is built in place.
-bench-gpu:                 ## the tests on CUDA, then every benchmark there
-	$(PYTHON) -c "from setuptools import setup; setup()" --quiet build_ext --inplace
-	$(PYTHON) -m pytest -m "not slow" tests/test_engines.py tests/test_triton.py tests/test_fused.py tests/test_linear.py \
-		tests/test_loss.py tests/test_weighting.py tests/test_precision.py tests/test_gradients.py tests/test_compile.py \
-		tests/test_baselines.py tests/test_targets.py tests/test_monitor.py
-	$(PYTHON) benchmarks/losses.py --device cuda
-	$(PYTHON) benchmarks/expert_layouts.py --device cuda
+# On a machine with a GPU and no network: PYTHON is one with a CUDA build of PyTorch, and nothing is installed. Each
+# section has a share of SECONDS_LEFT, or the time said behind it; DATA is what train needs, and DEVICE=cpu a dry run.
+# make gpu DATA=cifar10_lt.npz SECTIONS="check=120 bench=100 train" SECONDS_LEFT=600 OUT=runs/gpu
+DEVICE ?= cuda
+OUT ?= runs/gpu
+SECTIONS ?= check bench layouts train
+SECONDS_LEFT ?= 600
+DATA ?=
+gpu:                       ## tests, benchmarks and training on a GPU; all that they give in OUT/gpu.tar.gz
+	$(PYTHON) benchmarks/gpu.py --device $(DEVICE) --out "$(OUT)" --sections $(SECTIONS) --seconds $(SECONDS_LEFT) \
+		$(if $(DATA),--data "$(DATA)")
 
 dist: $(VENV)/.dev         ## the wheel and the source archive, checked for upload
 	rm -rf dist

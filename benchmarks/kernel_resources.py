@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import re
 import subprocess
@@ -53,7 +54,7 @@ class Launch(NamedTuple):
     """One call of a kernel."""
 
     kernel: Any
-    num_warps: int
+    tile: kernels.Tile
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
 
@@ -62,8 +63,8 @@ def recorded(call: Any, *arguments: Any, **options: Any) -> list[Launch]:
     """The launches of one of the launchers, which are not run."""
     launches = []
 
-    def record(kernel: Any, programs: int, num_warps: int, *arguments: Any, **constants: Any) -> None:
-        launches.append(Launch(kernel, num_warps, arguments, constants))
+    def record(kernel: Any, programs: int, tile: kernels.Tile, *arguments: Any, **constants: Any) -> None:
+        launches.append(Launch(kernel, tile, arguments, constants))
 
     with mock.patch.object(kernels, "_launch", record):
         call(*arguments, **options)
@@ -110,6 +111,11 @@ def loss_launches(
     yield from recorded(kernels.rescale_, logits, scalar)
 
 
+def options_for(tile: kernels.Tile, target: GPUTarget) -> dict[str, int]:
+    """What the launcher tells the compiler on such a GPU."""
+    return tile.options(None if target.backend == "hip" else int(target.arch))
+
+
 def compiled(launch: Launch, target: GPUTarget) -> Any:
     """The kernel as the just-in-time compiler would make it for this launch."""
     names = launch.kernel.arg_names
@@ -129,7 +135,7 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options={"num_warps": launch.num_warps})
+    return triton.compile(source, target=target, options=options_for(launch.tile, target))
 
 
 def resources(launch: Launch, target: GPUTarget) -> dict[str, int]:
@@ -154,59 +160,78 @@ def resources(launch: Launch, target: GPUTarget) -> dict[str, int]:
     return {"registers": registers, "spill_bytes": spilled, "shared_bytes": kernel.metadata.shared}
 
 
+def rows_of(launch: Launch, num_classes: int, dtype: str, targets: list[str]) -> list[dict[str, Any]]:
+    """The record's rows of one launch, one for each GPU."""
+    rows = []
+    for name in targets:
+        target = TARGETS[name]
+        options = options_for(launch.tile, target)
+        configuration = {
+            "plan": kernels.plan(),
+            "classes": num_classes,
+            "dtype": dtype,
+            "rows": launch.constants.get("rows", 1),
+            "block": launch.constants["block"],
+            "num_warps": options["num_warps"],
+            "register_limit": options.get("maxnreg"),
+        }
+        row = {"kernel": launch.kernel.__name__, "configuration": configuration, "target": name}
+        rows.append({**row, **resources(launch, target)})
+    return rows
+
+
+def cell(row: dict[str, Any]) -> str:
+    """What the printed table says of a row."""
+    spill = f" spill {row['spill_bytes']}" if row["spill_bytes"] else ""
+    return f"{row['registers']}{spill}"
+
+
+def report(plan: str, options: argparse.Namespace, *, whole: bool) -> list[dict[str, Any]]:
+    """Compile and print what a plan launches; without ``whole`` only the kernels in which plans differ."""
+    table = Table(title=f"Plan {plan}: registers a thread, and bytes spilled where any are")
+    for column in ("kernel", "C", "type", "tile", "warps", *options.targets):
+        table.add_column(column, justify="left" if column in ("kernel", "type") else "right")
+    rows = []
+    before = kernels.use(plan)
+    for dtype, num_classes in itertools.product(options.dtypes, options.classes):
+        launches = loss_launches(num_classes, DTYPES[dtype], smoothing=options.smoothing, plain=options.plain)
+        for launch in launches:
+            if whole or launch.kernel.__name__.startswith("_forward"):
+                own = rows_of(launch, num_classes, dtype, options.targets)
+                tile = f"{launch.constants.get('rows', 1)} x {launch.constants['block']}"
+                facts = own[0]["kernel"], str(num_classes), dtype, tile, str(launch.tile.num_warps)
+                table.add_row(*facts, *map(cell, own))
+                rows += own
+        table.add_section()
+    kernels.use(before)
+    Console(width=110).print(table)
+    return rows
+
+
 def main() -> None:
-    """Compile, print a table and write the record."""
+    """Compile, print a table a plan, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--classes", nargs="+", type=positive, default=list(NUM_CLASSES))
     parser.add_argument("--smoothing", type=float, default=0.1)
     parser.add_argument("--plain", action="store_true", help="without table, weights, smoothing and gradient")
+    parser.add_argument(
+        "--other-plans", nargs="*", choices=kernels.PLANS, default=[],
+        help="compile the forward kernels of these plans, too, to compare them with those in use",
+    )  # fmt: skip
     parser.add_argument("--output", type=record_file, default=RESULTS / "kernel_resources.json")
     options = parser.parse_args()
 
-    table = Table(title="Registers a thread, and bytes spilled where any are")
-    for column in ("kernel", "C", "type", "tile", "warps", *options.targets):
-        table.add_column(column, justify="left" if column in ("kernel", "type") else "right")
-    rows = []
-    for dtype in options.dtypes:
-        for num_classes in options.classes:
-            for launch in loss_launches(
-                num_classes, DTYPES[dtype], smoothing=options.smoothing, plain=options.plain
-            ):
-                constants = launch.constants
-                tile = f"{constants.get('rows', 1)} x {constants['block']}"
-                cells = []
-                for name in options.targets:
-                    need = resources(launch, TARGETS[name])
-                    configuration = {
-                        "classes": num_classes,
-                        "dtype": dtype,
-                        "rows": constants.get("rows", 1),
-                        "block": constants["block"],
-                        "num_warps": launch.num_warps,
-                    }
-                    rows.append(
-                        {
-                            "kernel": launch.kernel.__name__,
-                            "configuration": configuration,
-                            "target": name,
-                            **need,
-                        }
-                    )
-                    spill = f" spill {need['spill_bytes']}" if need["spill_bytes"] else ""
-                    cells.append(f"{need['registers']}{spill}")
-                table.add_row(
-                    launch.kernel.__name__, str(num_classes), dtype, tile, str(launch.num_warps), *cells
-                )
-            table.add_section()
-    Console(width=110).print(table)
+    rows = report(kernels.plan(), options, whole=True)
+    others = [row for plan in options.other_plans for row in report(plan, options, whole=False)]
     record = {
         "what": "what the Triton kernels of a training step of 3 experts need, compiled without a GPU",
         "triton": triton.__version__,
         "date": datetime.date.today().isoformat(),
         "label_smoothing": options.smoothing,
         "rows": rows,
+        "rows_of_other_plans": others,
     }
     options.output.write_text(json.dumps(record, indent=2) + "\n")
     print(f"record: {options.output}")

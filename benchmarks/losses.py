@@ -1,31 +1,38 @@
 """What the loss costs: this library beside the plain loop, its compiled form, the paper's formula and peers.
 
 Measures forward, and forward + backward, of the losses from logits and of the losses from features and
-class weights, with peak memory and, on a GPU, the number of kernel launches. README.md beside this file
-says what is measured and how to read the record.
+class weights, with peak memory and, on a GPU, the number of kernel launches. Every size runs in a process of
+its own, and the record is written after each. README.md beside this file says what is measured and how to
+read the record.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import importlib.metadata
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import measure
 import peers
 import report
 import torch
 from arguments import record_file
-from peers import Shape
+from peers import KINDS, Column, Shape, Step
+from recording import leave_on_sigterm, write_whole
 from report import Record, Row
 from rich.console import Console
 
@@ -33,6 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 _F32 = (torch.float32,)
+_BF16 = (torch.bfloat16,)
 _BOTH = (torch.float32, torch.bfloat16)
 
 
@@ -42,6 +50,25 @@ class Cell(NamedTuple):
     shape: Shape
     dtypes: tuple[torch.dtype, ...] = _BOTH
     without: tuple[str, ...] = ()
+    #: Whether launches are counted and steps recorded in CUDA graphs: where launches are most of the time.
+    launches: bool = False
+
+
+#: Which columns a process measures: a compiler takes more time than all other columns together.
+ALL, EAGER, COMPILED = "all columns", "uncompiled columns", "compiled columns"
+
+
+class Job(NamedTuple):
+    """What one process measures."""
+
+    cells: tuple[Cell, ...]
+    part: str = ALL
+
+    @property
+    def label(self) -> str:
+        """The first size, how many others, and which columns."""
+        others = f" and {len(self.cells) - 1} kinds of input" if len(self.cells) > 1 else ""
+        return f"{self.cells[0].shape.label}{others}, {self.part}"
 
 
 LOGITS = [
@@ -51,54 +78,161 @@ LOGITS = [
     Shape("iNaturalist", 1024, 3, 8142),
     Shape("words", 256, 3, 50_000),
 ]
-#: What is left out on a CPU for the sake of time.
+LARGE = Shape("iNaturalist", 4096, 3, 8142)
+#: What is left out for the sake of time.
 _COMPILED_LINEAR = ("LinearLGLALoss, compiled", "plain loop, compiled")
+_SLOW = ("LGLALoss, reference", "LGLALoss, compiled", "paper's formula")
+
+
+def _kinds_of(shape: Shape) -> tuple[Cell, ...]:
+    """The same size with every other kind of input."""
+    shapes = (
+        shape._replace(kind=kind, experts=1 if kind == "one model" else shape.experts) for kind in KINDS
+    )
+    return tuple(Cell(other, _F32, launches=True) for other in shapes)
+
+
+def _on_cuda() -> list[Job]:
+    """Most wanted first, as time may run out."""
+    small = (Cell(LOGITS[0], launches=True), *_kinds_of(LOGITS[0]))
+    large, thousand = Cell(LARGE, _BOTH, _SLOW), Cell(LOGITS[1])
+    words = Cell(LOGITS[4], _BOTH, _SLOW)
+    items = Cell(Shape("items", 1024, 3, 100_000, 512), _BF16, _COMPILED_LINEAR[:1])
+    wanted = [Job((large,), EAGER), Job(small, EAGER), Job((thousand,), EAGER), Job((words,), EAGER)]
+    wanted += [Job((items,), EAGER), Job((items,), COMPILED), Job(small, COMPILED), Job((large,), COMPILED)]
+    others = [
+        Cell(LOGITS[2], _BOTH, _SLOW),
+        Cell(LOGITS[3], _BOTH, _SLOW),
+        Cell(Shape("words", 256, 3, 50_000, 256)),
+        Cell(Shape("items", 1024, 3, 1_000_000, 128), _BF16),
+    ]
+    wanted += [Job((cell,), EAGER) for cell in others]
+    return wanted + [Job((cell,), COMPILED) for cell in (thousand, words, *others)]
+
+
 SUITES = {
     "cpu": [
-        *(Cell(shape, _F32 if shape in LOGITS[1:3] else _BOTH) for shape in LOGITS),
-        Cell(
-            Shape("words", 256, 3, 50_000, 256), _F32, ("LinearLGLALoss, compiled", "F.linear_cross_entropy")
+        *(Job((Cell(shape, _F32 if shape in LOGITS[1:3] else _BOTH),)) for shape in LOGITS),
+        Job(
+            (
+                Cell(
+                    Shape("words", 256, 3, 50_000, 256),
+                    _F32,
+                    ("LinearLGLALoss, compiled", "F.linear_cross_entropy"),
+                ),
+            )
         ),
-        Cell(Shape("items", 128, 3, 100_000, 64), _F32, _COMPILED_LINEAR),
-        Cell(
-            Shape("items", 32, 3, 1_000_000, 32),
-            _F32,
-            (*_COMPILED_LINEAR, "head + LGLALoss", "F.linear_cross_entropy"),
+        Job((Cell(Shape("items", 128, 3, 100_000, 64), _F32, _COMPILED_LINEAR),)),
+        Job(
+            (
+                Cell(
+                    Shape("items", 32, 3, 1_000_000, 32),
+                    _F32,
+                    (*_COMPILED_LINEAR, "head + LGLALoss", "F.linear_cross_entropy"),
+                ),
+            )
         ),
     ],
-    "cuda": [
-        *map(Cell, LOGITS),
-        Cell(Shape("iNaturalist", 4096, 3, 8142)),
-        Cell(Shape("words", 256, 3, 50_000, 256)),
-        Cell(Shape("items", 1024, 3, 100_000, 512), (torch.bfloat16,)),
-        Cell(Shape("items", 1024, 3, 1_000_000, 128), (torch.bfloat16,)),
-    ],
+    "cuda": _on_cuda(),
 }
+TINY = Cell(Shape("tiny", 16, 3, 20), launches=True)
 QUICK = [
-    Cell(Shape("tiny", 16, 3, 20)),
-    Cell(Shape("tiny", 16, 3, 20, 8), _F32, _COMPILED_LINEAR),
+    Job((TINY, *_kinds_of(TINY.shape)), EAGER),
+    Job((TINY,), COMPILED),
+    Job((Cell(Shape("tiny", 16, 3, 20, 8), _F32, _COMPILED_LINEAR),)),
 ]
-EFFORT = {"cpu": measure.Effort(4.0, 5, 100), "cuda": measure.Effort(4.0, 20, 200)}
+EFFORT = {"cpu": measure.Effort(4.0, 5, 100), "cuda": measure.Effort(2.0, 20, 50)}
 QUICK_EFFORT = measure.Effort(0.0, 2, 2)
 
 
+# One process
+
+
+class Setting(NamedTuple):
+    """What all sizes of a run have in common."""
+
+    device: str
+    effort: measure.Effort
+    compiler: str
+    bandwidth: float
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is one."""
+        return peers.on_gpu(self.device)
+
+
+class Found(NamedTuple):
+    """What a process found out so far, for the record."""
+
+    machine: dict[str, Any]
+    rows: list[Row]
+    problems: list[str]
+
+    def save(self, path: Path) -> None:
+        """Keep it, whatever happens next."""
+        write_whole(path, json.dumps(self._asdict()))
+
+
+def measure_job(job: Job, setting: Setting, found: Found, save: Callable[[], None]) -> None:
+    """Add the rows of a job, a type after another; what fails leaves the rest alone."""
+    for cell in job.cells:
+        for dtype in cell.dtypes:
+            try:
+                found.rows.extend(measure_cell(cell, dtype, job.part, setting, found.problems))
+            except Exception as error:
+                found.problems.append(_told(error, f"{cell.shape.label}, {_name(dtype)}"))
+            save()
+    if not setting.on_gpu or job.part == COMPILED:
+        return
+
+    # Last, as a profiler slows down every launch that follows.
+    for cell in job.cells:
+        if cell.launches:
+            try:
+                found.rows.extend(_graph_rows(cell, cell.dtypes[0], setting, found))
+            except Exception as error:
+                found.problems.append(_told(error, f"{cell.shape.label}, launches"))
+            save()
+
+
+def _told(error: Exception, where: str) -> str:
+    print(f"{where}:", file=sys.stderr)
+    traceback.print_exception(error)
+    return f"{where}: {measure.reason(error)}"
+
+
+def _columns(cell: Cell, part: str, setting: Setting) -> list[Column]:
+    """The columns of a part; compiled ones beside the plain loop, their yardstick."""
+    columns = peers.columns_for(cell.shape, setting.device, setting.compiler)
+    columns = [column for column in columns if column.name not in cell.without]
+    if part == EAGER:
+        return [column for column in columns if not column.compiled]
+    if part == COMPILED:
+        return [column for column in columns if column.compiled or column.name == peers.PLAIN]
+    return columns
+
+
 def measure_cell(
-    cell: Cell, dtype: torch.dtype, device: str, effort: measure.Effort, compiler: str, bandwidth: float
+    cell: Cell, dtype: torch.dtype, part: str, setting: Setting, problems: list[str]
 ) -> list[Row]:
     """The rows of a shape and a type."""
-    torch.compiler.reset()
-    shape, cuda = cell.shape, torch.device(device).type == "cuda"
-    columns = [c for c in peers.columns_for(shape, device, compiler) if c.name not in cell.without]
-    found = measure.time_columns(columns, shape, dtype, device, effort)
+    columns, shape = _columns(cell, part, setting), cell.shape
+    if part == COMPILED and len(columns) < 2:
+        return []
+    if any(column.compiled for column in columns):
+        torch.compiler.reset()
+    device = setting.device
+    sets = measure.number_of_sets(shape, dtype, device)
+    batches = peers.make_batches(shape, dtype, device, sets)
+    found, steps = measure.time_columns(columns, batches, shape, device, setting.effort)
     plain = found[peers.PLAIN].milliseconds
-    like = {
-        "suite": "logits" if shape.features is None else "linear",
-        "shape": shape.label,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    like = _like(shape, dtype)
     rows = []
     for column in columns:
-        times, first_step, failure = found[column.name]
+        if part == COMPILED and column.name == peers.PLAIN:
+            continue  # the uncompiled part has it
+        times, first_step, failure, failed = found[column.name]
         common = {
             **like,
             "column": column.name,
@@ -107,20 +241,12 @@ def measure_cell(
             "first_step_s": first_step,
             "note": "; ".join(filter(None, (column.note, failure))),
         }
+        if failed:
+            problems.append(f"{shape.label}, {_name(dtype)}, {column.name}: {failure}")
         if not times:
             rows.append(_row(**common, phase=measure.TRAIN))
             continue
-        if cuda:
-            peaks = measure.peaks_on_gpu(column, shape, dtype, device)
-            (batch,) = peers.make_batches(shape, dtype, device)
-            launches = measure.launches(column.make(shape, device), batch)
-        elif column.name in (peers.CLONE, peers.PRODUCTS) or (
-            # A process that compiles anew, some seconds each: for one type, where memory is worth a look.
-            column.compiled and (dtype != torch.float32 or shape.classes < 8000)
-        ):
-            peaks, launches = {}, None
-        else:
-            peaks, launches = measure.peaks_on_cpu(column, shape, dtype, compiler), None
+        peaks = _peaks(column, steps[column.name], batches[0], shape, dtype, setting)
         for phase, samples in times.items():
             low, median, high = measure.quartiles(samples)
             rows.append(
@@ -133,23 +259,63 @@ def measure_cell(
                     repetitions=len(samples),
                     ratio_to_plain=_ratio(samples, plain.get(phase)),
                     peak_mb=peaks[phase] / 1e6 if phase in peaks else None,
-                    launches=launches if phase == measure.TRAIN else None,
+                    share_of_limit=_share(shape, dtype, phase, median, setting),
                 )
             )
-    if shape.features is None:
-        size = shape.samples * shape.experts * shape.classes * dtype.itemsize
-        for phase, passes in ((measure.FORWARD, 1), (measure.TRAIN, 2)):
-            floor = 1e3 * passes * size / bandwidth
+    return rows if part == COMPILED else rows + _floors(shape, dtype, plain, setting)
+
+
+def _peaks(
+    column: Column, step: Step, batch: peers.Batch, shape: Shape, dtype: torch.dtype, setting: Setting
+) -> dict[str, float]:
+    """Peak memory of a column by phase, where it can be had."""
+    if setting.on_gpu:
+        return measure.peaks_on_gpu(step, batch)
+    if (
+        shape.kind
+        or column.name in (peers.CLONE, peers.PRODUCTS)
+        or (
+            # A process that compiles anew, some seconds each: for one type, where memory is worth a look.
+            column.compiled and (dtype != torch.float32 or shape.classes < 8000)
+        )
+    ):
+        return {}
+    return measure.peaks_on_cpu(column, shape, dtype, setting.compiler)
+
+
+def _floor(shape: Shape, dtype: torch.dtype, phase: str, setting: Setting) -> float | None:
+    """Milliseconds in which the bytes move that must; None for what is no loss of stacked logits."""
+    if shape.features is not None or shape.kind:
+        return None
+    passes = 1 if phase == measure.FORWARD else 2
+    size = shape.samples * shape.experts * shape.classes * dtype.itemsize
+    return 1e3 * passes * size / setting.bandwidth
+
+
+def _share(shape: Shape, dtype: torch.dtype, phase: str, median: float, setting: Setting) -> float | None:
+    floor = _floor(shape, dtype, phase, setting)
+    return None if floor is None else floor / median
+
+
+def _floors(shape: Shape, dtype: torch.dtype, plain: dict[str, list[float]], setting: Setting) -> list[Row]:
+    rows = []
+    for phase in (measure.FORWARD, measure.TRAIN):
+        floor = _floor(shape, dtype, phase, setting)
+        if floor is not None:
             ratio = floor / statistics.median(plain[phase]) if plain else None
             note = "bytes that must move / copy bandwidth"
-            rows.append(
-                _row(
-                    **like, column=report.FLOOR, phase=phase, median_ms=floor, ratio_to_plain=ratio, note=note
-                )
-            )
-    if cuda and shape == LOGITS[0]:
-        rows += _graph_rows(like, shape, dtype, device, effort)
+            values = {"median_ms": floor, "ratio_to_plain": ratio, "note": note}
+            rows.append(_row(**_like(shape, dtype), column=report.FLOOR, phase=phase, **values))
     return rows
+
+
+def _like(shape: Shape, dtype: torch.dtype) -> dict[str, str]:
+    suite = "logits" if shape.features is None else "linear"
+    return {"suite": suite, "shape": shape.label, "dtype": _name(dtype)}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _row(**values: object) -> Row:
@@ -157,7 +323,9 @@ def _row(**values: object) -> Row:
         ("median_ms", "q1_ms", "q3_ms", "ratio_to_plain", "peak_mb", "launches", "first_step_s")
     )
     row: Row = {"ours": False, "equal": False, **empty, "repetitions": 0, **values}
-    order = list(report.ROW_FIELDS)
+    if row.get("share_of_limit") is None:
+        row.pop("share_of_limit", None)
+    order = [*report.ROW_FIELDS, *report.MORE_ROW_FIELDS]
     return {key: _rounded(row[key]) for key in sorted(row, key=order.index)}
 
 
@@ -172,59 +340,222 @@ def _ratio(samples: list[float], plain: list[float] | None) -> float | None:
     return statistics.median(mine / theirs for mine, theirs in zip(samples, plain, strict=True))
 
 
-def _graph_rows(
-    like: dict[str, str], shape: Shape, dtype: torch.dtype, device: str, effort: measure.Effort
-) -> list[Row]:
-    """The step where launches are most of it, without the host."""
-    (batch,) = peers.make_batches(shape, dtype, device)
-    step = peers.step_of(peers.lgla(shape, device))
-    launches = measure.launches(step, batch)
+def _graph_rows(cell: Cell, dtype: torch.dtype, setting: Setting, found: Found) -> list[Row]:
+    """Steps in CUDA graphs, without the host, beside as many empty kernels; launches go into the rows."""
+    like = _like(cell.shape, dtype)
+    (batch,) = peers.make_batches(cell.shape, dtype, setting.device)
+    dot = torch.zeros((), device=setting.device)
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    steps: dict[str, Step] = {}  # what the graphs read must stay where it is
+    numbers: dict[str, int | None] = {}
+    wanted = (*report.DEFAULTS, peers.PLAIN)
+    columns = [column for column in _columns(cell, EAGER, setting) if column.name in wanted]
+    for column in columns:
+        try:
+            steps[column.name] = step = column.make(cell.shape, setting.device)
+            numbers[column.name] = number = measure.launches(step, batch)
+            _add_launches(found.rows, like, column.name, number)
+            graphs[column.name] = measure.recorded(_training_step(step, batch))
+            if number is not None and _chain(number) not in graphs:
+                graphs[_chain(number)] = measure.chain_of_empty_kernels(dot, number)
+        except Exception as error:
+            found.problems.append(_told(error, f"{cell.shape.label}, {column.name}, launches and graph"))
+        measure.without_gradients(batch)
+
+    times = measure.graph_times(graphs, setting.effort.at_most)
+    plain = times.get(peers.PLAIN)
+    ours = {column.name for column in columns if column.ours}
     rows = []
-    for name, samples in measure.graph_times(step, batch, launches, effort).items():
+    for name, samples in times.items():
         low, median, high = measure.quartiles(samples)
         rows.append(
             _row(
                 **like,
                 column=name,
-                ours=name.startswith("LGLALoss"),
+                ours=name in ours,
+                equal=name in numbers,
                 phase=report.GRAPH,
                 median_ms=median,
                 q1_ms=low,
                 q3_ms=high,
                 repetitions=len(samples),
-                launches=launches,
-                note="as many launches" if name.startswith("empty") else "a training step",
+                ratio_to_plain=_ratio(samples, plain),
+                launches=numbers.get(name),
+                note="a training step" if name in numbers else "no loss at all",
             )
         )
     return rows
 
 
-def run(device: str, quick: bool, only: str, console: Console) -> Record:
-    """Measure everything, or the shapes whose labels hold ``only``."""
+def _training_step(step: Step, batch: peers.Batch) -> Callable[[], object]:
+    return lambda: step.train(measure.without_gradients(batch))
+
+
+def _chain(number: int) -> str:
+    return f"{number} empty kernels"
+
+
+def _add_launches(rows: list[Row], like: dict[str, str], column: str, number: int | None) -> None:
+    for row in rows:
+        same = all(row[key] == value for key, value in like.items())
+        if same and row["column"] == column and row["phase"] == measure.TRAIN:
+            row["launches"] = number
+
+
+def work(job: Job, options: argparse.Namespace) -> int:
+    """Measure one job, in a process of its own, and keep what it finds in a file."""
+    if job.part == COMPILED and not options.quick:
+        importlib.import_module("torch._inductor.compile_fx")  # seconds, which need not wait
+    word = sys.stdin.readline()
+    if not word:
+        return 1  # whoever started this is gone
+
     start = time.perf_counter()
-    kind = torch.device(device).type
-    cells = [cell for cell in (QUICK if quick else SUITES[kind]) if only in cell.shape.label]
-    effort = QUICK_EFFORT if quick else EFFORT[kind]
-    compiler = "eager" if quick else "inductor"
+    kind = torch.device(options.device).type
     if kind == "cuda":
-        torch.cuda.set_device(device)
-    bandwidth = measure.copy_bandwidth(device, 8 if quick else 256)
-    rows: list[Row] = []
+        torch.cuda.set_device(options.device)
+    bandwidth = float(word) or _bandwidth(options.device, options.quick)
+    machine = {"device": measure.device_name(options.device), "copy_gb_per_s": _rounded(bandwidth / 1e9)}
+    found = Found(machine, [], [])
+    effort = QUICK_EFFORT if options.quick else EFFORT[kind]
+    setting = Setting(options.device, effort, "eager" if options.quick else "inductor", bandwidth)
+    measure_job(job, setting, found, lambda: found.save(options.rows))
+    print(f"{job.label}: {time.perf_counter() - start:.0f} s", flush=True)
+    return 0
+
+
+def _bandwidth(device: str, quick: bool) -> float:
+    if quick:
+        return measure.copy_bandwidth(device, 8, 3)
+    if torch.device(device).type == "cuda":
+        return measure.copy_bandwidth(device, 2000, 20)
+    return measure.copy_bandwidth(device)
+
+
+# All of them
+
+
+def run(options: argparse.Namespace, path: Path, console: Console) -> Record:
+    """Measure every size in a process of its own; the record is written after each."""
+    start = time.perf_counter()
+    record, jobs = _empty_record(options), _jobs(options)
+    took: list[float] = []
     # A cache of this run's own: the seconds of first steps are those of compiling, run after run.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        for cell in cells:
-            for dtype in cell.dtypes:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        files = [Path(folder) / f"{number}.json" for number in range(len(jobs))]
+        commands = [_command(number, file, options) for number, file in enumerate(files)]
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "PYTHONUNBUFFERED": "1"}
+        # Not beside a measurement on the same processor.
+        ahead = options.quick or record["kind"] == "cuda"
+        with Workers(commands, environment, ahead) as workers:
+            for number, job in enumerate(jobs):
+                left = options.seconds - (time.perf_counter() - start)
+                if took and left < statistics.median(took[-3:]):
+                    record["left_out"].append(job.label)
+                    continue
                 begin = time.perf_counter()
-                rows += measure_cell(cell, dtype, device, effort, compiler, bandwidth)
-                name = f"{cell.shape.label}, {str(dtype).removeprefix('torch.')}"
-                console.print(f"{name}: {time.perf_counter() - begin:.0f} s", style="dim", highlight=False)
+                try:
+                    ended = workers.run(number, f"{1e9 * record['copy_gb_per_s']}", left)
+                finally:
+                    # Also where a signal ends this process.
+                    _take(record, files[number])
+                    record["seconds"] = _rounded(time.perf_counter() - start)
+                    write(record, path)
+                if ended:
+                    record["left_out" if ended == _NO_TIME else "problems"].append(f"{job.label}: {ended}")
+                    console.print(f"{job.label}: {ended}", style="red", highlight=False)
+                took.append(time.perf_counter() - begin)
+    write(record, path)
+    return record
+
+
+class Workers:
+    """Processes that run one after another; the next may load its modules ahead, and waits for its turn."""
+
+    def __init__(self, commands: list[list[str]], environment: dict[str, str], ahead: bool) -> None:
+        self.commands, self.environment, self.ahead = commands, environment, ahead
+        self.processes: dict[int, subprocess.Popen[str]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes.values():
+            _stop(process)
+
+    def run(self, number: int, word: str, seconds: float) -> str:
+        """Tell a process to begin; how it ended, if not well. It is stopped when time is up."""
+        process = self._started(number)
+        if self.ahead and number + 1 < len(self.commands):
+            self._started(number + 1)
+        assert process.stdin is not None
+        try:
+            with suppress(BrokenPipeError):  # it has ended already, and its status says how
+                process.stdin.write(f"{word}\n")
+                process.stdin.flush()
+            status = process.wait(None if seconds == float("inf") else max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            return _NO_TIME
+        finally:
+            _stop(process)
+        return f"ended with status {status}" if status else ""
+
+    def _started(self, number: int) -> subprocess.Popen[str]:
+        if number not in self.processes:
+            self.processes[number] = subprocess.Popen(
+                self.commands[number], env=self.environment, stdin=subprocess.PIPE, text=True
+            )
+        return self.processes[number]
+
+
+_NO_TIME = "cut off, as time was up"
+
+
+def _jobs(options: argparse.Namespace) -> list[Job]:
+    """The jobs, or those cells whose labels hold ``--only``."""
+    jobs = QUICK if options.quick else SUITES[torch.device(options.device).type]
+    chosen = (
+        job._replace(cells=tuple(cell for cell in job.cells if options.only in cell.shape.label))
+        for job in jobs
+    )
+    return [job for job in chosen if job.cells]
+
+
+def _command(number: int, rows: Path, options: argparse.Namespace) -> list[str]:
+    command = [sys.executable, __file__, "--device", options.device, "--only", options.only]
+    return command + ["--job", str(number), "--rows", str(rows)] + ["--quick"] * options.quick
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    if process.stdin is not None:
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+    try:
+        process.wait(3)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _take(record: Record, rows: Path) -> None:
+    """Add what a process found; that of the machine once."""
+    if not rows.exists():
+        return
+    found = Found(**json.loads(rows.read_text()))
+    if not record["copy_gb_per_s"]:
+        record.update(found.machine)
+    record["rows"] += found.rows
+    record["problems"] += found.problems
+
+
+def _empty_record(options: argparse.Namespace) -> Record:
     return {
         "schema": report.SCHEMA,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "benchmarks/losses.py", *sys.argv[1:]]),
-        "kind": kind,
-        "device": measure.device_name(device),
+        "kind": torch.device(options.device).type,
+        "device": "",
         "cpu": measure.cpu_model(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -232,9 +563,11 @@ def run(device: str, quick: bool, only: str, console: Console) -> Record:
         "python": platform.python_version(),
         "commit": measure.commit(),
         "seed": 0,
-        "copy_gb_per_s": _rounded(bandwidth / 1e9),
-        "seconds": _rounded(time.perf_counter() - start),
-        "rows": rows,
+        "copy_gb_per_s": 0.0,
+        "seconds": 0.0,
+        "problems": [],
+        "left_out": [],
+        "rows": [],
     }
 
 
@@ -249,11 +582,10 @@ def write(record: Record, path: Path) -> None:
     """The record, a row a line."""
     rows = ",\n".join(f"    {json.dumps(row)}" for row in record["rows"])
     head = json.dumps({**record, "rows": []}, indent=2)
-    path.write_text(head.removesuffix("[]\n}") + f"[\n{rows}\n  ]\n}}\n")
+    write_whole(path, head.removesuffix("[]\n}") + f"[\n{rows}\n  ]\n}}\n")
 
 
-def main() -> None:
-    """Measure and report, or report what was measured."""
+def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -266,29 +598,59 @@ def main() -> None:
         "--table", type=Path, metavar="FILE", help="print a record as markdown tables, and end"
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="only the sizes whose names hold TEXT")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        metavar="N",
+        help="begin no size that would take longer, and stop after N seconds",
+    )
+    # How this script calls itself.
+    parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> int:
+    """Measure and report, or report what was measured."""
+    parser = _arguments()
     options = parser.parse_args()
     if options.table is not None:
         record = json.loads(options.table.read_text())
         for title, table in report.markdown(record).items():
             print(f"{title}\n\n{table}\n")
         print("\n".join(f"- {line}" for line in report.balance(record)))
-        return
+        return 0
     kind = torch.device(options.device).type
     if kind not in SUITES:
         parser.error(f"--device: expected cpu or cuda, got {options.device}")
+    if options.job is not None:
+        return work(_jobs(options)[options.job], options)
     if kind == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no CUDA device")
+    if not _jobs(options):
+        parser.error(f"--only: expected a part of the name of a size, got {options.only}")
+
     path = options.out or RESULTS / f"losses_{kind}.json"
+    leave_on_sigterm()
     console = Console(width=150)
-    record = run(options.device, options.quick, options.only, console)
-    write(record, path)
-    picture = path.with_suffix(".png")
-    report.plot(record, picture)
+    record = run(options, path, console)
+    _show(record, path, console)
+    return 1 if record["problems"] else 0
+
+
+def _show(record: Record, path: Path, console: Console) -> None:
     console.print(report.terminal_table(record))
-    for line in report.balance(record):
+    for line in (*report.balance(record), *(f"problem: {line}" for line in record["problems"])):
         console.print(line, highlight=False)
-    print(f"record: {path}\npicture: {picture}")
+    for line in record["left_out"]:
+        console.print(f"not measured: {line}", highlight=False)
+    print(f"record: {path}")
+    if any(row["ratio_to_plain"] for row in record["rows"]):
+        picture = path.with_suffix(".png")
+        report.plot(record, picture)
+        print(f"picture: {picture}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,8 +9,11 @@ import platform
 import random
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -20,9 +23,11 @@ from typing import NamedTuple
 import peers
 import torch
 from peers import Batch, MissingError, Shape, Step
+from torch import Tensor
 
 FORWARD, TRAIN = "forward", "forward + backward"
-PHASES = (FORWARD, TRAIN)
+#: A training step as a GPU sees it, whose queue is never empty.
+DEVICE = "device time"
 #: Small inputs are taken in turn from so many sets that the last level of cache cannot hold them all.
 _MOST_SETS = 64
 
@@ -36,24 +41,38 @@ class Effort(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What came of one column; ``milliseconds`` by phase, empty if it could not run."""
+    """What came of one column; ``milliseconds`` by phase, empty if it could not run.
+
+    ``failed`` tells a column that broke from one that is not there or has no memory.
+    """
 
     milliseconds: dict[str, list[float]]
-    first_step_seconds: float | None
-    note: str
+    first_step_seconds: float | None = None
+    note: str = ""
+    failed: bool = False
 
 
 def synchronize(device: str) -> None:
     """Wait for a GPU."""
-    if torch.device(device).type == "cuda":
+    if peers.on_gpu(device):
         torch.cuda.synchronize()
 
 
-def timed(call: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call, from an idle device to its end."""
-    if torch.device(device).type == "cuda":
+#: Clock cycles for which a GPU is kept busy, about 5 ms: longer than the host takes to call any step.
+_HEAD_START = 10_000_000
+
+
+def timed(call: Callable[[], object], device: str, head_start: bool = False) -> float:
+    """Milliseconds of one call, from an idle device to its end.
+
+    With a head start a GPU is busy until the call has put all its kernels into the queue, so that the
+    time is that of the kernels alone, unless the call waits for the device.
+    """
+    if peers.on_gpu(device):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        if head_start:
+            torch.cuda._sleep(_HEAD_START)
         begin.record()
         result = call()
         end.record()
@@ -76,7 +95,7 @@ def without_gradients(batch: Batch) -> Batch:
 
 def number_of_sets(shape: Shape, dtype: torch.dtype, device: str) -> int:
     """Enough input sets to exceed a GPU's cache twice, where a few do; one on a CPU."""
-    if torch.device(device).type != "cuda":
+    if not peers.on_gpu(device):
         return 1
     width = shape.classes if shape.features is None else shape.features
     size = shape.samples * shape.experts * width * dtype.itemsize
@@ -87,29 +106,28 @@ def number_of_sets(shape: Shape, dtype: torch.dtype, device: str) -> int:
 
 
 def time_columns(
-    columns: list[peers.Column], shape: Shape, dtype: torch.dtype, device: str, effort: Effort
-) -> dict[str, Measured]:
-    """All columns of a cell in turn, in a new order every time, after a step of warm-up each."""
-    batches = peers.make_batches(shape, dtype, device, number_of_sets(shape, dtype, device))
+    columns: list[peers.Column], batches: list[Batch], shape: Shape, device: str, effort: Effort
+) -> tuple[dict[str, Measured], dict[str, Step]]:
+    """All columns of a cell in turn, in a new order every time, after a step of warm-up each.
+
+    Returns:
+        The times by column, and the steps of those that ran. One that fails leaves the others alone.
+    """
+    cuda = peers.on_gpu(device)
     steps: dict[str, Step] = {}
     found: dict[str, Measured] = {}
     for column in columns:
         try:
-            step = column.make(shape, device)
-            first = timed(partial(step.train, without_gradients(batches[0])), device)
-            if step.forward is not None:
-                step.forward(batches[0])
+            step, first = _warm_up(column, batches[0], shape, device)
         except Exception as error:
-            if column.ours and not isinstance(error, torch.OutOfMemoryError):
-                raise
-            found[column.name] = Measured({}, None, _reason(error))
+            found[column.name] = _failure(error, f"{shape.label}, {column.name}")
             continue
         finally:
             without_gradients(batches[0])
         steps[column.name] = step
-        phases = [TRAIN] if step.forward is None else [FORWARD, TRAIN]
+        phases = [FORWARD] * (step.forward is not None) + [TRAIN] + [DEVICE] * cuda
         seconds = first / 1e3 if column.compiled else None
-        found[column.name] = Measured({phase: [] for phase in phases}, seconds, "")
+        found[column.name] = Measured({phase: [] for phase in phases}, seconds)
 
     start = time.perf_counter()
     turns = itertools.cycle(batches)
@@ -119,20 +137,54 @@ def time_columns(
             break
         for name, step in order.sample(list(steps.items()), len(steps)):
             batch = without_gradients(next(turns))
-            times = found[name].milliseconds
-            if step.forward is not None:
-                times[FORWARD].append(timed(partial(step.forward, batch), device))
-            times[TRAIN].append(timed(partial(step.train, batch), device))
+            try:
+                _take_turn(step, batch, found[name].milliseconds, device)
+            except Exception as error:
+                found[name] = _failure(error, f"{shape.label}, {name}")
+                del steps[name]
             without_gradients(batch)
-    return found
+    return found, steps
 
 
-def _reason(error: Exception) -> str:
+def _warm_up(column: peers.Column, batch: Batch, shape: Shape, device: str) -> tuple[Step, float]:
+    """The step of a column, which has run once, and the milliseconds of that."""
+    step = column.make(shape, device)
+    first = timed(partial(step.train, without_gradients(batch)), device)
+    if step.forward is not None:
+        step.forward(batch)
+    synchronize(device)
+    return step, first
+
+
+def _take_turn(step: Step, batch: Batch, times: dict[str, list[float]], device: str) -> None:
+    """Add a time to each phase."""
+    if step.forward is not None:
+        times[FORWARD].append(timed(partial(step.forward, batch), device))
+    times[TRAIN].append(timed(partial(step.train, batch), device))
+    if DEVICE in times:
+        without_gradients(batch)
+        times[DEVICE].append(timed(partial(step.train, batch), device, head_start=True))
+
+
+def _failure(error: Exception, what: str) -> Measured:
+    """Say why a column cannot run; what nobody expected is told on the terminal."""
+    failed = not isinstance(error, MissingError | torch.OutOfMemoryError)
+    if failed:
+        print(f"{what}:", file=sys.stderr)
+        traceback.print_exception(error)
+    elif isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+    return Measured({}, None, reason(error), failed)
+
+
+def reason(error: Exception) -> str:
+    """One line of why something did not run."""
     if isinstance(error, MissingError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
-    return f"failed: {type(error).__name__}: {error}".splitlines()[0][:120]
+    lines = str(error).splitlines() or [""]
+    return f"failed: {type(error).__name__}: {lines[0]}"[:120]
 
 
 def quartiles(times: list[float]) -> tuple[float, float, float]:
@@ -145,21 +197,23 @@ def copy_bandwidth(device: str, megabytes: int = 256, repeats: int = 7) -> float
     """Bytes read and written a second by a copy into warm memory, far larger than the caches."""
     source = torch.ones(megabytes * 1_000_000 // 4, device=device)
     target = torch.zeros_like(source)
-    milliseconds = statistics.median(timed(lambda: target.copy_(source), device) for _ in range(repeats))
+
+    def copy() -> None:
+        target.copy_(source)
+
+    copy()
+    milliseconds = statistics.median(timed(copy, device, head_start=True) for _ in range(repeats))
     return 2 * source.nbytes / (1e-3 * milliseconds)
 
 
 # Memory
 
 
-def peaks_on_gpu(column: peers.Column, shape: Shape, dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Peak of allocated memory above the inputs, in bytes, by phase."""
-    (batch,) = peers.make_batches(shape, dtype, device)
-    step = column.make(shape, device)
+def peaks_on_gpu(step: Step, batch: Batch) -> dict[str, float]:
+    """Peak of allocated memory above the inputs, in bytes, by phase, of a step that has run before."""
     found = {}
     for phase, call in ((FORWARD, step.forward), (TRAIN, step.train)):
         if call is not None:
-            call(batch)
             without_gradients(batch)
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -167,6 +221,7 @@ def peaks_on_gpu(column: peers.Column, shape: Shape, dtype: torch.dtype, device:
             call(batch)
             torch.cuda.synchronize()
             found[phase] = float(torch.cuda.max_memory_allocated() - before)
+    without_gradients(batch)
     return found
 
 
@@ -216,53 +271,63 @@ def resident(which: str) -> int:
 # GPUs only
 
 
-def launches(step: Step, batch: Batch) -> int:
-    """Kernels that a training step launches."""
+def launches(step: Step, batch: Batch) -> int | None:
+    """Kernels that a training step launches; None where the profiler sees none."""
     from torch.profiler import ProfilerActivity, profile
 
     step.train(without_gradients(batch))
     without_gradients(batch)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        step.train(batch)
-        torch.cuda.synchronize()
-    # cudaLaunchKernel of the runtime, cuLaunchKernel of the driver.
-    return sum("LaunchKernel" in event.name for event in profiler.events() or [])
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of cycles, of which there is one
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            step.train(batch)
+            torch.cuda.synchronize()
+        # cudaLaunchKernel of the runtime, cuLaunchKernel of the driver.
+        number = sum("LaunchKernel" in event.name for event in profiler.events() or [])
+    without_gradients(batch)
+    return number or None
 
 
-def graph_times(step: Step, batch: Batch, num_launches: int, effort: Effort) -> dict[str, list[float]]:
-    """Milliseconds of a training step in a CUDA graph, and of as many kernels that do nothing."""
-    dot = torch.zeros((), device=batch.target.device)
-
-    def nothing() -> None:
-        for _ in range(num_launches):
-            dot.neg_()
-
+def recorded(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of a call, which has run thrice before; other threads may go on with what they do."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    calls: dict[str, Callable[[], object]] = {
-        "LGLALoss, CUDA graph": lambda: step.train(without_gradients(batch)),
-        "empty kernels, CUDA graph": nothing,
-    }
-    graphs = {}
-    for name, call in calls.items():
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        without_gradients(batch)
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
+    with torch.cuda.stream(stream):
+        for _ in range(3):
             call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def chain_of_empty_kernels(dot: Tensor, number: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of so many kernels that do next to nothing, to a scalar that outlives it."""
+
+    def nothing() -> None:
+        for _ in range(number):
+            dot.neg_()
+
+    return recorded(nothing)
+
+
+def graph_times(graphs: Mapping[str, torch.cuda.CUDAGraph], repetitions: int) -> dict[str, list[float]]:
+    """Milliseconds on the device of every graph, in turn."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(effort.at_most):
+    for _ in range(repetitions):
         for name, graph in graphs.items():
-            times[name].append(timed(graph.replay, "cuda"))
+            times[name].append(timed(graph.replay, "cuda", head_start=True))
     return times
 
 
 def device_name(device: str) -> str:
     """The model of the GPU or of the CPU."""
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu_model()
+    return torch.cuda.get_device_name(device) if peers.on_gpu(device) else cpu_model()
 
 
 def cpu_model() -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import arguments  # noqa: F401  # before lgla_losses, which it finds in a checkout that nobody installed
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lgla_losses import ClassGrouper, LGLALoss, LinearLGLALoss, functional
+from lgla_losses import ClassGrouper, ExpertOutput, LGLALoss, LinearLGLALoss, functional
+from lgla_losses.baselines import BalancedSoftmaxLoss
 
 IMBALANCE = 100.0
 LARGEST_CLASS = 500
@@ -22,26 +25,32 @@ CLONE = "logits.clone()"
 
 
 class Shape(NamedTuple):
-    """A size to measure; with ``features`` the loss starts at the head's inputs."""
+    """A size to measure; with ``features`` the loss starts at the head's inputs.
+
+    ``kind`` names another input than stacked logits and class indices, one of :data:`KINDS`.
+    """
 
     name: str
     samples: int
     experts: int
     classes: int
     features: int | None = None
+    kind: str = ""
 
     @property
     def label(self) -> str:
-        """``name N x K x C``, and ``d`` of a linear loss."""
+        """``name N x K x C``, ``d`` of a linear loss, and the kind of input."""
         width = "" if self.features is None else f", d = {self.features}"
-        return f"{self.name} {self.samples} x {self.experts} x {self.classes}{width}"
+        kind = f", {self.kind}" if self.kind else ""
+        return f"{self.name} {self.samples} x {self.experts} x {self.classes}{width}{kind}"
 
 
 class Batch(NamedTuple):
-    """Tensors that want gradients, logits or features and class weights, and the target."""
+    """Tensors that want gradients, logits or features and class weights; the target; further inputs."""
 
     leaves: tuple[Tensor, ...]
     target: Tensor
+    extras: tuple[Tensor, ...] = ()
 
 
 class Step(NamedTuple):
@@ -71,6 +80,11 @@ class Column(NamedTuple):
     compiled: bool = False
 
 
+def on_gpu(device: str) -> bool:
+    """Whether a device is one with a queue of its own."""
+    return torch.device(device).type == "cuda"
+
+
 class MissingError(Exception):
     """A peer that cannot run here; the message says why."""
 
@@ -91,7 +105,7 @@ def make_batches(
         values = torch.empty(sizes, device=device, dtype=dtype)
         return values.uniform_(-bound, bound, generator=generator).requires_grad_()
 
-    n, k, c, d = shape[1:]
+    n, k, c, d = shape[1:5]
     frequency = class_counts(shape).double().to(device)
     batches = []
     for _ in range(number):
@@ -101,7 +115,8 @@ def make_batches(
             leaves: tuple[Tensor, ...] = (uniform(n, k, c, bound=SCALE),)
         else:
             leaves = uniform(n, k, d, bound=1.0), uniform(k, c, d, bound=SCALE / d)
-        batches.append(Batch(leaves, target))
+        batch = Batch(leaves, target)
+        batches.append(KINDS[shape.kind].inputs(shape, batch) if shape.kind else batch)
     return batches
 
 
@@ -140,7 +155,7 @@ def plain_loop(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
     table, group_index = _table(shape, device)
 
     def loss(batch: Batch) -> Tensor:
-        (logits,), target = batch
+        (logits,), target, _ = batch
         angles = functional.angles_from_logits(logits, target, SCALE)
         return functional.lgla_loss(
             logits, target, table, _weights(angles, target, group_index, shape)
@@ -164,7 +179,7 @@ def papers_formula(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
     adjustments = [*local, TAU * log_n]
 
     def loss(batch: Batch) -> Tensor:
-        (logits,), target = batch
+        (logits,), target, _ = batch
         one_hot = F.one_hot(target, shape.classes).float()
         group = group_index[target]
         total = logits.new_zeros((), dtype=torch.float32)
@@ -192,15 +207,15 @@ def liger(shape: Shape, device: str) -> Step:
     except ImportError as error:
         raise MissingError("not installed (liger-kernel)") from error
 
-    own: dict[int, Tensor] = {}
+    own: dict[int, tuple[Tensor, Tensor]] = {}
 
     def loss(batch: Batch) -> Tensor:
         # It writes the gradient over its input, so it gets logits of its own.
         if id(batch) not in own:
-            own[id(batch)] = batch.leaves[0].detach().clone().requires_grad_()
-        logits = own[id(batch)]
+            logits = batch.leaves[0].detach().clone().requires_grad_()
+            own[id(batch)] = logits, batch.target.repeat_interleave(shape.experts)
+        logits, target = own[id(batch)]
         logits.grad = None
-        target = batch.target.repeat_interleave(shape.experts)
         result: Tensor = liger_cross_entropy(logits.view(-1, shape.classes), target)
         return result
 
@@ -210,6 +225,144 @@ def liger(shape: Shape, device: str) -> Step:
 def clone(shape: Shape, device: str) -> Step:
     """A copy into fresh memory, which every gradient needs as well."""
     return Step(None, lambda batch: batch.leaves[0].detach().clone())
+
+
+# Other inputs of the loss
+
+
+class Kind(NamedTuple):
+    """A kind of input: how it is made of stacked logits, and the loss of it, ours and as a plain loop."""
+
+    inputs: Callable[[Shape, Batch], Batch]
+    ours: Callable[[Shape, str], Callable[[Batch], Tensor]]
+    plain: Callable[[Shape, str], Callable[[Batch], Tensor]]
+    name: str = "LGLALoss"
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_()
+
+
+def _criterion(shape: Shape, device: str) -> LGLALoss:
+    return LGLALoss(class_counts(shape), shape.experts, TAU, scale=SCALE).to(device)
+
+
+def _separate(shape: Shape, batch: Batch) -> Batch:
+    return batch._replace(leaves=tuple(map(_leaf, batch.leaves[0].unbind(1))))
+
+
+def _lgla_of_separate(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
+    criterion = _criterion(shape, device)
+    return lambda batch: criterion(batch.leaves, batch.target)
+
+
+def _plain_of_separate(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
+    table, group_index = _table(shape, device)
+
+    def loss(batch: Batch) -> Tensor:
+        angles = functional.angles_from_logits(batch.leaves, batch.target, SCALE)
+        weights = _weights(angles, batch.target, group_index, shape)
+        return functional.lgla_loss(batch.leaves, batch.target, table, weights).mean()
+
+    return loss
+
+
+def _with_features(shape: Shape, batch: Batch) -> Batch:
+    (logits,), width = batch.leaves, 64
+    features = logits.new_empty(shape.samples, shape.experts, width).uniform_(-1, 1)
+    weight = logits.new_empty(shape.experts, shape.classes, width).uniform_(-1, 1)
+    return batch._replace(extras=(features, weight))
+
+
+def _lgla_of_features(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
+    criterion = _criterion(shape, device)
+    return lambda batch: criterion(ExpertOutput(batch.leaves[0], *batch.extras), batch.target)
+
+
+def _plain_of_features(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
+    table, group_index = _table(shape, device)
+
+    def loss(batch: Batch) -> Tensor:
+        features, weight = batch.extras
+        angles = functional.angles_from_features(features, weight, batch.target)
+        weights = _weights(angles, batch.target, group_index, shape)
+        return functional.lgla_loss(batch.leaves[0], batch.target, table, weights).mean()
+
+    return loss
+
+
+def _mixed_up(shape: Shape, batch: Batch) -> Batch:
+    one_hot = F.one_hot(batch.target, shape.classes).float()
+    return batch._replace(extras=(0.7 * one_hot + 0.3 * one_hot.roll(1, 0),))
+
+
+def _lgla_of_probabilities(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
+    criterion = _criterion(shape, device)
+    return lambda batch: criterion(batch.leaves[0], batch.extras[0])
+
+
+def _plain_of_probabilities(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
+    table, group_index = _table(shape, device)
+
+    def loss(batch: Batch) -> Tensor:
+        (logits,), (probabilities,) = batch.leaves, batch.extras
+        angles = functional.angles_of(logits.detach(), SCALE)
+        statistics = functional.soft_aaw_statistics(angles, probabilities, group_index, shape.experts - 1)
+        weights = functional.soft_aaw_weights(angles, probabilities, group_index, statistics)
+        return functional.lgla_loss(logits, probabilities, table, weights).mean()
+
+    return loss
+
+
+def _with_sample_weights(shape: Shape, batch: Batch) -> Batch:
+    return batch._replace(extras=(torch.linspace(0.5, 1.5, shape.samples, device=batch.target.device),))
+
+
+def _lgla_of_sample_weights(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
+    criterion = _criterion(shape, device)
+    return lambda batch: criterion(batch.leaves[0], batch.target, sample_weight=batch.extras[0])
+
+
+def _plain_of_sample_weights(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
+    table, group_index = _table(shape, device)
+
+    def loss(batch: Batch) -> Tensor:
+        (logits,), target, (worth,) = batch
+        angles, group = functional.angles_from_logits(logits, target, SCALE), group_index[target]
+        statistics = functional.aaw_statistics(angles, group, shape.experts - 1, worth)
+        weights = functional.aaw_weights(angles, group, statistics) * worth[:, None]
+        return functional.lgla_loss(logits, target, table, weights).sum() / worth.sum()
+
+    return loss
+
+
+def _of_one_model(shape: Shape, batch: Batch) -> Batch:
+    return batch._replace(leaves=(_leaf(batch.leaves[0][:, 0]),))
+
+
+def _balanced_softmax(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
+    criterion = BalancedSoftmaxLoss(class_counts(shape)).to(device)
+    return lambda batch: criterion(batch.leaves[0], batch.target)
+
+
+def _plain_balanced_softmax(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
+    log_prior = functional.log_prior_table(class_counts(shape), 1)[0].float().to(device)
+
+    def loss(batch: Batch) -> Tensor:
+        (logits,), target, _ = batch
+        wide = logits.to(functional.compute_dtype(logits.dtype))
+        return F.cross_entropy(wide + log_prior.to(wide.dtype), target)
+
+    return loss
+
+
+KINDS = {
+    "K tensors": Kind(_separate, _lgla_of_separate, _plain_of_separate),
+    "ExpertOutput": Kind(_with_features, _lgla_of_features, _plain_of_features),
+    "probabilities": Kind(_mixed_up, _lgla_of_probabilities, _plain_of_probabilities),
+    "sample weights": Kind(_with_sample_weights, _lgla_of_sample_weights, _plain_of_sample_weights),
+    "one model": Kind(_of_one_model, _balanced_softmax, _plain_balanced_softmax, "BalancedSoftmaxLoss"),
+}
 
 
 # Losses of features and class weights
@@ -244,8 +397,8 @@ def linear_plain_loop(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
     table, group_index = _table(shape, device)
 
     def loss(batch: Batch) -> Tensor:
-        (features, weight), target = batch
-        logits = [F.linear(features[:, k], weight[k]) for k in range(shape.experts)]
+        (features, weight), target, _ = batch
+        logits = [F.linear(f, w) for f, w in zip(features.unbind(1), weight.unbind(0), strict=True)]
         angles = functional.angles_from_features(features, weight, target)
         return functional.lgla_loss(
             logits, target, table, _weights(angles, target, group_index, shape)
@@ -259,9 +412,10 @@ def _over_experts(loss_of_expert: Callable[[Tensor, Tensor, Tensor], Any]) -> St
 
     def loss(batch: Batch) -> Tensor:
         features, weight = batch.leaves
-        # As contiguous as the kernels of peers want them.
-        rows = features.transpose(0, 1).contiguous()
-        losses = [loss_of_expert(rows[k], weight[k], batch.target) for k in range(len(weight))]
+        # As contiguous as the kernels of peers want them, and unbound at once: a view an expert would fill
+        # the gradient of all of them with zeros each.
+        rows = features.transpose(0, 1).contiguous().unbind(0)
+        losses = [loss_of_expert(f, w, batch.target) for f, w in zip(rows, weight.unbind(0), strict=True)]
         return torch.stack(losses).sum()
 
     return step_of(loss)
@@ -272,7 +426,7 @@ def torch_linear(shape: Shape, device: str) -> Step:
     if not hasattr(F, "linear_cross_entropy"):
         raise MissingError(f"not in torch {torch.__version__}")
     # On a CPU its chunks take several times as long as the whole.
-    options = torch.nn.LinearCrossEntropyOptions() if torch.device(device).type == "cuda" else None
+    options = torch.nn.LinearCrossEntropyOptions() if on_gpu(device) else None
     return _over_experts(lambda f, w, y: F.linear_cross_entropy(f, w, y, options=options))
 
 
@@ -320,9 +474,45 @@ def matrix_products(shape: Shape, device: str) -> Step:
     return Step(forward, train)
 
 
+#: Plans of the Triton kernels that are measured beside the default, which differs from this many classes on.
+EARLIER_PLANS = ("0.1",)
+_PLANS_DIFFER = 4096
+
+
+def earlier_plans(
+    name: str, make: Callable[[Shape, str], Callable[[Batch], Tensor]], shape: Shape
+) -> list[Column]:
+    """A column for every earlier plan of the Triton kernels, where it is another."""
+
+    def planned(plan: str) -> Callable[[Shape, str], Step]:
+        return lambda shape, device: step_of(_with_plan(make(shape, device), plan))
+
+    return [
+        Column(f"{name}, plan {plan}", planned(plan), ours=True, note=f"Triton kernels as in {plan}")
+        for plan in EARLIER_PLANS
+        if shape.classes > _PLANS_DIFFER
+    ]
+
+
+def _with_plan(loss: Callable[[Batch], Tensor], plan: str) -> Callable[[Batch], Tensor]:
+    try:
+        kernels = importlib.import_module("lgla_losses.kernels.triton")
+    except ImportError as error:
+        raise MissingError("not installed (triton)") from error
+
+    def planned(batch: Batch) -> Tensor:
+        before = kernels.use(plan)
+        try:
+            return loss(batch)
+        finally:
+            kernels.use(before)
+
+    return planned
+
+
 def columns_for(shape: Shape, device: str, compiler: str = "inductor") -> list[Column]:
     """All that is measured for a shape, ours first."""
-    cuda = torch.device(device).type == "cuda"
+    cuda = on_gpu(device)
     no_adjustments = "no adjustments, no AAW"
 
     def eager(make: Callable[..., Callable[[Batch], Tensor]], *more: Any) -> Callable[[Shape, str], Step]:
@@ -334,6 +524,19 @@ def columns_for(shape: Shape, device: str, compiler: str = "inductor") -> list[C
             torch.compile(make(shape, device), fullgraph=True, dynamic=False, backend=compiler)
         )
 
+    if shape.kind:
+        kind = KINDS[shape.kind]
+        return [
+            Column(kind.name, eager(kind.ours), ours=True),
+            Column(PLAIN, eager(kind.plain)),
+            # The training step alone, as a compiler takes seconds for each of the two.
+            Column(
+                "plain loop, compiled",
+                lambda shape, device: compiled(kind.plain)(shape, device)._replace(forward=None),
+                compiled=True,
+            ),
+        ]
+
     if shape.features is not None:
         columns = [
             Column("LinearLGLALoss", eager(linear_lgla), ours=True),
@@ -344,6 +547,7 @@ def columns_for(shape: Shape, device: str, compiler: str = "inductor") -> list[C
             Column("F.linear_cross_entropy", torch_linear, equal=False, note=no_adjustments),
         ]
         if cuda:
+            columns[1:1] = earlier_plans("LinearLGLALoss", linear_lgla, shape)
             columns += [
                 Column("liger-kernel", liger_linear, equal=False, note=no_adjustments),
                 Column(
@@ -351,6 +555,7 @@ def columns_for(shape: Shape, device: str, compiler: str = "inductor") -> list[C
                     cut_linear,
                     equal=False,
                     note=f"{no_adjustments}; leaves out small gradients",
+                    compiled=True,  # it sorts by a compiled function
                 ),
             ]
         return [*columns, Column(PRODUCTS, matrix_products, equal=False, note="the floor: no loss at all")]
@@ -366,6 +571,7 @@ def columns_for(shape: Shape, device: str, compiler: str = "inductor") -> list[C
     if cuda:
         chunks = Column("LGLALoss, fused", eager(lgla, "fused"), ours=True, note="PyTorch in chunks")
         columns.insert(1, chunks)
+        columns[1:1] = earlier_plans("LGLALoss", lgla, shape)
         columns.append(
             Column("liger-kernel", liger, equal=False, note=f"{no_adjustments}; writes over the logits")
         )

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from peers import CLONE, PLAIN, PRODUCTS
+from peers import CLONE, KINDS, PLAIN, PRODUCTS
 from rich.table import Table
-from tables import grid
+from tables import grid, machine
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -17,9 +17,10 @@ Record = dict[str, Any]
 SCHEMA = 1
 FLOOR = "floor"
 PHASES = ("forward", "forward + backward")
-GRAPH = "CUDA graph"
+#: On a GPU only.
+DEVICE, GRAPH = "device time", "CUDA graph"
 #: The columns that stand for this library where it is compared with its peers.
-DEFAULTS = ("LGLALoss", "LinearLGLALoss")
+DEFAULTS = ("LGLALoss", "LinearLGLALoss", "BalancedSoftmaxLoss")
 
 _NUMBER = (int, float)
 _HEAD: dict[str, tuple[type, ...]] = {
@@ -39,6 +40,8 @@ _HEAD: dict[str, tuple[type, ...]] = {
     "seconds": _NUMBER,
     "rows": (list,),
 }
+#: What may be missing, as older records lack it.
+_MORE_HEAD: dict[str, tuple[type, ...]] = {"problems": (list,), "left_out": (list,)}
 ROW_FIELDS: dict[str, tuple[type, ...]] = {
     "suite": (str,),
     "shape": (str,),
@@ -57,22 +60,23 @@ ROW_FIELDS: dict[str, tuple[type, ...]] = {
     "first_step_s": (*_NUMBER, type(None)),
     "note": (str,),
 }
+MORE_ROW_FIELDS: dict[str, tuple[type, ...]] = {"share_of_limit": _NUMBER}
 _CHOICES = {
     "suite": ("logits", "linear"),
     "dtype": ("float32", "bfloat16"),
-    "phase": (*PHASES, GRAPH),
+    "phase": (*PHASES, DEVICE, GRAPH),
 }
 
 
 def faults(record: Record) -> list[str]:
     """Where a record breaks the contract of README.md; an empty list if nowhere."""
-    found = _wrong_fields("record", record, _HEAD)
+    found = _wrong_fields("record", record, _HEAD, _MORE_HEAD)
     if record.get("schema") != SCHEMA:
         found.append(f"schema: expected {SCHEMA}")
     seen = set()
     for number, row in enumerate(record.get("rows", [])):
         where = f"row {number}"
-        wrong = _wrong_fields(where, row, ROW_FIELDS)
+        wrong = _wrong_fields(where, row, ROW_FIELDS, MORE_ROW_FIELDS)
         found += wrong
         if wrong:
             continue
@@ -91,16 +95,21 @@ def faults(record: Record) -> list[str]:
             found.append(f"{where}: quartiles or repetitions")
         if row["column"] == PLAIN and row["median_ms"] is not None and row["ratio_to_plain"] != 1:
             found.append(f"{where}: the plain loop is its own yardstick")
+        if row.get("share_of_limit", 1) <= 0:
+            found.append(f"{where}: share_of_limit")
     if not record.get("rows"):
         found.append("rows: none")
     return found
 
 
-def _wrong_fields(where: str, values: Row, fields: dict[str, tuple[type, ...]]) -> list[str]:
-    found = [f"{where}: unknown {key}" for key in values if key not in fields]
-    for key, types in fields.items():
+def _wrong_fields(
+    where: str, values: Row, fields: dict[str, tuple[type, ...]], optional: dict[str, tuple[type, ...]]
+) -> list[str]:
+    known = fields | optional
+    found = [f"{where}: unknown {key}" for key in values if key not in known]
+    for key, types in known.items():
         if key not in values:
-            found.append(f"{where}: no {key}")
+            found += [f"{where}: no {key}"] if key in fields else []
         elif not isinstance(values[key], types) or (isinstance(values[key], bool) and bool not in types):
             found.append(f"{where}: {key} is {values[key]!r}")
         elif isinstance(values[key], float) and not math.isfinite(values[key]):
@@ -142,7 +151,7 @@ def balance(record: Record) -> list[str]:
     lines, wins = [], 0
     for (_, shape, dtype), rows in _cells(record["rows"]).items():
         for row in rows:
-            if row["column"] in DEFAULTS and row["phase"] in PHASES:
+            if row["column"] in DEFAULTS and row["phase"] in (*PHASES, DEVICE):
                 said = verdict(rows, row)
                 wins += said.startswith("wins")
                 if said.startswith("LOSES"):
@@ -162,8 +171,11 @@ def terminal_table(record: Record) -> Table:
     table = Table(
         title=f"Losses on {record['device']}, threads: {record['threads']}: milliseconds (times plain loop)"
     )
-    for name in ("size", "way", *PHASES, "MB", "launches", "against the fastest peer, forward + backward"):
-        table.add_column(name, justify="right" if name in (*PHASES, "MB", "launches") else "left")
+    measured = {row["phase"] for row in record["rows"]}
+    on_gpu = [phase for phase in (DEVICE, GRAPH) if phase in measured]
+    numbers = [*PHASES, *on_gpu, *(["limit"] if on_gpu else []), "MB", "launches"]
+    for name in ("size", "way", *numbers, "against the fastest peer, forward + backward"):
+        table.add_column(name, justify="right" if name in numbers else "left")
     for (_, shape, dtype), rows in _cells(record["rows"]).items():
         title = [shape, dtype]
         for column in dict.fromkeys(row["column"] for row in rows):
@@ -171,11 +183,12 @@ def terminal_table(record: Record) -> Table:
             last = phases.get(PHASES[1]) or phases[GRAPH]
             said = verdict(rows, last) or last["note"]
             style = "red" if said.startswith("LOSES") else "green" if said.startswith("wins") else ""
-            times = [_time_and_ratio(phases.get(PHASES[0])), _time_and_ratio(last)]
+            limit = phases.get(DEVICE, last).get("share_of_limit")
             table.add_row(
                 title.pop(0) if title else "",
                 column,
-                *times,
+                *(_time_and_ratio(phases.get(phase)) for phase in (*PHASES, *on_gpu)),
+                *([_percent(limit)] if on_gpu else []),
                 _figure(last["peak_mb"]),
                 "" if last["launches"] is None else str(last["launches"]),
                 said,
@@ -183,6 +196,10 @@ def terminal_table(record: Record) -> Table:
             )
         table.add_section()
     return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def _time_and_ratio(row: Row | None) -> str:
@@ -193,7 +210,7 @@ def _time_and_ratio(row: Row | None) -> str:
 
 
 def markdown(record: Record) -> dict[str, str]:
-    """Tables by title: of both suites the times of both phases and the memory.
+    """Tables by title: of both suites the times of every phase, the share of the limit, and the memory.
 
     Times are medians in milliseconds, with their ratio to the plain loop; the fastest (or the least
     memory) of the ways that compute the whole loss is bold, ours or not.
@@ -201,7 +218,11 @@ def markdown(record: Record) -> dict[str, str]:
     titles = {
         f"{suite}: {phase}, ms (times plain loop)": (suite, phase, "median_ms")
         for suite in _CHOICES["suite"]
-        for phase in PHASES
+        for phase in _CHOICES["phase"]
+    }
+    titles |= {
+        f"logits: share of the limit, {phase}": ("logits", phase, "share_of_limit")
+        for phase in (PHASES[1], DEVICE)
     }
     titles |= {
         f"{suite}: peak memory of forward + backward, MB": (suite, PHASES[1], "peak_mb")
@@ -210,31 +231,50 @@ def markdown(record: Record) -> dict[str, str]:
     tables = {}
     for title, (suite, phase, quantity) in titles.items():
         rows = [row for row in record["rows"] if (row["suite"], row["phase"]) == (suite, phase)]
-        if any(row[quantity] for row in rows):
+        if any(row.get(quantity) for row in rows):
             tables[title] = _markdown_table(rows, quantity)
     return tables
+
+
+def page(record: Record) -> str:
+    """All that a record says, as text for a page: where, wins and losses, what is missing, every table."""
+    lines = [f"Measured on: {machine(record)}."]
+    first, *lost = balance(record)
+    lines.append("\n".join([f"{first[0].upper()}{first[1:]}", "", *(f"- {line}" for line in lost)]))
+    for key, title in (("problems", "Failed"), ("left_out", "Not measured")):
+        if record.get(key):
+            lines.append("\n".join([f"{title}:", "", *(f"- {line}" for line in record[key])]))
+    lines += [f"**{title}**\n\n{table}" for title, table in markdown(record).items()]
+    return "\n\n".join(lines)
 
 
 def _markdown_table(rows: list[Row], quantity: str) -> str:
     columns = [
         name
         for name in dict.fromkeys(row["column"] for row in rows)
-        if any(row[quantity] for row in rows if row["column"] == name)
+        if any(row.get(quantity) for row in rows if row["column"] == name)
     ]
     lines: list[list[str]] = []
     for (_, shape, dtype), cell in _cells(rows).items():
-        by_column = {row["column"]: row for row in cell}
-        best = min((row[quantity] for row in cell if row["equal"] and row[quantity]), default=None)
+        by_column = {row["column"]: row for row in cell if row.get(quantity) is not None}
+        if not by_column:
+            continue
+        better = max if quantity == "share_of_limit" else min
+        best = better((row[quantity] for row in cell if row["equal"] and row.get(quantity)), default=None)
         texts = []
         for column in columns:
             row = by_column.get(column)
-            if row is None or row[quantity] is None:
-                texts.append("")
-                continue
-            text = _time_and_ratio(row) if quantity == "median_ms" else _figure(row[quantity])
-            texts.append(f"**{text}**" if row["equal"] and row[quantity] == best else text)
+            text = "" if row is None else _text(row, quantity)
+            is_best = row is not None and row["equal"] and row[quantity] == best
+            texts.append(f"**{text}**" if is_best else text)
         lines.append([shape, dtype, *texts])
     return grid(["size", "type", *columns], lines, texts=2)
+
+
+def _text(row: Row, quantity: str) -> str:
+    if quantity == "median_ms":
+        return _time_and_ratio(row)
+    return _percent(row[quantity]) if quantity == "share_of_limit" else _figure(row[quantity])
 
 
 #: Okabe and Ito's colours, told apart by the colour-blind; blue and green are ours.
@@ -243,6 +283,8 @@ _COLOURS = {
     "LinearLGLALoss": "#0072B2",
     "LGLALoss, compiled": "#56B4E9",
     "LinearLGLALoss, compiled": "#56B4E9",
+    "LGLALoss, plan 0.1": "#8FB8DE",
+    "LinearLGLALoss, plan 0.1": "#8FB8DE",
     "LGLALoss, reference": "#009E73",
     "head + LGLALoss": "#009E73",
     "LGLALoss, fused": "#00614a",
@@ -264,6 +306,7 @@ def plot(record: Record, path: Path) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     rows = [row for row in record["rows"] if row["phase"] == PHASES[1] and row["ratio_to_plain"]]
+    rows = [row for row in rows if not row["shape"].endswith(tuple(KINDS))]  # tables have these
     panels = list(dict.fromkeys((row["suite"], row["dtype"]) for row in rows))
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(11, 3.6 * len(panels)), layout="constrained", squeeze=False

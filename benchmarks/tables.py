@@ -26,6 +26,11 @@ def read(name: str) -> Record:
     return record
 
 
+def has(name: str) -> bool:
+    """Whether there is a committed record of this name."""
+    return (RESULTS / f"{name}.json").exists()
+
+
 def machine(record: Record) -> str:
     """Where, with what and when a record was made, as far as it says so."""
     facts = [record.get("device")]
@@ -48,9 +53,14 @@ def layouts(record: Record) -> str:
     """Speed and memory of the experts: a row a network and way of running it."""
     rows = []
     for row in record["rows"]:
+        if row["images_per_second_quartiles"] is None:
+            rows.append([row["network"], row["layout"], row["batch"], row["note"], ""])
+            continue
         low, median, high = row["images_per_second_quartiles"]
-        rate, memory = f"{median:.1f} ({low:.1f} to {high:.1f})", f"{row['peak_mib_median']:.0f}"
-        rows.append([row["network"], row["layout"], row["batch"], rate, memory])
+        rate, memory = f"{median:.1f} ({low:.1f} to {high:.1f})", row["peak_mib_median"]
+        rows.append(
+            [row["network"], row["layout"], row["batch"], rate, "" if memory is None else f"{memory:.0f}"]
+        )
     return grid(["network", "way", "batch", "images a second", "MiB"], rows, texts=2)
 
 
@@ -77,7 +87,9 @@ def brief(record: Record) -> str:
     chosen = [row for row in record["rows"] if all(row[key] == value for key, value in wanted.items())]
     rows = []
     for shape in dict.fromkeys(row["shape"] for row in chosen):
-        cells = {row["column"]: row for row in chosen if row["shape"] == shape}
+        cells = {row["column"]: row for row in chosen if row["shape"] == shape and row["median_ms"]}
+        if not set(WAYS) <= set(cells):
+            continue  # another kind of input, or a size with fewer ways
         times = [cells[way]["median_ms"] for way in WAYS]
         texts = [f"**{ms:.3g}**" if ms == min(times) else f"{ms:.3g}" for ms in times]
         rows.append([shape, *texts, *(f"{cells[way]['peak_mb']:.3g}" for way in (WAYS[0], WAYS[2]))])

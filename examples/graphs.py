@@ -54,7 +54,8 @@ class GraphedPass:
         for buffer, value in zip(self.model.buffers(), before, strict=True):
             buffer.copy_(value)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # The thread that pins batches allocates meanwhile, which the mode "global" forbids.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             loss = self._run_anew(static)
         self.pool = graph.pool()
         return graph, static, loss

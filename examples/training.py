@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -366,7 +366,8 @@ class Trainer:
             "configuration": self.configuration,
             "versions": {
                 "python": platform.python_version(),
-                **{name: version(name) for name in self.libraries},
+                # Their own word: a checkout that nobody has installed has no metadata.
+                **{name: import_module(name).__version__ for name in self.libraries},
             },
             "device": torch.cuda.get_device_name(self.device)
             if self.device.type == "cuda"

@@ -25,7 +25,7 @@ from lgla_losses.checks import (
 from lgla_losses.counts import ArrayLike, as_class_counts
 from lgla_losses.grouping import same_classes
 from lgla_losses.kernels import Engine, native
-from lgla_losses.loss import WORTH_AN_OPERATOR, converted_once
+from lgla_losses.loss import WORTH_AN_OPERATOR, converted_once, worth_joining
 from lgla_losses.output import ExpertLogits, ExpertOutput, expert_blocks
 
 
@@ -191,6 +191,8 @@ class AdjustedLoss(ConstantBuffers):
         target_tensor(target, first.shape[:1])
         same_device(logits=first, target=target, criterion=counts)
         engine = self._engine(blocks, target)
+        if engine is not None and self.focusing == 0 and worth_joining(blocks):
+            blocks = [torch.cat(blocks, dim=1)]
         readable = values_readable(first, self.validate_args)
         # The C library reads every value anyway and tells when one is wrong.
         tells = readable and engine is native and not torch.compiler.is_compiling()
@@ -222,13 +224,13 @@ class AdjustedLoss(ConstantBuffers):
 
     def _loss(self, engine: Engine | None, blocks: list[Tensor], target: Tensor, check: bool) -> Tensor:
         dtype = functional.compute_dtype(blocks[0].dtype)
-        ignored = target == self.ignore_index
+        kept = target != self.ignore_index
         # Ignored samples have no class; any stands in, as they count nothing.
-        own = torch.where(ignored, 0, target)
+        own = target * kept
         weights = self._weights(own)
         if weights is not None:
-            weights = torch.where(ignored, 0.0, weights).to(dtype)
-        divisor = self._divisor(ignored, weights, dtype)
+            weights = (weights * kept).to(dtype)
+        divisor = self._divisor(kept, weights, dtype)
         if self.focusing > 0:
             # The factor is of every expert's own probability.
             blocks = [expert for block in blocks for expert in block.split(1, dim=1)]
@@ -260,21 +262,21 @@ class AdjustedLoss(ConstantBuffers):
 
     def _table(self, logits: Tensor) -> Tensor:
         if "table" in self._exact:
-            table = self.constant("table")
-        else:
-            table = torch.zeros((), dtype=functional.widest_dtype(logits.device), device=logits.device)
-        return table.expand(logits.shape[1:])
+            return self.constant("table").expand(logits.shape[1:])
+        dtype = functional.widest_dtype(logits.device)
+        return torch.zeros(logits.shape[1:], dtype=dtype, device=logits.device)
 
     def _weights(self, own: Tensor) -> Tensor | None:
         """Weights of the samples ``[N]``, or None for ones."""
         return self.constant("class_weight")[own] if "class_weight" in self._exact else None
 
-    def _divisor(self, ignored: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def _divisor(self, kept: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if self.reduction != "mean":
             return None
-        whole = weights if self.divides_by_weights and weights is not None else ~ignored
-        divisor = whole.sum().to(dtype)
-        return torch.where(divisor == 0, 1.0, divisor)
+        if self.divides_by_weights and weights is not None:
+            total = weights.sum()
+            return total + (total == 0)
+        return kept.sum(dtype=dtype).clamp(min=1)
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""

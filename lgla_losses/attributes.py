@@ -141,11 +141,15 @@ class CopiesAttributes:
     def follow(self) -> None:
         """Give every copy what has changed since the last copy, or all together, have run."""
         stacks = [(stack, stack.unbind()) for stack in self.stacks]
-        memos = [
-            self.memo([stack for stack, _ in stacks], [entries[k] for _, entries in stacks])
-            for k in range(len(self.copies))
-        ]
-        for layer, (changed, gone) in self._note().items():
+        differences = self._note()
+        memos: list[dict[int, Any]] = [{} for _ in self.copies]
+        # Only where needed: compilers of PyTorch 2.11 know no `id` of a tuple.
+        if any(changed for changed, _ in differences.values()):
+            memos = [
+                self.memo([stack for stack, _ in stacks], [entries[k] for _, entries in stacks])
+                for k in range(len(self.copies))
+            ]
+        for layer, (changed, gone) in differences.items():
             for attributes, memo in zip(self.copies, memos, strict=True):
                 own = attributes.setdefault(layer, {})
                 if not changed and not gone:

@@ -234,7 +234,9 @@ class ExpertLoss(nn.Module):
     def _samples_a_rank(self, samples: Tensor) -> Tensor:
         """The samples of all ranks over the number of ranks; 1 where there are none to divide by."""
         samples = samples.to(functional.widest_dtype(samples.device))
-        return torch.where(samples > 0, samples, 1) / self.weighter.num_ranks()
+        samples = samples + (samples == 0)
+        num_ranks = self.weighter.num_ranks()
+        return samples if num_ranks == 1 else samples / num_ranks
 
     def _sum_over_ranks(self, values: Tensor, target: Tensor) -> Tensor:
         """The sum of a step's numbers, with what the ranks tell each other beside them."""
@@ -255,8 +257,9 @@ class ExpertLoss(nn.Module):
         # The compiler first: it would compile anew for every change of the others.
         if torch.compiler.is_compiling() or self._compared or self.validate_args is False:
             return False
-        recorded = target.is_cuda and torch.cuda.is_current_stream_capturing()
-        return self.weighter.num_ranks() > 1 and not recorded
+        if self.weighter.num_ranks() == 1:
+            return False
+        return not (target.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def _note(self, target: Tensor) -> Note:
         """What this rank tells the others: in the first step, what constants it holds."""
@@ -274,14 +277,15 @@ class ExpertLoss(nn.Module):
             tell_and_raise(problem, numbers, num_ranks, self.weighter.process_group, device)
         if num_ranks > 1:
             raise ValueError(f"rank {dist.get_rank()}: {problem}") from problem
-        raise problem
+        raise  # the problem, which callers handle: compilers of PyTorch 2.11 raise none by its name
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         refuse_data_parallel(self)
 
     def _own_class(self, target: Tensor) -> Tensor:
         """The targets; ignored samples have no class, so any stands in, as their weight is 0."""
-        return torch.where(target == self.ignore_index, 0, target)
+        # A launch less than torch.where, which first makes a tensor of the 0.
+        return target * (target != self.ignore_index)
 
     def _divisor(
         self,
@@ -296,13 +300,12 @@ class ExpertLoss(nn.Module):
             counts = target != self.ignore_index
             if sample_weight is not None:
                 counts = counts * sample_weight.to(functional.widest_dtype(sample_weight.device))
-            samples = self._samples_a_rank(self._sum_over_ranks(counts.sum(), target))
+            number = counts.sum(dtype=functional.widest_dtype(target.device))
+            samples = self._samples_a_rank(self._sum_over_ranks(number, target))
         if self.reduction != "mean":
             return None
         if normalizer is not None:
-            if isinstance(normalizer, Tensor):
-                return normalizer.to(target.device, dtype)
-            return normalizer * torch.ones((), dtype=dtype, device=target.device)
+            return scalar_on(target.device, normalizer, dtype)
         return None if samples is None else samples.to(dtype)
 
     def _communicates(self, target: Tensor, normalizer: float | Tensor | None) -> bool:
@@ -419,6 +422,18 @@ def choose_engine(backend: str, unfit: str | None, device: torch.device) -> Engi
         raise ValueError(f"backend: {backend!r} cannot run, as {unfit}; 'auto' takes what can")
     fused.log_once(f"backend 'auto' takes 'reference', as {unfit}")
     return None
+
+
+def scalar_on(device: torch.device, number: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """A number as a scalar on a device, which it does not wait for, and which may record it in a graph."""
+    if isinstance(number, Tensor):
+        on_cpu = number.device.type == "cpu" and device.type == "cuda"
+        if not on_cpu or number.requires_grad or torch.compiler.is_compiling():
+            return number.to(device, dtype)
+        number = number.item()
+    if torch.compiler.is_compiling():  # to which a number that is filled in would be a constant
+        return number * torch.ones((), dtype=dtype, device=device)
+    return torch.full((), number, dtype=dtype, device=device)
 
 
 def target_logits(experts: Sequence[Tensor], target: Tensor, ignore_index: int) -> list[Tensor]:

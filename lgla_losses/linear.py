@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import torch
@@ -25,10 +26,20 @@ from lgla_losses.checks import (
 from lgla_losses.counts import ArrayLike
 from lgla_losses.kernels import chunked
 
-#: Logits in memory at a time, in bytes. A matrix product is as fast as ever with these many.
+#: Logits in memory at a time, in bytes. A matrix product is as fast as ever with these many. Few enough to
+#: stay in a GPU's cache would spare each logit 10 to 12 bytes of traffic (bfloat16), but each chunk costs
+#: 12 d bytes a class, for the weights and their gradient: so a chunk has d samples at least, better more.
 _CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
 #: But never fewer samples than these: the classes' weights are read anew for every chunk.
 _LEAST_SAMPLES = 64
+#: Rows of logits begin at multiples of so many bytes. A GPU's fast matrix products want multiples of 16; rows
+#: of 8,142 classes in bfloat16, close together, would begin at multiples of 4.
+_ROW_BYTES = {"cuda": 128}
+#: Whether 16-bit products are added to a float32 sum by the product itself, where PyTorch can: a chunk then
+#: reads and writes the sum once, instead of twice each with a product beside it.
+_ADD_AT_ONCE = True
+#: Numbers that are widened to float32 at a time, of the weights of cosine classifiers.
+_WIDENED = 1 << 24
 
 
 class LinearLGLALoss(ExpertLoss):
@@ -200,7 +211,8 @@ class LinearLGLALoss(ExpertLoss):
 def as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The inputs of a matrix product in the dtype it runs in."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    # The meta device has no autocast to ask for. (Compilers of PyTorch 2.11 cannot ask whether a device has.)
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
@@ -257,11 +269,13 @@ class LinearCrossEntropy(NamedTuple):
             return losses, gradients
 
         # One memory for all chunks, which is warm from the second on.
-        buffer = features.new_empty((chunks[0].stop, weight.shape[1]))
+        buffer = logits_memory(features, chunks[0].stop, weight.shape[1])
+        # As engines want an expert's weights: copied here for all of them, or there for every chunk.
+        columns = None if weights is None else weights.T.contiguous()[:, :, None]
         with torch.autocast(features.device.type, enabled=False):
             for k in range(features.shape[1]):
-                columns = None if weights is None else weights[:, k : k + 1]
-                self._expert(k, inputs, gradients, losses, columns, divisor, chunks, buffer)
+                column = None if columns is None else columns[k]
+                self._expert(k, inputs, gradients, losses, column, divisor, chunks, buffer)
         return losses, gradients
 
     def _expert(
@@ -285,7 +299,7 @@ class LinearCrossEntropy(NamedTuple):
         rows_of, centres = features, weight
         if self.scale is not None:
             rows_of = (self.scale * directions(features, exact)).to(features.dtype)
-            centres = directions(weight, exact).to(weight.dtype)
+            centres = rounded_directions(weight, exact)
         weight_sum = for_weight
         if (
             for_weight is not None
@@ -297,10 +311,11 @@ class LinearCrossEntropy(NamedTuple):
 
         for rows in chunks:
             some = rows_of[rows]
-            logits = torch.mm(some, centres.T, out=buffer[: len(some)])
+            block = buffer[: len(some)]
+            logits = torch.mm(some, centres.T, out=block[:, 0])
             # From here on the gradient of the logits lies where they were.
             loss, _ = call.engine.forward(
-                logits[:, None],
+                block,
                 call.target[rows],
                 table,
                 None if weights is None else weights[rows],
@@ -308,11 +323,11 @@ class LinearCrossEntropy(NamedTuple):
                 ignore_index=call.ignore_index,
                 label_smoothing=call.label_smoothing,
                 reduce=False,
-                gradient=None if for_features is for_weight is for_bias is None else logits[:, None],
+                gradient=None if for_features is for_weight is for_bias is None else block,
             )
-            losses[rows] += loss
+            losses[rows].add_(loss)
             if for_features is not None:
-                for_features[rows] = logits @ centres
+                torch.mm(logits, centres, out=for_features[rows])
             if weight_sum is not None:
                 add_product(weight_sum, logits.T, some, first=rows.start == 0)
             if bias_sum is not None:
@@ -322,7 +337,8 @@ class LinearCrossEntropy(NamedTuple):
             wide = for_features.to(exact) * self.scale
             for_features.copy_(through_directions_(wide, features.to(exact)))
         if self.scale is not None and weight_sum is not None:
-            through_directions_(weight_sum, weight.to(exact))
+            for some in widened_at_a_time(weight):
+                through_directions_(weight_sum[some], weight[some].to(exact))
         if for_weight is not None and weight_sum is not None and weight_sum is not for_weight:
             for_weight.copy_(weight_sum)
         if for_bias is not None and bias_sum is not None:
@@ -336,6 +352,27 @@ def chunks_of(features: Tensor, num_classes: int) -> list[slice]:
     number = -(-num_samples // max(most, _LEAST_SAMPLES))
     size = -(-num_samples // max(number, 1))
     return [slice(start, min(start + size, num_samples)) for start in range(0, num_samples, max(size, 1))]
+
+
+def logits_memory(features: Tensor, num_samples: int, num_classes: int) -> Tensor:
+    """Memory for logits ``[n, 1, C]`` of one expert, whose rows begin where matrix products like it."""
+    aligned = max(1, _ROW_BYTES.get(features.device.type, 1) // features.element_size())
+    width = -(-num_classes // aligned) * aligned
+    return features.new_empty((num_samples, 1, width))[..., :num_classes]
+
+
+def widened_at_a_time(vectors: Tensor) -> list[slice]:
+    """Slices of the first dimension of ``[C, d]``."""
+    size = max(1, _WIDENED // max(1, vectors.shape[1]))
+    return [slice(start, start + size) for start in range(0, len(vectors), size)]
+
+
+def rounded_directions(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit vectors ``[C, d]``, computed in ``dtype`` some at a time, in the dtype of the vectors."""
+    result = torch.empty_like(vectors)
+    for some in widened_at_a_time(vectors):
+        result[some] = directions(vectors[some], dtype)
+    return result
 
 
 def directions(vectors: Tensor, dtype: torch.dtype) -> Tensor:
@@ -353,14 +390,27 @@ def through_directions_(gradient: Tensor, vectors: Tensor) -> Tensor:
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """``total += left @ right``, or for the first ``total = left @ right``, in the total's precision."""
-    if left.is_cuda and left.dtype != total.dtype and "dtype" in torch.ops.aten.mm.overloads():
-        product = torch.mm(left, right, out_dtype=total.dtype)
-        if first:
-            total.copy_(product)
-        else:
-            total.add_(product)
-        return
-    torch.addmm(total, left.to(total.dtype), right.to(total.dtype), beta=0 if first else 1, out=total)
+    beta = 0 if first else 1
+    if left.dtype == total.dtype or not left.is_cuda or "dtype" not in torch.ops.aten.mm.overloads():
+        torch.addmm(total, left.to(total.dtype), right.to(total.dtype), beta=beta, out=total)
+    elif _ADD_AT_ONCE and adds_to_float32(left.dtype, left.device):
+        torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
+    elif first:
+        total.copy_(torch.mm(left, right, out_dtype=total.dtype))
+    else:
+        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+
+
+@cache
+def adds_to_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether PyTorch adds a product of 16-bit matrices to a float32 one; its first versions refuse."""
+    total = torch.ones((16, 16), dtype=torch.float32, device=device)
+    part = total.to(dtype)
+    try:
+        torch.addmm(total, part, part, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _compiled(

@@ -31,6 +31,17 @@ from lgla_losses.output import ExpertLogits, ExpertOutput, check_logits
 WORTH_AN_OPERATOR = 512
 
 
+#: Logits of K tensors that an engine takes in one: fewer are copied sooner than kernels for each would start.
+_WORTH_JOINING = {"cuda": 1 << 22}
+
+
+def worth_joining(experts: Sequence[Tensor]) -> bool:
+    """Whether an engine had better take the experts' tensors in one."""
+    if len(experts) == 1 or torch.compiler.is_compiling():
+        return False
+    return sum(v.numel() for v in experts) < _WORTH_JOINING.get(experts[0].device.type, 0)
+
+
 def converted_once(table: Tensor, dtype: torch.dtype) -> Tensor:
     """The adjustments as memory of their own, for a compiler that would convert them anew for every sample.
 
@@ -151,8 +162,10 @@ class LGLALoss(ExpertLoss):
         logits = check_logits(output, self.num_experts, self.num_classes, maps=True)
         first = logits if isinstance(logits, Tensor) else logits[0]
         self._check_inputs(logits, target, features, weight, sample_weight, normalizer)
-        tensors = [logits] if isinstance(logits, Tensor) else logits
+        tensors = [logits] if isinstance(logits, Tensor) else list(logits)
         engine = self._engine(*tensors, target, features, weight, sample_weight, normalizer)
+        if engine is not None and worth_joining(tensors):
+            logits = torch.stack(tensors, dim=1)
         readable = values_readable(first, self.validate_args)
         plain = target.dim() == 1 and not target.is_floating_point()
         # The C library reads every value of stacked logits anyway and tells when one is wrong.

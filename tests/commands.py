@@ -1,14 +1,19 @@
 """What a block of shell commands in the documentation must hold to."""
 
+from __future__ import annotations
+
 import ast
 import re
 import shlex
 import tomllib
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scripts import ROOT
-from sybil import Example
+
+if TYPE_CHECKING:
+    from sybil import Example
 
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -4,16 +4,26 @@ import hypothesis
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 take it unasked: 10 bits of 23
+else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 import torchvision_shim  # noqa: F401
+
+HAS_GPU = torch.cuda.is_available()
 
 # The same examples in every run: a failure seen once is seen again.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+def on_gpu(value):
+    """A parameter whose tests run on a GPU, where there is one: ``pytest -m cuda`` chooses them."""
+    return pytest.param(value, marks=pytest.mark.cuda) if HAS_GPU else value
+
+
+DEVICES = ["cpu", on_gpu("cuda")] if HAS_GPU else ["cpu"]
 
 #: What a result may differ by from float64 truth, by its dtype.
 TOLERANCE = {
@@ -34,9 +44,25 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _gpu_survives():
+    """What breaks a process's GPU, as an access out of bounds or a capture cut short, fails one test only.
+
+    All later tests of the process would fail too. pytest-xdist starts another one in its place.
+    """
+    yield
+    if HAS_GPU and torch.cuda.is_initialized() and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.rand(1, device="cuda").item()
+        except RuntimeError:
+            os._exit(1)
+
+
 @pytest.fixture
 def fresh_memory_is_nan(monkeypatch):
     """Memory that nothing has been written to holds NaN, as far as PyTorch's functions give it."""
+    # PyTorch lists once what a default device applies to; a list with our torch.empty would last for ever.
+    torch.utils._device._device_constructors()
 
     def poisoned(original):
         def create(*args, **options):

@@ -1,9 +1,17 @@
 """The losses' benchmark: it runs, its records keep their contract, and all columns do equal work."""
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
+import expert_layouts
+import losses as benchmark
+import measure
+import peers as contestants
 import pytest
 import torch
 from scripts import ROOT, load
@@ -51,6 +59,9 @@ def test_the_quick_run_fulfils_the_contract(quick, report):
     columns = {row["column"] for row in record["rows"] if row["median_ms"] is not None}
     assert {"LGLALoss", "LinearLGLALoss", "plain loop", "plain loop, compiled", "paper's formula"} <= columns
     assert {"logits.clone()", "matrix products", "floor"} <= columns
+    kinds = {row["shape"].partition(" x 20, ")[2] for row in record["rows"]}
+    assert {"K tensors", "ExpertOutput", "probabilities", "sample weights", "one model"} <= kinds
+    assert record["problems"] == record["left_out"] == []
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "against the fastest peer that computes the same loss" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= max(150, len(f"picture: {path}"))
@@ -65,6 +76,14 @@ def test_its_table_holds_its_figures(quick, report):
     rows = [row for row in record["rows"] if row["column"] == "plain loop" and row["phase"] == "forward"]
     text = tables["logits: forward, ms (times plain loop)"]
     assert all(f"{row['median_ms']:.3g} (1)" in text for row in rows if row["suite"] == "logits")
+
+
+def test_a_page_of_a_record_tells_what_failed_and_what_is_missing(quick, report):
+    record = json.loads(quick[0].read_text()) | {"problems": ["a way: failed"], "left_out": ["a size"]}
+    text = report.page(record)
+    assert "Failed:\n\n- a way: failed" in text
+    assert "Not measured:\n\n- a size" in text
+    assert all(table in text for table in report.markdown(record).values())
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
@@ -82,6 +101,7 @@ def test_committed_records_fulfil_the_contract(path, report):
         ({"extra": 1}, "unknown extra"),
         ({"peak_mb": float("nan")}, "not finite"),
         ({"repetitions": 1}, "repetitions"),
+        ({"share_of_limit": 0.0}, "share_of_limit"),
     ],
 )
 def test_a_broken_record_is_told(quick, report, change, fault):
@@ -122,6 +142,221 @@ def test_all_that_is_compared_by_time_is_the_same_loss(peers, features, dtype):
     for name, loss in losses.items():
         torch.testing.assert_close(loss.double(), reference[0].double(), rtol=1e-5, atol=1e-5, msg=name)
         torch.testing.assert_close(gradients[name], reference[1], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", contestants.KINDS)
+def test_every_kind_of_input_has_a_plain_loop_of_the_same_loss(kind):
+    shape = contestants.Shape("test", 40, 1 if kind == "one model" else 3, 30, kind=kind)
+    (batch,) = contestants.make_batches(shape, torch.float64, "cpu")
+    found = []
+    for column in contestants.columns_for(shape, "cpu", compiler="eager"):
+        step = column.make(shape, "cpu")
+        step.train(measure.without_gradients(batch))
+        loss = None if step.forward is None else step.forward(batch)
+        found.append((loss, [leaf.grad for leaf in batch.leaves]))
+    assert len(found) == 3
+    assert found[2][0] is None
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
+    for _, gradients in found[1:]:
+        torch.testing.assert_close(gradients, found[0][1], rtol=1e-5, atol=1e-6)
+
+
+class _Event:
+    """Of a GPU that does everything at once."""
+
+    def __init__(self, enable_timing):
+        self.time = None
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.time - self.time)
+
+
+class _Graph:
+    """Records nothing."""
+
+    def replay(self):
+        pass
+
+
+def is_missing(*arguments):
+    raise contestants.MissingError("not installed")
+
+
+@pytest.fixture
+def stand_in_gpu(monkeypatch):
+    """What the benchmark asks of a GPU, of a CPU, so that these lines run where there is none."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stand_in = {
+        "Event": _Event,
+        "synchronize": lambda: None,
+        "_sleep": lambda cycles: None,
+        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=10_000),
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 10,
+        "max_memory_allocated": lambda: 30,
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda other: contextlib.nullcontext(),
+        "CUDAGraph": _Graph,
+        "graph": lambda graph, capture_error_mode: contextlib.nullcontext(),
+    }
+    for name, value in stand_in.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(contestants, "on_gpu", lambda device: True)
+    monkeypatch.setattr(contestants, "liger", is_missing)
+    monkeypatch.setattr(measure, "launches", lambda step, batch: 4)
+
+
+def job_on_stand_in(tmp_path, part, *cells):
+    setting = benchmark.Setting("cpu", benchmark.QUICK_EFFORT, "eager", 1e9)
+    found = benchmark.Found({}, [], [])
+    path = tmp_path / "rows.json"
+    benchmark.measure_job(benchmark.Job(cells, part), setting, found, lambda: found.save(path))
+    assert json.loads(path.read_text())["rows"] == found.rows
+    return found
+
+
+@pytest.fixture
+def tiny():
+    return benchmark.Cell(contestants.Shape("tiny", 16, 3, 20), (torch.float32,), launches=True)
+
+
+def test_a_gpu_has_device_times_shares_of_the_limit_and_graphs_beside_empty_kernels(
+    stand_in_gpu, tmp_path, tiny, report
+):
+    found = job_on_stand_in(tmp_path, "uncompiled columns", tiny)
+    rows = {(row["column"], row["phase"]): row for row in found.rows}
+    assert found.problems == []
+    ours = rows["LGLALoss", "device time"]
+    assert ours["share_of_limit"] == pytest.approx(7.68e-3 / ours["median_ms"], rel=1e-2)
+    assert ours["peak_mb"] is None
+    assert rows["LGLALoss", "forward + backward"]["peak_mb"] == 2e-5
+    assert (
+        rows["LGLALoss", "forward + backward"]["launches"] == rows["LGLALoss", "CUDA graph"]["launches"] == 4
+    )
+    assert rows["4 empty kernels", "CUDA graph"]["repetitions"] == 2
+    assert rows["liger-kernel", "forward + backward"]["note"].endswith("not installed")
+    tables = report.markdown({"rows": found.rows})
+    assert "%" in tables["logits: share of the limit, device time"]
+    assert "4 empty kernels" in tables["logits: CUDA graph, ms (times plain loop)"]
+    whole = benchmark._empty_record(SimpleNamespace(device="cuda")) | {"rows": found.rows}
+    assert report.faults(whole) == []
+    assert report.terminal_table(whole).row_count == len({row["column"] for row in found.rows})
+
+
+def test_compiled_columns_are_measured_beside_the_plain_loop_that_is_there_already(
+    stand_in_gpu, tmp_path, tiny
+):
+    rows = job_on_stand_in(tmp_path, "compiled columns", tiny).rows
+    assert {row["column"] for row in rows} == {"LGLALoss, compiled", "plain loop, compiled"}
+    assert all(row["ratio_to_plain"] > 0 for row in rows)
+
+
+def breaks(*arguments):
+    raise RuntimeError("no such kernel")
+
+
+def test_what_fails_is_a_row_with_a_note_and_leaves_the_others_alone(
+    stand_in_gpu, tmp_path, tiny, monkeypatch, capsys
+):
+    monkeypatch.setattr(contestants, "lgla", breaks)
+    monkeypatch.setattr(measure, "recorded", breaks)
+    found = job_on_stand_in(tmp_path, "uncompiled columns", tiny)
+    rows = {row["column"]: row for row in found.rows if row["phase"] == "forward + backward"}
+    assert rows["LGLALoss"]["median_ms"] is None
+    assert rows["LGLALoss"]["note"] == "failed: RuntimeError: no such kernel"
+    assert rows["plain loop"]["median_ms"] > 0
+    assert any("LGLALoss: failed" in problem for problem in found.problems)
+    assert any("plain loop, launches and graph" in problem for problem in found.problems)
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_column_that_breaks_later_is_a_row_with_a_note_too(tiny):
+    turns = iter([None] * 3)
+
+    def train(batch):
+        if next(turns, "end") == "end":
+            raise RuntimeError("worn out")
+
+    weak = contestants.Column("weak", lambda shape, device: contestants.Step(None, train))
+    plain = contestants.columns_for(tiny.shape, "cpu", "eager")[2]
+    batches = contestants.make_batches(tiny.shape, torch.float32, "cpu")
+    found, steps = measure.time_columns([weak, plain], batches, tiny.shape, "cpu", measure.Effort(0.0, 5, 5))
+    assert found["weak"] == ({}, None, "failed: RuntimeError: worn out", True)
+    assert list(steps) == [plain.name]
+    assert len(found[plain.name].milliseconds["forward"]) == 5
+
+
+def test_a_run_that_is_ended_keeps_what_it_has(tmp_path):
+    path = tmp_path / "record.json"
+    command = [sys.executable, ROOT / "benchmarks" / "losses.py", "--quick", "--out", path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("tiny 16 x 3 x 20")
+        while not path.exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    record = json.loads(path.read_text())
+    assert "LGLALoss" in {row["column"] for row in record["rows"]}
+    assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_sizes_that_no_time_is_left_for_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark.Workers, "run", lambda self, number, word, seconds: "")
+    options = SimpleNamespace(device="cpu", quick=True, only="", seconds=0.0)
+    record = benchmark.run(options, tmp_path / "record.json", benchmark.Console())
+    assert record["left_out"] == [job.label for job in benchmark.QUICK[1:]]
+
+
+def test_a_process_that_crashes_or_takes_too_long_is_named(tmp_path, monkeypatch):
+    ends = [[sys.executable, "-c", "import os; os.abort()"], ["sleep", "60"], ["true"]]
+    monkeypatch.setattr(benchmark, "_command", lambda number, *others: ends[number])
+    options = SimpleNamespace(device="cpu", quick=True, only="", seconds=4.0)
+    monkeypatch.setattr(benchmark.statistics, "median", lambda values: 0.0)
+    start = time.perf_counter()
+    record = benchmark.run(options, tmp_path / "record.json", benchmark.Console())
+    assert time.perf_counter() - start < 30
+    assert record["problems"] == [f"{benchmark.QUICK[0].label}: ended with status -6"]
+    assert record["left_out"][0] == f"{benchmark.QUICK[1].label}: cut off, as time was up"
+
+
+def test_a_gpu_has_the_layouts_in_two_memory_formats_and_in_graphs(stand_in_gpu, tables):
+    times = {}
+    expert_layouts.measure_layouts(expert_layouts.TINY, 2, "cpu", float("inf"), times)
+    ways = {"grouped, one by one", "grouped, together", "independent", "hand-grouped"}
+    formats = {f"{way}, {memory}" for way in ways for memory in ("channels_last", "channels first")}
+    assert set(times) == formats | {f"{way}, CUDA graph" for way in formats}
+    rows = [{"network": "tiny", **found.row(name, 4)} for name, found in times.items()]
+    assert all(row["images_per_second_quartiles"][1] > 0 for row in rows)
+    assert all((row["peak_mib_median"] is None) == row["layout"].endswith("graph") for row in rows)
+    assert len(tables.layouts({"rows": rows}).splitlines()) == 2 + 16
+
+
+def test_a_layout_that_fails_is_a_row_with_a_note(monkeypatch, tmp_path, capsys, tables):
+    monkeypatch.setattr(expert_layouts.GroupConvExperts, "to_independent", breaks)
+    path = tmp_path / "record.json"
+    monkeypatch.setattr(sys, "argv", ["expert_layouts.py", "--quick", "--output", str(path)])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert expert_layouts.main() == 1
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    rows = {row["layout"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows["independent"]["note"] == "failed: RuntimeError: no such kernel"
+    assert rows["grouped, together"]["images_per_second_quartiles"][1] > 0
+    assert "Traceback" in capsys.readouterr().err
+    assert "no such kernel" in tables.layouts({"rows": list(rows.values())})
+
+
+def test_layouts_that_no_time_is_left_for_are_rows_with_a_note():
+    times = {}
+    expert_layouts.measure_layouts(expert_layouts.TINY, 9, "cpu", 0.0, times)
+    assert {found.row("", 4)["note"] for found in times.values()} == {"not measured, as time was up"}
 
 
 def test_wrong_arguments_end_before_any_measuring():

@@ -6,6 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import HAS_GPU, on_gpu
 from lgla_losses import functional
 from lgla_losses.kernels import chunked, native
 
@@ -14,7 +15,7 @@ try:
 except ImportError:
     triton = None
 
-GPU = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = "cuda" if HAS_GPU else "cpu"
 INF, NAN = float("inf"), float("nan")
 IGNORE = -100
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -26,7 +27,11 @@ kernels = chunked
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 
-@pytest.fixture(params=["native", "chunked", "triton"], autouse=True)
+#: By name; all but the C library's run on a GPU where there is one.
+ENGINES = ["native", on_gpu("chunked"), on_gpu("triton")]
+
+
+@pytest.fixture(params=ENGINES, autouse=True)
 def _engine(request):
     global kernels
     kernels = {"native": native, "chunked": chunked, "triton": triton}[request.param]
@@ -206,7 +211,8 @@ def test_target_of_any_memory(close):
         check(close, logits, target)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Every number of classes is compiled anew on a GPU.
+@settings(max_examples=8 if HAS_GPU else 25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(1, 40)),
     dtype=st.sampled_from(DTYPES),

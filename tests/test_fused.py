@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_engines import GPU, NAN
+from test_engines import ENGINES, GPU, NAN
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -23,7 +23,7 @@ COUNTS = [90, 40, 9, 5, 2, 1]
 TARGET = torch.tensor([0, 3, 1, -100, 5, 2, 0])
 
 
-@pytest.fixture(params=["native", "chunked", "triton"])
+@pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch):
     """What every backend but "reference" then runs on, and Triton interpreted where there is no GPU."""
     engine = {"native": native, "chunked": chunked, "triton": triton}[request.param]

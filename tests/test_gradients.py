@@ -11,32 +11,34 @@ COUNTS = [40, 9, 5, 1]
 TARGET = torch.tensor([0, 3, 1, -100, 2])
 
 
-def cosine_logits():
-    return (60 * torch.rand(5, 3, 4, dtype=torch.float64) - 30).requires_grad_()
+def cosine_logits(device="cpu"):
+    return (60 * torch.rand(5, 3, 4, dtype=torch.float64) - 30).to(device).requires_grad_()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("adjustment", ["lgla", "balanced"])
-def test_gradcheck_without_aaw(reduction, smoothing, adjustment):
+def test_gradcheck_without_aaw(reduction, smoothing, adjustment, device):
     criterion = LGLALoss(
         COUNTS, aaw=False, reduction=reduction, label_smoothing=smoothing, adjustment=adjustment
-    )
-    assert gradcheck(criterion, (cosine_logits(), TARGET))
-    assert gradgradcheck(criterion, (cosine_logits(), TARGET))
+    ).to(device)
+    target = TARGET.to(device)
+    assert gradcheck(criterion, (cosine_logits(device), target))
+    assert gradgradcheck(criterion, (cosine_logits(device), target))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_gradcheck_with_fixed_angles(reduction):
+def test_gradcheck_with_fixed_angles(reduction, device):
     """The weights are constants to autograd; features that do not move keep them so."""
-    criterion = LGLALoss(COUNTS, reduction=reduction)
-    features, weight = torch.randn(5, 3, 6), torch.randn(3, 4, 6)
+    criterion = LGLALoss(COUNTS, reduction=reduction).to(device)
+    features, weight = torch.randn(5, 3, 6).to(device), torch.randn(3, 4, 6).to(device)
+    target = TARGET.to(device)
 
     def loss(logits):
-        return criterion(logits, TARGET, features=features, weight=weight)
+        return criterion(logits, target, features=features, weight=weight)
 
-    assert gradcheck(loss, (cosine_logits(),))
-    assert gradgradcheck(loss, (cosine_logits(),))
+    assert gradcheck(loss, (cosine_logits(device),))
+    assert gradgradcheck(loss, (cosine_logits(device),))
 
 
 @pytest.mark.parametrize("num_experts", [2, 3, 5])

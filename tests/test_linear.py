@@ -12,11 +12,13 @@ COUNTS = [90, 40, 9, 5, 2, 1]
 TARGET = torch.tensor([0, 3, 1, -100, 5, 2, 0])
 
 
-@pytest.fixture(params=["one chunk", "chunks"])
+@pytest.fixture(params=["one chunk", "chunks", "chunks with gaps between the rows"])
 def _chunks(request, monkeypatch):
-    if request.param == "chunks":
+    if request.param != "one chunk":
         monkeypatch.setattr(linear, "_LEAST_SAMPLES", 3)
         monkeypatch.setattr(linear, "_CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+        monkeypatch.setattr(linear, "_WIDENED", 10)
+    monkeypatch.setattr(linear, "_ROW_BYTES", {"cpu": 64, "cuda": 64} if "gaps" in request.param else {})
 
 
 def inputs(dtype=torch.float64, device="cpu"):
@@ -206,6 +208,44 @@ def test_weight_gradients_add_up_in_float32(monkeypatch):
         features, weight, target
     ).backward()
     assert weight.grad[:, 1, 0].tolist() == [512.0, 512.0]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("row_bytes", [1, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [None, 30.0])
+def test_many_chunks_in_half_precision_add_up(device, dtype, scale, row_bytes, at_once, monkeypatch):
+    """Every way to add up the weight's gradient, and rows of an odd number of classes, against float64."""
+    monkeypatch.setattr(linear, "_LEAST_SAMPLES", 16)
+    monkeypatch.setattr(linear, "_CHUNK_BYTES", {device: 1})
+    monkeypatch.setattr(linear, "_ROW_BYTES", {device: row_bytes})
+    monkeypatch.setattr(linear, "_ADD_AT_ONCE", at_once)
+    counts, target = list(range(131, 0, -1)), torch.randint(131, (100,)).to(device)
+    rounded = [torch.randn(shape).to(device, dtype) for shape in ((100, 3, 64), (3, 131, 64))]
+    leaves = [v.clone().requires_grad_() for v in rounded]
+    exact = [v.double().requires_grad_() for v in rounded]
+
+    criterion = LinearLGLALoss(counts, scale=scale, aaw=False, reduction="sum").to(device)
+    loss = criterion(*leaves, target)
+    truth = criterion(*exact, target)
+    loss.backward()
+    truth.backward()
+
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-2, atol=1e-2)
+    for ours, expected in zip(leaves, exact, strict=True):
+        error = (ours.grad.double() - expected.grad).norm() / expected.grad.norm()
+        assert error < 2 * torch.finfo(dtype).eps
+
+
+def test_16_bit_products_are_added_where_pytorch_can(device):
+    """On a GPU PyTorch 2.11 can; before 2.7 and on a CPU the matrices are widened."""
+    total = torch.full((9, 8), 0.5, device=device)
+    left, right = (torch.randn(shape).to(device, torch.bfloat16) for shape in ((9, 40), (40, 8)))
+    product = (left.double() @ right.double()).cpu()
+    linear.add_product(total, left, right, first=True)
+    torch.testing.assert_close(total.double().cpu(), product, rtol=1e-5, atol=1e-4)
+    linear.add_product(total, left, right, first=False)
+    torch.testing.assert_close(total.double().cpu(), 2 * product, rtol=1e-5, atol=1e-4)
 
 
 def test_autocast_makes_the_products_in_low_precision():

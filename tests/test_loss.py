@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from reference import cosine_logits
 
 from lgla_losses import ClassGrouper, ExpertOutput, LGLALoss
+from lgla_losses import loss as loss_module
+from lgla_losses.baselines import BalancedSoftmaxLoss, FocalLoss, LDAMLoss
 
 COUNTS = [120, 60, 30, 9, 4, 1]
 ADJUSTMENTS = ["lgla", "softmax", "balanced", "logit"]
@@ -234,6 +236,59 @@ def test_normalizer_makes_gradient_accumulation_exact_without_aaw(close):
     parts = sum(criterion(v, y, normalizer=10) for v, y in zip(logits.split(3), target.split(3), strict=True))
     close(parts, criterion(logits, target))
     close(criterion(logits, target, normalizer=torch.tensor(10.0)), criterion(logits, target))
+
+
+@pytest.mark.parametrize("normalizer", [7, 7.5, torch.tensor(7), torch.tensor(7.5, dtype=torch.float64)])
+@pytest.mark.parametrize("criterion", [LGLALoss(COUNTS, aaw=False), LGLALoss(COUNTS)])
+def test_a_normalizer_from_the_cpu_may_be_a_number_or_a_tensor(criterion, normalizer, device, close):
+    """On a GPU no step waits for it, which capture in a graph would not survive."""
+    criterion = copy.deepcopy(criterion)
+    total = LGLALoss(COUNTS, aaw=criterion.aaw, reduction="sum")
+    logits, target = cosine_logits(10, 3, 6), torch.arange(10) % 6
+    expected = total(logits, target) / float(normalizer)
+    criterion, logits, target = criterion.to(device), logits.to(device), target.to(device)
+    close(criterion(logits, target, normalizer=normalizer), expected)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            criterion(logits, target, normalizer=normalizer)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        LGLALoss(COUNTS),
+        LGLALoss(COUNTS, aaw=False, reduction="none"),
+        BalancedSoftmaxLoss(COUNTS),
+        FocalLoss(),
+        LDAMLoss(COUNTS),
+    ],
+    ids=lambda criterion: type(criterion).__name__,
+)
+@pytest.mark.parametrize("size", [(7, 3, 6), (0, 3, 6)])
+def test_few_logits_in_k_tensors_are_joined(criterion, size, device, close, monkeypatch):
+    """Kernels for each would take longer to start than a copy takes; nothing else may change."""
+    criterion, target = copy.deepcopy(criterion).to(device), (torch.arange(size[0]) % 6).to(device)
+    target[:1] = -100
+    logits, results = cosine_logits(*size), []
+    for most in (0, 1 << 20):
+        monkeypatch.setattr(loss_module, "_WORTH_JOINING", {device: most})
+        experts = [v.to(device, copy=True).requires_grad_() for v in logits.unbind(1)]
+        value = criterion(experts, target)
+        gradients = torch.autograd.grad(value.sum() * 3, experts)
+        results.append([value, *gradients])
+    assert loss_module.worth_joining(experts)
+    for ours, expected in zip(results[1], results[0], strict=True):
+        close(ours, expected)
+
+
+def test_many_logits_in_k_tensors_are_not_copied(monkeypatch):
+    monkeypatch.setattr(loss_module, "_WORTH_JOINING", {"cpu": 100})
+    monkeypatch.setattr(torch, "stack", None)
+    experts = [torch.zeros(7, 6) for _ in range(3)]
+    assert LGLALoss(COUNTS)(experts, torch.arange(7) % 6) > 0
 
 
 @pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

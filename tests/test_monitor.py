@@ -273,10 +273,10 @@ def test_in_a_training_loop_the_model_learns_the_same():
     torch.testing.assert_close(*trained, rtol=0, atol=0)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_look_waits_for_a_gpu():
     """But compute does."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     criterion = LGLALoss(COUNTS).cuda()
     monitor = LossMonitor(criterion, every=1)
     logits, target = (tensor.cuda() for tensor in batch(dtype=torch.float32))

@@ -75,6 +75,182 @@ def test_a_step_can_be_captured_in_a_graph():
     assert torch.equal(out, gradient)
 
 
+@pytest.fixture(params=kernels.PLANS)
+def plan(request):
+    """The plan in use."""
+    before = kernels.use(request.param)
+    yield request.param
+    kernels.use(before)
+
+
+def loss_and_gradient(logits, target, table, weights, smoothing):
+    """The sum of the losses over 3, and its gradient."""
+    gradient = torch.full_like(logits, float("nan"))
+    divisor = torch.tensor(3.0, dtype=functional.compute_dtype(logits.dtype), device=DEVICE)
+    options = {"ignore_index": -100, "label_smoothing": smoothing}
+    total, _ = kernels.forward(
+        logits, target, table, weights, divisor, reduce=True, gradient=gradient, **options
+    )
+    return total, gradient
+
+
+def check_long_rows(close, logits, target, smoothing=0.0):
+    """Losses and gradients with a table and weights, against the equations in float64."""
+    num_samples, num_experts, num_classes = logits.shape
+    table = -9 * torch.rand(num_experts, num_classes, dtype=torch.float64, device=DEVICE)
+    weights = 1 + torch.rand(num_samples, num_experts, device=DEVICE).to(
+        functional.compute_dtype(logits.dtype)
+    )
+    leaf = logits.double().requires_grad_()
+    losses = functional.lgla_loss(leaf, target, table, weights.double(), label_smoothing=smoothing)
+    expected = losses.sum() / 3
+    expected.backward()
+    total, gradient = loss_and_gradient(logits, target, table, weights, smoothing)
+    close(total, expected)
+    close(gradient, leaf.grad)
+
+
+@pytest.mark.usefixtures("plan")
+class TestRowsOfSeveralBlocks:
+    """Each plan with blocks of 16 classes, so that few classes are a long row."""
+
+    @pytest.fixture(autouse=True)
+    def _small_blocks(self, monkeypatch):
+        monkeypatch.setattr(kernels, "forward_tile", lambda *_: kernels.Tile(1, 16, 4))
+
+    @pytest.mark.parametrize("num_classes", [17, 31, 32, 33, 48, 49, 64, 65])
+    def test_every_number_of_blocks(self, num_classes, close):
+        """One more class than whole blocks or pairs of them, as many, and one less."""
+        logits, target = batch(3, num_classes, torch.float32)
+        target[1] = -100
+        target[2] = num_classes - 1
+        check_long_rows(close, logits, target, smoothing=0.1)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("smoothing", [0.0, 0.3])
+    def test_every_type(self, dtype, smoothing, close):
+        check_long_rows(close, *batch(3, 40, dtype), smoothing)
+
+    @pytest.mark.parametrize("order", ["rising", "falling"])
+    def test_maxima_that_come_early_and_late(self, order, close):
+        """Every block raises the maximum of every lane, or none does after the first."""
+        logits, target = batch(2, 64)
+        logits = logits.sort(dim=2, descending=order == "falling").values.contiguous()
+        check_long_rows(close, logits, target)
+
+    def test_lanes_that_meet_nothing_but_minus_infinity(self, close):
+        logits, target = batch(2, 64)
+        logits[0, :, 5::16] = -float("inf")  # one lane of every block
+        logits[1, :, :48] = -float("inf")
+        target[:] = torch.tensor([4, 50], device=DEVICE)
+        check_long_rows(close, logits, target)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_the_lowest_finite_number_is_a_logit_as_others_are(self, dtype):
+        """Masks are made with it. A row of it alone has as many classes as any."""
+        logits = torch.full((1, 1, 40), torch.finfo(dtype).min, dtype=dtype, device=DEVICE)
+        target = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        losses, _ = kernels.forward(logits, target, None, None, None, reduce=False, gradient=None, **OPTIONS)
+        assert losses.item() == pytest.approx(torch.tensor(40.0).log().item(), rel=1e-6)
+
+    def test_a_row_of_minus_infinity_is_not_a_number(self):
+        logits, target = batch(3, 40, torch.float32)
+        logits[1] = -float("inf")
+        losses, state = kernels.forward(
+            logits, target, None, None, None, reduce=False, gradient=None, **OPTIONS
+        )
+        assert losses.isnan().tolist() == [False, True, False]
+        assert (state[1, :, 0] == -float("inf")).all()
+
+    @pytest.mark.parametrize("column", [0, 15, 16, 39])
+    def test_what_is_not_a_number_reaches_its_row_and_no_other(self, column):
+        logits, target = batch(3, 40, torch.float32)
+        target[:] = 20
+        logits[1, :, column] = float("nan")
+        gradient = torch.empty_like(logits)
+        losses, _ = kernels.forward(
+            logits, target, None, None, None, reduce=False, gradient=gradient, **OPTIONS
+        )
+        assert losses.isnan().tolist() == [False, True, False]
+        assert gradient[1].isnan().all()
+        assert not gradient[[0, 2]].isnan().any()
+
+    @pytest.mark.parametrize("far", [0.0, -1e6], ids=["near", "far"])
+    def test_a_mean_of_all_logits_keeps_the_digits_of_large_ones(self, far, close):
+        """Also where the target's own logit is far from all others."""
+        logits, target = batch(2, 40, torch.float32)
+        logits += 1e4
+        logits[0, :, target[0]] += far
+        options = {"ignore_index": -100, "label_smoothing": 0.9}
+        losses, _ = kernels.forward(logits, target, None, None, None, reduce=False, gradient=None, **options)
+        table = torch.zeros(3, 40, dtype=torch.float64, device=DEVICE)
+        close(losses, functional.lgla_loss(logits.double(), target, table, label_smoothing=0.9))
+
+    def test_gradient_over_the_logits(self):
+        logits, target = batch(3, 40, torch.float32)
+        _, expected = loss_and_gradient(logits, target, None, None, 0.1)
+        divisor = torch.tensor(3.0, device=DEVICE)
+        kernels.forward(
+            logits, target, None, None, divisor,
+            ignore_index=-100, label_smoothing=0.1, reduce=True, gradient=logits,
+        )  # fmt: skip
+        assert torch.equal(logits, expected)
+
+    def test_a_table_written_into_counts_at_the_next_step(self):
+        """Its copy in float32 is made anew."""
+        logits, target = batch(2, 40, torch.float32)
+        table = torch.zeros(3, 40, dtype=torch.float64, device=DEVICE)
+        before, _ = loss_and_gradient(logits, target, table, None, 0.0)
+        table[:, ::2] = -5.0
+        after, _ = loss_and_gradient(logits, target, table, None, 0.0)
+        assert after != before
+
+
+@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("num_classes", [8142, 8193, 16_384, 16_385])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_the_tiles_in_use(num_classes, dtype, close):
+    check_long_rows(close, *batch(1, num_classes, dtype), smoothing=0.1)
+
+
+def test_plans_are_chosen_by_name():
+    before = kernels.plan()
+    assert kernels.use("0.1") == before
+    assert kernels.plan() == "0.1"
+    assert kernels.forward_tile(50_000, torch.float32) == kernels.Tile(4, 1024, 8)
+    assert kernels.use(before) == "0.1"
+    assert kernels.forward_tile(50_000, torch.float32) != kernels.Tile(4, 1024, 8)
+
+
+def test_a_plan_that_does_not_exist():
+    with pytest.raises(ValueError, match=r"plan: expected one of '0\.1', .*, got 'fastest'"):
+        kernels.use("fastest")
+
+
+@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_classes", [2, 100, 1000, 4096, 8142, 16_384, 100_000])
+def test_programs_fit_every_gpu(num_classes, dtype):
+    """AMD runs up to 16 warps a program; NVIDIA 32, and 65,536 registers on a multiprocessor."""
+    tile = kernels.forward_tile(num_classes, dtype)
+    amd = tile.options(None)
+    assert amd.keys() == {"num_warps"}
+    assert amd["num_warps"] <= 16
+    for architecture in (80, 90, 100, 120):
+        nvidia = tile.options(architecture)
+        assert nvidia["num_warps"] <= 32
+        assert nvidia["num_warps"] * 32 * nvidia.get("maxnreg", 0) <= 65536
+
+
+def test_registers_are_limited_where_a_program_would_have_a_multiprocessor_to_itself():
+    tile = kernels.forward_tile(8142, torch.float32)
+    assert tile.options(90) == {"num_warps": 16, "maxnreg": 64}
+    assert tile.options(100) == {"num_warps": 32, "maxnreg": 64}
+    assert tile.options(None) == {"num_warps": 16}
+    assert kernels.forward_tile(1000, torch.float32).options(90) == {"num_warps": 4}
+    assert kernels.forward_tile(4096, torch.float64).options(90) == {"num_warps": 16}
+
+
 def compile_kernels(directory, *options):
     """The record of benchmarks/kernel_resources.py, which compiles anew for GPUs that need not be here."""
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
@@ -95,7 +271,7 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     )
     names = {row["kernel"] for row in rows}
     assert names == {
-        "_statistics", "_weights", "_forward", "_forward_blocked", "_backward", "_total", "_rescale"
+        "_statistics", "_weights", "_forward", "_forward_streamed", "_backward", "_total", "_rescale"
     }  # fmt: skip
     assert all(row["spill_bytes"] == 0 for row in rows)
 

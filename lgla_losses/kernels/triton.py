@@ -25,29 +25,112 @@ from torch import Tensor
 
 from lgla_losses.functional import compute_dtype
 
-__all__ = ["backward", "fits_one_block", "forward", "rescale_", "statistics", "weights", "weights_of"]
+__all__ = [
+    "PLANS",
+    "backward",
+    "fits_one_block",
+    "forward",
+    "plan",
+    "rescale_",
+    "statistics",
+    "use",
+    "weights",
+    "weights_of",
+]
+
+#: Ways to compute the loss that :func:`use` chooses between, so that a benchmark can hold one to another:
+#:
+#: - ``"0.1"`` is that of the first release. Rows of one tile take as many registers as the compiler likes;
+#:   of longer rows a program takes four at a time, with a maximum across each block of their classes.
+#: - ``"resident"`` limits the registers, so that a multiprocessor runs 32 warps; of longer rows a program of
+#:   32 warps takes one at a time (:func:`_forward_streamed`).
+#: - ``"paired"`` differs in longer rows: programs of 16 warps, of which a multiprocessor runs two.
+#:
+#: What they should gain on an H100 (132 multiprocessors, 50 MB of L2 cache), by the compiler's report and by
+#: counting bytes, not by measurement. At 8,142 classes ``"resident"`` runs 32 warps instead of 16: one
+#: program loads while another sums. At 50,000 classes in float32 26 MB of rows wait for their second read,
+#: which the L2 cache holds, instead of 154 MB, which memory sends twice: two thirds of the traffic.
+#: ``"paired"`` doubles these 26 MB, which may cost that in float32, and in 16 bits hides the ends of rows.
+PLANS = ("0.1", "resident", "paired")
+
+_plan = "resident"
+
+
+def plan() -> str:
+    """The name of the plan in use."""
+    return _plan
+
+
+def use(name: str) -> str:
+    """Choose one of :data:`PLANS` for all launches from now on.
+
+    Returns:
+        The name of the plan before, for ``use`` again.
+
+    Raises:
+        ValueError: there is no such plan.
+    """
+    global _plan
+    if name not in PLANS:
+        raise ValueError(f"plan: expected one of {', '.join(map(repr, PLANS))}, got {name!r}")
+    before, _plan = _plan, name
+    return before
 
 
 class Tile(NamedTuple):
-    """What one program holds at a time: so many rows of a block of classes (or experts)."""
+    """What one program holds at a time: so many rows of a block of classes (or experts).
+
+    Attributes:
+        rows: rows of the tile.
+        block: its columns.
+        num_warps: warps of a program, on NVIDIA.
+        registers: the most that a thread may take, on NVIDIA; None leaves it to the compiler.
+    """
 
     rows: int
     block: int
     num_warps: int
+    registers: int | None = None
+
+    def options(self, architecture: int | None) -> dict[str, int]:
+        """What Triton's compiler is told.
+
+        AMD, here None, runs up to 16 warps, and has no limit of registers to ask for. From sm_100 on the
+        compiler spills at 64 registers and 16 elements a thread, so that a thread has 8.
+        """
+        if architecture is None:
+            return {"num_warps": min(16, self.num_warps)}
+        if self.registers is None:
+            return {"num_warps": self.num_warps}
+        more = 2 if architecture >= 100 and self.block // (32 * self.num_warps) >= 16 else 1
+        return {"num_warps": min(32, more * self.num_warps), "maxnreg": self.registers}
 
 
 # The sizes below give a thread 8 to 32 elements, all in registers: benchmarks/kernel_resources.py prints
-# what they need. 16 warps are the most that both CUDA and ROCm can run.
+# what they need. With 64 registers a thread an NVIDIA multiprocessor runs 32 warps, whatever programs they
+# belong to.
+
+
+def forward_tile(num_classes: int, dtype: torch.dtype) -> Tile:
+    """Whole rows up to 16,384 classes (4,096 in float64), else blocks."""
+    return _forward_tile(num_classes, dtype, _plan)
 
 
 @lru_cache(maxsize=256)
-def forward_tile(num_classes: int, dtype: torch.dtype) -> Tile:
-    """Whole rows up to 16,384 classes (4,096 in float64), else blocks that four rows share (or one)."""
+def _forward_tile(num_classes: int, dtype: torch.dtype, plan: str) -> Tile:
     wide = 2 if dtype == torch.float64 else 1
     block = _power_of_two(num_classes, least=16)
-    if wide**2 * block > 16384:
-        return Tile(4, 1024, 8) if wide == 1 else Tile(1, 2048, 8)
-    return Tile(max(1, 1024 // (wide * block)), block, max(4, min(16, wide * block // 512)))
+    whole = wide**2 * block <= 16384
+    rows = max(1, 1024 // (wide * block))
+    if plan == "0.1" or wide == 2:
+        if not whole:
+            return Tile(4, 1024, 8) if wide == 1 else Tile(1, 2048, 8)
+        return Tile(rows, block, max(4, min(16, wide * block // 512)))
+    if not whole:
+        return Tile(1, 4096, 32, 64) if plan == "resident" else Tile(1, 2048, 16, 64)
+    num_warps = max(4, block // 512)
+    # Small tiles take few registers, or leave the compiler no choice.
+    return Tile(rows, block, num_warps, 64 if num_warps > 4 else None)
 
 
 @lru_cache(maxsize=256)
@@ -73,9 +156,20 @@ def _power_of_two(number: int, least: int = 1) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
+@lru_cache(maxsize=256)
+def _options(tile: Tile, device: torch.device) -> dict[str, int]:
+    """What Triton's compiler is told for a device."""
+    if torch.version.hip is not None:
+        return tile.options(None)
+    if device.type != "cuda":
+        return tile.options(0)  # Triton's interpreter, which has no use for them
+    major, minor = torch.cuda.get_device_capability(device)
+    return tile.options(10 * major + minor)
+
+
 @lru_cache(maxsize=64)
 def _resident_programs(device: torch.device, num_warps: int) -> int:
-    """About as many programs as the device runs at once; each then takes several tiles in turn."""
+    """As many programs as the device runs at once with 64 registers a thread; each takes several tiles."""
     if device.type != "cuda":
         return 16 // num_warps + 2  # Triton's interpreter, one program after the other
     return int(torch.cuda.get_device_properties(device).multi_processor_count) * max(1, 32 // num_warps)
@@ -204,36 +298,56 @@ def _target_logits(logits, table, row, k, y, known, num_classes: tl.constexpr, s
 
 
 @triton.jit
-def _adjustment(table, k, j, num_classes: tl.constexpr, dtype: tl.constexpr):
-    """The classes' adjustments ``[1, block]`` of expert k."""
+def _adjustment(table, k, j, num_classes: tl.constexpr, dtype: tl.constexpr, often: tl.constexpr):
+    """The classes' adjustments ``[1, block]`` of expert k; those read often stay in the caches."""
+    j = j[None, :]
     if table is None:
         values = tl.zeros(j.shape, dtype)
     else:
-        values = tl.load(table + k * num_classes + j, mask=j < num_classes, other=0.0).to(dtype)
-    return values[None, :]
+        policy: tl.constexpr = "evict_last" if often else ""
+        address = table + k * num_classes + j
+        values = tl.load(address, mask=j < num_classes, other=0.0, eviction_policy=policy).to(dtype)
+    return values
 
 
 @triton.jit
-def _adjusted_logits(logits, row, j, here, num_classes: tl.constexpr, stride_c, adjustment):
-    """A tile of adjusted logits, -inf beyond the last class, so that padding adds nothing to a sum."""
+def _adjusted_logits(
+    logits, row, j, here, num_classes: tl.constexpr, stride_c, adjustment,
+    again: tl.constexpr, last: tl.constexpr,
+):  # fmt: skip
+    """A tile of adjusted logits, -inf beyond the last class, so that padding adds nothing to a sum.
+
+    What is read again passes by the L1 cache; what is read for the last time leaves the L2 cache first.
+    """
     mask = here[:, None] & (j < num_classes)[None, :]
-    x = tl.load(logits + row[:, None] + (j.to(tl.int64) * stride_c)[None, :], mask=mask, other=-float("inf"))
+    address = logits + row[:, None] + (j.to(tl.int64) * stride_c)[None, :]
+    modifier: tl.constexpr = ".cg" if again else ""
+    policy: tl.constexpr = "evict_first" if last else ""
+    x = tl.load(address, mask=mask, other=-float("inf"), cache_modifier=modifier, eviction_policy=policy)
     return x.to(adjustment.dtype) + adjustment
 
 
 @triton.jit
 def _store_gradient(
     gradient, row, j, here, exponentials, total, y, valid, factor,
-    num_classes: tl.constexpr, stride_c, smoothing: tl.constexpr,
+    num_classes: tl.constexpr, stride_c, smoothing: tl.constexpr, last: tl.constexpr,
 ):  # fmt: skip
-    """``factor * (softmax - e / C - (1 - e) [j = y])``, rounded once; zeros for ignored rows."""
+    """``factor * (softmax - e / C - (1 - e) [j = y])``, rounded once; zeros for ignored rows.
+
+    With ``last`` it leaves the L2 cache early, which then has room for logits.
+    """
     values = exponentials * (factor / total)[:, None]
     if smoothing != 0.0:
         values -= (factor * (smoothing / num_classes))[:, None]
+    # In 32 bits, as the comparison of every class with a target in 64 takes registers (but in float64).
+    if values.dtype != tl.float64:
+        y = tl.where((y >= 0) & (y < num_classes), y, -1).to(tl.int32)
     values = tl.where(j[None, :] == y[:, None], values - (factor * (1.0 - smoothing))[:, None], values)
     values = tl.where(valid[:, None], values, 0.0)
     mask = here[:, None] & (j < num_classes)[None, :]
-    tl.store(gradient + row[:, None] + (j.to(tl.int64) * stride_c)[None, :], values, mask=mask)
+    address = gradient + row[:, None] + (j.to(tl.int64) * stride_c)[None, :]
+    policy: tl.constexpr = "evict_first" if last else ""
+    tl.store(address, values, mask=mask, eviction_policy=policy)
 
 
 @triton.jit
@@ -265,7 +379,7 @@ def _forward(
     k = (tl.program_id(0) % num_experts).to(tl.int64)
     step = tl.num_programs(0) // num_experts * rows
     j = tl.arange(0, block)
-    adjustment = _adjustment(table, k, j, num_classes, dtype)
+    adjustment = _adjustment(table, k, j, num_classes, dtype, False)
     shares = _divisor(divisor, dtype)
     total = tl.zeros([rows], tl.float64)
     for start in range(tl.program_id(0) // num_experts * rows, num_samples, step):
@@ -278,7 +392,7 @@ def _forward(
         own = _target_logits(logits, table, row, k, y, valid, num_classes, stride_c, dtype)
         factor = _factor(weights, n, k, here, num_experts, dtype)
 
-        x = _adjusted_logits(logits, row, j, here, num_classes, stride_c, adjustment)
+        x = _adjusted_logits(logits, row, j, here, num_classes, stride_c, adjustment, False, False)
         peak = tl.max(x, axis=1)
         x -= peak[:, None]
         exponentials = tl.exp(x)
@@ -300,8 +414,9 @@ def _forward(
             factor *= 1.0 / shares  # as backward has it
             row = (n * out_n + k * out_k) * align
             _store_gradient(
-                gradient, row, j, here, exponentials, sums, y, valid, factor, num_classes, out_c, smoothing
-            )
+                gradient, row, j, here, exponentials, sums, y, valid, factor,
+                num_classes, out_c, smoothing, False,
+            )  # fmt: skip
     if reduce:
         tl.store(losses + tl.program_id(0), tl.sum(total, axis=0))
 
@@ -336,8 +451,8 @@ def _forward_blocked(
         distance = tl.zeros([rows], dtype)
         for first in range(0, num_classes, block):
             j = first + tl.arange(0, block)
-            adjustment = _adjustment(table, k, j, num_classes, dtype)
-            x = _adjusted_logits(logits, row, j, here, num_classes, stride_c, adjustment)
+            adjustment = _adjustment(table, k, j, num_classes, dtype, False)
+            x = _adjusted_logits(logits, row, j, here, num_classes, stride_c, adjustment, False, False)
             higher = tl.maximum(peak, tl.max(x, axis=1))
             # As long as all is -inf any finite number serves; -inf - -inf would be NaN.
             safe = tl.where(higher == -float("inf"), 0.0, higher)
@@ -365,11 +480,93 @@ def _forward_blocked(
             out_row = (n * out_n + k * out_k) * align
             for first in range(0, num_classes, block):
                 j = first + tl.arange(0, block)
-                adjustment = _adjustment(table, k, j, num_classes, dtype)
-                x = _adjusted_logits(logits, row, j, here, num_classes, stride_c, adjustment)
+                adjustment = _adjustment(table, k, j, num_classes, dtype, False)
+                x = _adjusted_logits(logits, row, j, here, num_classes, stride_c, adjustment, False, False)
                 _store_gradient(
                     gradient, out_row, j, here, tl.exp(x - peak[:, None]), sums, y, valid, factor,
-                    num_classes, out_c, smoothing,
+                    num_classes, out_c, smoothing, False,
+                )  # fmt: skip
+    if reduce:
+        tl.store(losses + tl.program_id(0), tl.sum(total, axis=0))
+
+
+@triton.jit
+def _forward_streamed(
+    logits, target, table, weights, divisor, losses, state, gradient,
+    num_samples, stride_n, stride_k, stride_c, out_n, out_k, out_c,
+    num_experts: tl.constexpr, num_classes: tl.constexpr, ignore_index: tl.constexpr,
+    smoothing: tl.constexpr, reduce: tl.constexpr, align: tl.constexpr, lowest: tl.constexpr,
+    rows: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_forward` for longer rows: a sweep for the sums, and one back for the gradient.
+
+    Every lane keeps the maximum and the sum of its own classes, so that the first sweep has no reduction
+    and no barrier, and takes one exponential a logit. The second goes from the last block, which the caches
+    still hold, to the first, where the next row begins in the table. The table may stay in the L1 cache,
+    which the logits pass by; what will not be read again leaves the L2 cache first.
+    """
+    dtype: tl.constexpr = state.dtype.element_ty
+    num_blocks: tl.constexpr = (num_classes + block - 1) // block
+    num_pairs: tl.constexpr = (num_blocks + 1) // 2
+    k = (tl.program_id(0) % num_experts).to(tl.int64)
+    step = tl.num_programs(0) // num_experts * rows
+    shares = _divisor(divisor, dtype)
+    total = tl.zeros([rows], tl.float64)
+    for start in range(tl.program_id(0) // num_experts * rows, num_samples, step):
+        n = start + tl.arange(0, rows).to(tl.int64)
+        here = n < num_samples
+        y = tl.load(target + n, mask=here, other=ignore_index)
+        valid = y != ignore_index
+        row = (n * stride_n + k * stride_k) * align
+        # Before the gradient, which may overwrite it.
+        own = _target_logits(logits, table, row, k, y, valid, num_classes, stride_c, dtype)
+        factor = _factor(weights, n, k, here, num_experts, dtype)
+
+        # From the lowest finite number, as -inf - -inf would be NaN.
+        peaks = tl.full([rows, block], lowest, dtype)
+        exponentials = tl.zeros([rows, block], dtype)
+        # The mean is taken of differences to a logit of the row: of the logits it would lose their digits.
+        origin = tl.where(own == -float("inf"), 0.0, own)
+        distances = tl.zeros([rows, block], dtype)
+        for i in tl.range(0, num_blocks, loop_unroll_factor=2):
+            j = i * block + tl.arange(0, block)
+            adjustment = _adjustment(table, k, j, num_classes, dtype, True)
+            x = _adjusted_logits(logits, row, j, here, num_classes, stride_c, adjustment, True, False)
+            excess = x - peaks
+            ratio = tl.exp(-tl.abs(excess))
+            higher = excess > 0.0
+            exponentials = tl.where(higher, exponentials * ratio + 1.0, exponentials + ratio)
+            peaks = tl.where(higher, x, peaks)
+            if smoothing != 0.0:
+                distances += tl.where((j < num_classes)[None, :], x - origin[:, None], 0.0)
+        # A lane that met nothing but -inf has no maximum.
+        peaks = tl.where(exponentials == 0.0, -float("inf"), peaks)
+        peak = tl.max(peaks, axis=1)
+        safe = tl.where(peak == -float("inf"), 0.0, peak)
+        sums = tl.sum(exponentials * tl.exp(peaks - safe[:, None]), axis=1)
+        loss = tl.log(sums) - (own - peak)
+        if smoothing != 0.0:
+            mean = tl.sum(distances, axis=1) / num_classes + (origin - peak)
+            loss = (1.0 - smoothing) * loss + smoothing * (tl.log(sums) - mean)
+        loss = tl.where(valid, factor * loss, 0.0)
+
+        out = state + (n * num_experts + k) * 2
+        tl.store(out, peak, mask=here)
+        tl.store(out + 1, sums, mask=here)
+        if reduce:
+            total += loss
+        else:
+            tl.store(losses + n * num_experts + k, loss, mask=here)
+        if gradient is not None:
+            factor *= 1.0 / shares  # as backward has it
+            out_row = (n * out_n + k * out_k) * align
+            for i in range(num_pairs):
+                j = (num_pairs - 1 - i) * 2 * block + tl.arange(0, 2 * block)
+                adjustment = _adjustment(table, k, j, num_classes, dtype, True)
+                x = _adjusted_logits(logits, row, j, here, num_classes, stride_c, adjustment, False, True)
+                _store_gradient(
+                    gradient, out_row, j, here, tl.exp(x - peak[:, None]), sums, y, valid, factor,
+                    num_classes, out_c, smoothing, True,
                 )  # fmt: skip
     if reduce:
         tl.store(losses + tl.program_id(0), tl.sum(total, axis=0))
@@ -390,7 +587,7 @@ def _backward(
     begin = tl.program_id(0) // (num_blocks * num_experts) * rows
     step = tl.num_programs(0) // (num_blocks * num_experts) * rows
     j = first + tl.arange(0, block)
-    adjustment = _adjustment(table, k, j, num_classes, dtype)
+    adjustment = _adjustment(table, k, j, num_classes, dtype, False)
     for start in range(begin, num_samples, step):
         n = start + tl.arange(0, rows).to(tl.int64)
         here = n < num_samples
@@ -401,11 +598,11 @@ def _backward(
         peak = tl.load(saved, mask=here, other=0.0)
         sums = tl.load(saved + 1, mask=here, other=1.0)
         row = (n * stride_n + k * stride_k) * align
-        x = _adjusted_logits(logits, row, j, here, num_classes, stride_c, adjustment)
+        x = _adjusted_logits(logits, row, j, here, num_classes, stride_c, adjustment, False, False)
         row = (n * out_n + k * out_k) * align
         _store_gradient(
             gradient, row, j, here, tl.exp(x - peak[:, None]), sums, y, y != ignore_index, factor,
-            num_classes, out_c, smoothing,
+            num_classes, out_c, smoothing, False,
         )  # fmt: skip
 
 
@@ -462,8 +659,8 @@ def statistics(
         float64 ``[B, G, K + 1]``, which summed over the blocks is :func:`functional.aaw_statistics`.
     """
     num_samples, num_experts = source.shape[:2]
-    rows, block, num_warps = sample_tile(num_experts)
-    num_blocks = -(-num_samples // rows)
+    tile = sample_tile(num_experts)
+    num_blocks = -(-num_samples // tile.rows)
     shape = (max(1, num_blocks), num_groups, num_experts + 1)
     made = None if scale is None else _empty(source, (num_samples, num_experts), compute_dtype(source.dtype))
     angles = source if made is None else made
@@ -471,11 +668,11 @@ def statistics(
         return angles, torch.zeros(shape, dtype=torch.float64, device=source.device)
     parts = _empty(source, shape, torch.float64)
     _launch(
-        _statistics, num_blocks, num_warps,
+        _statistics, num_blocks, tile,
         source, target.contiguous(), group_index.contiguous(), made, parts,
         num_samples, *_target_strides(source),
         num_groups=num_groups, num_experts=num_experts, num_classes=len(group_index),
-        ignore_index=ignore_index, scale=scale, rows=rows, block=block,
+        ignore_index=ignore_index, scale=scale, rows=tile.rows, block=tile.block,
     )  # fmt: skip
     return angles, parts
 
@@ -540,17 +737,17 @@ def _launch_weights(
     num_ranks: int,
 ) -> tuple[Tensor, Tensor]:
     num_samples, num_experts = source.shape[:2]
-    rows, block, num_warps = sample_tile(num_experts)
+    tile = sample_tile(num_experts)
     dtype = compute_dtype(source.dtype)
     result = _empty(source, (num_samples, num_experts), dtype)
     divisor = _empty(source, (), dtype)
     # An empty batch has its program too: the divisor counts the samples of all ranks.
     _launch(
-        _weights, max(1, -(-num_samples // rows)), num_warps,
+        _weights, max(1, -(-num_samples // tile.rows)), tile,
         source, target.contiguous(), group_index.contiguous(), parts, result, divisor,
         num_samples, 0 if parts is None else len(parts), *_target_strides(source),
         num_groups=num_groups, num_experts=num_experts, num_classes=len(group_index),
-        ignore_index=ignore_index, num_ranks=num_ranks, scale=scale, rows=rows, block=block,
+        ignore_index=ignore_index, num_ranks=num_ranks, scale=scale, rows=tile.rows, block=tile.block,
     )  # fmt: skip
     return result, divisor
 
@@ -592,25 +789,43 @@ def forward(
     state = _empty(logits, (num_samples, num_experts, 2), dtype)
     if num_samples == 0:
         return torch.zeros(() if reduce else 0, dtype=dtype, device=logits.device), state
-    rows, block, num_warps = forward_tile(num_classes, dtype)
-    programs = _programs(logits, num_samples, rows, num_experts, num_warps)
+    tile = forward_tile(num_classes, dtype)
+    programs = _programs(logits, num_samples, num_experts, tile)
+    table, weights = _constants(logits, table, weights)
+    kernel: Any = _forward
+    more: dict[str, float] = {}
+    if tile.block < num_classes:
+        kernel, more, table = _long_rows(table, dtype)
     if reduce:
         losses = _empty(logits, (programs,), torch.float64)
     else:
         losses = _empty(logits, (num_samples, num_experts), dtype)
     _launch(
-        _forward if block >= num_classes else _forward_blocked, programs, num_warps,
-        logits, target.contiguous(), *_constants(logits, table, weights), divisor,
+        kernel, programs, tile,
+        logits, target.contiguous(), table, weights, divisor,
         losses, state, gradient, num_samples,
         *(strides := _strides(logits, gradient))[1:],
         num_experts=num_experts, num_classes=num_classes, ignore_index=ignore_index,
-        smoothing=float(label_smoothing), reduce=reduce, align=strides[0], rows=rows, block=block,
+        smoothing=float(label_smoothing), reduce=reduce, align=strides[0],
+        rows=tile.rows, block=tile.block, **more,
     )  # fmt: skip
     if not reduce:
         return (losses.view(num_samples) if num_experts == 1 else losses.sum(dim=1)), state
     total = _empty(logits, (), dtype)
-    _launch(_total, 1, FLAT_TILE.num_warps, losses, divisor, total, programs, block=FLAT_TILE.block)
+    _launch(_total, 1, FLAT_TILE, losses, divisor, total, programs, block=FLAT_TILE.block)
     return total, state
+
+
+def _long_rows(table: Tensor | None, dtype: torch.dtype) -> tuple[Any, dict[str, float], Tensor | None]:
+    """The kernel for rows beyond a tile, its constants, and the table as it reads it.
+
+    Rows in one tile read the table once a program, longer ones twice a row: there it counts that float32
+    are half the bytes of float64. A launch a step makes the copy, which so is never out of date.
+    """
+    if _plan == "0.1":
+        return _forward_blocked, {}, table
+    copied = None if table is None else table.to(dtype)
+    return _forward_streamed, {"lowest": torch.finfo(dtype).min}, copied
 
 
 def backward(
@@ -629,15 +844,15 @@ def backward(
     num_samples, num_experts, num_classes = logits.shape
     if num_samples == 0:
         return
-    rows, block, num_warps = backward_tile(num_classes, state.dtype)
-    row_blocks = num_experts * -(-num_classes // block)
+    tile = backward_tile(num_classes, state.dtype)
+    row_blocks = num_experts * -(-num_classes // tile.block)
     _launch(
-        _backward, _programs(logits, num_samples, rows, row_blocks, num_warps), num_warps,
+        _backward, _programs(logits, num_samples, row_blocks, tile), tile,
         logits, target.contiguous(), *_constants(logits, table, weights), upstream,
         state, gradient, num_samples,
         *(strides := _strides(logits, gradient))[1:], upstream.stride(0),
         num_experts=num_experts, num_classes=num_classes, ignore_index=ignore_index,
-        smoothing=float(label_smoothing), align=strides[0], rows=rows, block=block,
+        smoothing=float(label_smoothing), align=strides[0], rows=tile.rows, block=tile.block,
     )  # fmt: skip
 
 
@@ -649,28 +864,29 @@ def rescale_(gradient: Tensor, factor: Tensor) -> None:
     if not _is_dense(gradient):
         gradient.copy_(gradient.to(compute_dtype(gradient.dtype)) * factor)
         return
-    programs = _programs(gradient, number, FLAT_TILE.block, 1, FLAT_TILE.num_warps)
-    _launch(_rescale, programs, FLAT_TILE.num_warps, gradient, factor, number, block=FLAT_TILE.block)
+    programs = min(-(-number // FLAT_TILE.block), _resident(gradient, FLAT_TILE))
+    _launch(_rescale, programs, FLAT_TILE, gradient, factor, number, block=FLAT_TILE.block)
 
 
 _HERE = nullcontext()
 
 
-def _launch(
-    kernel: Any, programs: int, num_warps: int, first: Tensor, *arguments: Any, **constants: Any
-) -> None:
+def _launch(kernel: Any, programs: int, tile: Tile, first: Tensor, *arguments: Any, **constants: Any) -> None:
     """Run so many programs on the device of the first argument."""
     device: AbstractContextManager[Any] = _HERE
     if first.is_cuda and first.get_device() != torch.cuda.current_device():
         device = torch.cuda.device(first.device)
     with device:
-        kernel[(programs,)](first, *arguments, num_warps=num_warps, **constants)
+        kernel[(programs,)](first, *arguments, **_options(tile, first.device), **constants)
 
 
-def _programs(like: Tensor, num_samples: int, rows: int, columns: int, num_warps: int) -> int:
+def _programs(like: Tensor, num_samples: int, columns: int, tile: Tile) -> int:
     """A multiple of the columns, each with as many programs as run at once or as it has tiles."""
-    resident = _resident_programs(like.device, num_warps)
-    return columns * min(-(-num_samples // rows), max(1, resident // columns))
+    return columns * min(-(-num_samples // tile.rows), max(1, _resident(like, tile) // columns))
+
+
+def _resident(like: Tensor, tile: Tile) -> int:
+    return _resident_programs(like.device, _options(tile, like.device)["num_warps"])
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -681,10 +897,15 @@ def _constants(
     logits: Tensor, table: Tensor | None, weights: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Table ``[K, C]`` and weights ``[N, K]`` as the kernels read them, whatever a hook made of them."""
-    return (
-        None if table is None else table.expand(logits.shape[1:]).contiguous(),
-        None if weights is None else weights.expand(logits.shape[:2]).contiguous(),
-    )
+    num_samples, num_experts, num_classes = logits.shape
+    return _filled(table, (num_experts, num_classes)), _filled(weights, (num_samples, num_experts))
+
+
+def _filled(tensor: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """Expanded and contiguous; a tensor that is both is not asked to be, which takes microseconds."""
+    if tensor is None or (tensor.shape == shape and tensor.is_contiguous()):
+        return tensor
+    return tensor.expand(shape).contiguous()
 
 
 def _target_strides(source: Tensor) -> tuple[int, ...]:
