@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 #: Values of a program's tile, and programs of a sweep over all pixels: each leaves sums of its own.
-TILE, PROGRAMS = 8192, 528
+TILE, PROGRAMS = 4096, 528
 
 #: Pixels at once of the gradient of a convolution's weights.
 PIXELS_AT_ONCE = 64
@@ -185,6 +185,9 @@ class _NormRelu(torch.autograd.Function):
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor,
         running_mean: Tensor, running_var: Tensor, momentum: float, eps: float,
     ) -> Tensor:  # fmt: skip
+        x = x.contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
         channels = x.shape[1]
         pixels, tile = x.numel() // channels, _tile(channels)
         programs = min(PROGRAMS, -(-pixels // tile["rows"]))
@@ -318,6 +321,7 @@ class _GroupedConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous()
         ctx.save_for_backward(x, weight)
         return _convolved(x, weight, flip=False)
 

@@ -4,7 +4,6 @@ import copy
 import json
 import re
 import signal
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import stacked_kernels
 import torch
 import train_stacked
+from device_augment import DeviceAugment
 from device_steps import DeviceSGD, Steps, Tables
 from resnet32 import ResNet32
 from stacked import FORMS, Form, stack
@@ -25,22 +25,6 @@ COUNTS = [20, 9, 4, 2]
 EXPERTS = [3, 1, 2, 3]
 #: Without kernels, which a CPU runs in an interpreter and in float32.
 PLAIN_FORMS = {name: form for name, form in FORMS.items() if not form.fused}
-
-
-@pytest.fixture(autouse=True)
-def augmentation(monkeypatch):
-    """One that draws nothing, where that of the device is not what is tested."""
-
-    class Plain(nn.Module):
-        def __init__(self, size=32, strong=True, dtype=torch.float32):
-            super().__init__()
-            self.dtype = dtype
-
-        def forward(self, images):
-            return images.to(self.dtype) / 128 - 1
-
-    module = SimpleNamespace(DeviceAugment=Plain, normalised=lambda images: images / 128 - 1)
-    monkeypatch.setitem(sys.modules, "device_augment", module)
 
 
 def networks(experts=EXPERTS, dtype=torch.float64, blocks=2):
@@ -352,3 +336,89 @@ def test_an_earlier_run_is_not_overwritten(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "--methods", "lgla", "--resume")
     assert "expected" in capsys.readouterr().err
+
+
+def needs_gpu(test):
+    skipped = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    return pytest.mark.cuda(skipped(test))
+
+
+@pytest.fixture
+def on_cuda():
+    """Tables and networks of a miniature, on the device."""
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    read = tables(4, 16, torch.float32)
+    return device, Tables(*(tensor.to(device) for tensor in read))
+
+
+def steps_on(device, read, form, dtype=torch.bfloat16, graph=True):
+    net = stack(networks(dtype=torch.float32), form, device)
+    losses = [criterion.to(device) for criterion in criteria()]
+    augment = DeviceAugment(size=8).to(device)
+    steps = Steps(net, losses, DeviceSGD(net, dtype), augment, read, len(read.order))
+    if graph:
+        steps.record()
+    return steps
+
+
+def losses_of(steps):
+    torch.manual_seed(3)
+    every = []
+    for _ in range(4):
+        steps.advance()
+        every.append(steps.losses.clone())
+    return torch.stack(every).cpu()
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["grouped", "kernels", "grouped-64-fused", "dense-streams", "separate"])
+def test_a_recorded_step_is_the_step(on_cuda, name):
+    device, read = on_cuda
+    written = losses_of(steps_on(device, read, FORMS[name], graph=False))
+    recorded = losses_of(steps_on(device, read, FORMS[name]))
+    torch.testing.assert_close(recorded, written, rtol=0.02, atol=0.02)
+    plain = losses_of(steps_on(device, read, FORMS["grouped"], torch.float32, graph=False))
+    torch.testing.assert_close(recorded[:2], plain[:2], rtol=0.05, atol=0.05)
+
+
+@needs_gpu
+def test_a_recorded_step_waits_for_nothing(on_cuda):
+    device, read = on_cuda
+    steps = steps_on(device, read, FORMS["kernels"], graph=False)
+    steps.run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize(("width", "side"), [(16, 32), (32, 16), (64, 8)])
+def test_kernels_of_real_sizes_are_pytorch_s(width, side):
+    groups = 3
+    x = torch.randn(8, groups * width, side, side, device="cuda", dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(groups, width, 3, 3, width, device="cuda", dtype=torch.bfloat16) / width**0.5
+    weight.requires_grad_()
+    y = stacked_kernels.grouped_convolution(x, weight)
+    upstream = torch.randn_like(y)
+    got = (y, *torch.autograd.grad(y, (x, weight), upstream))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    kernel = exact[1].reshape(-1, 3, 3, width).permute(0, 3, 1, 2)
+    z = nn.functional.conv2d(exact[0], kernel, None, 1, 1, 1, groups)
+    expected = (z, *torch.autograd.grad(z, exact, upstream.double()))
+    for one, other in zip(got, expected, strict=True):
+        assert (one.double() - other).norm() < 0.01 * other.norm()
+
+
+@needs_gpu
+def test_the_command_trains_on_a_gpu(tmp_path):
+    out = tmp_path / "out"
+    train_stacked.main(["--quick", "--device", "cuda", "--out", str(out), "--forms", "grouped", "kernels"])
+    (seed,) = json.loads((out / "stacked.json").read_text())["seeds"]
+    assert seed["graph"]
+    assert all(isinstance(measured, dict) for measured in seed["forms"].values())
+    assert read(out)["finished"]
