@@ -36,7 +36,7 @@ class Form(NamedTuple):
         streams: run the tensors of a stage on streams of their own.
         separate: leave the networks as they are, on streams of their own.
         fused: in training, compute a batch norm and what follows it by kernels of stacked_kernels.py.
-        own: in training, compute convolutions of stride 1 by kernels of stacked_kernels.py, too.
+        own: in training, compute convolutions by kernels of stacked_kernels.py, too.
         compiled: let torch.compile fuse what surrounds the convolutions, in training.
     """
 
@@ -90,7 +90,7 @@ class Convolution(nn.Module):
         merged: branches that share a group, whose weights are 0 from one branch to another; a divisor of
             their number.
         shared: all branches see the same input.
-        own: compute it by a kernel of stacked_kernels.py in training, if its stride is 1.
+        own: compute it by a kernel of stacked_kernels.py in training.
 
     Shape:
         - input: ``[N, g * I, H, W]``, or shared ``[N, I, H, W]``, in channels-last format
@@ -108,7 +108,7 @@ class Convolution(nn.Module):
         self.weight = nn.Parameter(torch.stack(weights))
         self.stride, self.merged = layers[0].stride, merged
         self.groups = 1 if shared else len(layers) // merged
-        self.by_kernel = own and merged == 1 and not shared and self.stride == (1, 1)
+        self.by_kernel = own and merged == 1 and not shared
         self.register_buffer("diagonal", torch.eye(merged).to(self.weight), persistent=False)
 
     def lower(self, dtype: torch.dtype) -> None:
@@ -119,7 +119,7 @@ class Convolution(nn.Module):
         """The feature maps of all branches."""
         weight: Tensor = self.weight
         if self.by_kernel and self.training:
-            y: Tensor = kernels().grouped_convolution(x, weight)
+            y: Tensor = kernels().grouped_convolution(x, weight, self.stride[0])
             return y
         inputs, m = self.merged * weight.shape[-1], self.merged
         if m > 1:

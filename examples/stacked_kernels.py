@@ -257,14 +257,32 @@ def norm_relu(
 
 
 @triton.jit
+def _source(
+    p, tap, height: tl.constexpr, wide: tl.constexpr, source_height: tl.constexpr, source_wide: tl.constexpr,
+    stride: tl.constexpr, flip: tl.constexpr,
+):  # fmt: skip
+    """The pixel that a tap of pixel ``p`` reads, and whether there is one."""
+    n, row, column = p // (height * wide), p // wide % height, p % wide
+    if flip:  # from the input back to the outputs that read it
+        row, column = row + tap // 3 - 1, column + tap % 3 - 1
+        there = (row >= 0) & (column >= 0) & (row % stride == 0) & (column % stride == 0)
+        row, column = row // stride, column // stride
+    else:
+        row, column = row * stride + tap // 3 - 1, column * stride + tap % 3 - 1
+        there = (row >= 0) & (column >= 0)
+    there = there & (row < source_height) & (column < source_wide)
+    return (n * source_height + row) * source_wide + column, there
+
+
+@triton.jit
 def _convolve(
     x, weight, y, pixels, groups: tl.constexpr, inputs: tl.constexpr, outputs: tl.constexpr,
-    height: tl.constexpr, wide: tl.constexpr, flip: tl.constexpr, block: tl.constexpr,
+    height: tl.constexpr, wide: tl.constexpr, source_height: tl.constexpr, source_wide: tl.constexpr,
+    stride: tl.constexpr, flip: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """A block of pixels of one group; ``flip`` takes the gradient back to the input."""
     g = tl.program_id(0)  # the groups of a pixel lie side by side in memory
     p = tl.program_id(1) * block + tl.arange(0, block)
-    row, column = p // wide % height, p % wide
     i, o = tl.arange(0, inputs), tl.arange(0, outputs)
     # The weights are [g, O, 3, 3, I] of the layer; backwards its outputs come in.
     if flip:
@@ -273,10 +291,9 @@ def _convolve(
         of_group = weight + g * outputs * 9 * inputs + o[None, :] * 9 * inputs + i[:, None]
     total = tl.zeros([block, outputs], tl.float32)
     for tap in tl.static_range(9):
-        down, right = tap // 3 - 1, tap % 3 - 1
-        inside = (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < wide)
-        at = (p + down * wide + right)[:, None] * (groups * inputs) + g * inputs + i[None, :]
-        value = tl.load(x + at, mask=(inside & (p < pixels))[:, None], other=0.0)
+        source, there = _source(p, tap, height, wide, source_height, source_wide, stride, flip)
+        at = source[:, None] * (groups * inputs) + g * inputs + i[None, :]
+        value = tl.load(x + at, mask=(there & (p < pixels))[:, None], other=0.0)
         matrix = tl.load(of_group + ((8 - tap) * outputs if flip else tap * inputs))
         total = tl.dot(value, matrix, total, input_precision="ieee")
     out = y + p[:, None] * (groups * outputs) + g * outputs + o[None, :]
@@ -284,32 +301,37 @@ def _convolve(
 
 
 @triton.jit
-def _convolution_gradient(
+def _weight_gradient(
     x, upstream, parts, pixels, groups: tl.constexpr, inputs: tl.constexpr, outputs: tl.constexpr,
-    height: tl.constexpr, wide: tl.constexpr, block: tl.constexpr,
+    height: tl.constexpr, wide: tl.constexpr, source_height: tl.constexpr, source_wide: tl.constexpr,
+    stride: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """A row of three taps of one group's weights, over a part of the pixels."""
     g = tl.program_id(0)
-    down = tl.program_id(2) - 1
+    tap = 3 * tl.program_id(2)
     i, o = tl.arange(0, inputs), tl.arange(0, outputs)
+    of_group = x + g * inputs + i[None, :]
     left = tl.zeros([outputs, inputs], tl.float32)
     middle = tl.zeros([outputs, inputs], tl.float32)
     right = tl.zeros([outputs, inputs], tl.float32)
     for start in range(tl.program_id(1) * block, pixels, tl.num_programs(1) * block):
         p = start + tl.arange(0, block)
-        row, column = p // wide % height + down, p % wide
-        inside = (row >= 0) & (row < height) & (p < pixels)
         at = p[:, None] * (groups * outputs) + g * outputs + o[None, :]
         gradient = tl.trans(tl.load(upstream + at, mask=(p < pixels)[:, None], other=0.0))
-        at = x + (p + down * wide)[:, None] * (groups * inputs) + g * inputs + i[None, :]
-        value = tl.load(at - groups * inputs, mask=(inside & (column > 0))[:, None], other=0.0)
+        source, there = _source(p, tap, height, wide, source_height, source_wide, stride, False)
+        at = of_group + source[:, None] * (groups * inputs)
+        value = tl.load(at, mask=(there & (p < pixels))[:, None], other=0.0)
         left = tl.dot(gradient, value, left, input_precision="ieee")
-        value = tl.load(at, mask=inside[:, None], other=0.0)
+        source, there = _source(p, tap + 1, height, wide, source_height, source_wide, stride, False)
+        at = of_group + source[:, None] * (groups * inputs)
+        value = tl.load(at, mask=(there & (p < pixels))[:, None], other=0.0)
         middle = tl.dot(gradient, value, middle, input_precision="ieee")
-        value = tl.load(at + groups * inputs, mask=(inside & (column < wide - 1))[:, None], other=0.0)
+        source, there = _source(p, tap + 2, height, wide, source_height, source_wide, stride, False)
+        at = of_group + source[:, None] * (groups * inputs)
+        value = tl.load(at, mask=(there & (p < pixels))[:, None], other=0.0)
         right = tl.dot(gradient, value, right, input_precision="ieee")
     # [programs, g, O, 3, 3, I]
-    out = parts + (tl.program_id(1) * groups + g) * outputs * 9 * inputs + tl.program_id(2) * 3 * inputs
+    out = parts + (tl.program_id(1) * groups + g) * outputs * 9 * inputs + tap * inputs
     out += o[:, None] * 9 * inputs + i[None, :]
     tl.store(out, left)
     tl.store(out + inputs, middle)
@@ -317,56 +339,60 @@ def _convolution_gradient(
 
 
 class _GroupedConvolution(torch.autograd.Function):
-    """A grouped 3x3 convolution of stride 1 and padding 1."""
+    """A grouped 3x3 convolution of padding 1."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
         x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous()
         ctx.save_for_backward(x, weight)
-        return _convolved(x, weight, flip=False)
+        ctx.stride = stride
+        size = [-(-side // stride) for side in x.shape[2:]]
+        return _convolved(x, weight, size, stride, flip=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         groups, outputs, _, _, inputs = weight.shape
         upstream = upstream.contiguous(memory_format=torch.channels_last)
-        pixels = x.numel() // x.shape[1]
+        n, _, height, wide = upstream.shape
+        pixels = n * height * wide
         programs = min(max(1, PROGRAMS // (3 * groups)), -(-pixels // PIXELS_AT_ONCE))
         parts = torch.empty(programs, *weight.shape, dtype=torch.float32, device=x.device)
-        _convolution_gradient[(groups, programs, 3)](
-            x, upstream, parts, pixels, groups=groups, inputs=inputs, outputs=outputs,
-            height=x.shape[2], wide=x.shape[3], block=PIXELS_AT_ONCE, num_warps=4,
+        _weight_gradient[(groups, programs, 3)](
+            x, upstream, parts, pixels, groups=groups, inputs=inputs, outputs=outputs, height=height,
+            wide=wide, source_height=x.shape[2], source_wide=x.shape[3], stride=ctx.stride,
+            block=PIXELS_AT_ONCE, num_warps=4,
         )  # fmt: skip
-        return _convolved(upstream, weight, flip=True), parts.sum(0).to(weight.dtype)
+        of_input = _convolved(upstream, weight, list(x.shape[2:]), ctx.stride, flip=True)
+        return of_input, parts.sum(0).to(weight.dtype), None
 
 
-def _convolved(x: Tensor, weight: Tensor, flip: bool) -> Tensor:
+def _convolved(x: Tensor, weight: Tensor, size: list[int], stride: int, flip: bool) -> Tensor:
     groups, outputs, _, _, inputs = weight.shape
     if flip:
         outputs, inputs = inputs, outputs
-    n, _, height, wide = x.shape
-    pixels = n * height * wide
-    y = torch.empty(
-        n, groups * outputs, height, wide, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    shape = (x.shape[0], groups * outputs, *size)
+    pixels = x.shape[0] * size[0] * size[1]
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     block = 256 if inputs * outputs <= 1024 else 128  # what the registers hold
     _convolve[(groups, -(-pixels // block))](
-        x, weight, y, pixels, groups=groups, inputs=inputs, outputs=outputs,
-        height=height, wide=wide, flip=flip, block=block, num_warps=8,
+        x, weight, y, pixels, groups=groups, inputs=inputs, outputs=outputs, height=size[0], wide=size[1],
+        source_height=x.shape[2], source_wide=x.shape[3], stride=stride, flip=flip, block=block, num_warps=8,
     )  # fmt: skip
     return y
 
 
-def grouped_convolution(x: Tensor, weight: Tensor) -> Tensor:
-    """A grouped 3x3 convolution of stride 1 and padding 1.
+def grouped_convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """A grouped 3x3 convolution of padding 1.
 
     Args:
         x: ``[N, g * I, H, W]``, in channels-last memory.
         weight: ``[g, O, 3, 3, I]``, of the same dtype; I and O are powers of two from 16.
+        stride: of the pixels.
 
     Returns:
-        ``[N, g * O, H, W]``, in channels-last memory.
+        ``[N, g * O, H / stride, W / stride]``, in channels-last memory.
     """
-    result: Tensor = _GroupedConvolution.apply(x, weight)
+    result: Tensor = _GroupedConvolution.apply(x, weight, stride)
     return result
