@@ -242,11 +242,26 @@ def test_programs_fit_every_gpu(num_classes, dtype):
         assert nvidia["num_warps"] * 32 * nvidia.get("maxnreg", 0) <= 65536
 
 
-def test_registers_are_limited_where_a_program_would_have_a_multiprocessor_to_itself():
+@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_classes", [100, 4096, 8142, 16_384, 100_000])
+def test_rows_read_ahead_fit_shared_memory(num_classes, dtype):
+    """Those of all programs that a multiprocessor runs at once, of the memory that its programs may take."""
+    tile = kernels.forward_tile(num_classes, torch.float32)
+    for architecture, kilobytes in {80: 163, 86: 99, 89: 99, 90: 227}.items():
+        options = tile.options(architecture)
+        ahead = tile.stages(architecture, dtype.itemsize) - 1
+        programs = 2048 // (options.get("maxnreg", 64) * options["num_warps"])
+        assert programs * ahead * tile.rows * tile.block * dtype.itemsize <= kilobytes * 1024
+    assert {tile.stages(other, dtype.itemsize) for other in (None, 0, 75, 100)} == {1}
+
+
+def test_long_tiles_are_read_ahead_and_registers_limited():
     tile = kernels.forward_tile(8142, torch.float32)
-    assert tile.options(90) == {"num_warps": 16, "maxnreg": 64}
+    assert tile.options(90) == {"num_warps": 8, "maxnreg": 128}
     assert tile.options(100) == {"num_warps": 32, "maxnreg": 64}
-    assert tile.options(None) == {"num_warps": 16}
+    assert tile.options(None) == {"num_warps": 8}
+    assert [tile.stages(architecture, 4) for architecture in (90, 86, 100)] == [3, 2, 1]
     assert kernels.forward_tile(1000, torch.float32).options(90) == {"num_warps": 4}
     assert kernels.forward_tile(4096, torch.float64).options(90) == {"num_warps": 16}
 
