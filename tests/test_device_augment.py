@@ -249,6 +249,7 @@ def test_what_is_no_image_is_refused():
             DeviceAugment()(wrong)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_cuda_graph_draws_anew_at_each_replay():
     augmenter = DeviceAugment().to("cuda")
@@ -274,6 +275,7 @@ def test_a_cuda_graph_draws_anew_at_each_replay():
     assert not torch.equal(first, next_one)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_call_waits_on_a_gpu():
     augmenter = DeviceAugment().to("cuda")
