@@ -512,17 +512,18 @@ _NO_TIME = "cut off, as time was up"
 
 
 def _jobs(options: argparse.Namespace) -> list[Job]:
-    """The jobs, or those cells whose labels hold ``--only``."""
+    """The jobs, or those cells whose labels hold one of the texts of ``--only``."""
     jobs = QUICK if options.quick else SUITES[torch.device(options.device).type]
-    chosen = (
-        job._replace(cells=tuple(cell for cell in job.cells if options.only in cell.shape.label))
-        for job in jobs
-    )
+
+    def is_wanted(cell: Cell) -> bool:
+        return any(text in cell.shape.label for text in options.only)
+
+    chosen = (job._replace(cells=tuple(filter(is_wanted, job.cells))) for job in jobs)
     return [job for job in chosen if job.cells]
 
 
 def _command(number: int, rows: Path, options: argparse.Namespace) -> list[str]:
-    command = [sys.executable, __file__, "--device", options.device, "--only", options.only]
+    command = [sys.executable, __file__, "--device", options.device, "--only", *options.only]
     return command + ["--job", str(number), "--rows", str(rows)] + ["--quick"] * options.quick
 
 
@@ -597,7 +598,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--table", type=Path, metavar="FILE", help="print a record as markdown tables, and end"
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="only the sizes whose names hold TEXT")
+    parser.add_argument(
+        "--only", default=[""], nargs="+", metavar="TEXT", help="only the sizes whose names hold a TEXT"
+    )
     parser.add_argument(
         "--seconds",
         type=float,
@@ -629,7 +632,7 @@ def main() -> int:
     if kind == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no CUDA device")
     if not _jobs(options):
-        parser.error(f"--only: expected a part of the name of a size, got {options.only}")
+        parser.error(f"--only: expected a part of the name of a size, got {' '.join(options.only)}")
 
     path = options.out or RESULTS / f"losses_{kind}.json"
     leave_on_sigterm()

@@ -343,7 +343,7 @@ def test_a_run_that_is_ended_keeps_what_it_has(tmp_path):
 
 def test_sizes_that_no_time_is_left_for_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark.Workers, "run", lambda self, number, word, seconds: "")
-    options = SimpleNamespace(device="cpu", quick=True, only="", seconds=0.0)
+    options = SimpleNamespace(device="cpu", quick=True, only=[""], seconds=0.0)
     record = benchmark.run(options, tmp_path / "record.json", benchmark.Console())
     assert record["left_out"] == [job.label for job in benchmark.QUICK[1:]]
 
@@ -351,7 +351,7 @@ def test_sizes_that_no_time_is_left_for_are_named(tmp_path, monkeypatch):
 def test_a_process_that_crashes_or_takes_too_long_is_named(tmp_path, monkeypatch):
     ends = [[sys.executable, "-c", "import os; os.abort()"], ["sleep", "60"], ["true"]]
     monkeypatch.setattr(benchmark, "_command", lambda number, *others: ends[number])
-    options = SimpleNamespace(device="cpu", quick=True, only="", seconds=4.0)
+    options = SimpleNamespace(device="cpu", quick=True, only=[""], seconds=4.0)
     monkeypatch.setattr(benchmark.statistics, "median", lambda values: 0.0)
     start = time.perf_counter()
     record = benchmark.run(options, tmp_path / "record.json", benchmark.Console())

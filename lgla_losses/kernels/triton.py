@@ -197,7 +197,7 @@ def flushes(architecture: int | None, dtype: torch.dtype) -> bool:
 
 @lru_cache(maxsize=64)
 def _resident_programs(device: torch.device, num_warps: int, registers: int) -> int:
-    """As many programs as the device runs at once with so many registers a thread; each takes several tiles."""
+    """As many programs as the device runs at once; each takes several tiles."""
     if device.type != "cuda":
         return 16 // num_warps + 2  # Triton's interpreter, one program after the other
     multiprocessors = int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -318,7 +318,7 @@ def _weights(
 
 @triton.jit
 def _exp(x, flush: tl.constexpr):
-    """The exponential; with ``flush``, on NVIDIA, numbers below the normal ones are 0, in half the instructions."""
+    """The exponential; with ``flush``, on NVIDIA, in half the instructions and 0 below the normal numbers."""
     if flush:
         powers = tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;",
