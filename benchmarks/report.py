@@ -41,7 +41,7 @@ _HEAD: dict[str, tuple[type, ...]] = {
     "rows": (list,),
 }
 #: What may be missing, as older records lack it.
-_MORE_HEAD: dict[str, tuple[type, ...]] = {"problems": (list,), "left_out": (list,)}
+_MORE_HEAD: dict[str, tuple[type, ...]] = {"problems": (list,), "left_out": (list,), "note": (str,)}
 ROW_FIELDS: dict[str, tuple[type, ...]] = {
     "suite": (str,),
     "shape": (str,),
@@ -238,7 +238,7 @@ def markdown(record: Record) -> dict[str, str]:
 
 def page(record: Record) -> str:
     """All that a record says, as text for a page: where, wins and losses, what is missing, every table."""
-    lines = [f"Measured on: {machine(record)}."]
+    lines = [f"Measured on: {machine(record)}. {record.get('note', '')}".strip()]
     first, *lost = balance(record)
     lines.append("\n".join([f"{first[0].upper()}{first[1:]}", "", *(f"- {line}" for line in lost)]))
     for key, title in (("problems", "Failed"), ("left_out", "Not measured")):

@@ -77,6 +77,22 @@ def kernels(record: Record) -> str:
     return grid(header, rows, texts=2)
 
 
+def checks(record: Record) -> str:
+    """What gpu_check.py found: a row a kind of check and type, with the largest error beside its bound."""
+    rows = []
+    for row in record["rows"]:
+        errors = [f"{row[key]:.2g}" if key in row else "" for key in ("largest_error", "bound")]
+        rows.append([row["what"], row["dtype"], row["check"], row["passed"], row["failed"], *errors])
+    return grid(["what", "type", "check", "passed", "failed", "largest error", "bound"], rows, texts=3)
+
+
+def tests(record: Record) -> str:
+    """How the tests on a GPU ended, and each that failed with its cause."""
+    counts = f"{record['passed']:,} passed, {record['failed']} failed, {record['cut_off']} were cut off."
+    rows = [[f"`{row['test']}`", row["cause"], row["cases"]] for row in record["failures"]]
+    return f"{counts}\n\n{grid(['failed', 'cause', 'cases'], rows, texts=2)}" if rows else counts
+
+
 #: What README compares the loss with.
 WAYS = ("LGLALoss", "plain loop, compiled", "plain loop", "paper's formula")
 
