@@ -1,0 +1,181 @@
+"""What README and docs say of a GPU is what the committed records of one say."""
+
+import re
+import statistics
+
+import pytest
+import report
+import tables
+from scripts import ROOT
+
+NAMES = ["losses_cuda", "expert_layouts_cuda", "gpu_check_cuda", "tests_cuda"]
+LARGE, SMALL = "iNaturalist 4096 x 3 x 8142", "CIFAR 128 x 3 x 100"
+
+
+def page(name):
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+BENCHMARKS, README = page("docs/benchmarks.md"), page("README.md")
+
+
+@pytest.fixture(scope="module")
+def losses():
+    return tables.read("losses_cuda")
+
+
+@pytest.fixture
+def row(losses):
+    """The row of a way, size, phase and type."""
+
+    def find(shape, phase, dtype="float32", column="LGLALoss"):
+        wanted = {"shape": shape, "phase": phase, "dtype": dtype, "column": column}
+        (found,) = (row for row in losses["rows"] if all(row[key] == value for key, value in wanted.items()))
+        return found
+
+    return find
+
+
+def microseconds(row):
+    return f"{1000 * row['median_ms']:.1f}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_record_says_where_and_of_what_it_was_made(name):
+    record = tables.read(name)
+    assert record["device"] == "NVIDIA H200"
+    assert record["torch"].startswith("2.11")
+    assert re.fullmatch(r"[0-9a-f]{40}", record["commit"])
+
+
+@pytest.mark.parametrize("text", [BENCHMARKS, README], ids=["benchmarks", "README"])
+def test_many_classes_cost_what_is_recorded(row, text):
+    single, half = (row(LARGE, "device time", dtype) for dtype in ("float32", "bfloat16"))
+    faster = [1 / step["ratio_to_plain"] for step in (single, half)]
+    share = [100 * step["share_of_limit"] for step in (single, half)]
+    assert (
+        f"take {single['median_ms']:.2f} ms in float32 and {half['median_ms']:.2f} ms in bfloat16: "
+        f"{faster[0]:.1f} and {faster[1]:.0f} times as fast as the plain loop, "
+        f"at {share[0]:.0f} % and {share[1]:.0f} % of the limit"
+    ) in text
+
+
+def test_the_bandwidth_is_the_recorded_one(losses):
+    assert f"({losses['copy_gb_per_s']:.0f} GB/s)" in BENCHMARKS
+
+
+def test_few_classes_cost_what_is_recorded(row):
+    ours, plain = (
+        (row(SMALL, "device time", column=column), row(SMALL, "CUDA graph", column=column))
+        for column in ("LGLALoss", "plain loop")
+    )
+    launches = [ours[1]["launches"], plain[1]["launches"]]
+    empty = row(SMALL, "CUDA graph", column=f"{launches[0]} empty kernels")
+    ratio = ours[1]["median_ms"] / empty["median_ms"]
+    assert (
+        f"a step is {launches[0]} kernels and {microseconds(ours[0])} microseconds of the device, "
+        f"where the plain loop has {launches[1]} and {microseconds(plain[0])}. From a CUDA graph it takes "
+        f"{microseconds(ours[1])}, of which {launches[0]} empty kernels alone take {microseconds(empty)}: "
+        f"a ratio of {ratio:.2f}"
+    ) in BENCHMARKS
+    assert (
+        f"take {ours[1]['median_ms']:.3f} ms from a CUDA graph, where the plain loop takes "
+        f"{plain[1]['median_ms']:.3f}"
+    ) in README
+
+
+def test_the_hosts_time_is_about_a_millisecond_at_any_size(losses):
+    steps = [
+        row["median_ms"]
+        for row in losses["rows"]
+        if row["column"] == "LGLALoss" and row["phase"] == "forward + backward"
+    ]
+    plain_inputs = [ms for ms in steps if ms < 1.5]
+    assert len(plain_inputs) >= 8
+    assert 0.95 < statistics.median(plain_inputs) < 1.2
+    for text in (BENCHMARKS, README):
+        assert "about 1 ms" in text
+
+
+def test_the_launches_of_every_input_are_those_recorded(row):
+    launches = {
+        kind: row(f"{SMALL}, {kind}", "forward + backward")["launches"]
+        for kind in ("K tensors", "ExpertOutput", "sample weights", "probabilities")
+    }
+    one = row("CIFAR 128 x 1 x 100, one model", "forward + backward", column="BalancedSoftmaxLoss")
+    assert (
+        f"K tensors launch {launches['K tensors']} kernels, one model {one['launches']}, an `ExpertOutput` "
+        f"{launches['ExpertOutput']}, sample weights {launches['sample weights']} and probabilities "
+        f"{launches['probabilities']}"
+    ) in BENCHMARKS
+
+
+def test_every_loss_is_told(losses, row):
+    first, *lost = report.balance(losses)
+    said = re.search(r"\d+ wins, \d+ losses", first)[0].replace(",", " and")
+    assert said in README
+    for line in lost:
+        assert any(kind in line for kind in ("probabilities", "sample weights", "one model"))
+    assert {line.partition(", float32")[0].rpartition(", ")[2] for line in lost if "device time" in line} == {
+        "one model"
+    }
+
+    def beside(shape, phase, column="LGLALoss", places=2):
+        ours, plain = (row(shape, phase, column=name)["median_ms"] for name in (column, "plain loop"))
+        return f"{ours:.{places}f}", f"{plain:.{places}f}"
+
+    weights = beside(f"{SMALL}, sample weights", "forward + backward")
+    shares = beside(f"{SMALL}, probabilities", "forward + backward")
+    one = "CIFAR 128 x 1 x 100, one model"
+    called = beside(one, "forward + backward", "BalancedSoftmaxLoss")
+    alone = beside(one, "device time", "BalancedSoftmaxLoss", places=3)
+    assert f"with sample weights ({weights[0]} ms beside {weights[1]})" in BENCHMARKS
+    assert f"with probabilities ({shares[0]} beside {shares[1]})" in BENCHMARKS
+    assert f"({called[0]} ms beside {called[1]}, {alone[0]} beside {alone[1]} on the device)" in BENCHMARKS
+
+
+def test_the_speed_of_the_experts_is_the_recorded_one():
+    record = tables.read("expert_layouts_cuda")
+    rate = {
+        tuple(row["layout"].split(", channels_last")): row["images_per_second_quartiles"][1]
+        for row in record["rows"]
+        if "channels_last" in row["layout"]
+    }
+    graph = {layout: images for (layout, end), images in rate.items() if end}
+    called = {layout: images for (layout, end), images in rate.items() if not end}
+    together, alone = "grouped, together", "independent"
+    assert max(graph, key=graph.get) == together
+    assert max(called, key=called.get) == "hand-grouped"
+    assert (
+        f"From a CUDA graph that is the fastest of all: {graph[together]:,.0f} images a second beside "
+        f"{graph[alone]:,.0f} of independent experts. Called step by step it is slower than they are "
+        f"({called[together]:,.0f} beside {called[alone]:,.0f})"
+    ) in BENCHMARKS
+    assert f"{called['hand-grouped']:,.0f} images a second" in BENCHMARKS
+
+
+def test_the_tests_on_a_gpu_are_told_as_they_ended():
+    record = tables.read("tests_cuda")
+    assert sum(failure["cases"] for failure in record["failures"]) == record["failed"]
+    assert f"{record['passed']:,} passed and {record['failed']} failed" in page("docs/install.md")
+    shown = tables.tests(record)
+    assert all(f"`{failure['test']}`" in shown for failure in record["failures"])
+    for failure in record["failures"]:
+        path, _, name = failure["test"].partition("::")
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8")
+
+
+def test_no_check_on_the_gpu_failed():
+    record = tables.read("gpu_check_cuda")
+    assert all(row["passed"] > row["failed"] == 0 for row in record["rows"])
+    assert all(row["largest_error"] < row["bound"] for row in record["rows"] if "bound" in row)
+    shown = tables.checks(record).splitlines()
+    assert len(shown) == 2 + len(record["rows"])
+
+
+def test_no_page_says_that_gpus_are_untested():
+    old = ("nothing has been measured yet", "gpus are untested", "not run on a gpu", "no gpu ran")
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        if "_build" not in path.parts:
+            text = " ".join(path.read_text(encoding="utf-8").lower().split())
+            assert [phrase for phrase in old if phrase in text] == [], path
