@@ -60,6 +60,10 @@ def test_many_classes_cost_what_is_recorded(row, text):
     ) in text
 
 
+def test_the_page_tells_how_the_commit_came_into_the_record(losses):
+    assert losses["note"] in report.page(losses)
+
+
 def test_the_bandwidth_is_the_recorded_one(losses):
     assert f"({losses['copy_gb_per_s']:.0f} GB/s)" in BENCHMARKS
 
