@@ -93,6 +93,19 @@ def tests(record: Record) -> str:
     return f"{counts}\n\n{grid(['failed', 'cause', 'cases'], rows, texts=2)}" if rows else counts
 
 
+def forms(record: Record) -> str:
+    """How long a step of stacked training takes: a row a form, the fastest first."""
+    times = {
+        name: found["milliseconds_per_step"]
+        for name, found in record["forms"].items()
+        if isinstance(found, dict)
+    }
+    rows = [[f"`{name}`", f"{times[name]:.2f}"] for name in sorted(times, key=lambda name: times[name])]
+    missing = [f"`{name}`" for name in record["forms"] if name not in times]
+    table = grid(["form", "ms a step"], rows)
+    return f"{table}\n\nNot measured: {', '.join(missing)}." if missing else table
+
+
 #: What README compares the loss with.
 WAYS = ("LGLALoss", "plain loop, compiled", "plain loop", "paper's formula")
 

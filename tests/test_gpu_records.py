@@ -8,7 +8,7 @@ import report
 import tables
 from scripts import ROOT
 
-NAMES = ["losses_cuda", "expert_layouts_cuda", "gpu_check_cuda", "tests_cuda"]
+NAMES = ["losses_cuda", "expert_layouts_cuda", "gpu_check_cuda", "tests_cuda", "stacked_forms_cuda"]
 LARGE, SMALL = "iNaturalist 4096 x 3 x 8142", "CIFAR 128 x 3 x 100"
 
 
@@ -156,6 +156,18 @@ def test_the_speed_of_the_experts_is_the_recorded_one():
         f"({called[together]:,.0f} beside {called[alone]:,.0f})"
     ) in BENCHMARKS
     assert f"{called['hand-grouped']:,.0f} images a second" in BENCHMARKS
+
+
+def test_the_time_of_methods_trained_together_is_the_recorded_one():
+    record = tables.read("stacked_forms_cuda")
+    shown = tables.forms(record)
+    form, milliseconds = re.search(r"\| `(.+?)` \| (.+?) \|", shown).groups()
+    assert form == "grouped-fused"
+    assert f"{milliseconds} ms a step of all five" in BENCHMARKS
+    steps = 400 * record["steps_per_epoch"]
+    minutes = steps * record["forms"][form]["milliseconds_per_step"] / 60_000
+    assert f"has {steps:,} steps, so the five take {minutes:.1f} minutes" in BENCHMARKS
+    assert all(f"`{name}`" in shown for name in record["forms"])
 
 
 def test_the_tests_on_a_gpu_are_told_as_they_ended():
