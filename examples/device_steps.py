@@ -139,9 +139,12 @@ class Steps:
         torch.backends.cudnn.benchmark = True
         try:
             with torch.cuda.stream(stream):  # libraries choose and compile before they are recorded
-                for _ in range(3):
+                for debugging in ("default", "default", "error"):
+                    # What waits is told here: a recording would break, and what comes after it, too.
+                    torch.cuda.set_sync_debug_mode(debugging)
                     self.step.zero_()
                     self.run()
+            torch.cuda.set_sync_debug_mode("default")
             torch.cuda.current_stream().wait_stream(stream)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -149,6 +152,7 @@ class Steps:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.run()
         finally:
+            torch.cuda.set_sync_debug_mode("default")
             torch.backends.cudnn.benchmark = False
         self.graph = graph
         self.restore(before)

@@ -112,6 +112,7 @@ class Stack:
         epochs: how many there are to be.
         epoch: epochs done.
         seconds: time that they have taken, of all methods together.
+        diverged: methods whose losses were not finite, and at which step.
         evaluations: scores of every method, by epoch.
         logits: of the last evaluation, ``[N, K, C]`` a method.
     """
@@ -146,6 +147,7 @@ class Stack:
         self.form, self.measured = "", dict[str, Any]()
         self.seconds_per_step = self.seconds_per_evaluation = math.nan
         self.epoch, self.seconds = 0, 0.0
+        self.diverged: dict[str, int] = {}
         self.evaluations: dict[int, list[Any]] = {}
         self.logits: list[Tensor] = []
 
@@ -176,7 +178,13 @@ class Stack:
         if options.resume and self.checkpoint.exists():
             self.resume(graph)
         else:
-            self.choose(options.forms, graph)
+            try:
+                self.choose(options.forms, graph)
+            except InputError as error:
+                if not graph:
+                    raise
+                print(f"{error}; without CUDA graphs:", flush=True)
+                self.choose(options.forms, graph=False)
             fitting = fitting_epochs(options.epochs, self.seconds_of, deadline - time.monotonic())
             if fitting < options.epochs:
                 needed = self.seconds_of(options.epochs)
@@ -250,14 +258,20 @@ class Stack:
         self.save()
 
     def _look(self, step: int, seconds: float) -> None:
-        """Wait for the losses of a step, show them, and stop where one is not finite."""
+        """Wait for the losses of a step, show them, and note the runs whose are not finite.
+
+        Runs do not touch each other, unless they share groups of convolutions: the others go on.
+        """
         losses = dict(zip(self.options.methods, self.steps.losses.tolist(), strict=True))
         shown = ", ".join(f"{method} {loss:.3f}" for method, loss in losses.items())
         print(f"epoch {step // self.steps_per_epoch}/{self.epochs}, {seconds:.0f} s: {shown}", flush=True)
-        if not all(map(math.isfinite, losses.values())):
+        for method, loss in losses.items():
+            if not math.isfinite(loss):
+                self.diverged.setdefault(method, step)
+        if len(self.diverged) == len(losses):
             raise SystemExit(
-                f"step {step}: expected finite losses, got {shown}; train the others alone by --methods, or "
-                "all by --amp none. The last checkpoint is kept"
+                f"step {step}: expected finite losses, got {shown}; run it again by --amp none or --forms "
+                "grouped. The last checkpoint is kept"
             )
 
     def evaluate(self) -> None:
@@ -270,7 +284,7 @@ class Stack:
         print(f"epoch {self.epoch}, balanced accuracy: {', '.join(shown)}", flush=True)
 
     def _scores(self) -> list[dict[str, Any]]:
-        self.logits = self.steps.logits(self.val_images, normalised)
+        self.logits = [v.nan_to_num() for v in self.steps.logits(self.val_images, normalised)]
         scores: list[dict[str, Any]] = [{} for _ in self.logits]
         for of_run, logits in zip(scores, self.logits, strict=True):
             rows = {"ensemble": logits.mean(dim=1)}
@@ -306,6 +320,7 @@ class Stack:
             "epochs": self.epochs,
             "epoch": self.epoch,
             "seconds": self.seconds,
+            "diverged": self.diverged,
             "evaluations": self.evaluations,
             "form": self.form,
             "measured": self.measured,
@@ -327,6 +342,7 @@ class Stack:
         self.steps.restore(saved["state"])
         self.epoch, self.seconds = saved["epoch"], saved["seconds"]
         self.evaluations, self.measured = saved["evaluations"], saved["measured"]
+        self.diverged = saved["diverged"]
 
     def record(self, index: int) -> dict[str, Any]:
         """What a run of one method gave, as training.py records it; and its test logits beside it."""

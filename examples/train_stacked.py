@@ -133,9 +133,12 @@ def make_run(method: str, epochs: int, counts: Tensor, options: argparse.Namespa
 
 
 def write_records(stacks: list[Stack], options: argparse.Namespace, command: str) -> None:
-    """A record a method of the seeds so far, as train_paper.py writes it."""
+    """A record a method of the seeds so far, as train_paper.py writes it; none of a method that diverged."""
     for index, method in enumerate(options.methods):
         name = f"{options.prefix}_{method}"
+        if any(method in stack.diverged for stack in stacks):
+            print(f"{name}: its loss was not finite, no record")
+            continue
         for stack in stacks:
             stack.keep_outputs(index, options.out / name / f"seed{stack.seed}" / "outputs.npz")
         runs = [stack.record(index) for stack in stacks]
@@ -172,6 +175,7 @@ def write_overview(stacks: list[Stack], options: argparse.Namespace, command: st
             "epochs": stack.epochs,
             "epochs_done": stack.epoch,
             "seconds": round(stack.seconds, 1),
+            "diverged": stack.diverged,
         }
         for stack in stacks
     ]

@@ -317,6 +317,24 @@ def test_a_form_that_fails_leaves_the_others(tmp_path, monkeypatch):
     assert seed["form"] == "dense"
 
 
+def test_a_run_that_diverges_leaves_the_others(tmp_path, monkeypatch, capsys):
+    whole = read(run(tmp_path / "whole", "--methods", "cla", "lgla"))
+    choose = stacked_runs.Stack.choose
+
+    def choose_and_break(self, *arguments):
+        choose(self, *arguments)
+        with torch.no_grad():
+            self.steps.net.stem.weight[0].fill_(float("inf"))
+
+    monkeypatch.setattr(stacked_runs.Stack, "choose", choose_and_break)
+    out = run(tmp_path, "--methods", "cla", "lgla")
+    assert read(out)["runs"][0]["final"] == whole["runs"][0]["final"]
+    assert not (out / "stacked_cla.json").exists()
+    assert "stacked_cla: its loss was not finite" in capsys.readouterr().out
+    (seed,) = json.loads((out / "stacked.json").read_text())["seeds"]
+    assert list(seed["diverged"]) == ["cla"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
