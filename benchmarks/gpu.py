@@ -222,7 +222,8 @@ def parts_of(section: str, options: argparse.Namespace) -> Iterator[Part]:
 
 def tests(out: Path, dry: bool) -> Part:
     """The tests that need CUDA, in parallel where pytest-xdist is there; in a dry run those of one file."""
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out}/tests.xml"]
+    words = ["-m", "pytest", "-q", f"--junitxml={out}/tests.xml"]
+    words += ["-p", "no:cacheprovider", "-p", "no:benchmark"]  # which warns that it does not run in parallel
     if dry:
         words += ["tests/test_grouping.py"]
     else:

@@ -413,7 +413,7 @@ def work(job: Job, options: argparse.Namespace) -> int:
     start = time.perf_counter()
     kind = torch.device(options.device).type
     if kind == "cuda":
-        torch.cuda.set_device(options.device)
+        torch.cuda.set_device(torch.device(options.device).index or 0)
     bandwidth = float(word) or _bandwidth(options.device, options.quick)
     machine = {"device": measure.device_name(options.device), "copy_gb_per_s": _rounded(bandwidth / 1e9)}
     found = Found(machine, [], [])

@@ -250,7 +250,7 @@ class Operations(nn.Module):
         """Give the table that moves values from the mean grey, or to it."""
         own = self.every_level * self.scales[chosen][:, None, None]
         # A fused multiply-add rounds once: in float64 the product is exact.
-        mean = grey.mean(2, keepdim=True)
+        mean = grey.mean(2, keepdim=True).double()
         contrasted = (own + mean * self.weights[chosen][:, None, None]).to(torch.float32)
         return contrasted.clamp_(0, 255).to(torch.uint8)
 

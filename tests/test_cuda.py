@@ -294,7 +294,7 @@ def test_steps_leave_no_memory_behind(name, device):
         before = in_use(device)
         for _ in range(3):
             step()
-        assert in_use(device) == before
+        assert in_use(device) <= before  # less, where other tests left something
     finally:
         gc.enable()
 
@@ -427,4 +427,4 @@ def test_steps_of_experts_leave_no_memory_behind(how, device):
     for _ in range(3):
         step()
     gc.collect()
-    assert in_use(device) == before
+    assert in_use(device) <= before  # less, where other tests left something
