@@ -36,7 +36,8 @@ class Form(NamedTuple):
         streams: run the tensors of a stage on streams of their own.
         separate: leave the networks as they are, on streams of their own.
         fused: in training, compute a batch norm and what follows it by kernels of stacked_kernels.py.
-        own: in training, compute convolutions by kernels of stacked_kernels.py, too.
+        own: in training, compute convolutions of branches of so many channels, at most, by kernels of
+            stacked_kernels.py, too.
         compiled: let torch.compile fuse what surrounds the convolutions, in training.
     """
 
@@ -45,7 +46,7 @@ class Form(NamedTuple):
     streams: bool = False
     separate: bool = False
     fused: bool = False
-    own: bool = False
+    own: int = 0
     compiled: bool = False
 
     def shares(self, branches: int, width: int) -> list[int]:
@@ -63,8 +64,10 @@ class Form(NamedTuple):
 #: Forms by name; what is slower on one GPU may be faster on another. PyTorch's own operations come first.
 FORMS = {
     "grouped": Form(),
-    "kernels": Form(fused=True, own=True),
     "grouped-fused": Form(fused=True),
+    "kernels": Form(fused=True, own=64),
+    "kernels-16": Form(fused=True, own=16),
+    "kernels-32": Form(fused=True, own=32),
     "grouped-64-fused": Form(group=64, fused=True),
     "grouped-64": Form(group=64),
     "separate": Form(separate=True),
@@ -90,7 +93,7 @@ class Convolution(nn.Module):
         merged: branches that share a group, whose weights are 0 from one branch to another; a divisor of
             their number.
         shared: all branches see the same input.
-        own: compute it by a kernel of stacked_kernels.py in training.
+        own: compute it by kernels of stacked_kernels.py in training, if a branch has no more channels.
 
     Shape:
         - input: ``[N, g * I, H, W]``, or shared ``[N, I, H, W]``, in channels-last format
@@ -100,7 +103,7 @@ class Convolution(nn.Module):
     diagonal: Tensor
 
     def __init__(
-        self, layers: Sequence[nn.Conv2d], *, merged: int = 1, shared: bool = False, own: bool = False
+        self, layers: Sequence[nn.Conv2d], *, merged: int = 1, shared: bool = False, own: int = 0
     ) -> None:
         super().__init__()
         # In the order of channels-last memory, so that no form has to convert it: [g, O, 3, 3, I].
@@ -108,7 +111,7 @@ class Convolution(nn.Module):
         self.weight = nn.Parameter(torch.stack(weights))
         self.stride, self.merged = layers[0].stride, merged
         self.groups = 1 if shared else len(layers) // merged
-        self.by_kernel = own and merged == 1 and not shared
+        self.by_kernel = layers[0].out_channels <= own and merged == 1 and not shared
         self.register_buffer("diagonal", torch.eye(merged).to(self.weight), persistent=False)
 
     def lower(self, dtype: torch.dtype) -> None:

@@ -50,8 +50,8 @@ def _sums(parts, c, here, number: tl.constexpr, channels: tl.constexpr, block: t
     """Both sums of some channels over all programs."""
     first = tl.zeros([block], tl.float32)
     second = tl.zeros([block], tl.float32)
-    for start in range(0, number, 64):
-        i = start + tl.arange(0, 64)
+    for start in tl.static_range(0, number, 128):  # unrolled: all loads are under way at once
+        i = start + tl.arange(0, 128)
         mask = (i < number)[:, None] & here[None, :]
         at = parts + i[:, None] * 2 * channels + c[None, :]
         first += tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)
@@ -357,7 +357,9 @@ class _GroupedConvolution(torch.autograd.Function):
         upstream = upstream.contiguous(memory_format=torch.channels_last)
         n, _, height, wide = upstream.shape
         pixels = n * height * wide
-        programs = min(max(1, PROGRAMS // (3 * groups)), -(-pixels // PIXELS_AT_ONCE))
+        # More where the sums take few registers, so that more run at once.
+        resident = PROGRAMS * {256: 4, 512: 3, 1024: 2}.get(inputs * outputs, 1)
+        programs = min(max(1, resident // (3 * groups)), -(-pixels // PIXELS_AT_ONCE))
         parts = torch.empty(programs, *weight.shape, dtype=torch.float32, device=x.device)
         _weight_gradient[(groups, programs, 3)](
             x, upstream, parts, pixels, groups=groups, inputs=inputs, outputs=outputs, height=height,
