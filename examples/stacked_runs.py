@@ -142,7 +142,8 @@ class Stack:
         self.steps_per_epoch = len(orders[0])
         rates = torch.tensor(make_rates(first, self.steps_per_epoch), device=self.device)
         targets = torch.as_tensor(train.targets).to(self.device)
-        self.tables = Tables(images, targets, torch.cat(orders).to(self.device), rates)
+        order = torch.cat([*orders, orders[0][:1]]).to(self.device)
+        self.tables = Tables(images, targets, order, rates)
 
         self.form, self.measured = "", dict[str, Any]()
         self.seconds_per_step = self.seconds_per_evaluation = math.nan
@@ -241,6 +242,8 @@ class Stack:
                 break
             # So that the augmentation of an epoch is the same after an interruption.
             torch.manual_seed(mixed_seed(self.seed, self.epoch, 1))
+            if self.epoch == 0:
+                self.steps.prime()
             for step in range(self.epoch * self.steps_per_epoch, (self.epoch + 1) * self.steps_per_epoch):
                 self.steps.advance()
                 if (step + 1) % STEPS_A_LOOK == 0:
