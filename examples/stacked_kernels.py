@@ -21,6 +21,10 @@ from torch.autograd.function import once_differentiable
 #: Values of a program's tile, and programs of a sweep over all pixels: each leaves sums of its own.
 TILE, PROGRAMS = 4096, 528
 
+#: By the widest of inputs and outputs, pixels of a program of a convolution and its warps: what lets the
+#: compiler keep several programs on a multiprocessor of sm_90.
+PIXELS = {16: (256, 8), 32: (128, 8), 64: (64, 4)}
+
 #: Pixels at once of the gradient of a convolution's weights.
 PIXELS_AT_ONCE = 64
 
@@ -257,11 +261,11 @@ def norm_relu(
 
 
 @triton.jit
-def _source(
-    p, tap, height: tl.constexpr, wide: tl.constexpr, source_height: tl.constexpr, source_wide: tl.constexpr,
-    stride: tl.constexpr, flip: tl.constexpr,
+def _tap(
+    x, p, tap, pixels, channels: tl.constexpr, height: tl.constexpr, wide: tl.constexpr,
+    source_height: tl.constexpr, source_wide: tl.constexpr, stride: tl.constexpr, flip: tl.constexpr,
 ):  # fmt: skip
-    """The pixel that a tap of pixel ``p`` reads, and whether there is one."""
+    """What a tap of the pixels ``p`` reads of some channels: 0 beyond the border."""
     n, row, column = p // (height * wide), p // wide % height, p % wide
     if flip:  # from the input back to the outputs that read it
         row, column = row + tap // 3 - 1, column + tap % 3 - 1
@@ -270,8 +274,9 @@ def _source(
     else:
         row, column = row * stride + tap // 3 - 1, column * stride + tap % 3 - 1
         there = (row >= 0) & (column >= 0)
-    there = there & (row < source_height) & (column < source_wide)
-    return (n * source_height + row) * source_wide + column, there
+    there = there & (row < source_height) & (column < source_wide) & (p < pixels)
+    source = (n * source_height + row) * source_wide + column
+    return tl.load(x + source[:, None] * channels, mask=there[:, None], other=0.0)
 
 
 @triton.jit
@@ -290,12 +295,30 @@ def _convolve(
     else:
         of_group = weight + g * outputs * 9 * inputs + o[None, :] * 9 * inputs + i[:, None]
     total = tl.zeros([block, outputs], tl.float32)
-    for tap in tl.static_range(9):
-        source, there = _source(p, tap, height, wide, source_height, source_wide, stride, flip)
-        at = source[:, None] * (groups * inputs) + g * inputs + i[None, :]
-        value = tl.load(x + at, mask=(there & (p < pixels))[:, None], other=0.0)
-        matrix = tl.load(of_group + ((8 - tap) * outputs if flip else tap * inputs))
-        total = tl.dot(value, matrix, total, input_precision="ieee")
+    of_source = x + g * inputs + i[None, :]
+    for row in tl.static_range(3):
+        # The loads of a row of taps are under way together.
+        tap = 3 * row
+        left = _tap(
+            of_source, p, tap, pixels, groups * inputs, height, wide, source_height, source_wide,
+            stride, flip,
+        )  # fmt: skip
+        middle = _tap(
+            of_source, p, tap + 1, pixels, groups * inputs, height, wide, source_height, source_wide,
+            stride, flip,
+        )  # fmt: skip
+        right = _tap(
+            of_source, p, tap + 2, pixels, groups * inputs, height, wide, source_height, source_wide,
+            stride, flip,
+        )  # fmt: skip
+        first = (8 - tap) * outputs if flip else tap * inputs
+        further = -outputs if flip else inputs
+        w_left = tl.load(of_group + first)
+        w_middle = tl.load(of_group + first + further)
+        w_right = tl.load(of_group + first + 2 * further)
+        total = tl.dot(left, w_left, total, input_precision="ieee")
+        total = tl.dot(middle, w_middle, total, input_precision="ieee")
+        total = tl.dot(right, w_right, total, input_precision="ieee")
     out = y + p[:, None] * (groups * outputs) + g * outputs + o[None, :]
     tl.store(out, total.to(y.dtype.element_ty), mask=(p < pixels)[:, None])
 
@@ -318,18 +341,21 @@ def _weight_gradient(
         p = start + tl.arange(0, block)
         at = p[:, None] * (groups * outputs) + g * outputs + o[None, :]
         gradient = tl.trans(tl.load(upstream + at, mask=(p < pixels)[:, None], other=0.0))
-        source, there = _source(p, tap, height, wide, source_height, source_wide, stride, False)
-        at = of_group + source[:, None] * (groups * inputs)
-        value = tl.load(at, mask=(there & (p < pixels))[:, None], other=0.0)
-        left = tl.dot(gradient, value, left, input_precision="ieee")
-        source, there = _source(p, tap + 1, height, wide, source_height, source_wide, stride, False)
-        at = of_group + source[:, None] * (groups * inputs)
-        value = tl.load(at, mask=(there & (p < pixels))[:, None], other=0.0)
-        middle = tl.dot(gradient, value, middle, input_precision="ieee")
-        source, there = _source(p, tap + 2, height, wide, source_height, source_wide, stride, False)
-        at = of_group + source[:, None] * (groups * inputs)
-        value = tl.load(at, mask=(there & (p < pixels))[:, None], other=0.0)
-        right = tl.dot(gradient, value, right, input_precision="ieee")
+        first = _tap(
+            of_group, p, tap, pixels, groups * inputs, height, wide, source_height, source_wide,
+            stride, False,
+        )  # fmt: skip
+        second = _tap(
+            of_group, p, tap + 1, pixels, groups * inputs, height, wide, source_height, source_wide,
+            stride, False,
+        )  # fmt: skip
+        third = _tap(
+            of_group, p, tap + 2, pixels, groups * inputs, height, wide, source_height, source_wide,
+            stride, False,
+        )  # fmt: skip
+        left = tl.dot(gradient, first, left, input_precision="ieee")
+        middle = tl.dot(gradient, second, middle, input_precision="ieee")
+        right = tl.dot(gradient, third, right, input_precision="ieee")
     # [programs, g, O, 3, 3, I]
     out = parts + (tl.program_id(1) * groups + g) * outputs * 9 * inputs + tap * inputs
     out += o[:, None] * 9 * inputs + i[None, :]
@@ -364,7 +390,7 @@ class _GroupedConvolution(torch.autograd.Function):
         _weight_gradient[(groups, programs, 3)](
             x, upstream, parts, pixels, groups=groups, inputs=inputs, outputs=outputs, height=height,
             wide=wide, source_height=x.shape[2], source_wide=x.shape[3], stride=ctx.stride,
-            block=PIXELS_AT_ONCE, num_warps=4,
+            block=PIXELS_AT_ONCE, num_warps=8 if inputs * outputs > 2048 else 4,
         )  # fmt: skip
         of_input = _convolved(upstream, weight, list(x.shape[2:]), ctx.stride, flip=True)
         return of_input, parts.sum(0).to(weight.dtype), None
@@ -377,10 +403,11 @@ def _convolved(x: Tensor, weight: Tensor, size: list[int], stride: int, flip: bo
     shape = (x.shape[0], groups * outputs, *size)
     pixels = x.shape[0] * size[0] * size[1]
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    block = 256 if inputs * outputs <= 1024 else 128  # what the registers hold
+    block, num_warps = PIXELS.get(max(inputs, outputs), (64, 4))
     _convolve[(groups, -(-pixels // block))](
         x, weight, y, pixels, groups=groups, inputs=inputs, outputs=outputs, height=size[0], wide=size[1],
-        source_height=x.shape[2], source_wide=x.shape[3], stride=stride, flip=flip, block=block, num_warps=8,
+        source_height=x.shape[2], source_wide=x.shape[3], stride=stride, flip=flip, block=block,
+        num_warps=num_warps,
     )  # fmt: skip
     return y
 
