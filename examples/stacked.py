@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +36,7 @@ class Form(NamedTuple):
         streams: run the tensors of a stage on streams of their own.
         separate: leave the networks as they are, on streams of their own.
         fused: in training, compute a batch norm and what follows it by kernels of stacked_kernels.py.
-        own: in training, compute convolutions of branches of so many channels, at most, by kernels of
-            stacked_kernels.py, too.
+        own: in training, compute a convolution by kernels of stacked_kernels.py, too, where they are faster.
         compiled: let torch.compile fuse what surrounds the convolutions, in training.
     """
 
@@ -46,7 +45,7 @@ class Form(NamedTuple):
     streams: bool = False
     separate: bool = False
     fused: bool = False
-    own: int = 0
+    own: bool = False
     compiled: bool = False
 
     def shares(self, branches: int, width: int) -> list[int]:
@@ -64,10 +63,8 @@ class Form(NamedTuple):
 #: Forms by name; what is slower on one GPU may be faster on another. PyTorch's own operations come first.
 FORMS = {
     "grouped": Form(),
+    "kernels": Form(fused=True, own=True),
     "grouped-fused": Form(fused=True),
-    "kernels": Form(fused=True, own=64),
-    "kernels-16": Form(fused=True, own=16),
-    "kernels-32": Form(fused=True, own=32),
     "grouped-64-fused": Form(group=64, fused=True),
     "grouped-64": Form(group=64),
     "separate": Form(separate=True),
@@ -93,7 +90,7 @@ class Convolution(nn.Module):
         merged: branches that share a group, whose weights are 0 from one branch to another; a divisor of
             their number.
         shared: all branches see the same input.
-        own: compute it by kernels of stacked_kernels.py in training, if a branch has no more channels.
+        own: compute it in training by kernels of stacked_kernels.py, where they are faster.
 
     Shape:
         - input: ``[N, g * I, H, W]``, or shared ``[N, I, H, W]``, in channels-last format
@@ -103,7 +100,7 @@ class Convolution(nn.Module):
     diagonal: Tensor
 
     def __init__(
-        self, layers: Sequence[nn.Conv2d], *, merged: int = 1, shared: bool = False, own: int = 0
+        self, layers: Sequence[nn.Conv2d], *, merged: int = 1, shared: bool = False, own: bool = False
     ) -> None:
         super().__init__()
         # In the order of channels-last memory, so that no form has to convert it: [g, O, 3, 3, I].
@@ -111,7 +108,7 @@ class Convolution(nn.Module):
         self.weight = nn.Parameter(torch.stack(weights))
         self.stride, self.merged = layers[0].stride, merged
         self.groups = 1 if shared else len(layers) // merged
-        self.by_kernel = layers[0].out_channels <= own and merged == 1 and not shared
+        self.by_kernel = own and merged == 1 and not shared
         self.register_buffer("diagonal", torch.eye(merged).to(self.weight), persistent=False)
 
     def lower(self, dtype: torch.dtype) -> None:
@@ -255,6 +252,12 @@ class StackedNetworks(nn.Module):
         self.weight = nn.Parameter(torch.cat([part.classifiers.weight.detach() for part in experts]))
         self.experts = [part.num_experts for part in experts]
         self.run_of = [run for run, experts in enumerate(self.experts) for _ in range(experts)]
+        # Where a tensor holds all branches, a kernel gives each that of its run.
+        whole = [list(range(len(self.experts)))], [list(range(len(self.run_of)))]
+        self.spreads = form.fused and (self.members[0], self.members[1]) == whole
+        first = torch.tensor([0, *accumulate(self.experts)], dtype=torch.int32)
+        self.register_buffer("first_of", first, persistent=False)
+        self.register_buffer("sources", torch.tensor(self.run_of, dtype=torch.int32), persistent=False)
         self.streams: list[torch.cuda.Stream] = []
 
     def lower(self, dtype: torch.dtype) -> None:
@@ -276,7 +279,11 @@ class StackedNetworks(nn.Module):
         maps = self._stage(0, [x], [runs])
         trunk = self.members[0]
         of_experts = [[self.run_of[i] for i in own] for own in self.members[1]]
-        maps = self._stage(1, maps, trunk, of_experts)
+        if self.spreads and self.training:
+            maps = [kernels().spread(maps[0], self.sources, self.first_of, max(self.experts))]
+            maps = self._stage(1, maps, of_experts, of_experts)
+        else:
+            maps = self._stage(1, maps, trunk, of_experts)
         maps = self._stage(2, maps, self.members[1])
 
         features = [x.mean(dim=(2, 3), dtype=self.weight.dtype).split(64, dim=1) for x in maps]

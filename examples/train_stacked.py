@@ -163,6 +163,8 @@ def write_records(stacks: list[Stack], options: argparse.Namespace, command: str
 def write_overview(stacks: list[Stack], options: argparse.Namespace, command: str) -> None:
     """What was measured, and how long all took together: stacked.json."""
     on_gpu = stacks[0].device.type == "cuda"
+    kernels: Any = sys.modules.get("stacked_kernels")
+    chosen = {} if kernels is None else kernels.FASTEST
     seeds = [
         {
             "seed": stack.seed,
@@ -186,6 +188,9 @@ def write_overview(stacks: list[Stack], options: argparse.Namespace, command: st
         "versions": versions(),
         "methods": list(options.methods),
         "epochs_asked": options.epochs,
+        "convolutions": {
+            " ".join(map(str, key)): "PyTorch's" if which else "own" for key, which in chosen.items()
+        },
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "seeds": seeds,
     }

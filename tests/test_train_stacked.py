@@ -114,6 +114,7 @@ def test_gradients_are_those_of_separate_networks(name):
 @pytest.mark.parametrize("name", ["kernels", "grouped-fused", "grouped-64-fused"])
 def test_kernels_train_as_pytorch_does(name, monkeypatch):
     monkeypatch.setattr(stacked_kernels, "PROGRAMS", 3)
+    monkeypatch.setattr(stacked_kernels, "PROGRAMS_OF_SUMS", 3)
     nets, losses = networks([2, 1], torch.float32, blocks=1), criteria([2, 1])
     read = tables(2, 3, torch.float32)
 
@@ -127,6 +128,31 @@ def test_kernels_train_as_pytorch_does(name, monkeypatch):
         steps.logits(read.images, prepare), plain.logits(read.images, prepare), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-2)
+
+
+def test_branches_get_the_maps_of_their_run():
+    experts = [3, 1, 2]
+    run_of = torch.tensor([0, 0, 0, 1, 2, 2], dtype=torch.int32)
+    x = torch.randn(2, 3 * 16, 3, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    first_of = torch.tensor([0, 3, 4, 6], dtype=torch.int32)
+    got = stacked_kernels.spread(x, run_of, first_of, max(experts))
+    expected = torch.cat([x.split(16, dim=1)[run] for run in run_of.tolist()], dim=1)
+    assert torch.equal(got, expected)
+    upstream = torch.randn_like(got)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, upstream)[0] for y in (got, expected)))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_is_the_same_whichever_is_faster(stride, monkeypatch):
+    x = torch.randn(2, 32, 6, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(2, 32, 3, 3, 16, requires_grad=True)
+    upstream, results = torch.randn(2, 64, 6 // stride, 8 // stride), []
+    for which in (0, 1):
+        monkeypatch.setattr(stacked_kernels, "fastest", lambda key, *made, i=which: made[i]())
+        y = stacked_kernels.grouped_convolution(x, weight, stride)
+        results.append((y, *torch.autograd.grad(y, (x, weight), upstream)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_one_run_does_not_move_another():
@@ -428,7 +454,8 @@ SIZES = [(16, 16, 32, 1), (16, 32, 32, 2), (32, 32, 16, 1), (32, 64, 16, 2), (64
 
 @needs_gpu
 @pytest.mark.parametrize(("inputs", "outputs", "side", "stride"), SIZES)
-def test_convolutions_of_real_sizes_are_pytorch_s(inputs, outputs, side, stride):
+def test_convolutions_of_real_sizes_are_pytorch_s(inputs, outputs, side, stride, monkeypatch):
+    monkeypatch.setattr(stacked_kernels, "fastest", lambda key, *candidates: candidates[0]())
     groups = 13
     x = torch.randn(128, groups * inputs, side, side, device="cuda", dtype=torch.bfloat16)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
