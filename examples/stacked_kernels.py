@@ -31,8 +31,10 @@ PROGRAMS, PROGRAMS_OF_SUMS = 528, 396
 #: compiler keep several programs on a multiprocessor of sm_90.
 PIXELS = {16: (256, 8), 32: (128, 8), 64: (64, 4)}
 
-#: Pixels at once of the gradient of a convolution's weights.
+#: Pixels at once of the gradient of a convolution's weights, and by inputs times outputs how many of its
+#: programs run at once.
 PIXELS_AT_ONCE = 64
+RESIDENT = {256: 792, 512: 792, 1024: 660, 2048: 396, 4096: 264}
 
 
 @triton.jit
@@ -455,9 +457,8 @@ def _gradient_of_weight(x: Tensor, upstream: Tensor, weight: Tensor, stride: int
     groups, outputs, _, _, inputs = weight.shape
     n, _, height, wide = upstream.shape
     pixels = n * height * wide
-    # More where the sums take few registers, so that more run at once.
-    resident = PROGRAMS * {256: 4, 512: 3, 1024: 2}.get(inputs * outputs, 1)
-    programs = min(max(1, resident // (3 * groups)), -(-pixels // PIXELS_AT_ONCE))
+    at_once = RESIDENT.get(inputs * outputs, PROGRAMS)
+    programs = min(max(1, at_once // (3 * groups)), -(-pixels // PIXELS_AT_ONCE))
     parts = torch.empty(programs, *weight.shape, dtype=torch.float32, device=x.device)
     _weight_gradient[(groups, programs, 3)](
         x, upstream, parts, pixels, groups=groups, inputs=inputs, outputs=outputs, height=height,

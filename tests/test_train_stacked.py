@@ -130,12 +130,11 @@ def test_kernels_train_as_pytorch_does(name, monkeypatch):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-2)
 
 
-def test_branches_get_the_maps_of_their_run():
-    experts = [3, 1, 2]
-    run_of = torch.tensor([0, 0, 0, 1, 2, 2], dtype=torch.int32)
-    x = torch.randn(2, 3 * 16, 3, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
-    first_of = torch.tensor([0, 3, 4, 6], dtype=torch.int32)
-    got = stacked_kernels.spread(x, run_of, first_of, max(experts))
+def test_branches_get_the_maps_of_their_run(device):
+    run_of = torch.tensor([0, 0, 0, 1, 2, 2], dtype=torch.int32, device=device)
+    first_of = torch.tensor([0, 3, 4, 6], dtype=torch.int32, device=device)
+    x = torch.randn(2, 3 * 16, 3, 4, device=device).contiguous(memory_format=torch.channels_last)
+    got = stacked_kernels.spread(x.requires_grad_(), run_of, first_of, 3)
     expected = torch.cat([x.split(16, dim=1)[run] for run in run_of.tolist()], dim=1)
     assert torch.equal(got, expected)
     upstream = torch.randn_like(got)
