@@ -60,19 +60,19 @@ class Form(NamedTuple):
         return -(-branches // -(-branches // most))
 
 
-#: Forms by name; what is slower on one GPU may be faster on another. PyTorch's own operations come first.
+#: Forms by name. The first is PyTorch's own, whose losses the others must have; then the more promising ones.
 FORMS = {
     "grouped": Form(),
     "kernels": Form(fused=True, own=True),
     "grouped-fused": Form(fused=True),
+    "separate": Form(separate=True),
+    "grouped-128-fused": Form(group=128, fused=True),
+    "dense-streams": Form(tensor=1, streams=True),
     "grouped-64-fused": Form(group=64, fused=True),
     "grouped-64": Form(group=64),
-    "separate": Form(separate=True),
     "tensors-64": Form(tensor=64, group=64),
-    "dense-streams": Form(tensor=1, streams=True),
-    "dense": Form(tensor=1),
-    "grouped-128-fused": Form(group=128, fused=True),
     "tensors-128": Form(tensor=128, group=128),
+    "dense": Form(tensor=1),
     "block-diagonal": Form(group=2**16),
 }
 

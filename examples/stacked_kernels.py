@@ -1,6 +1,7 @@
-"""Triton kernels for stacked networks: batch norm with what follows it in one, and grouped 3x3 convolutions.
+"""Triton kernels that train stacked networks: batch norms with what follows them, and grouped convolutions.
 
-Maps are in channels-last memory, ``[P, C]`` of ``P = N * H * W`` pixels. In training alone; a network is
+Maps are in channels-last memory, ``[P, C]`` of ``P = N * H * W`` pixels. Libraries compute some passes of a
+convolution of many small groups a group at a time; the faster of theirs and ours is taken. Networks are
 evaluated by PyTorch's own operations.
 """
 

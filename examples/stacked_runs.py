@@ -304,6 +304,7 @@ class Stack:
         return {
             "methods": list(options.methods),
             "seed": self.seed,
+            "epochs": options.epochs,
             "amp": options.amp,
             "quick": options.quick,
             "class_counts": self.counts.tolist(),
