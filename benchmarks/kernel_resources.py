@@ -111,9 +111,14 @@ def loss_launches(
     yield from recorded(kernels.rescale_, logits, scalar)
 
 
+def architecture(target: GPUTarget) -> int | None:
+    """The GPU as the launchers know it."""
+    return None if target.backend == "hip" else int(target.arch)
+
+
 def options_for(tile: kernels.Tile, target: GPUTarget) -> dict[str, int]:
     """What the launcher tells the compiler on such a GPU."""
-    return tile.options(None if target.backend == "hip" else int(target.arch))
+    return tile.options(architecture(target))
 
 
 def compiled(launch: Launch, target: GPUTarget) -> Any:
@@ -121,6 +126,11 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
     names = launch.kernel.arg_names
     signature = dict.fromkeys(names, "constexpr")
     constants = dict(launch.constants)
+    if "stages" in constants:  # as the launcher has them on that GPU
+        constants["stages"] = launch.tile.stages(architecture(target), launch.arguments[0].element_size())
+    if "flush" in constants:
+        state = launch.arguments[names.index("state")]
+        constants["flush"] = kernels.flushes(architecture(target), state.dtype)
     attributes = {}
     for i, (name, argument) in enumerate(zip(names, launch.arguments, strict=False)):
         if argument is None or (type(argument) is int and argument == 1):

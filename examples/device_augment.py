@@ -249,8 +249,9 @@ class Operations(nn.Module):
     def _contrasted(self, grey: Tensor, chosen: Tensor) -> Tensor:
         """Give the table that moves values from the mean grey, or to it."""
         own = self.every_level * self.scales[chosen][:, None, None]
+        # The quotient in float64: a GPU multiplies by a rounded reciprocal, and a level may be the next one.
+        mean = grey.sum(2, keepdim=True).double().div_(grey.shape[2]).to(torch.float32).double()
         # A fused multiply-add rounds once: in float64 the product is exact.
-        mean = grey.mean(2, keepdim=True).double()
         contrasted = (own + mean * self.weights[chosen][:, None, None]).to(torch.float32)
         return contrasted.clamp_(0, 255).to(torch.uint8)
 

@@ -34,6 +34,31 @@ TOLERANCE = {
 }
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """On a GPU each process begins with a long test: at the end of its part all others would wait for it.
+
+    pytest-xdist gives the processes equal parts, in order, and takes no test away that is next in turn.
+    """
+    if HAS_GPU:
+        processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        items[:] = long_ones_first(
+            items, [bool(item.get_closest_marker("long")) for item in items], processes
+        )
+
+
+def long_ones_first(items, are_long, parts):
+    """The same items, those that are long where each of equal parts begins, one after the other."""
+    long, ordered = (
+        [item for item, is_long in zip(items, are_long, strict=True) if is_long is kind]
+        for kind in (True, False)
+    )
+    places = sorted((i % parts * len(items) // parts + i // parts, i) for i in range(len(long)))
+    for place, i in places:
+        ordered.insert(place, long[i])
+    return ordered
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     return request.param

@@ -1,6 +1,7 @@
 """The losses' benchmark: it runs, its records keep their contract, and all columns do equal work."""
 
 import contextlib
+import io
 import json
 import signal
 import subprocess
@@ -164,21 +165,32 @@ def test_every_kind_of_input_has_a_plain_loop_of_the_same_loss(kind):
 class _Event:
     """Of a GPU that does everything at once."""
 
-    def __init__(self, enable_timing):
-        self.time = None
+    def __init__(self, enable_timing=False):
+        self.is_timed, self.time = enable_timing, None
 
     def record(self):
         self.time = time.perf_counter()
 
     def elapsed_time(self, other):
+        if not (self.is_timed and other.is_timed) or None in (self.time, other.time):
+            raise RuntimeError("both events must be recorded, with timing enabled")
         return 1e3 * (other.time - self.time)
 
 
 class _Graph:
     """Records nothing."""
 
+    is_recorded = False
+
     def replay(self):
-        pass
+        if not self.is_recorded:
+            raise RuntimeError("called replay without a preceding successful capture")
+
+
+@contextlib.contextmanager
+def _recording(graph, *, capture_error_mode):
+    yield
+    graph.is_recorded = True
 
 
 def is_missing(*arguments):
@@ -187,9 +199,19 @@ def is_missing(*arguments):
 
 @pytest.fixture
 def stand_in_gpu(monkeypatch):
-    """What the benchmark asks of a GPU, of a CPU, so that these lines run where there is none."""
+    """What the benchmark asks of a GPU, of a CPU, so that these lines run where there is none.
+
+    As strict as a GPU. Gives the indices of the devices that were set.
+    """
     stream = SimpleNamespace(wait_stream=lambda other: None)
+    devices_set = []
+
+    def set_device(device):
+        devices_set.append(torch.cuda._utils._get_device_index(device))  # PyTorch's own check
+
     stand_in = {
+        "set_device": set_device,
+        "get_device_name": lambda device: "a stand-in",
         "Event": _Event,
         "synchronize": lambda: None,
         "_sleep": lambda cycles: None,
@@ -202,13 +224,14 @@ def stand_in_gpu(monkeypatch):
         "current_stream": lambda: stream,
         "stream": lambda other: contextlib.nullcontext(),
         "CUDAGraph": _Graph,
-        "graph": lambda graph, capture_error_mode: contextlib.nullcontext(),
+        "graph": _recording,
     }
     for name, value in stand_in.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(contestants, "on_gpu", lambda device: True)
     monkeypatch.setattr(contestants, "liger", is_missing)
     monkeypatch.setattr(measure, "launches", lambda step, batch: 4)
+    return devices_set
 
 
 def job_on_stand_in(tmp_path, part, *cells):
@@ -246,6 +269,18 @@ def test_a_gpu_has_device_times_shares_of_the_limit_and_graphs_beside_empty_kern
     whole = benchmark._empty_record(SimpleNamespace(device="cuda")) | {"rows": found.rows}
     assert report.faults(whole) == []
     assert report.terminal_table(whole).row_count == len({row["column"] for row in found.rows})
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:1", 1)])
+def test_a_process_measures_on_the_gpu_that_is_named(
+    stand_in_gpu, monkeypatch, tmp_path, tiny, device, index
+):
+    measured = []
+    monkeypatch.setattr(benchmark, "measure_job", lambda job, setting, *_: measured.append(setting.device))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1e12\n"))
+    options = SimpleNamespace(device=device, quick=False, rows=tmp_path / "rows.json")
+    assert benchmark.work(benchmark.Job([tiny], "uncompiled columns"), options) == 0
+    assert (measured, stand_in_gpu) == ([device], [index])
 
 
 def test_compiled_columns_are_measured_beside_the_plain_loop_that_is_there_already(

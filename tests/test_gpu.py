@@ -19,6 +19,7 @@ import pytest
 from scripts import ROOT
 
 import lgla_losses
+from conftest import long_ones_first
 
 SCRIPTS = {
     "bench": "benchmarks/losses.py",
@@ -222,6 +223,16 @@ def test_on_a_gpu_the_tests_are_those_that_name_a_device(tmp_path):
     assert command[command.index("-m", 1) + 1] == "cuda and not slow"
     assert {"tests/test_engines.py", "tests/test_fused.py", "tests/test_loss.py"} <= set(command)
     assert "tests/test_readme.py" not in command
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_each_process_of_tests_begins_with_a_long_one(parts):
+    ordered = long_ones_first(range(12), [i >= 8 for i in range(12)], parts)
+    assert sorted(ordered) == list(range(12))
+    share, long_ones = 12 // parts, 4 // parts
+    assert {i for i in range(12) if ordered[i] >= 8} == {
+        share * part + i for part in range(parts) for i in range(long_ones)
+    }
 
 
 #: Problems of which the second takes its process with it, and the third gives a wrong gradient.

@@ -329,6 +329,7 @@ def test_no_value_is_read_off_the_cpu(inputs):
     assert logits.grad.shape == logits.shape
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_is_captured_in_a_cuda_graph(close):
     criterion = LGLALoss(COUNTS).cuda()

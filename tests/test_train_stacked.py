@@ -419,6 +419,7 @@ def losses_of(steps):
 
 
 @needs_gpu
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["grouped", "kernels", "grouped-64-fused", "dense-streams", "separate"])
 def test_a_recorded_step_is_the_step(on_cuda, name):
     device, read = on_cuda
@@ -430,6 +431,7 @@ def test_a_recorded_step_is_the_step(on_cuda, name):
 
 
 @needs_gpu
+@pytest.mark.long
 def test_a_recorded_step_waits_for_nothing(on_cuda):
     device, read = on_cuda
     steps = steps_on(device, read, FORMS["kernels"], graph=False)
@@ -493,6 +495,7 @@ def test_norms_of_real_sizes_are_pytorch_s(channels, side, adds):
 
 
 @needs_gpu
+@pytest.mark.long
 def test_the_command_trains_on_a_gpu(tmp_path):
     out = tmp_path / "out"
     train_stacked.main(["--quick", "--device", "cuda", "--out", str(out), "--forms", "grouped", "kernels"])

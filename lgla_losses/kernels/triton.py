@@ -44,16 +44,18 @@ __all__ = [
 #:   of longer rows a program takes four at a time, with a maximum across each block of their classes.
 #: - ``"resident"`` limits the registers, so that a multiprocessor runs 32 warps; of longer rows a program of
 #:   32 warps takes one at a time (:func:`_forward_streamed`).
-#: - ``"paired"`` differs in longer rows: programs of 16 warps, of which a multiprocessor runs two.
+#: - ``"prefetched"`` reads the next rows of one tile into shared memory while it computes, in half as many
+#:   warps of twice as many registers.
+#: - ``"paired"`` prefetches with the warps of ``"resident"``; longer rows are taken by programs of 16 warps,
+#:   of which a multiprocessor runs two.
 #:
-#: What they should gain on an H100 (132 multiprocessors, 50 MB of L2 cache), by the compiler's report and by
-#: counting bytes, not by measurement. At 8,142 classes ``"resident"`` runs 32 warps instead of 16: one
-#: program loads while another sums. At 50,000 classes in float32 26 MB of rows wait for their second read,
-#: which the L2 cache holds, instead of 154 MB, which memory sends twice: two thirds of the traffic.
-#: ``"paired"`` doubles these 26 MB, which may cost that in float32, and in 16 bits hides the ends of rows.
-PLANS = ("0.1", "resident", "paired")
+#: On an H200 ``"resident"`` is no faster than ``"0.1"`` at 8,142 classes: both wait for every row. In 16 bits
+#: instructions are the next limit, 490 a warp and row of 443 that memory leaves time for; ``"prefetched"``
+#: has 16 % fewer a row. At 50,000 classes in float32 26 MB of rows wait for their second read, which the L2
+#: cache holds, instead of 154 MB, which memory sends twice.
+PLANS = ("0.1", "resident", "prefetched", "paired")
 
-_plan = "resident"
+_plan = "prefetched"
 
 
 def plan() -> str:
@@ -85,30 +87,42 @@ class Tile(NamedTuple):
         block: its columns.
         num_warps: warps of a program, on NVIDIA.
         registers: the most that a thread may take, on NVIDIA; None leaves it to the compiler.
+        prefetched: tiles read ahead into shared memory, at most, on NVIDIA.
     """
 
     rows: int
     block: int
     num_warps: int
     registers: int | None = None
+    prefetched: int = 0
 
     def options(self, architecture: int | None) -> dict[str, int]:
         """What Triton's compiler is told.
 
         AMD, here None, runs up to 16 warps, and has no limit of registers to ask for. From sm_100 on the
-        compiler spills at 64 registers and 16 elements a thread, so that a thread has 8.
+        compiler spills from 16 elements a thread on, so that a thread has 8.
         """
         if architecture is None:
             return {"num_warps": min(16, self.num_warps)}
         if self.registers is None:
             return {"num_warps": self.num_warps}
-        more = 2 if architecture >= 100 and self.block // (32 * self.num_warps) >= 16 else 1
-        return {"num_warps": min(32, more * self.num_warps), "maxnreg": self.registers}
+        if architecture >= 100 and self.block >= 8 * self.registers * self.num_warps:
+            return {"num_warps": min(32, self.num_warps * self.registers // 32), "maxnreg": 64}
+        return {"num_warps": self.num_warps, "maxnreg": self.registers}
+
+    def stages(self, architecture: int | None, item_bytes: int) -> int:
+        """Tiles read ahead, and one: as many as fit the shared memory of all programs that run at once."""
+        # From sm_100 on the compiler spills.
+        if architecture is None or not 80 <= architecture < 100 or self.registers is None:
+            return 1
+        programs = max(1, 2048 // (self.registers * self.num_warps))
+        shared = (160 if architecture in (80, 87, 90) else 96) * 1024 // programs
+        return 1 + min(self.prefetched, shared // (self.rows * self.block * item_bytes))
 
 
 # The sizes below give a thread 8 to 32 elements, all in registers: benchmarks/kernel_resources.py prints
-# what they need. With 64 registers a thread an NVIDIA multiprocessor runs 32 warps, whatever programs they
-# belong to.
+# what they need. With 64 registers a thread an NVIDIA multiprocessor runs 32 warps, with 128 it runs 16,
+# whatever programs they belong to.
 
 
 def forward_tile(num_classes: int, dtype: torch.dtype) -> Tile:
@@ -127,10 +141,13 @@ def _forward_tile(num_classes: int, dtype: torch.dtype, plan: str) -> Tile:
             return Tile(4, 1024, 8) if wide == 1 else Tile(1, 2048, 8)
         return Tile(rows, block, max(4, min(16, wide * block // 512)))
     if not whole:
-        return Tile(1, 4096, 32, 64) if plan == "resident" else Tile(1, 2048, 16, 64)
+        return Tile(1, 2048, 16, 64) if plan == "paired" else Tile(1, 4096, 32, 64)
     num_warps = max(4, block // 512)
-    # Small tiles take few registers, or leave the compiler no choice.
-    return Tile(rows, block, num_warps, 64 if num_warps > 4 else None)
+    if num_warps == 4:  # small tiles take few registers, or leave the compiler no choice
+        return Tile(rows, block, num_warps)
+    if plan == "prefetched":
+        return Tile(rows, block, num_warps // 2, 128, prefetched=2)
+    return Tile(rows, block, num_warps, 64, prefetched=2 if plan == "paired" else 0)
 
 
 @lru_cache(maxsize=256)
@@ -156,23 +173,35 @@ def _power_of_two(number: int, least: int = 1) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
+@lru_cache(maxsize=64)
+def _architecture(device: torch.device) -> int | None:
+    """Ten times the compute capability of NVIDIA, None of AMD, 0 of Triton's interpreter."""
+    if torch.version.hip is not None:
+        return None
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 @lru_cache(maxsize=256)
 def _options(tile: Tile, device: torch.device) -> dict[str, int]:
     """What Triton's compiler is told for a device."""
-    if torch.version.hip is not None:
-        return tile.options(None)
-    if device.type != "cuda":
-        return tile.options(0)  # Triton's interpreter, which has no use for them
-    major, minor = torch.cuda.get_device_capability(device)
-    return tile.options(10 * major + minor)
+    return tile.options(_architecture(device))
+
+
+def flushes(architecture: int | None, dtype: torch.dtype) -> bool:
+    """Whether exponentials below the normal numbers may be 0; see :func:`_exp`."""
+    return bool(architecture) and dtype == torch.float32 and _plan in ("prefetched", "paired")
 
 
 @lru_cache(maxsize=64)
-def _resident_programs(device: torch.device, num_warps: int) -> int:
-    """As many programs as the device runs at once with 64 registers a thread; each takes several tiles."""
+def _resident_programs(device: torch.device, num_warps: int, registers: int) -> int:
+    """As many programs as the device runs at once with so many registers a thread; each takes several tiles."""
     if device.type != "cuda":
         return 16 // num_warps + 2  # Triton's interpreter, one program after the other
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) * max(1, 32 // num_warps)
+    multiprocessors = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return multiprocessors * max(1, 2048 // (registers * num_warps))
 
 
 # --- Angles and weights -------------------------------------------------------------------------------------
@@ -288,6 +317,23 @@ def _weights(
 
 
 @triton.jit
+def _exp(x, flush: tl.constexpr):
+    """The exponential; with ``flush``, on NVIDIA, numbers below the normal ones are 0, in half the instructions."""
+    if flush:
+        powers = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;",
+            "=f,f",
+            [x * 1.4426950408889634],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        powers = tl.exp(x)
+    return powers
+
+
+@triton.jit
 def _target_logits(logits, table, row, k, y, known, num_classes: tl.constexpr, stride_c, dtype: tl.constexpr):
     """The adjusted logits of the targets; NaN where a target is no class."""
     known = known & (y >= 0) & (y < num_classes)
@@ -299,14 +345,17 @@ def _target_logits(logits, table, row, k, y, known, num_classes: tl.constexpr, s
 
 @triton.jit
 def _adjustment(table, k, j, num_classes: tl.constexpr, dtype: tl.constexpr, often: tl.constexpr):
-    """The classes' adjustments ``[1, block]`` of expert k; those read often stay in the caches."""
+    """The classes' adjustments ``[1, block]`` of expert k; those read often stay in the caches.
+
+    Beyond the last class it is -inf, so that padding adds nothing to a sum.
+    """
     j = j[None, :]
     if table is None:
-        values = tl.zeros(j.shape, dtype)
+        values = tl.where(j < num_classes, 0.0, -float("inf")).to(dtype)
     else:
         policy: tl.constexpr = "evict_last" if often else ""
         address = table + k * num_classes + j
-        values = tl.load(address, mask=j < num_classes, other=0.0, eviction_policy=policy).to(dtype)
+        values = tl.load(address, mask=j < num_classes, other=-float("inf"), eviction_policy=policy).to(dtype)
     return values
 
 
@@ -315,7 +364,7 @@ def _adjusted_logits(
     logits, row, j, here, num_classes: tl.constexpr, stride_c, adjustment,
     again: tl.constexpr, last: tl.constexpr,
 ):  # fmt: skip
-    """A tile of adjusted logits, -inf beyond the last class, so that padding adds nothing to a sum.
+    """A tile of adjusted logits, -inf beyond the last class, as its adjustment is.
 
     What is read again passes by the L1 cache; what is read for the last time leaves the L2 cache first.
     """
@@ -323,7 +372,7 @@ def _adjusted_logits(
     address = logits + row[:, None] + (j.to(tl.int64) * stride_c)[None, :]
     modifier: tl.constexpr = ".cg" if again else ""
     policy: tl.constexpr = "evict_first" if last else ""
-    x = tl.load(address, mask=mask, other=-float("inf"), cache_modifier=modifier, eviction_policy=policy)
+    x = tl.load(address, mask=mask, other=0.0, cache_modifier=modifier, eviction_policy=policy)
     return x.to(adjustment.dtype) + adjustment
 
 
@@ -336,14 +385,17 @@ def _store_gradient(
 
     With ``last`` it leaves the L2 cache early, which then has room for logits.
     """
-    values = exponentials * (factor / total)[:, None]
-    if smoothing != 0.0:
-        values -= (factor * (smoothing / num_classes))[:, None]
+    factor = tl.where(valid, factor, 0.0)
+    scale = tl.where(valid, factor / total, 0.0)
+    others = -factor * (smoothing / num_classes)
     # In 32 bits, as the comparison of every class with a target in 64 takes registers (but in float64).
-    if values.dtype != tl.float64:
+    if exponentials.dtype != tl.float64:
         y = tl.where((y >= 0) & (y < num_classes), y, -1).to(tl.int32)
-    values = tl.where(j[None, :] == y[:, None], values - (factor * (1.0 - smoothing))[:, None], values)
-    values = tl.where(valid[:, None], values, 0.0)
+    shift = tl.where(
+        j[None, :] == y[:, None], (others - factor * (1.0 - smoothing))[:, None], others[:, None]
+    )
+    # NaN of an ignored row becomes 1, times 0; of another row the total is NaN as well.
+    values = tl.where(exponentials <= 1.0, exponentials, 1.0) * scale[:, None] + shift
     mask = here[:, None] & (j < num_classes)[None, :]
     address = gradient + row[:, None] + (j.to(tl.int64) * stride_c)[None, :]
     policy: tl.constexpr = "evict_first" if last else ""
@@ -372,7 +424,7 @@ def _forward(
     num_samples, stride_n, stride_k, stride_c, out_n, out_k, out_c,
     num_experts: tl.constexpr, num_classes: tl.constexpr, ignore_index: tl.constexpr,
     smoothing: tl.constexpr, reduce: tl.constexpr, align: tl.constexpr,
-    rows: tl.constexpr, block: tl.constexpr,
+    rows: tl.constexpr, block: tl.constexpr, stages: tl.constexpr, flush: tl.constexpr,
 ):  # fmt: skip
     """Rows that fit a tile, of one expert: losses (or a sum of them), state and gradient in one pass."""
     dtype: tl.constexpr = state.dtype.element_ty
@@ -382,7 +434,7 @@ def _forward(
     adjustment = _adjustment(table, k, j, num_classes, dtype, False)
     shares = _divisor(divisor, dtype)
     total = tl.zeros([rows], tl.float64)
-    for start in range(tl.program_id(0) // num_experts * rows, num_samples, step):
+    for start in tl.range(tl.program_id(0) // num_experts * rows, num_samples, step, num_stages=stages):
         n = start + tl.arange(0, rows).to(tl.int64)
         here = n < num_samples
         y = tl.load(target + n, mask=here, other=ignore_index)
@@ -395,7 +447,7 @@ def _forward(
         x = _adjusted_logits(logits, row, j, here, num_classes, stride_c, adjustment, False, False)
         peak = tl.max(x, axis=1)
         x -= peak[:, None]
-        exponentials = tl.exp(x)
+        exponentials = _exp(x, flush)
         sums = tl.sum(exponentials, axis=1)
         loss = tl.log(sums) - (own - peak)
         if smoothing != 0.0:
@@ -496,7 +548,7 @@ def _forward_streamed(
     num_samples, stride_n, stride_k, stride_c, out_n, out_k, out_c,
     num_experts: tl.constexpr, num_classes: tl.constexpr, ignore_index: tl.constexpr,
     smoothing: tl.constexpr, reduce: tl.constexpr, align: tl.constexpr, lowest: tl.constexpr,
-    rows: tl.constexpr, block: tl.constexpr,
+    rows: tl.constexpr, block: tl.constexpr, flush: tl.constexpr,
 ):  # fmt: skip
     """As :func:`_forward` for longer rows: a sweep for the sums, and one back for the gradient.
 
@@ -533,7 +585,7 @@ def _forward_streamed(
             adjustment = _adjustment(table, k, j, num_classes, dtype, True)
             x = _adjusted_logits(logits, row, j, here, num_classes, stride_c, adjustment, True, False)
             excess = x - peaks
-            ratio = tl.exp(-tl.abs(excess))
+            ratio = _exp(-tl.abs(excess), flush)
             higher = excess > 0.0
             exponentials = tl.where(higher, exponentials * ratio + 1.0, exponentials + ratio)
             peaks = tl.where(higher, x, peaks)
@@ -565,7 +617,7 @@ def _forward_streamed(
                 adjustment = _adjustment(table, k, j, num_classes, dtype, True)
                 x = _adjusted_logits(logits, row, j, here, num_classes, stride_c, adjustment, False, True)
                 _store_gradient(
-                    gradient, out_row, j, here, tl.exp(x - peak[:, None]), sums, y, valid, factor,
+                    gradient, out_row, j, here, _exp(x - peak[:, None], flush), sums, y, valid, factor,
                     num_classes, out_c, smoothing, True,
                 )  # fmt: skip
     if reduce:
@@ -793,9 +845,11 @@ def forward(
     programs = _programs(logits, num_samples, num_experts, tile)
     table, weights = _constants(logits, table, weights)
     kernel: Any = _forward
-    more: dict[str, float] = {}
+    architecture = _architecture(logits.device)
+    flush = flushes(architecture, dtype)
+    more: dict[str, float] = {"stages": tile.stages(architecture, logits.element_size()), "flush": flush}
     if tile.block < num_classes:
-        kernel, more, table = _long_rows(table, dtype)
+        kernel, more, table = _long_rows(table, dtype, flush)
     if reduce:
         losses = _empty(logits, (programs,), torch.float64)
     else:
@@ -816,7 +870,9 @@ def forward(
     return total, state
 
 
-def _long_rows(table: Tensor | None, dtype: torch.dtype) -> tuple[Any, dict[str, float], Tensor | None]:
+def _long_rows(
+    table: Tensor | None, dtype: torch.dtype, flush: bool
+) -> tuple[Any, dict[str, float], Tensor | None]:
     """The kernel for rows beyond a tile, its constants, and the table as it reads it.
 
     Rows in one tile read the table once a program, longer ones twice a row: there it counts that float32
@@ -825,7 +881,7 @@ def _long_rows(table: Tensor | None, dtype: torch.dtype) -> tuple[Any, dict[str,
     if _plan == "0.1":
         return _forward_blocked, {}, table
     copied = None if table is None else table.to(dtype)
-    return _forward_streamed, {"lowest": torch.finfo(dtype).min}, copied
+    return _forward_streamed, {"lowest": torch.finfo(dtype).min, "flush": flush}, copied
 
 
 def backward(
@@ -886,7 +942,8 @@ def _programs(like: Tensor, num_samples: int, columns: int, tile: Tile) -> int:
 
 
 def _resident(like: Tensor, tile: Tile) -> int:
-    return _resident_programs(like.device, _options(tile, like.device)["num_warps"])
+    options = _options(tile, like.device)
+    return _resident_programs(like.device, options["num_warps"], options.get("maxnreg", 64))
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
