@@ -52,7 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=number(int, 1), help="(default 400, with --quick 2)")
     add("--evaluate-every", type=number(int, 1), default=20, help="epochs from one evaluation to the next")
     add(
-        "--seconds", type=number(float, 1), help="time for all: epochs are halved until they fit, and it ends"
+        "--seconds",
+        type=number(float, 1),
+        help="time for all: as many eighths of the epochs as fit, and it ends then",
     )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--amp", choices=("none", "bf16"), help="precision of convolutions (default bf16 on a GPU)")

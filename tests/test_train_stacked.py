@@ -238,11 +238,9 @@ def test_methods_are_the_paper_s():
     )
 
 
-def test_epochs_are_halved_until_they_fit():
-    assert [stacked_runs.fitting_epochs(400, float, left) for left in (450.0, 399.0, 99.0, -5.0)] == [
-        *(400, 200, 50),
-        1,
-    ]
+def test_as_many_epochs_are_taken_as_fit():
+    left = {450.0: 400, 399.0: 350, 99.0: 50, 30.0: 25, 2.0: 1, -5.0: 1}
+    assert {seconds: stacked_runs.fitting_epochs(400, float, seconds) for seconds in left} == left
 
 
 def run(tmp_path, *arguments, forms=("grouped",)):
