@@ -1,7 +1,8 @@
 """Steps of training whose data, order and learning rates lie on the device: one CUDA graph, and no wait.
 
 A step reads its number on the device, and from tables there which images it takes and how far it goes. So the
-same recording serves every step. On a CPU the steps are run as they are.
+same recording serves every step. It also augments the images of the next one: that is many small kernels,
+which a GPU runs beside those of the networks. On a CPU the steps are run as they are.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Tables(NamedTuple):
     Attributes:
         images: uint8 ``[N, 3, H, W]``.
         targets: classes of the images, int64 ``[N]``.
-        order: the images of every step, int64 ``[steps, B]``.
+        order: the images of every step, and once more some, int64 ``[steps + 1, B]``.
         rates: learning rate of every step, float32 ``[steps]``.
     """
 
@@ -111,10 +112,12 @@ class Steps:
         self.net, self.criteria, self.optimizer = net, criteria, optimizer
         self.augment, self.tables, self.steps_per_epoch = augment, tables, steps_per_epoch
         device = tables.images.device
-        epochs = -(-len(tables.order) // steps_per_epoch)
+        epochs = -(-len(tables.rates) // steps_per_epoch)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.losses = torch.zeros(len(criteria), device=device)
         self.sums = torch.zeros(epochs, len(criteria), device=device)
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.images, self.target = self._batch(self.step)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def state(self) -> dict[str, Tensor]:
@@ -123,7 +126,8 @@ class Steps:
         named = {"weight": optimizer.weights, "momentum": optimizer.momenta, "buffer": self.net.buffers()}
         tensors = {f"{name} {i}": tensor for name, group in named.items() for i, tensor in enumerate(group)}
         lowered = {f"lowered {i}": optimizer.parameters[i].detach() for i in optimizer.lowered}
-        return {**tensors, **lowered, "step": self.step, "losses": self.losses, "sums": self.sums}
+        own = {name: getattr(self, name) for name in ("step", "losses", "sums", "images", "target")}
+        return {**tensors, **lowered, **own}
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -139,9 +143,12 @@ class Steps:
         torch.backends.cudnn.benchmark = True
         try:
             with torch.cuda.stream(stream):  # libraries choose and compile before they are recorded
-                for _ in range(3):
+                for debugging in ("default", "default", "error"):
+                    # What waits is told here: a recording would break, and what comes after it, too.
+                    torch.cuda.set_sync_debug_mode(debugging)
                     self.step.zero_()
                     self.run()
+            torch.cuda.set_sync_debug_mode("default")
             torch.cuda.current_stream().wait_stream(stream)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -149,6 +156,7 @@ class Steps:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.run()
         finally:
+            torch.cuda.set_sync_debug_mode("default")
             torch.backends.cudnn.benchmark = False
         self.graph = graph
         self.restore(before)
@@ -160,25 +168,48 @@ class Steps:
         else:
             self.graph.replay()
 
+    @torch.no_grad()
+    def prime(self) -> None:
+        """Augment the images of the next step anew; a step does so for the one after it."""
+        images, target = self._batch(self.step)
+        self.images.copy_(images)
+        self.target.copy_(target)
+
+    @torch.no_grad()
+    def _batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        index = self.tables.order.index_select(0, step).squeeze(0)
+        images = self.augment(self.tables.images.index_select(0, index))
+        return images, self.tables.targets.index_select(0, index)
+
     def run(self) -> None:
         """Do a step as it is written here: no operation waits for the device."""
-        tables = self.tables
-        index = tables.order.index_select(0, self.step).squeeze(0)
-        rate = tables.rates.index_select(0, self.step).squeeze(0)
-        images = self.augment(tables.images.index_select(0, index))
-        target = tables.targets.index_select(0, index)
+        if self.side is None:
+            following = self._batch(self.step + 1)
+            self._learn()
+        else:
+            here = torch.cuda.current_stream()
+            self.side.wait_stream(here)
+            with torch.cuda.stream(self.side):
+                following = self._batch(self.step + 1)
+            self._learn()
+            here.wait_stream(self.side)
 
+        self.images.copy_(following[0])
+        self.target.copy_(following[1])
+        self.step.add_(1)
+
+    def _learn(self) -> None:
+        """Change the parameters by the batch that is there."""
         for parameter in self.optimizer.parameters:
             parameter.grad = None  # the gradients of a recording lie in its own memory
-        logits = self.net(images)
-        losses = [criterion(v, target) for criterion, v in zip(self.criteria, logits, strict=True)]
+        logits = self.net(self.images)
+        losses = [criterion(v, self.target) for criterion, v in zip(self.criteria, logits, strict=True)]
         total = torch.stack(losses)
         total.sum().backward()
-        self.optimizer.step(rate)
+        self.optimizer.step(self.tables.rates.index_select(0, self.step).squeeze(0))
 
         self.losses.copy_(total.detach())
         self.sums.index_add_(0, self.step // self.steps_per_epoch, self.losses[None])
-        self.step.add_(1)
 
     def trial(self, number: int) -> tuple[list[list[float]], float]:
         """What the first two steps lose, and how long a step takes; nothing has changed afterwards.
@@ -187,6 +218,8 @@ class Steps:
         """
         before = {name: tensor.clone() for name, tensor in self.state().items()}
         torch.manual_seed(0)
+        self.step.zero_()
+        self.prime()
         losses = []
         for _ in range(2):
             self._advance_first()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ class Form(NamedTuple):
         streams: run the tensors of a stage on streams of their own.
         separate: leave the networks as they are, on streams of their own.
         fused: in training, compute a batch norm and what follows it by kernels of stacked_kernels.py.
-        own: in training, compute convolutions by kernels of stacked_kernels.py, too.
+        own: in training, compute a convolution by kernels of stacked_kernels.py, too, where they are faster.
         compiled: let torch.compile fuse what surrounds the convolutions, in training.
     """
 
@@ -60,19 +60,19 @@ class Form(NamedTuple):
         return -(-branches // -(-branches // most))
 
 
-#: Forms by name; what is slower on one GPU may be faster on another. PyTorch's own operations come first.
+#: Forms by name. The first is PyTorch's own, whose losses the others must have; then the more promising ones.
 FORMS = {
     "grouped": Form(),
     "kernels": Form(fused=True, own=True),
     "grouped-fused": Form(fused=True),
+    "separate": Form(separate=True),
+    "grouped-128-fused": Form(group=128, fused=True),
+    "dense-streams": Form(tensor=1, streams=True),
     "grouped-64-fused": Form(group=64, fused=True),
     "grouped-64": Form(group=64),
-    "separate": Form(separate=True),
     "tensors-64": Form(tensor=64, group=64),
-    "dense-streams": Form(tensor=1, streams=True),
-    "dense": Form(tensor=1),
-    "grouped-128-fused": Form(group=128, fused=True),
     "tensors-128": Form(tensor=128, group=128),
+    "dense": Form(tensor=1),
     "block-diagonal": Form(group=2**16),
 }
 
@@ -90,7 +90,7 @@ class Convolution(nn.Module):
         merged: branches that share a group, whose weights are 0 from one branch to another; a divisor of
             their number.
         shared: all branches see the same input.
-        own: compute it by a kernel of stacked_kernels.py in training.
+        own: compute it in training by kernels of stacked_kernels.py, where they are faster.
 
     Shape:
         - input: ``[N, g * I, H, W]``, or shared ``[N, I, H, W]``, in channels-last format
@@ -252,6 +252,12 @@ class StackedNetworks(nn.Module):
         self.weight = nn.Parameter(torch.cat([part.classifiers.weight.detach() for part in experts]))
         self.experts = [part.num_experts for part in experts]
         self.run_of = [run for run, experts in enumerate(self.experts) for _ in range(experts)]
+        # Where a tensor holds all branches, a kernel gives each that of its run.
+        whole = [list(range(len(self.experts)))], [list(range(len(self.run_of)))]
+        self.spreads = form.fused and (self.members[0], self.members[1]) == whole
+        first = torch.tensor([0, *accumulate(self.experts)], dtype=torch.int32)
+        self.register_buffer("first_of", first, persistent=False)
+        self.register_buffer("sources", torch.tensor(self.run_of, dtype=torch.int32), persistent=False)
         self.streams: list[torch.cuda.Stream] = []
 
     def lower(self, dtype: torch.dtype) -> None:
@@ -273,7 +279,11 @@ class StackedNetworks(nn.Module):
         maps = self._stage(0, [x], [runs])
         trunk = self.members[0]
         of_experts = [[self.run_of[i] for i in own] for own in self.members[1]]
-        maps = self._stage(1, maps, trunk, of_experts)
+        if self.spreads and self.training:
+            maps = [kernels().spread(maps[0], self.sources, self.first_of, max(self.experts))]
+            maps = self._stage(1, maps, of_experts, of_experts)
+        else:
+            maps = self._stage(1, maps, trunk, of_experts)
         maps = self._stage(2, maps, self.members[1])
 
         features = [x.mean(dim=(2, 3), dtype=self.weight.dtype).split(64, dim=1) for x in maps]

@@ -1,6 +1,7 @@
-"""Triton kernels for stacked networks: batch norm with what follows it in one, and grouped 3x3 convolutions.
+"""Triton kernels that train stacked networks: batch norms with what follows them, and grouped convolutions.
 
-Maps are in channels-last memory, ``[P, C]`` of ``P = N * H * W`` pixels. In training alone; a network is
+Maps are in channels-last memory, ``[P, C]`` of ``P = N * H * W`` pixels. Libraries compute some passes of a
+convolution of many small groups a group at a time; the faster of theirs and ours is taken. Networks are
 evaluated by PyTorch's own operations.
 """
 
@@ -10,6 +11,8 @@ evaluated by PyTorch's own operations.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +21,21 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Values of a program's tile, and programs of a sweep over all pixels: each leaves sums of its own.
-TILE, PROGRAMS = 4096, 528
+#: Values of a program's tile: of sums, whose next tiles are loaded meanwhile, and of what is written.
+TILE_OF_SUMS, TILE = 2048, 4096
 
-#: Pixels at once of the gradient of a convolution's weights.
+#: Programs of a sweep over all pixels, as many as run at once on 132 multiprocessors; and of one that leaves
+#: sums, which takes more registers.
+PROGRAMS, PROGRAMS_OF_SUMS = 528, 396
+
+#: By the widest of inputs and outputs, pixels of a program of a convolution and its warps: what lets the
+#: compiler keep several programs on a multiprocessor of sm_90.
+PIXELS = {16: (256, 8), 32: (128, 8), 64: (64, 4)}
+
+#: Pixels at once of the gradient of a convolution's weights, and by inputs times outputs how many of its
+#: programs run at once.
 PIXELS_AT_ONCE = 64
+RESIDENT = {256: 792, 512: 792, 1024: 660, 2048: 396, 4096: 264}
 
 
 @triton.jit
@@ -33,7 +46,7 @@ def _statistics(x, mean, parts, pixels, channels: tl.constexpr, rows: tl.constex
     middle = tl.load(mean + c, mask=here, other=0.0)
     first = tl.zeros([rows, width], tl.float32)
     second = tl.zeros([rows, width], tl.float32)
-    for start in range(tl.program_id(0) * rows, pixels, tl.num_programs(0) * rows):
+    for start in tl.range(tl.program_id(0) * rows, pixels, tl.num_programs(0) * rows, num_stages=4):
         p = start + tl.arange(0, rows)
         mask = (p < pixels)[:, None] & here[None, :]
         value = tl.load(x + p[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -50,8 +63,8 @@ def _sums(parts, c, here, number: tl.constexpr, channels: tl.constexpr, block: t
     """Both sums of some channels over all programs."""
     first = tl.zeros([block], tl.float32)
     second = tl.zeros([block], tl.float32)
-    for start in range(0, number, 64):
-        i = start + tl.arange(0, 64)
+    for start in tl.static_range(0, number, 128):  # unrolled: all loads are under way at once
+        i = start + tl.arange(0, 128)
         mask = (i < number)[:, None] & here[None, :]
         at = parts + i[:, None] * 2 * channels + c[None, :]
         first += tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)
@@ -127,7 +140,7 @@ def _gradient_statistics(
     shift = tl.load(bias + c, mask=here, other=0.0) - mean * scale
     first = tl.zeros([rows, width], tl.float32)
     second = tl.zeros([rows, width], tl.float32)
-    for start in range(tl.program_id(0) * rows, pixels, tl.num_programs(0) * rows):
+    for start in tl.range(tl.program_id(0) * rows, pixels, tl.num_programs(0) * rows, num_stages=4):
         p = start + tl.arange(0, rows)
         mask = (p < pixels)[:, None] & here[None, :]
         at = p[:, None] * channels + c[None, :]
@@ -189,17 +202,17 @@ class _NormRelu(torch.autograd.Function):
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
         channels = x.shape[1]
-        pixels, tile = x.numel() // channels, _tile(channels)
-        programs = min(PROGRAMS, -(-pixels // tile["rows"]))
+        pixels, sums, tile = x.numel() // channels, _tile(channels, TILE_OF_SUMS), _tile(channels, TILE)
+        programs = min(PROGRAMS_OF_SUMS, -(-pixels // sums["rows"]))
         parts = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
         saved = torch.empty(2, channels, dtype=torch.float32, device=x.device)
         y = torch.empty_like(x)
-        _statistics[(programs,)](x, running_mean, parts, pixels, **tile)
+        _statistics[(programs,)](x, running_mean, parts, pixels, **sums)
         _finish_statistics[(-(-channels // 16),)](
             parts, running_mean, running_var, saved, pixels, momentum, eps,
             number=programs, channels=channels, block=16, num_warps=4,
         )  # fmt: skip
-        _apply[(programs,)](x, residual, saved, weight, bias, y, pixels, **tile)
+        _apply[(PROGRAMS,)](x, residual, saved, weight, bias, y, pixels, **tile)
         ctx.save_for_backward(x, None if residual is None else y, saved, weight, bias)
         ctx.programs = programs
         return y
@@ -209,25 +222,28 @@ class _NormRelu(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, y, saved, weight, bias = ctx.saved_tensors
         channels = x.shape[1]
-        pixels, tile, programs = x.numel() // channels, _tile(channels), ctx.programs
+        pixels, programs = x.numel() // channels, ctx.programs
         upstream = upstream.contiguous(memory_format=torch.channels_last)
         parts = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
         gradients = torch.empty_like(weight), torch.empty_like(bias)
         out = torch.empty_like(x)
         residual_out = None if y is None else torch.empty_like(x)
-        _gradient_statistics[(programs,)](upstream, x, y, saved, weight, bias, parts, pixels, **tile)
+        _gradient_statistics[(programs,)](
+            upstream, x, y, saved, weight, bias, parts, pixels, **_tile(channels, TILE_OF_SUMS)
+        )
         _finish_gradient[(-(-channels // 16),)](
             parts, *gradients, number=programs, channels=channels, block=16, num_warps=4
         )
-        _gradient[(programs,)](
-            upstream, x, y, saved, weight, bias, *gradients, out, residual_out, pixels, **tile
-        )
+        _gradient[(PROGRAMS,)](
+            upstream, x, y, saved, weight, bias, *gradients, out, residual_out, pixels,
+            **_tile(channels, TILE),
+        )  # fmt: skip
         return out, residual_out, *gradients, None, None, None, None
 
 
-def _tile(channels: int) -> dict[str, int]:
+def _tile(channels: int, values: int) -> dict[str, int]:
     width = triton.next_power_of_2(channels)
-    return {"channels": channels, "width": width, "rows": max(1, TILE // width), "num_warps": 8}
+    return {"channels": channels, "width": width, "rows": max(1, values // width), "num_warps": 8}
 
 
 def norm_relu(
@@ -257,11 +273,11 @@ def norm_relu(
 
 
 @triton.jit
-def _source(
-    p, tap, height: tl.constexpr, wide: tl.constexpr, source_height: tl.constexpr, source_wide: tl.constexpr,
-    stride: tl.constexpr, flip: tl.constexpr,
+def _tap(
+    x, p, tap, pixels, channels: tl.constexpr, height: tl.constexpr, wide: tl.constexpr,
+    source_height: tl.constexpr, source_wide: tl.constexpr, stride: tl.constexpr, flip: tl.constexpr,
 ):  # fmt: skip
-    """The pixel that a tap of pixel ``p`` reads, and whether there is one."""
+    """What a tap of the pixels ``p`` reads of some channels: 0 beyond the border."""
     n, row, column = p // (height * wide), p // wide % height, p % wide
     if flip:  # from the input back to the outputs that read it
         row, column = row + tap // 3 - 1, column + tap % 3 - 1
@@ -270,8 +286,9 @@ def _source(
     else:
         row, column = row * stride + tap // 3 - 1, column * stride + tap % 3 - 1
         there = (row >= 0) & (column >= 0)
-    there = there & (row < source_height) & (column < source_wide)
-    return (n * source_height + row) * source_wide + column, there
+    there = there & (row < source_height) & (column < source_wide) & (p < pixels)
+    source = (n * source_height + row) * source_wide + column
+    return tl.load(x + source[:, None] * channels, mask=there[:, None], other=0.0)
 
 
 @triton.jit
@@ -290,12 +307,30 @@ def _convolve(
     else:
         of_group = weight + g * outputs * 9 * inputs + o[None, :] * 9 * inputs + i[:, None]
     total = tl.zeros([block, outputs], tl.float32)
-    for tap in tl.static_range(9):
-        source, there = _source(p, tap, height, wide, source_height, source_wide, stride, flip)
-        at = source[:, None] * (groups * inputs) + g * inputs + i[None, :]
-        value = tl.load(x + at, mask=(there & (p < pixels))[:, None], other=0.0)
-        matrix = tl.load(of_group + ((8 - tap) * outputs if flip else tap * inputs))
-        total = tl.dot(value, matrix, total, input_precision="ieee")
+    of_source = x + g * inputs + i[None, :]
+    for row in tl.static_range(3):
+        # The loads of a row of taps are under way together.
+        tap = 3 * row
+        left = _tap(
+            of_source, p, tap, pixels, groups * inputs, height, wide, source_height, source_wide,
+            stride, flip,
+        )  # fmt: skip
+        middle = _tap(
+            of_source, p, tap + 1, pixels, groups * inputs, height, wide, source_height, source_wide,
+            stride, flip,
+        )  # fmt: skip
+        right = _tap(
+            of_source, p, tap + 2, pixels, groups * inputs, height, wide, source_height, source_wide,
+            stride, flip,
+        )  # fmt: skip
+        first = (8 - tap) * outputs if flip else tap * inputs
+        further = -outputs if flip else inputs
+        w_left = tl.load(of_group + first)
+        w_middle = tl.load(of_group + first + further)
+        w_right = tl.load(of_group + first + 2 * further)
+        total = tl.dot(left, w_left, total, input_precision="ieee")
+        total = tl.dot(middle, w_middle, total, input_precision="ieee")
+        total = tl.dot(right, w_right, total, input_precision="ieee")
     out = y + p[:, None] * (groups * outputs) + g * outputs + o[None, :]
     tl.store(out, total.to(y.dtype.element_ty), mask=(p < pixels)[:, None])
 
@@ -318,18 +353,21 @@ def _weight_gradient(
         p = start + tl.arange(0, block)
         at = p[:, None] * (groups * outputs) + g * outputs + o[None, :]
         gradient = tl.trans(tl.load(upstream + at, mask=(p < pixels)[:, None], other=0.0))
-        source, there = _source(p, tap, height, wide, source_height, source_wide, stride, False)
-        at = of_group + source[:, None] * (groups * inputs)
-        value = tl.load(at, mask=(there & (p < pixels))[:, None], other=0.0)
-        left = tl.dot(gradient, value, left, input_precision="ieee")
-        source, there = _source(p, tap + 1, height, wide, source_height, source_wide, stride, False)
-        at = of_group + source[:, None] * (groups * inputs)
-        value = tl.load(at, mask=(there & (p < pixels))[:, None], other=0.0)
-        middle = tl.dot(gradient, value, middle, input_precision="ieee")
-        source, there = _source(p, tap + 2, height, wide, source_height, source_wide, stride, False)
-        at = of_group + source[:, None] * (groups * inputs)
-        value = tl.load(at, mask=(there & (p < pixels))[:, None], other=0.0)
-        right = tl.dot(gradient, value, right, input_precision="ieee")
+        first = _tap(
+            of_group, p, tap, pixels, groups * inputs, height, wide, source_height, source_wide,
+            stride, False,
+        )  # fmt: skip
+        second = _tap(
+            of_group, p, tap + 1, pixels, groups * inputs, height, wide, source_height, source_wide,
+            stride, False,
+        )  # fmt: skip
+        third = _tap(
+            of_group, p, tap + 2, pixels, groups * inputs, height, wide, source_height, source_wide,
+            stride, False,
+        )  # fmt: skip
+        left = tl.dot(gradient, first, left, input_precision="ieee")
+        middle = tl.dot(gradient, second, middle, input_precision="ieee")
+        right = tl.dot(gradient, third, right, input_precision="ieee")
     # [programs, g, O, 3, 3, I]
     out = parts + (tl.program_id(1) * groups + g) * outputs * 9 * inputs + tap * inputs
     out += o[:, None] * 9 * inputs + i[None, :]
@@ -347,25 +385,88 @@ class _GroupedConvolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
         size = [-(-side // stride) for side in x.shape[2:]]
-        return _convolved(x, weight, size, stride, flip=False)
+        y: Tensor = fastest(
+            ("forward", stride, x.dtype, *x.shape, *weight.shape),
+            lambda: _convolved(x, weight, size, stride, flip=False),
+            lambda: torch.conv2d(x, as_of_pytorch(weight), None, stride, 1, 1, len(weight)),
+        )
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        groups, outputs, _, _, inputs = weight.shape
-        upstream = upstream.contiguous(memory_format=torch.channels_last)
-        n, _, height, wide = upstream.shape
-        pixels = n * height * wide
-        programs = min(max(1, PROGRAMS // (3 * groups)), -(-pixels // PIXELS_AT_ONCE))
-        parts = torch.empty(programs, *weight.shape, dtype=torch.float32, device=x.device)
-        _weight_gradient[(groups, programs, 3)](
-            x, upstream, parts, pixels, groups=groups, inputs=inputs, outputs=outputs, height=height,
-            wide=wide, source_height=x.shape[2], source_wide=x.shape[3], stride=ctx.stride,
-            block=PIXELS_AT_ONCE, num_warps=4,
-        )  # fmt: skip
-        of_input = _convolved(upstream, weight, list(x.shape[2:]), ctx.stride, flip=True)
-        return of_input, parts.sum(0).to(weight.dtype), None
+        stride, upstream = ctx.stride, upstream.contiguous(memory_format=torch.channels_last)
+        key = stride, x.dtype, *x.shape, *weight.shape
+
+        def by_pytorch(*wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+            sizes: Any = [stride] * 2, [1, 1], [1, 1], False, [0, 0], len(weight), [*wanted, False]
+            kernel = as_of_pytorch(weight)
+            result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+                upstream, x, kernel, None, *sizes
+            )
+            return result
+
+        of_input: Tensor = fastest(
+            ("input", *key),
+            lambda: _convolved(upstream, weight, list(x.shape[2:]), stride, flip=True),
+            lambda: by_pytorch(True, False)[0],
+        )
+        of_weight: Tensor = fastest(
+            ("weight", *key),
+            lambda: _gradient_of_weight(x, upstream, weight, stride),
+            lambda: by_pytorch(False, True)[1].permute(0, 2, 3, 1).reshape(weight.shape),
+        )
+        return of_input, of_weight, None
+
+
+def as_of_pytorch(weight: Tensor) -> Tensor:
+    """Weights ``[g, O, 3, 3, I]`` as ``[g * O, I, 3, 3]``, in channels-last memory."""
+    return weight.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+#: Which of its candidates is the fastest, by what is computed.
+FASTEST: dict[Any, int] = {}
+
+
+def fastest(key: Any, *candidates: Callable[[], Tensor]) -> Tensor:
+    """What the fastest candidate gives: on a GPU measured at the first call, else the first."""
+    if key not in FASTEST and torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
+        times = [_milliseconds(candidate) for candidate in candidates]
+        FASTEST[key] = times.index(min(times))
+    return candidates[FASTEST.get(key, 0)]()
+
+
+def _milliseconds(candidate: Callable[[], Tensor]) -> float:
+    """Of ten calls on the device, which finds them all waiting: launching them may take longer."""
+    try:
+        candidate()
+    except Exception:  # of whatever kind: memory that a compiler or a library does not get
+        return math.inf
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(3_000_000)
+    begin.record()
+    for _ in range(10):
+        candidate()
+    end.record()
+    end.synchronize()
+    elapsed: float = begin.elapsed_time(end)
+    return elapsed
+
+
+def _gradient_of_weight(x: Tensor, upstream: Tensor, weight: Tensor, stride: int) -> Tensor:
+    groups, outputs, _, _, inputs = weight.shape
+    n, _, height, wide = upstream.shape
+    pixels = n * height * wide
+    at_once = RESIDENT.get(inputs * outputs, PROGRAMS)
+    programs = min(max(1, at_once // (3 * groups)), -(-pixels // PIXELS_AT_ONCE))
+    parts = torch.empty(programs, *weight.shape, dtype=torch.float32, device=x.device)
+    _weight_gradient[(groups, programs, 3)](
+        x, upstream, parts, pixels, groups=groups, inputs=inputs, outputs=outputs, height=height,
+        wide=wide, source_height=x.shape[2], source_wide=x.shape[3], stride=stride,
+        block=PIXELS_AT_ONCE, num_warps=8 if inputs * outputs > 2048 else 4,
+    )  # fmt: skip
+    return parts.sum(0).to(weight.dtype)
 
 
 def _convolved(x: Tensor, weight: Tensor, size: list[int], stride: int, flip: bool) -> Tensor:
@@ -375,10 +476,11 @@ def _convolved(x: Tensor, weight: Tensor, size: list[int], stride: int, flip: bo
     shape = (x.shape[0], groups * outputs, *size)
     pixels = x.shape[0] * size[0] * size[1]
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    block = 256 if inputs * outputs <= 1024 else 128  # what the registers hold
+    block, num_warps = PIXELS.get(max(inputs, outputs), (64, 4))
     _convolve[(groups, -(-pixels // block))](
         x, weight, y, pixels, groups=groups, inputs=inputs, outputs=outputs, height=size[0], wide=size[1],
-        source_height=x.shape[2], source_wide=x.shape[3], stride=stride, flip=flip, block=block, num_warps=8,
+        source_height=x.shape[2], source_wide=x.shape[3], stride=stride, flip=flip, block=block,
+        num_warps=num_warps,
     )  # fmt: skip
     return y
 
@@ -395,4 +497,97 @@ def grouped_convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
         ``[N, g * O, H / stride, W / stride]``, in channels-last memory.
     """
     result: Tensor = _GroupedConvolution.apply(x, weight, stride)
+    return result
+
+
+@triton.jit
+def _spread(x, y, run_of, pixels, runs: tl.constexpr, branches: tl.constexpr, width: tl.constexpr,
+            rows: tl.constexpr, block: tl.constexpr):  # fmt: skip
+    """Give every branch the channels of its run."""
+    c = tl.arange(0, block)
+    here = c < branches * width
+    source = tl.load(run_of + c // width, mask=here, other=0) * width + c % width
+    for start in range(tl.program_id(0) * rows, pixels, tl.num_programs(0) * rows):
+        p = start + tl.arange(0, rows)
+        mask = (p < pixels)[:, None] & here[None, :]
+        value = tl.load(x + p[:, None] * (runs * width) + source[None, :], mask=mask, other=0.0)
+        tl.store(y + p[:, None] * (branches * width) + c[None, :], value, mask=mask)
+
+
+@triton.jit
+def _collect(gradient, out, first_of, pixels, runs: tl.constexpr, branches: tl.constexpr, width: tl.constexpr,
+             most: tl.constexpr, rows: tl.constexpr, block: tl.constexpr):  # fmt: skip
+    """Sum over the branches of every run, which lie side by side."""
+    c = tl.arange(0, block)
+    here = c < runs * width
+    first = tl.load(first_of + c // width, mask=here, other=0)
+    number = tl.load(first_of + c // width + 1, mask=here, other=0) - first
+    source = first * width + c % width
+    for start in range(tl.program_id(0) * rows, pixels, tl.num_programs(0) * rows):
+        p = start + tl.arange(0, rows)
+        inside = (p < pixels)[:, None]
+        total = tl.zeros([rows, block], tl.float32)
+        for k in tl.static_range(most):
+            at = gradient + p[:, None] * (branches * width) + (source + k * width)[None, :]
+            total += tl.load(at, mask=inside & (here & (k < number))[None, :], other=0.0).to(tl.float32)
+        at = out + p[:, None] * (runs * width) + c[None, :]
+        tl.store(at, total.to(out.dtype.element_ty), mask=inside & here[None, :])
+
+
+class _Spread(torch.autograd.Function):
+    """The maps of runs as those of their branches."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run_of: Tensor, first_of: Tensor, most: int) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        runs, branches = len(first_of) - 1, len(run_of)
+        ctx.save_for_backward(first_of)
+        ctx.most, ctx.shape = most, x.shape
+        width = x.shape[1] // runs
+        shape = (x.shape[0], branches * width, *x.shape[2:])
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        tile = _spread_tile(x, branches * width)
+        _spread[(PROGRAMS,)](x, y, run_of, runs=runs, branches=branches, width=width, **tile)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (first_of,) = ctx.saved_tensors
+        upstream = upstream.contiguous(memory_format=torch.channels_last)
+        runs = len(first_of) - 1
+        width = ctx.shape[1] // runs
+        out = torch.empty(
+            ctx.shape, dtype=upstream.dtype, device=upstream.device, memory_format=torch.channels_last
+        )
+        _collect[(PROGRAMS,)](
+            upstream, out, first_of, runs=runs, branches=upstream.shape[1] // width, width=width,
+            most=ctx.most, **_spread_tile(upstream, runs * width),
+        )  # fmt: skip
+        return out, None, None, None
+
+
+def _spread_tile(x: Tensor, channels: int) -> dict[str, int]:
+    block = triton.next_power_of_2(channels)
+    return {
+        "pixels": x.numel() // x.shape[1],
+        "rows": max(1, TILE // block),
+        "block": block,
+        "num_warps": 8,
+    }
+
+
+def spread(x: Tensor, run_of: Tensor, first_of: Tensor, most: int) -> Tensor:
+    """The maps of runs as those of their branches.
+
+    Args:
+        x: ``[N, R * c, H, W]``, in channels-last memory.
+        run_of: the run of every branch, int32 ``[B]``, rising.
+        first_of: the first branch of every run, and in the end their number, int32 ``[R + 1]``.
+        most: branches of a run, at most.
+
+    Returns:
+        ``[N, B * c, H, W]``, in channels-last memory.
+    """
+    result: Tensor = _Spread.apply(x, run_of, first_of, most)
     return result

@@ -37,7 +37,7 @@ from lgla_losses.metrics import ShotAccuracy
 STEPS_A_LOOK = 100
 
 #: Seconds from one checkpoint to the next, and those kept for the last evaluation and the records.
-CHECKPOINT_EVERY, RESERVE = 30.0, 10.0
+CHECKPOINT_EVERY, RESERVE = 60.0, 10.0
 
 
 class Ending:
@@ -112,6 +112,7 @@ class Stack:
         epochs: how many there are to be.
         epoch: epochs done.
         seconds: time that they have taken, of all methods together.
+        diverged: methods whose losses were not finite, and at which step.
         evaluations: scores of every method, by epoch.
         logits: of the last evaluation, ``[N, K, C]`` a method.
     """
@@ -141,11 +142,13 @@ class Stack:
         self.steps_per_epoch = len(orders[0])
         rates = torch.tensor(make_rates(first, self.steps_per_epoch), device=self.device)
         targets = torch.as_tensor(train.targets).to(self.device)
-        self.tables = Tables(images, targets, torch.cat(orders).to(self.device), rates)
+        order = torch.cat([*orders, orders[0][:1]]).to(self.device)
+        self.tables = Tables(images, targets, order, rates)
 
         self.form, self.measured = "", dict[str, Any]()
         self.seconds_per_step = self.seconds_per_evaluation = math.nan
         self.epoch, self.seconds = 0, 0.0
+        self.diverged: dict[str, int] = {}
         self.evaluations: dict[int, list[Any]] = {}
         self.logits: list[Tensor] = []
 
@@ -176,7 +179,13 @@ class Stack:
         if options.resume and self.checkpoint.exists():
             self.resume(graph)
         else:
-            self.choose(options.forms, graph)
+            try:
+                self.choose(options.forms, graph)
+            except InputError as error:
+                if not graph:
+                    raise
+                print(f"{error}; without CUDA graphs:", flush=True)
+                self.choose(options.forms, graph=False)
             fitting = fitting_epochs(options.epochs, self.seconds_of, deadline - time.monotonic())
             if fitting < options.epochs:
                 needed = self.seconds_of(options.epochs)
@@ -233,6 +242,8 @@ class Stack:
                 break
             # So that the augmentation of an epoch is the same after an interruption.
             torch.manual_seed(mixed_seed(self.seed, self.epoch, 1))
+            if self.epoch == 0:
+                self.steps.prime()
             for step in range(self.epoch * self.steps_per_epoch, (self.epoch + 1) * self.steps_per_epoch):
                 self.steps.advance()
                 if (step + 1) % STEPS_A_LOOK == 0:
@@ -250,14 +261,20 @@ class Stack:
         self.save()
 
     def _look(self, step: int, seconds: float) -> None:
-        """Wait for the losses of a step, show them, and stop where one is not finite."""
+        """Wait for the losses of a step, show them, and note the runs whose are not finite.
+
+        Runs do not touch each other, unless they share groups of convolutions: the others go on.
+        """
         losses = dict(zip(self.options.methods, self.steps.losses.tolist(), strict=True))
         shown = ", ".join(f"{method} {loss:.3f}" for method, loss in losses.items())
         print(f"epoch {step // self.steps_per_epoch}/{self.epochs}, {seconds:.0f} s: {shown}", flush=True)
-        if not all(map(math.isfinite, losses.values())):
+        for method, loss in losses.items():
+            if not math.isfinite(loss):
+                self.diverged.setdefault(method, step)
+        if len(self.diverged) == len(losses):
             raise SystemExit(
-                f"step {step}: expected finite losses, got {shown}; train the others alone by --methods, or "
-                "all by --amp none. The last checkpoint is kept"
+                f"step {step}: expected finite losses, got {shown}; run it again by --amp none or --forms "
+                "grouped. The last checkpoint is kept"
             )
 
     def evaluate(self) -> None:
@@ -270,7 +287,7 @@ class Stack:
         print(f"epoch {self.epoch}, balanced accuracy: {', '.join(shown)}", flush=True)
 
     def _scores(self) -> list[dict[str, Any]]:
-        self.logits = self.steps.logits(self.val_images, normalised)
+        self.logits = [v.nan_to_num() for v in self.steps.logits(self.val_images, normalised)]
         scores: list[dict[str, Any]] = [{} for _ in self.logits]
         for of_run, logits in zip(scores, self.logits, strict=True):
             rows = {"ensemble": logits.mean(dim=1)}
@@ -287,6 +304,7 @@ class Stack:
         return {
             "methods": list(options.methods),
             "seed": self.seed,
+            "epochs": options.epochs,
             "amp": options.amp,
             "quick": options.quick,
             "class_counts": self.counts.tolist(),
@@ -306,6 +324,7 @@ class Stack:
             "epochs": self.epochs,
             "epoch": self.epoch,
             "seconds": self.seconds,
+            "diverged": self.diverged,
             "evaluations": self.evaluations,
             "form": self.form,
             "measured": self.measured,
@@ -327,6 +346,7 @@ class Stack:
         self.steps.restore(saved["state"])
         self.epoch, self.seconds = saved["epoch"], saved["seconds"]
         self.evaluations, self.measured = saved["evaluations"], saved["measured"]
+        self.diverged = saved["diverged"]
 
     def record(self, index: int) -> dict[str, Any]:
         """What a run of one method gave, as training.py records it; and its test logits beside it."""
@@ -391,8 +411,8 @@ def form_of(name: str) -> Form:
 
 
 def fitting_epochs(asked: int, seconds_of: Callable[[int], float], left: float) -> int:
-    """The epochs asked for, halved until they take no longer than there is left."""
-    epochs = asked
-    while epochs > 1 and seconds_of(epochs) > left:
-        epochs //= 2
-    return epochs
+    """The most eighths of the epochs asked for that take no longer than there is left; at least one epoch."""
+    fewer = [asked * eighths // 8 for eighths in range(8, 0, -1)] + [
+        asked >> halvings for halvings in range(4, 64)
+    ]
+    return next((epochs for epochs in fewer if epochs > 0 and seconds_of(epochs) <= left), 1)

@@ -52,7 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=number(int, 1), help="(default 400, with --quick 2)")
     add("--evaluate-every", type=number(int, 1), default=20, help="epochs from one evaluation to the next")
     add(
-        "--seconds", type=number(float, 1), help="time for all: epochs are halved until they fit, and it ends"
+        "--seconds",
+        type=number(float, 1),
+        help="time for all: as many eighths of the epochs as fit, and it ends then",
     )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--amp", choices=("none", "bf16"), help="precision of convolutions (default bf16 on a GPU)")
@@ -133,9 +135,12 @@ def make_run(method: str, epochs: int, counts: Tensor, options: argparse.Namespa
 
 
 def write_records(stacks: list[Stack], options: argparse.Namespace, command: str) -> None:
-    """A record a method of the seeds so far, as train_paper.py writes it."""
+    """A record a method of the seeds so far, as train_paper.py writes it; none of a method that diverged."""
     for index, method in enumerate(options.methods):
         name = f"{options.prefix}_{method}"
+        if any(method in stack.diverged for stack in stacks):
+            print(f"{name}: its loss was not finite, no record")
+            continue
         for stack in stacks:
             stack.keep_outputs(index, options.out / name / f"seed{stack.seed}" / "outputs.npz")
         runs = [stack.record(index) for stack in stacks]
@@ -160,6 +165,8 @@ def write_records(stacks: list[Stack], options: argparse.Namespace, command: str
 def write_overview(stacks: list[Stack], options: argparse.Namespace, command: str) -> None:
     """What was measured, and how long all took together: stacked.json."""
     on_gpu = stacks[0].device.type == "cuda"
+    kernels: Any = sys.modules.get("stacked_kernels")
+    chosen = {} if kernels is None else kernels.FASTEST
     seeds = [
         {
             "seed": stack.seed,
@@ -172,6 +179,7 @@ def write_overview(stacks: list[Stack], options: argparse.Namespace, command: st
             "epochs": stack.epochs,
             "epochs_done": stack.epoch,
             "seconds": round(stack.seconds, 1),
+            "diverged": stack.diverged,
         }
         for stack in stacks
     ]
@@ -182,6 +190,9 @@ def write_overview(stacks: list[Stack], options: argparse.Namespace, command: st
         "versions": versions(),
         "methods": list(options.methods),
         "epochs_asked": options.epochs,
+        "convolutions": {
+            " ".join(map(str, key)): "PyTorch's" if which else "own" for key, which in chosen.items()
+        },
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "seeds": seeds,
     }

@@ -20,6 +20,7 @@ EXTRAS = {
     "train_images": "vision",
     "train_text": "text",
     "train_paper": "vision",
+    "train_stacked": "vision",
     "train_ddp": "train",
     "train_class_parallel": "train",
     "train_lightning": "lightning",
