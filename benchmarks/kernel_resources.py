@@ -126,9 +126,7 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
     names = launch.kernel.arg_names
     signature = dict.fromkeys(names, "constexpr")
     constants = dict(launch.constants)
-    if "stages" in constants:  # as the launcher has them on that GPU
-        constants["stages"] = launch.tile.stages(architecture(target), launch.arguments[0].element_size())
-    if "flush" in constants:
+    if "flush" in constants:  # as the launcher has it on that GPU
         state = launch.arguments[names.index("state")]
         constants["flush"] = kernels.flushes(architecture(target), state.dtype)
     attributes = {}

@@ -475,7 +475,7 @@ def matrix_products(shape: Shape, device: str) -> Step:
 
 
 #: Plans of the Triton kernels that are measured beside the default, where there are more classes than these.
-OTHER_PLANS = ("0.1", "resident", "paired")
+OTHER_PLANS = ("0.1", "ahead", "paired")
 _PLANS_DIFFER = 2048
 
 

@@ -44,18 +44,19 @@ __all__ = [
 #:   of longer rows a program takes four at a time, with a maximum across each block of their classes.
 #: - ``"resident"`` limits the registers, so that a multiprocessor runs 32 warps; of longer rows a program of
 #:   32 warps takes one at a time (:func:`_forward_streamed`).
-#: - ``"prefetched"`` reads the next rows of one tile into shared memory while it computes, in half as many
-#:   warps of twice as many registers.
-#: - ``"paired"`` prefetches with the warps of ``"resident"``; longer rows are taken by programs of 16 warps,
-#:   of which a multiprocessor runs two.
+#: - ``"ahead"`` loads the next row of one tile before it computes with the last, in the registers that the
+#:   adjustments had, which it reads anew for every row.
+#: - ``"paired"`` differs from ``"resident"`` in longer rows: programs of 16 warps, of which a multiprocessor
+#:   runs two.
 #:
-#: On an H200 ``"resident"`` is no faster than ``"0.1"`` at 8,142 classes: both wait for every row. In 16 bits
-#: instructions are the next limit, 490 a warp and row of 443 that memory leaves time for; ``"prefetched"``
-#: has 16 % fewer a row. At 50,000 classes in float32 26 MB of rows wait for their second read, which the L2
-#: cache holds, instead of 154 MB, which memory sends twice.
-PLANS = ("0.1", "resident", "prefetched", "paired")
+#: Measured on an H200, at 4,096 x 3 x 8,142 in float32: 0.24 ms of 0.19 that a copy takes with two programs
+#: on a multiprocessor, 0.34 with one, which is what the registers of ``"0.1"`` may come to. Rows read ahead
+#: into shared memory took 0.26, as those that begin at 8 bytes are copied there in small pieces.
+#: Not measured yet: ``"ahead"``, and longer rows, of which 26 MB wait for their second read at 50,000 classes
+#: in float32, instead of the 154 MB of ``"0.1"``, which no L2 cache holds.
+PLANS = ("0.1", "resident", "ahead", "paired")
 
-_plan = "prefetched"
+_plan = "resident"
 
 
 def plan() -> str:
@@ -87,42 +88,32 @@ class Tile(NamedTuple):
         block: its columns.
         num_warps: warps of a program, on NVIDIA.
         registers: the most that a thread may take, on NVIDIA; None leaves it to the compiler.
-        prefetched: tiles read ahead into shared memory, at most, on NVIDIA.
+        ahead: load the next tile before computing with the last.
     """
 
     rows: int
     block: int
     num_warps: int
     registers: int | None = None
-    prefetched: int = 0
+    ahead: bool = False
 
     def options(self, architecture: int | None) -> dict[str, int]:
         """What Triton's compiler is told.
 
         AMD, here None, runs up to 16 warps, and has no limit of registers to ask for. From sm_100 on the
-        compiler spills from 16 elements a thread on, so that a thread has 8.
+        compiler spills at 64 registers and 16 elements a thread, so that a thread has 8.
         """
         if architecture is None:
             return {"num_warps": min(16, self.num_warps)}
         if self.registers is None:
             return {"num_warps": self.num_warps}
-        if architecture >= 100 and self.block >= 8 * self.registers * self.num_warps:
-            return {"num_warps": min(32, self.num_warps * self.registers // 32), "maxnreg": 64}
-        return {"num_warps": self.num_warps, "maxnreg": self.registers}
-
-    def stages(self, architecture: int | None, item_bytes: int) -> int:
-        """Tiles read ahead, and one: as many as fit the shared memory of all programs that run at once."""
-        # From sm_100 on the compiler spills.
-        if architecture is None or not 80 <= architecture < 100 or self.registers is None:
-            return 1
-        programs = max(1, 2048 // (self.registers * self.num_warps))
-        shared = (160 if architecture in (80, 87, 90) else 96) * 1024 // programs
-        return 1 + min(self.prefetched, shared // (self.rows * self.block * item_bytes))
+        more = 2 if architecture >= 100 and self.block // (32 * self.num_warps) >= 16 else 1
+        return {"num_warps": min(32, more * self.num_warps), "maxnreg": self.registers}
 
 
 # The sizes below give a thread 8 to 32 elements, all in registers: benchmarks/kernel_resources.py prints
-# what they need. With 64 registers a thread an NVIDIA multiprocessor runs 32 warps, with 128 it runs 16,
-# whatever programs they belong to.
+# what they need. With 64 registers a thread an NVIDIA multiprocessor runs 32 warps, whatever programs they
+# belong to.
 
 
 def forward_tile(num_classes: int, dtype: torch.dtype) -> Tile:
@@ -143,11 +134,8 @@ def _forward_tile(num_classes: int, dtype: torch.dtype, plan: str) -> Tile:
     if not whole:
         return Tile(1, 2048, 16, 64) if plan == "paired" else Tile(1, 4096, 32, 64)
     num_warps = max(4, block // 512)
-    if num_warps == 4:  # small tiles take few registers, or leave the compiler no choice
-        return Tile(rows, block, num_warps)
-    if plan == "prefetched":
-        return Tile(rows, block, num_warps // 2, 128, prefetched=2)
-    return Tile(rows, block, num_warps, 64, prefetched=2 if plan == "paired" else 0)
+    # Small tiles take few registers, or leave the compiler no choice.
+    return Tile(rows, block, num_warps, 64 if num_warps > 4 else None, plan == "ahead" and num_warps > 4)
 
 
 @lru_cache(maxsize=256)
@@ -192,16 +180,15 @@ def _options(tile: Tile, device: torch.device) -> dict[str, int]:
 
 def flushes(architecture: int | None, dtype: torch.dtype) -> bool:
     """Whether exponentials below the normal numbers may be 0; see :func:`_exp`."""
-    return bool(architecture) and dtype == torch.float32 and _plan in ("prefetched", "paired")
+    return bool(architecture) and dtype == torch.float32 and _plan != "0.1"
 
 
 @lru_cache(maxsize=64)
-def _resident_programs(device: torch.device, num_warps: int, registers: int) -> int:
-    """As many programs as the device runs at once; each takes several tiles."""
+def _resident_programs(device: torch.device, num_warps: int) -> int:
+    """As many programs as the device runs at once with 64 registers a thread; each takes several tiles."""
     if device.type != "cuda":
         return 16 // num_warps + 2  # Triton's interpreter, one program after the other
-    multiprocessors = int(torch.cuda.get_device_properties(device).multi_processor_count)
-    return multiprocessors * max(1, 2048 // (registers * num_warps))
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) * max(1, 32 // num_warps)
 
 
 # --- Angles and weights -------------------------------------------------------------------------------------
@@ -360,11 +347,10 @@ def _adjustment(table, k, j, num_classes: tl.constexpr, dtype: tl.constexpr, oft
 
 
 @triton.jit
-def _adjusted_logits(
-    logits, row, j, here, num_classes: tl.constexpr, stride_c, adjustment,
-    again: tl.constexpr, last: tl.constexpr,
-):  # fmt: skip
-    """A tile of adjusted logits, -inf beyond the last class, as its adjustment is.
+def _logits(
+    logits, row, j, here, num_classes: tl.constexpr, stride_c, again: tl.constexpr, last: tl.constexpr
+):
+    """A tile of logits, 0 beyond the last class.
 
     What is read again passes by the L1 cache; what is read for the last time leaves the L2 cache first.
     """
@@ -372,8 +358,16 @@ def _adjusted_logits(
     address = logits + row[:, None] + (j.to(tl.int64) * stride_c)[None, :]
     modifier: tl.constexpr = ".cg" if again else ""
     policy: tl.constexpr = "evict_first" if last else ""
-    x = tl.load(address, mask=mask, other=0.0, cache_modifier=modifier, eviction_policy=policy)
-    return x.to(adjustment.dtype) + adjustment
+    return tl.load(address, mask=mask, other=0.0, cache_modifier=modifier, eviction_policy=policy)
+
+
+@triton.jit
+def _adjusted_logits(
+    logits, row, j, here, num_classes: tl.constexpr, stride_c, adjustment,
+    again: tl.constexpr, last: tl.constexpr,
+):  # fmt: skip
+    """A tile of adjusted logits, -inf beyond the last class, as its adjustment is."""
+    return _logits(logits, row, j, here, num_classes, stride_c, again, last).to(adjustment.dtype) + adjustment
 
 
 @triton.jit
@@ -424,17 +418,22 @@ def _forward(
     num_samples, stride_n, stride_k, stride_c, out_n, out_k, out_c,
     num_experts: tl.constexpr, num_classes: tl.constexpr, ignore_index: tl.constexpr,
     smoothing: tl.constexpr, reduce: tl.constexpr, align: tl.constexpr,
-    rows: tl.constexpr, block: tl.constexpr, stages: tl.constexpr, flush: tl.constexpr,
+    rows: tl.constexpr, block: tl.constexpr, ahead: tl.constexpr, flush: tl.constexpr,
 ):  # fmt: skip
     """Rows that fit a tile, of one expert: losses (or a sum of them), state and gradient in one pass."""
     dtype: tl.constexpr = state.dtype.element_ty
     k = (tl.program_id(0) % num_experts).to(tl.int64)
+    begin = tl.program_id(0) // num_experts * rows
     step = tl.num_programs(0) // num_experts * rows
     j = tl.arange(0, block)
     adjustment = _adjustment(table, k, j, num_classes, dtype, False)
     shares = _divisor(divisor, dtype)
     total = tl.zeros([rows], tl.float64)
-    for start in tl.range(tl.program_id(0) // num_experts * rows, num_samples, step, num_stages=stages):
+    if ahead:
+        n = begin + tl.arange(0, rows).to(tl.int64)
+        row = (n * stride_n + k * stride_k) * align
+        loaded = _logits(logits, row, j, n < num_samples, num_classes, stride_c, False, False)
+    for start in range(begin, num_samples, step):
         n = start + tl.arange(0, rows).to(tl.int64)
         here = n < num_samples
         y = tl.load(target + n, mask=here, other=ignore_index)
@@ -444,7 +443,13 @@ def _forward(
         own = _target_logits(logits, table, row, k, y, valid, num_classes, stride_c, dtype)
         factor = _factor(weights, n, k, here, num_experts, dtype)
 
-        x = _adjusted_logits(logits, row, j, here, num_classes, stride_c, adjustment, False, False)
+        if ahead:
+            x = loaded.to(dtype) + _adjustment(table, k, j, num_classes, dtype, True)
+            later = n + step
+            row = (later * stride_n + k * stride_k) * align
+            loaded = _logits(logits, row, j, later < num_samples, num_classes, stride_c, False, False)
+        else:
+            x = _adjusted_logits(logits, row, j, here, num_classes, stride_c, adjustment, False, False)
         peak = tl.max(x, axis=1)
         x -= peak[:, None]
         exponentials = _exp(x, flush)
@@ -844,12 +849,7 @@ def forward(
     tile = forward_tile(num_classes, dtype)
     programs = _programs(logits, num_samples, num_experts, tile)
     table, weights = _constants(logits, table, weights)
-    kernel: Any = _forward
-    architecture = _architecture(logits.device)
-    flush = flushes(architecture, dtype)
-    more: dict[str, float] = {"stages": tile.stages(architecture, logits.element_size()), "flush": flush}
-    if tile.block < num_classes:
-        kernel, more, table = _long_rows(table, dtype, flush)
+    kernel, more, table = _form(tile, num_classes, dtype, _architecture(logits.device), table)
     if reduce:
         losses = _empty(logits, (programs,), torch.float64)
     else:
@@ -870,18 +870,22 @@ def forward(
     return total, state
 
 
-def _long_rows(
-    table: Tensor | None, dtype: torch.dtype, flush: bool
+def _form(
+    tile: Tile, num_classes: int, dtype: torch.dtype, architecture: int | None, table: Tensor | None
 ) -> tuple[Any, dict[str, float], Tensor | None]:
-    """The kernel for rows beyond a tile, its constants, and the table as it reads it.
+    """The kernel for rows of so many classes, its constants, and the table as it reads it.
 
-    Rows in one tile read the table once a program, longer ones twice a row: there it counts that float32
-    are half the bytes of float64. A launch a step makes the copy, which so is never out of date.
+    A kernel that reads the table for every row, not once a program, reads half the bytes in float32. A launch
+    a step makes the copy, which so is never out of date.
     """
-    if _plan == "0.1":
+    whole, flush = tile.block >= num_classes, flushes(architecture, dtype)
+    if not whole and _plan == "0.1":
         return _forward_blocked, {}, table
-    copied = None if table is None else table.to(dtype)
-    return _forward_streamed, {"lowest": torch.finfo(dtype).min, "flush": flush}, copied
+    if table is not None and (tile.ahead or not whole):
+        table = table.to(dtype)
+    if whole:
+        return _forward, {"ahead": tile.ahead, "flush": flush}, table
+    return _forward_streamed, {"lowest": torch.finfo(dtype).min, "flush": flush}, table
 
 
 def backward(
@@ -942,8 +946,7 @@ def _programs(like: Tensor, num_samples: int, columns: int, tile: Tile) -> int:
 
 
 def _resident(like: Tensor, tile: Tile) -> int:
-    options = _options(tile, like.device)
-    return _resident_programs(like.device, options["num_warps"], options.get("maxnreg", 64))
+    return _resident_programs(like.device, _options(tile, like.device)["num_warps"])
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
