@@ -321,6 +321,21 @@ def test_an_augmentation_on_the_device_is_that_of_seed_and_epoch(tmp_path, digit
     assert not torch.equal(first_inputs(trainer_of(digits, tmp_path, *settings, seed=1)), first)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_recipe_of_a_gpu_augments_there_and_replays_its_steps(tmp_path):
+    generator, labels = np.random.default_rng(0), np.repeat(np.arange(4), (40, 20, 10, 5))
+    images = generator.integers(0, 256, (75, 8, 8, 3), dtype=np.uint8)
+    halves = {"train_images": images, "train_labels": labels, "val_images": images, "val_labels": labels}
+    np.savez(tmp_path / "noise.npz", **halves)
+    settings = ["augment=cifar-strong", "batch_size=25"]
+    run(tmp_path, tmp_path / "noise.npz", recipes=("table5_lgla.toml", "gpu.toml"), settings=settings)
+    record = json.loads((tmp_path / "records" / "table5_lgla-gpu.json").read_text())
+    configuration = record["configuration"]
+    assert (configuration["augment_on"], configuration["cuda_graphs"]) == ("device", True)
+    assert all(np.isfinite(entry["loss"]) for entry in record["runs"][0]["curve"])
+
+
 def test_evaluation_is_the_same_wherever_augmentation_is(tmp_path, digits):
     outputs = []
     for where in ("loader", "device"):
