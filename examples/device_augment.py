@@ -299,7 +299,8 @@ class DeviceAugment(nn.Module):
 
     As `cifar-strong` (or `cifar-weak`): a crop from a frame of ``size // 8`` zeros, a flip, AutoAugment's
     policy for CIFAR-10, a black square of half the side (Cutout), the channels' mean and deviation. Every
-    image has its own draws, from the default generator of the images' device.
+    image has its own draws, from the default generator of the images' device. In evaluation mode images are
+    normalised as they are.
 
     There are no parameters, no host reads and no shapes that depend on data, so a CUDA graph holds it, and
     each replay draws anew. A call takes some 200 small kernels, whether it has ten images or thousands.
@@ -359,6 +360,8 @@ class DeviceAugment(nn.Module):
                 f"images: expected uint8 [N, 3, {self.size}, {self.size}], "
                 f"got {images.dtype} {list(images.shape)}; DeviceAugment(size=...) takes another size"
             )
+        if not self.training:
+            return normalised(images, self.dtype)
         most = MOST_ON_CPU if images.device.type == "cpu" else MOST_AT_ONCE
         parts = [self._augmented(part) for part in images.split(most)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

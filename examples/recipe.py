@@ -33,6 +33,8 @@ class Task(NamedTuple):
         collate: makes a batch of samples.
         keep: writes what a checkpoint needs beside it.
         split: whether the network is to be split into a trunk and experts.
+        augment: is given the inputs of every batch where it trains, and in evaluation mode those of ``val``:
+            it has all randomness, and samples are the same in every epoch. None where samples have it.
     """
 
     make_network: Callable[[], nn.Module]
@@ -45,6 +47,14 @@ class Task(NamedTuple):
     collate: Callable[[list[Sample]], Any] = default_collate
     keep: Callable[[Path], object] = lambda folder: None
     split: bool = True
+    augment: nn.Module | None = None
+
+    def prepared(self, inputs: list[Tensor], training: bool) -> list[Tensor]:
+        """The inputs as the network takes them."""
+        if self.augment is None:
+            return inputs
+        augment = self.augment.train(training)
+        return [augment(tensor) for tensor in inputs]
 
 
 class ExpertModel(nn.Module):
@@ -82,7 +92,8 @@ def build_model(task: Task, options: argparse.Namespace) -> nn.Module:
         )
         model = ExpertModel(trunk, experts)
         with torch.no_grad():
-            model.eval()(*task.collate([task.val[0]] * 2)[0])
+            inputs = task.collate([task.val[0]] * 2)[0]
+            model.eval()(*task.prepared(inputs, training=False))
     except InputError:
         raise
     except Exception as error:  # of whatever kind: it is the network's code that runs

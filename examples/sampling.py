@@ -55,13 +55,20 @@ class EpochOrder(Sampler[list[tuple[int, int]]]):
 
 
 class Seeded(Dataset[Sample]):
-    """Samples whose random augmentation depends on seed, epoch and index alone."""
+    """Samples whose random augmentation depends on seed, epoch and index alone.
 
-    def __init__(self, samples: Dataset[Sample], seed: int) -> None:
+    Args:
+        samples: by index.
+        seed: None where they have nothing random: seeding takes longer than to load a small image.
+    """
+
+    def __init__(self, samples: Dataset[Sample], seed: int | None) -> None:
         self.samples = samples
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
+        if self.seed is None:
+            return self.samples[key[1]]
         seed = mixed_seed(self.seed, *key)
         # timm's RandAugment draws from the generators of Python and NumPy.
         others = random.getstate(), np.random.get_state()  # noqa: NPY002

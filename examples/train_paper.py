@@ -65,6 +65,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--largest-class", type=number(int, 1), help="training images of class 0; None is all of it")
     add("--image-size", type=number(int, 1, 2**14), default=32, help="pixels")
     add("--augment", choices=AUGMENTATIONS, default="cifar-strong", help="of training images")
+    add(
+        "--augment-on",
+        choices=("loader", "device"),
+        default="loader",
+        help="image by image in the loader, or, of cifar-*, a batch at once where the network trains",
+    )
     add("--backbone", default="resnet32", help=f"{', '.join(SMALL_NETWORKS)}, torchvision:NAME or timm:NAME")
     add("--leaky", action="store_true", help="grouped experts with the shortcuts of the authors' code")
     add("--pretrained", type=Path, help="a state_dict of a torchvision or timm backbone")
@@ -77,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
 with needs("vision", command_parser, __name__):
     import numpy as np
     from augment import transforms
+    from device_augment import DeviceAugment
     from recipe import Task
     from resnet32 import ResNet32
     from train_images import load_pretrained, network_factory
@@ -103,6 +110,20 @@ class PaperImages(torch.utils.data.Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         image, label = self.images[index]
         return (image,), label
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class RawImages(torch.utils.data.Dataset[Any]):
+    """Small images as they are, uint8 ``[3, H, W]``, for an augmentation of whole batches."""
+
+    def __init__(self, images: ImageData) -> None:
+        self.images = torch.from_numpy(images.images).permute(0, 3, 1, 2).contiguous()
+        self.targets = images.targets
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.images[index],), self.targets[index]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -231,6 +252,7 @@ def prepare(options: argparse.Namespace) -> Task:
     small = options.backbone in SMALL_NETWORKS
     if options.leaky and not (small and options.layout == "grouped"):
         raise InputError(f"leaky: expected one of {', '.join(SMALL_NETWORKS)} and layout grouped")
+    augment = augment_on_device(options)
     train, val = read_data(options)
     num_classes = max(train.targets) + 1
 
@@ -241,17 +263,37 @@ def prepare(options: argparse.Namespace) -> Task:
 
     make_network = make_small if small else network_factory(options)
     pretrained = options.pretrained is not None
-    train_transform, val_transform = transforms(options.augment, options.image_size)
+    pipelines = transforms(options.augment, options.image_size)
+    train_set, val_set = (
+        PaperImages(images, pipeline) if augment is None else RawImages(images)
+        for images, pipeline in zip((train, val), pipelines, strict=True)
+    )
     return Task(
         (lambda: load_pretrained(make_network(), options)) if pretrained else make_network,
         pretrained,
-        PaperImages(train, train_transform),
-        PaperImages(val, val_transform),
+        train_set,
+        val_set,
         train.targets,
         [str(name) for name in train.classes or range(num_classes)],
         ("torchvision", *(("timm",) if "timm" in options.backbone + options.augment else ())),
         split=not small,
+        augment=augment,
     )
+
+
+def augment_on_device(options: argparse.Namespace) -> DeviceAugment | None:
+    """What augments whole batches; None where images are augmented as they are loaded."""
+    if options.augment_on == "loader":
+        return None
+    if not options.augment.startswith("cifar"):
+        raise InputError(
+            f"augment_on device: expected augment cifar-weak or cifar-strong, got {options.augment}; "
+            "augment_on loader does the others"
+        )
+    try:
+        return DeviceAugment(options.image_size, options.augment == "cifar-strong")
+    except ValueError as error:
+        raise InputError(f"augment_on device: image_{error}; augment_on loader takes smaller ones") from error
 
 
 def run_seed(arguments: list[str], seed: int, folder: Path, command: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from graphs import GraphedPass
 from recipe import Task, build_criterion, build_model, make_optimizer, make_schedule
 from rich.console import Console
 from rich.table import Table
-from sampling import EpochOrder, Seeded, ignore_interrupts
+from sampling import EpochOrder, Seeded, ignore_interrupts, mixed_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -116,9 +116,9 @@ class Trainer:
     """Trains, evaluates and keeps the record in OUTPUT_DIR; ``to_go_on`` is the command that resumes it."""
 
     def __init__(self, task: Task, options: argparse.Namespace, to_go_on: str) -> None:
+        self.task = task
         self.options = options
         self.to_go_on = to_go_on
-        self.keep = task.keep
         self.device = torch.device(options.device)
         self.class_counts = count_classes(task.train_labels, len(task.class_names))
         self.configuration = {
@@ -132,6 +132,8 @@ class Trainer:
         self.libraries = ("torch", *task.libraries, "lgla_losses")
         self.criterion = build_criterion(self.class_counts, options).to(self.device)
         self.model = build_model(task, options).to(self.device)
+        if task.augment is not None:
+            task.augment.to(self.device)
         if options.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if options.compile:
@@ -150,7 +152,8 @@ class Trainer:
             # A loader draws a seed for its workers; not from the generator that draws dropout.
             "generator": torch.Generator(),
         }
-        self.train_loader = DataLoader(Seeded(task.train, options.seed), batch_sampler=self.order, **loading)
+        samples = Seeded(task.train, options.seed if task.augment is None else None)
+        self.train_loader = DataLoader(samples, batch_sampler=self.order, **loading)
         self.val_loader = DataLoader(task.val, options.batch_size, **loading)
         self.progress = Progress()
 
@@ -159,7 +162,7 @@ class Trainer:
         options, progress = self.options, self.progress
         begun = time.monotonic() - progress.seconds
         make_folder("--log-dir", options.log_dir)
-        self.keep(options.log_dir)
+        self.task.keep(options.log_dir)
         with (
             Interruption() as interruption,
             SummaryWriter(options.log_dir, purge_step=progress.epoch + 1) as writer,
@@ -186,6 +189,9 @@ class Trainer:
         progress = self.progress
         self.order.epoch, self.order.steps_done = progress.epoch, progress.step
         self.model.train()
+        if self.task.augment is not None and progress.step == 0:
+            # What the networks drew before is another number in each method; the images are to be the same.
+            torch.manual_seed(mixed_seed(self.options.seed, progress.epoch, 1))
         batches = iter(self.train_loader)
         shots = self._shots()
         with tqdm(
@@ -244,6 +250,7 @@ class Trainer:
     def _to_device(self, batch: Any) -> tuple[list[Tensor], Tensor]:
         inputs, target = batch
         inputs = [tensor.to(self.device, non_blocking=True) for tensor in inputs]
+        inputs = self.task.prepared(inputs, self.model.training)
         return inputs, target.to(self.device, non_blocking=True)
 
     def _forward(self, inputs: list[Tensor]) -> ExpertOutput:

@@ -17,6 +17,7 @@ import recipe
 import torch
 import torchvision
 import train_paper
+import training
 from augment import TRAINING, Cutout, transforms
 from cli import InputError, parse_options
 from PIL import Image
@@ -173,6 +174,14 @@ def test_unknown_settings_are_named(settings, message):
             "format list: expected train_list and val_list",
         ),
         (["table2_places_lt_ic.toml", "--set", "workers=0"], "Places_LT_train.txt"),
+        (
+            ["table2_places_lt_ic.toml", "--set", "augment_on=device"],
+            "augment_on device: expected augment cifar-weak or cifar-strong, got places; augment_on loader",
+        ),
+        (
+            ["table5_lgla.toml", "--set", "augment_on=device", "image_size=2"],
+            "augment_on device: image_size: expected at least 3 pixels, got 2; augment_on loader",
+        ),
     ],
 )
 def test_bad_input_ends_with_what_to_do(arguments, message, tmp_path, capsys):
@@ -268,6 +277,118 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path, digits, monkeypatch):
     again = json.loads((folder / "result.json").read_text())
     assert again["curve"] == whole["curve"]
     assert not (folder / "first.pt").exists()  # the first epoch was not done again
+
+
+def trainer_of(digits, tmp_path, *settings, seed=0):
+    options = options_of(
+        *(f"data={digits}", "format=npz", 'imbalance_factor=""', "workers=0", *SMALL, *settings),
+        files=["table5_lgla.toml"],
+    )
+    options.seed, options.log_dir = seed, tmp_path / "trainer"
+    torch.manual_seed(seed)
+    return train_paper.Trainer(train_paper.prepare(options), options, "")
+
+
+def first_inputs(trainer):
+    """What the network is given in the first epoch."""
+    seen = []
+    hook = trainer.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0].cpu()))
+    with training.Interruption() as interruption:
+        trainer._train_epoch(interruption)
+    hook.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("augment", ["cifar-weak", "cifar-strong"])
+def test_an_augmentation_on_the_device_trains(tmp_path, digits, augment):
+    settings = ["augment_on=device", f"augment={augment}", "batch_size=16", "lr=0.05", "epochs=3"]
+    run(tmp_path, digits, settings=[*settings, "evaluate_every=3"])
+    record = json.loads((tmp_path / "records" / "table5_lgla.json").read_text())
+    assert record["configuration"]["augment_on"] == "device"
+    assert record["summary"]["final"]["balanced"]["mean"] > 15  # ten classes
+
+
+def test_an_augmentation_on_the_device_is_that_of_seed_and_epoch(tmp_path, digits):
+    settings = "augment_on=device", "augment=cifar-strong"
+    trainer = trainer_of(digits, tmp_path, *settings)
+    first = first_inputs(trainer)
+    assert first.dtype == torch.float32
+    assert first.shape == (len(trainer.task.train), 3, 8, 8)
+
+    # Another method draws another number of weights before.
+    other = trainer_of(digits, tmp_path, *settings, "num_experts=2", "adjustment=softmax")
+    assert torch.equal(first_inputs(other), first)
+    assert not torch.equal(first_inputs(trainer_of(digits, tmp_path, *settings, seed=1)), first)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_recipe_of_a_gpu_augments_there_and_replays_its_steps(tmp_path):
+    generator, labels = np.random.default_rng(0), np.repeat(np.arange(4), (40, 20, 10, 5))
+    images = generator.integers(0, 256, (75, 8, 8, 3), dtype=np.uint8)
+    halves = {"train_images": images, "train_labels": labels, "val_images": images, "val_labels": labels}
+    np.savez(tmp_path / "noise.npz", **halves)
+    settings = ["augment=cifar-strong", "batch_size=25"]
+    run(tmp_path, tmp_path / "noise.npz", recipes=("table5_lgla.toml", "gpu.toml"), settings=settings)
+    record = json.loads((tmp_path / "records" / "table5_lgla-gpu.json").read_text())
+    configuration = record["configuration"]
+    assert (configuration["augment_on"], configuration["cuda_graphs"]) == ("device", True)
+    assert all(np.isfinite(entry["loss"]) for entry in record["runs"][0]["curve"])
+
+
+def test_evaluation_is_the_same_wherever_augmentation_is(tmp_path, digits):
+    outputs = []
+    for where in ("loader", "device"):
+        trainer = trainer_of(digits, tmp_path, f"augment_on={where}", "image_size=16", "device=cpu")
+        outputs.append(torch.cat([output.logits for output, _ in trainer.outputs()]).cpu())
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-6)
+
+
+def test_a_split_network_is_tried_on_what_it_is_to_be_given(tmp_path, digits):
+    """Not on uint8, as the images are kept."""
+    trainer = trainer_of(
+        digits, tmp_path, "augment_on=device", "backbone=torchvision:resnet18", "image_size=32"
+    )
+    output, _ = next(iter(trainer.outputs()))
+    assert output.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("when", ["between epochs", "in an epoch"])
+def test_a_resumed_run_with_an_augmentation_on_the_device_equals_a_whole_one(
+    tmp_path, digits, monkeypatch, when
+):
+    settings = ["augment_on=device", "augment=cifar-strong", "device=cpu"]
+    run(tmp_path / "whole", digits, settings=settings)
+    ending = (1, 0) if when == "between epochs" else (0, 3)
+    step, end = train_paper.Trainer._train_step, train_paper.Trainer._end_epoch
+
+    def interrupted_step(trainer, *arguments):
+        loss = step(trainer, *arguments)
+        if (trainer.progress.epoch, trainer.progress.step + 1) == ending:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    def interrupted_end(trainer, *arguments):
+        end(trainer, *arguments)
+        if (trainer.progress.epoch, 0) == ending:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(train_paper.Trainer, "_train_step", interrupted_step)
+    monkeypatch.setattr(train_paper.Trainer, "_end_epoch", interrupted_end)
+    try:
+        with pytest.raises(SystemExit):
+            run(tmp_path / "cut", digits, settings=settings)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    monkeypatch.undo()
+
+    torch.rand(5)  # of another process nothing is left
+    run(tmp_path / "cut", digits, settings=settings)
+    whole, cut = (
+        tmp_path / name / "runs" / "table5_lgla" / "seed0" / "result.json" for name in ("whole", "cut")
+    )
+    assert json.loads(cut.read_text())["curve"] == json.loads(whole.read_text())["curve"]
 
 
 def test_test_classes_must_be_trained(tmp_path):
