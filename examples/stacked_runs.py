@@ -37,7 +37,7 @@ from lgla_losses.metrics import ShotAccuracy
 STEPS_A_LOOK = 100
 
 #: Seconds from one checkpoint to the next, and those kept for the last evaluation and the records.
-CHECKPOINT_EVERY, RESERVE = 60.0, 10.0
+CHECKPOINT_EVERY, RESERVE = 30.0, 10.0
 
 
 class Ending:
@@ -226,6 +226,7 @@ class Stack:
             begun = time.monotonic()
             self._scores()
             self.seconds_per_evaluation = time.monotonic() - begun
+        self.logits = []  # of networks that have learned nothing
 
     def seconds_of(self, epochs: int) -> float:
         """How long so many epochs take, with evaluations, and a fiftieth for checkpoints."""

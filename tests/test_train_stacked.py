@@ -296,6 +296,15 @@ def test_a_run_is_the_same_in_two_halves(tmp_path, monkeypatch):
     assert gone_on["runs"][0]["final"] == whole["runs"][0]["final"]
 
 
+def test_a_finished_run_that_is_resumed_keeps_its_logits(tmp_path):
+    def logits(out):
+        with np.load(out / "stacked_lgla" / "seed0" / "outputs.npz") as outputs:
+            return outputs["logits"]
+
+    before = logits(run(tmp_path, "--methods", "lgla"))
+    assert np.array_equal(logits(run(tmp_path, "--methods", "lgla", "--resume")), before)
+
+
 def test_a_run_without_time_for_all_takes_fewer_epochs(tmp_path, monkeypatch):
     monkeypatch.setattr(stacked_runs, "fitting_epochs", lambda asked, seconds, left: asked // 2)
     out = run(tmp_path, "--epochs", "4", "--seconds", "300")
