@@ -302,7 +302,9 @@ class Stack:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have been made with."""
         options = self.options
+        free = ("epochs", "warmup_epochs", "data", "device", "cuda_graphs")
         return {
+            "settings": [{k: v for k, v in run.settings.items() if k not in free} for run in self.runs],
             "methods": list(options.methods),
             "seed": self.seed,
             "epochs": options.epochs,

@@ -214,6 +214,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         if len(set(values)) < len(values):
             parser.error(f"--{name}: expected each but once, got {shortened(values)}")
     on_gpu = options.device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(torch.device(options.device).index or 0)  # where streams are made
     options.epochs = options.epochs or (2 if options.quick else 400)
     options.amp = options.amp or ("bf16" if on_gpu else "none")
     names = options.forms or [name for name, form in FORMS.items() if on_gpu or not (form.fused or form.own)]

@@ -111,7 +111,9 @@ def test_gradients_are_those_of_separate_networks(name):
     torch.testing.assert_close(stacked.weight.grad, heads)
 
 
-@pytest.mark.parametrize("name", ["kernels", "grouped-fused", "grouped-64-fused"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("kernels", marks=pytest.mark.slow), "grouped-fused", "grouped-64-fused"]
+)
 def test_kernels_train_as_pytorch_does(name, monkeypatch):
     monkeypatch.setattr(stacked_kernels, "PROGRAMS", 3)
     monkeypatch.setattr(stacked_kernels, "PROGRAMS_OF_SUMS", 3)

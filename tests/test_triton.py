@@ -254,6 +254,11 @@ def test_plans_are_chosen_by_name():
     assert kernels.forward_tile(50_000, torch.float32) != kernels.Tile(4, 1024, 8)
 
 
+def test_every_plan_is_measured():
+    peers = pytest.importorskip("peers")
+    assert {*peers.OTHER_PLANS, kernels.plan()} == {*kernels.PLANS}
+
+
 def test_a_plan_that_does_not_exist():
     with pytest.raises(ValueError, match=r"plan: expected one of '0\.1', .*, got 'fastest'"):
         kernels.use("fastest")
