@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lgla_losses import functional, fused
 from lgla_losses.adjustment import strength
-from lgla_losses.base import ExpertLoss, ExpertLossOptions, make_adjuster, refuse_unknown
+from lgla_losses.base import ExpertLoss, ExpertLossOptions, make_adjuster, refuse_unknown, scalar_on
 from lgla_losses.buffers import moved
 from lgla_losses.checks import (
     WAY_OUT,
@@ -296,12 +296,11 @@ class ClassParallelLGLALoss(nn.Module):
                 f"weight: expected the features' dtype {features.dtype}, got {weight.dtype}; convert one of "
                 "them, or train under torch.autocast, which leaves float64 as it is"
             )
-        divisor = None
-        if self.reduction == "mean":
-            if normalizer is None and samples is not None:
-                normalizer = samples.clamp(min=1) / num_data_ranks
-            dtype = functional.compute_dtype(features.dtype)
-            divisor = torch.as_tensor(normalizer, dtype=dtype, device=target.device)
+        divisor, dtype = None, functional.compute_dtype(features.dtype)
+        if normalizer is not None:
+            divisor = scalar_on(target.device, normalizer, dtype)
+        elif counts and samples is not None:
+            divisor = (samples.clamp(min=1) / num_data_ranks).to(dtype)
         problem = _ClassParallel(self, target, own, weights, divisor, readable)
         inputs = features, weight, bias
         if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):

@@ -332,6 +332,7 @@ def test_a_run_that_is_ended_keeps_what_it_has(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline().startswith("tiny 16 x 3 x 20")
         while not path.exists():
+            assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         process.communicate()

@@ -33,6 +33,24 @@ def test_alone_it_has_all_classes(options, reduction):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("normalizer", [7, torch.tensor(7), torch.tensor(7.5, dtype=torch.float64)])
+def test_a_normalizer_may_be_a_number_or_a_tensor(normalizer, device):
+    """On a GPU no step waits for it."""
+    features, weight = torch.randn(2, 3, 5, device=device), torch.randn(3, 4, 5, device=device)
+    target = TARGET.to(device)
+    total = ClassParallelLGLALoss(COUNTS, reduction="sum").to(device)(features, weight, target)
+    criterion = ClassParallelLGLALoss(COUNTS).to(device)
+    criterion(features, weight, target)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = criterion(features, weight, target, normalizer=normalizer)
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(loss, total / float(normalizer))
+
+
 def test_a_masked_class_does_no_harm():
     bias = torch.zeros(3, 4)
     bias[:, 1] = -torch.inf

@@ -262,7 +262,13 @@ def test_no_check_on_the_gpu_failed():
 
 
 def test_no_page_says_that_gpus_are_untested():
-    old = ("nothing has been measured yet", "gpus are untested", "not run on a gpu yet", "no gpu ran")
+    old = (
+        "nothing has been measured yet",
+        "gpus are untested",
+        "not run on a gpu yet",
+        "no gpu ran",
+        "not met one yet",
+    )
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         if "_build" not in path.parts:
             text = " ".join(path.read_text(encoding="utf-8").lower().split())
