@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lgla_losses import ClassGrouper, ExpertOutput, LGLALoss, LinearLGLALoss, functional
+from lgla_losses import ClassGrouper, ExpertOutput, LGLALoss, LinearLGLALoss, functional, fused, linear
 from lgla_losses.baselines import BalancedSoftmaxLoss
 
 IMBALANCE = 100.0
@@ -510,6 +510,59 @@ def _with_plan(loss: Callable[[Batch], Tensor], plan: str) -> Callable[[Batch], 
     return planned
 
 
+def with_choice(
+    loss: Callable[[Batch], Tensor], module: Any, name: str, value: Any
+) -> Callable[[Batch], Tensor]:
+    """The loss computed with another of the library's choices, which is as before afterwards."""
+
+    def chosen(batch: Batch) -> Tensor:
+        before = getattr(module, name)
+        setattr(module, name, value)
+        try:
+            return loss(batch)
+        finally:
+            setattr(module, name, before)
+
+    return chosen
+
+
+def scaled_lgla(shape: Shape, device: str, at_once: bool) -> Step:
+    """A training step whose loss is scaled, so that a gradient computed at once is read and written again."""
+    loss = with_choice(lgla(shape, device), fused, "_AT_ONCE", at_once)
+    upstream = torch.tensor(2.0, device=device)
+    return Step(None, lambda batch: torch.autograd.backward(loss(batch), upstream))
+
+
+#: What the linear loss could do otherwise.
+LINEAR_CHOICES = {
+    "two kernels to add": ("_ADD_AT_ONCE", False),
+    "rows end to end": ("_ROW_BYTES", {}),
+    "chunks of 32 MB": ("_CHUNK_BYTES", {"cpu": 1 << 25, "cuda": 1 << 25}),
+}
+
+
+def other_choices(shape: Shape) -> list[Column]:
+    """A column for every choice that a GPU has yet to decide, where there are many classes."""
+    if shape.classes <= _PLANS_DIFFER:
+        return []
+    if shape.features is None:
+        return [
+            Column(name, make, ours=True, equal=False, note="an upstream gradient of 2")
+            for name, make in (
+                ("LGLALoss, scaled", lambda s, d: scaled_lgla(s, d, True)),
+                ("LGLALoss, scaled, gradient in backward", lambda s, d: scaled_lgla(s, d, False)),
+            )
+        ]
+
+    def chosen(name: str, value: Any) -> Callable[[Shape, str], Step]:
+        return lambda s, d: step_of(with_choice(linear_lgla(s, d), linear, name, value))
+
+    return [
+        Column(f"LinearLGLALoss, {what}", chosen(*choice), ours=True)
+        for what, choice in LINEAR_CHOICES.items()
+    ]
+
+
 def columns_for(shape: Shape, device: str, compiler: str = "inductor") -> list[Column]:
     """All that is measured for a shape, ours first."""
     cuda = on_gpu(device)
@@ -547,7 +600,7 @@ def columns_for(shape: Shape, device: str, compiler: str = "inductor") -> list[C
             Column("F.linear_cross_entropy", torch_linear, equal=False, note=no_adjustments),
         ]
         if cuda:
-            columns[1:1] = other_plans("LinearLGLALoss", linear_lgla, shape)
+            columns[1:1] = other_plans("LinearLGLALoss", linear_lgla, shape) + other_choices(shape)
             columns += [
                 Column("liger-kernel", liger_linear, equal=False, note=no_adjustments),
                 Column(
@@ -571,7 +624,7 @@ def columns_for(shape: Shape, device: str, compiler: str = "inductor") -> list[C
     if cuda:
         chunks = Column("LGLALoss, fused", eager(lgla, "fused"), ours=True, note="PyTorch in chunks")
         columns.insert(1, chunks)
-        columns[1:1] = other_plans("LGLALoss", lgla, shape)
+        columns[1:1] = other_plans("LGLALoss", lgla, shape) + other_choices(shape)
         columns.append(
             Column("liger-kernel", liger, equal=False, note=f"{no_adjustments}; writes over the logits")
         )

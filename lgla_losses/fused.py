@@ -165,6 +165,12 @@ class Fusible(Protocol):
         """The loss in plain PyTorch, for derivatives of derivatives."""
 
 
+#: Whether the gradient of a scalar loss is computed with it: logits are read and a gradient is written, two
+#: passes over memory, and two more where the upstream gradient is not 1, as under loss scaling. In `backward`
+#: it takes three, whatever the upstream gradient.
+_AT_ONCE = True
+
+
 def evaluate(problem: Fusible, *inputs: Tensor | None) -> Tensor:
     """The loss; its graph, where a gradient can be asked for, holds the gradients themselves."""
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
@@ -177,7 +183,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: Fusible, *inputs: Tensor | None) -> Tensor:
         wanted, call = ctx.needs_input_grad[1:], problem.call
-        at_once = call.reduce and not any(v is not None and v.dtype == torch.float16 for v in inputs)
+        half = any(v is not None and v.dtype == torch.float16 for v in inputs)
+        at_once = _AT_ONCE and call.reduce and not half
         loss, gradients, state = problem.run(inputs, [w and at_once for w in wanted])
         ctx.problem, ctx.gradients = problem, gradients if at_once else None
         # Saved, so that a change of any before `backward` needs it raises there. What was made in

@@ -504,3 +504,18 @@ def test_the_brief_table_marks_the_fastest_whosever_it_is(quick, tables):
         row["median_ms"] = 1.0 if row["column"] == "plain loop" else 1.5
     first = tables.brief({"rows": rows}).splitlines()[2]
     assert first.split(" | ")[1:] == ["1.5", "1.5", "**1**", "1.5", "2", "2 |"]
+
+
+@pytest.mark.parametrize("features", [None, 4])
+def test_choices_that_are_measured_side_by_side_give_the_same(features):
+    shape = contestants.Shape("some", 5, 3, 2500, features)
+    columns = contestants.other_choices(shape)
+    assert len(columns) == (2 if features is None else 3)
+    before = contestants.fused._AT_ONCE, contestants.linear._ADD_AT_ONCE, contestants.linear._CHUNK_BYTES
+    gradients = []
+    for column in columns:
+        (batch,) = contestants.make_batches(shape, torch.float32, "cpu")
+        column.make(shape, "cpu").train(batch)
+        gradients.append([leaf.grad for leaf in batch.leaves])
+    torch.testing.assert_close(gradients[1:], gradients[:1] * (len(columns) - 1))
+    assert before == (contestants.fused._AT_ONCE, contestants.linear._ADD_AT_ONCE, contestants.linear._CHUNK_BYTES)

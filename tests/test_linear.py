@@ -75,6 +75,7 @@ def test_each_input_may_be_the_one_that_learns(learns):
             assert leaf.grad is None
 
 
+@pytest.mark.parametrize("_chunks", ["one chunk", "chunks"], indirect=True)
 @pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize("scale", [None, 30.0])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
