@@ -511,11 +511,12 @@ def test_choices_that_are_measured_side_by_side_give_the_same(features):
     shape = contestants.Shape("some", 5, 3, 2500, features)
     columns = contestants.other_choices(shape)
     assert len(columns) == (2 if features is None else 3)
-    before = contestants.fused._AT_ONCE, contestants.linear._ADD_AT_ONCE, contestants.linear._CHUNK_BYTES
+    fused, linear = contestants.fused, contestants.linear
+    before = fused._AT_ONCE, linear._ADD_AT_ONCE, linear._CHUNK_BYTES
     gradients = []
     for column in columns:
         (batch,) = contestants.make_batches(shape, torch.float32, "cpu")
         column.make(shape, "cpu").train(batch)
         gradients.append([leaf.grad for leaf in batch.leaves])
     torch.testing.assert_close(gradients[1:], gradients[:1] * (len(columns) - 1))
-    assert before == (contestants.fused._AT_ONCE, contestants.linear._ADD_AT_ONCE, contestants.linear._CHUNK_BYTES)
+    assert before == (fused._AT_ONCE, linear._ADD_AT_ONCE, linear._CHUNK_BYTES)
