@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from compilers import TAKES_OWN_LAYERS, TAKES_STAGES
 from reference import assert_same
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
@@ -785,8 +786,6 @@ def test_a_refused_batch_leaves_the_stack_whole():
     assert_same_tensors(state(experts), before)
 
 
-#: What the compiler takes as one graph: stages of layers of PyTorch from 2.11, of others from 2.12.
-TAKES_STAGES, TAKES_OWN_LAYERS = torch.__version__ >= "2.11", torch.__version__ >= "2.12"
 #: Behind a break of the graph 2.11 looks at gradients that no tensor there has.
 BREAKS = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
