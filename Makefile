@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow sanitize lint docs hero bench gpu bench-class-parallel bench-layouts paper-smoke paper-cpu paper-gpu dist clean
+.PHONY: demo test test-slow test-torch sanitize lint docs hero bench gpu bench-class-parallel bench-layouts paper-smoke paper-cpu paper-gpu dist clean
 .SECONDARY:
 
 demo: $(VENV)/.examples    ## train LGLA beside its baselines on long-tailed digits
@@ -15,6 +15,11 @@ test: $(VENV)/.test        ## all but the slow tests
 
 test-slow: $(VENV)/.test   ## compilers, four processes, killed runs, built wheels
 	$(RUN) -m pytest -m slow
+
+# Any version from 2.6 on. Most have no wheel for CPUs alone: what is installed is a build for CUDA, several GB.
+TORCH ?= 2.11.0
+test-torch: .venv-torch-$(TORCH)/.test  ## the tests, without the pages, on another PyTorch: TORCH=2.6.0
+	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n 2 --dist loadfile tests
 
 sanitize: $(VENV)/.test    ## random calls of the C library under ASan and UBSan; a part of test-slow
 	$(RUN) -m pytest -m slow tests/test_sanitize.py
@@ -134,8 +139,20 @@ $(VENV)/.%: pyproject.toml constraints.txt lgla_losses/kernels/native.c lgla_los
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	@touch $@
 
+# With torch 2.x.y goes torchvision 0.(x + 15).y; triton comes along with torch, and its interpreter before 3.7
+# needs numpy < 2.4.
+MINOR = $(word 2,$(subst ., ,$*))
+PATCH = $(word 3,$(subst ., ,$*))
+.venv-torch-%/.test: pyproject.toml constraints.txt lgla_losses/kernels/native.c lgla_losses/kernels/native_rows.h
+	@echo "Installing lgla-losses[test] and PyTorch $* into $(@D), minutes ..."
+	$(PYTHON) -m venv $(@D)
+	grep -Ev "^(torch|torchvision|triton|numpy|setuptools)==" constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt \
+		torch==$* torchvision==0.$$(($(MINOR) + 15)).$(PATCH) "numpy<2.4" -e ".[test]"
+	@touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info lgla_losses/kernels/_native*
+	rm -rf $(VENV) .venv-torch-* build dist *.egg-info lgla_losses/kernels/_native*

@@ -304,8 +304,18 @@ def cross_entropy(call: Call, logits: Tensor, backend: str) -> Tensor:
     """Eq. 9 for logits ``[N, K, C]``: an operator for :func:`torch.compile`, else as autograd sees it."""
     if not torch.compiler.is_compiling():
         return evaluate(CrossEntropy(call), logits)
+    # Field by field: the compiler of PyTorch 2.6 takes no slice of a named tuple.
     result: tuple[Tensor, Tensor] = torch.ops.lgla_losses.cross_entropy(
-        logits, *call[1:8], torch.is_grad_enabled() and logits.requires_grad, backend
+        logits,
+        call.target,
+        call.table,
+        call.weights,
+        call.divisor,
+        call.ignore_index,
+        call.label_smoothing,
+        call.reduce,
+        torch.is_grad_enabled() and logits.requires_grad,
+        backend,
     )
     return result[0]
 

@@ -135,8 +135,9 @@ class AAWWeighter(nn.Module):
 
     def is_plain(self) -> bool:
         """Whether nobody looks at, or changes, what passes through ``forward``."""
+        # Not `vars(self)`, which the compiler of PyTorch 2.6 does not know.
         hooks = self._forward_hooks, self._forward_pre_hooks, *_EVERY_MODULES_HOOKS
-        return type(self).forward is AAWWeighter.forward and "forward" not in vars(self) and not any(hooks)
+        return type(self).forward is AAWWeighter.forward and "forward" not in self.__dict__ and not any(hooks)
 
     def of_batch(
         self,

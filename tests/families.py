@@ -8,7 +8,7 @@ import torch
 import torchvision
 import transformers
 
-NEW_TORCH = torch.__version__ >= "2.13"
+NEW_TORCH = torch.__version__ >= "2.11"
 
 
 class Family(NamedTuple):

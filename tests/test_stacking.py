@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from compilers import TAKES_OWN_LAYERS, TAKES_STAGES
 from reference import assert_same
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
@@ -785,10 +786,21 @@ def test_a_refused_batch_leaves_the_stack_whole():
     assert_same_tensors(state(experts), before)
 
 
-@pytest.mark.parametrize("name", ["batch norm at two paths", "replaces buffers", "pruned"])
-def test_a_stack_compiles_as_one_graph(name):
+#: Behind a break of the graph 2.11 looks at gradients that no tensor there has.
+BREAKS = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@pytest.mark.parametrize(
+    ("name", "fullgraph"),
+    [
+        ("batch norm at two paths", TAKES_STAGES),
+        pytest.param("replaces buffers", TAKES_OWN_LAYERS, marks=() if TAKES_OWN_LAYERS else BREAKS),
+        ("pruned", TAKES_STAGES),
+    ],
+)
+def test_a_stack_compiles_as_one_graph(name, fullgraph):
     pair = [experts for _ in range(2) for experts in twins(STAGES[name])[:1]]
-    compiled = torch.compile(pair[0], backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(pair[0], backend="aot_eager", fullgraph=fullgraph)
     for _ in range(2):
         shared, seen = torch.randn(6, 4, dtype=torch.float64), []
         for experts, run in zip(pair, (compiled, pair[1]), strict=True):
@@ -802,7 +814,7 @@ def test_a_stack_compiles_as_one_graph(name):
 
 def test_a_compiled_stack_keeps_the_caches_of_its_copies_apart():
     grouped, independent = (experts.eval() for experts in twins(Caches))
-    compiled = torch.compile(grouped, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(grouped, backend="aot_eager", fullgraph=TAKES_OWN_LAYERS)
     shared = torch.randn(6, 4, dtype=torch.float64)
     with torch.no_grad():
         for _ in range(2):
