@@ -297,6 +297,21 @@ _COLOURS = {
 }
 
 
+def _rows_to_draw(record: Record) -> list[Row]:
+    """Training steps of logits as they are mostly given, beside the plain loop; of a GPU without the host."""
+    rows = [row for row in record["rows"] if not row["shape"].endswith(tuple(KINDS))]  # tables have these
+    if record["kind"] != "cuda":
+        return [row for row in rows if row["phase"] == PHASES[1] and row["ratio_to_plain"]]
+    steps = [row for row in rows if row["phase"] == DEVICE and row["ratio_to_plain"]]
+    plain = {(row["shape"], row["dtype"]): row["median_ms"] for row in steps if row["column"] == PLAIN}
+    floors = [row for row in rows if row["phase"] == PHASES[1] and row["column"] == FLOOR]
+    return steps + [
+        {**row, "ratio_to_plain": row["median_ms"] / plain[row["shape"], row["dtype"]]}
+        for row in floors
+        if (row["shape"], row["dtype"]) in plain
+    ]
+
+
 def plot(record: Record, path: Path) -> None:
     """Forward + backward beside the plain loop: a panel a suite and dtype, down is faster."""
     import matplotlib as mpl
@@ -305,8 +320,8 @@ def plot(record: Record, path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    rows = [row for row in record["rows"] if row["phase"] == PHASES[1] and row["ratio_to_plain"]]
-    rows = [row for row in rows if not row["shape"].endswith(tuple(KINDS))]  # tables have these
+    rows = _rows_to_draw(record)
+    where = " on the device" if record["kind"] == "cuda" else ""
     panels = list(dict.fromkeys((row["suite"], row["dtype"]) for row in rows))
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(11, 3.6 * len(panels)), layout="constrained", squeeze=False
@@ -363,7 +378,7 @@ def plot(record: Record, path: Path) -> None:
         axis.set_xticks(range(len(shapes)), [shape.replace(" ", "\n", 1) for shape in shapes])
         axis.set_xlabel("size: samples x experts x classes")
         axis.set_ylabel("time / time of the plain loop")
-        axis.set_title(f"{suite}, {dtype}: forward + backward (1 = plain loop, lower is faster)")
+        axis.set_title(f"{suite}, {dtype}: forward + backward{where} (1 = plain loop, lower is faster)")
         axis.legend(fontsize=7, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.27))
     figure.suptitle(f"{record['device']}, threads: {record['threads']}, torch {record['torch']}")
     figure.savefig(path, dpi=130)
