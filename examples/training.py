@@ -138,7 +138,8 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if options.compile:
             self.model.compile()
-        self.run_pass = GraphedPass(self._pass, self.model) if options.cuda_graphs else self._pass
+        # None, not a method of its own: loaders in a cycle of references end their workers late, in disorder.
+        self.graphed_pass = GraphedPass(self._pass, self.model) if options.cuda_graphs else None
         self.order = EpochOrder(len(task.train_labels), options)
         self.optimizer = make_optimizer(self.model, options)
         self.schedule = make_schedule(self.optimizer, options, self.order.num_steps)
@@ -220,11 +221,12 @@ class Trainer:
     def _train_step(self, batches: Iterator[Any], num_batches: int, num_samples: int) -> float:
         """One step of the optimizer: the mean loss over the samples of its batches."""
         total = torch.zeros((), device=self.device)
+        run_pass = self.graphed_pass or self._pass
         for _ in range(num_batches):
             inputs, target = self._to_device(next(batches))
             # A recorded step has one batch, whose mean is the loss's own.
             normalizer = () if self.options.cuda_graphs else (num_samples,)
-            total += self.run_pass(inputs, target, *normalizer)
+            total += run_pass(inputs, target, *normalizer)
         if not total.isfinite():
             raise SystemExit(
                 f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}: expected a finite loss, "

@@ -1,8 +1,10 @@
 """examples/train_images.py, and what it shares with train_text.py: examples/training.py."""
 
 import argparse
+import gc
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -265,6 +267,18 @@ def test_the_number_of_workers_changes_nothing(npz, tmp_path, tiny):
         run(npz(), tmp_path / str(workers), *RANDOM, "--workers", workers)
     assert_same_run(tmp_path / "0", tmp_path / "1")
     assert_same_run(tmp_path / "0", tmp_path / "2")
+
+
+def test_workers_end_with_the_run(npz, tmp_path, tiny):
+    """Not when garbage is collected, in whatever order: their queues then told of bad file descriptors."""
+    tiny()
+    gc.collect()
+    gc.disable()
+    try:
+        run(npz(), tmp_path / "run", "--workers", 2)
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
 
 
 def test_the_seed_changes_order_augmentation_and_weights(npz):
