@@ -22,7 +22,7 @@ test-torch: .venv-torch-$(TORCH)/.test  ## the tests, without the pages, on anot
 	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n 2 --dist loadfile tests
 
 sanitize: $(VENV)/.test    ## random calls of the C library under ASan and UBSan; a part of test-slow
-	$(RUN) -m pytest -m slow tests/test_sanitize.py
+	$(RUN) -m pytest -m slow tests/engines/test_sanitize.py
 
 lint: $(VENV)/.dev         ## style and types
 	$(RUN) -m ruff check .
@@ -43,7 +43,7 @@ bench-class-parallel: $(VENV)/.bench  ## classes spread over ranks: memory, numb
 	$(RUN) benchmarks/class_parallel.py
 
 bench-layouts: $(VENV)/.bench  ## what grouped experts cost against independent ones
-	$(RUN) tests/torchvision_shim.py benchmarks/expert_layouts.py
+	$(RUN) tests/helpers/torchvision_shim.py benchmarks/expert_layouts.py
 
 # Every method of the paper's ablation in miniature, from the recipe to the page, on scikit-learn's digits.
 SMOKE := runs/smoke
@@ -51,11 +51,11 @@ paper-smoke: $(VENV)/.test  ## the paper's recipes in minutes on a CPU
 	mkdir -p $(SMOKE)
 	$(RUN) examples/make_data.py digits $(SMOKE)/digits.npz --imbalance 50
 	for method in softmax balms cla balms_aaw lgla; do \
-		$(RUN) tests/torchvision_shim.py examples/train_paper.py examples/paper/table5_$$method.toml \
+		$(RUN) tests/helpers/torchvision_shim.py examples/train_paper.py examples/paper/table5_$$method.toml \
 			examples/paper/cpu.toml --set data=$(SMOKE)/digits.npz format=npz imbalance_factor= image_size=8 batch_size=64 \
 			--seeds 0 1 --runs $(SMOKE) --records $(SMOKE)/records || exit 1; \
 	done
-	$(RUN) tests/torchvision_shim.py examples/paper_results.py --records $(SMOKE)/records --runs $(SMOKE) \
+	$(RUN) tests/helpers/torchvision_shim.py examples/paper_results.py --records $(SMOKE)/records --runs $(SMOKE) \
 		--page $(SMOKE)/results.md
 	cat $(SMOKE)/results.md
 
@@ -68,7 +68,7 @@ TABLE4 := table4_softmax_strong table4_balms_strong table4_lgla_strong
 TABLE1 := table1_cifar10_lt_if100_ic table1_cifar10_lt_if100_gc table1_cifar10_lt_if50_ic table1_cifar10_lt_if50_gc
 RECIPES := examples/paper
 RECORDS := benchmarks/results/paper
-ON_CPU = OMP_NUM_THREADS=1 $(RUN) tests/torchvision_shim.py examples/train_paper.py --records $(RECORDS)
+ON_CPU = OMP_NUM_THREADS=1 $(RUN) tests/helpers/torchvision_shim.py examples/train_paper.py --records $(RECORDS)
 TINY_CPU := $(RECIPES)/data/tiny_imagenet_lt.toml $(RECIPES)/cpu.toml --set data=$(TINY) amp=bf16
 CIFAR_CPU := $(RECIPES)/cpu.toml --set data=$(CIFAR10) format=npz amp=bf16
 paper-cpu: $(VENV)/.test   ## what docs/results.md shows, in about six hours
@@ -98,7 +98,7 @@ paper-cpu: $(VENV)/.test   ## what docs/results.md shows, in about six hours
 	$(ON_CPU) --seeds 0 1 2 --name cifar10_cpu_tau_uniform $(RECIPES)/table5_lgla.toml \
 		$(RECIPES)/data/cifar10_lt.toml $(CIFAR_CPU) tau=2.0 'column="tau = K - 1"' paper=
 	OMP_NUM_THREADS=1 $(RUN) examples/sweep_tau.py --output benchmarks/results/sweep_tau_digits.json
-	$(RUN) tests/torchvision_shim.py examples/paper_results.py --runs runs/paper
+	$(RUN) tests/helpers/torchvision_shim.py examples/paper_results.py --runs runs/paper
 
 # The paper's ablation and figures on a GPU, whose own PyTorch, torchvision and torchmetrics are used:
 # make paper-gpu PYTHON=python TINY=tiny_imagenet_lt.npz CIFAR10=cifar10.npz

@@ -225,10 +225,10 @@ def tests(out: Path, dry: bool) -> Part:
     words = ["-m", "pytest", "-q", f"--junitxml={out}/tests.xml"]
     words += ["-p", "no:cacheprovider", "-p", "no:benchmark"]  # which warns that it does not run in parallel
     if dry:
-        words += ["tests/test_grouping.py"]
+        words += ["tests/losses/test_grouping.py"]
     else:
         # Others do not run on CUDA, and may need packages that are not there.
-        named = (path for path in sorted((ROOT / "tests").glob("test_*.py")) if names_a_device(path))
+        named = (path for path in sorted((ROOT / "tests").rglob("test_*.py")) if names_a_device(path))
         words += ["-m", "cuda and not slow", "--maxfail=50", "--continue-on-collection-errors"]
         words += [str(path.relative_to(ROOT)) for path in named]
         if importlib.util.find_spec("xdist"):

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lgla_losses import ClassGrouper, ExpertOutput, LGLALoss, LinearLGLALoss, functional, fused, linear
+from lgla_losses import ClassGrouper, ExpertOutput, LGLALoss, LinearLGLALoss, functional
 from lgla_losses.baselines import BalancedSoftmaxLoss
+from lgla_losses.kernels import autograd
+from lgla_losses.losses import linear
 
 IMBALANCE = 100.0
 LARGEST_CLASS = 500
@@ -528,7 +530,7 @@ def with_choice(
 
 def scaled_lgla(shape: Shape, device: str, at_once: bool) -> Step:
     """A training step whose loss is scaled, so that a gradient computed at once is read and written again."""
-    loss = with_choice(lgla(shape, device), fused, "_AT_ONCE", at_once)
+    loss = with_choice(lgla(shape, device), autograd, "_AT_ONCE", at_once)
     upstream = torch.tensor(2.0, device=device)
     return Step(None, lambda batch: torch.autograd.backward(loss(batch), upstream))
 

@@ -16,9 +16,9 @@ from sphinx.util import logging
 from sphinx_autodoc_typehints import format_annotation
 
 import lgla_losses
-from lgla_losses.counts import ArrayLike
+from lgla_losses._counts import ArrayLike
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 if importlib.util.find_spec("torchvision"):  # which torchmetrics then imports
     import torchvision_shim  # noqa: F401
 from public import public_values, undocumented
@@ -109,7 +109,7 @@ def typehints_formatter(annotation: object, config: Config) -> str | None:
     aliased, alternatives = typing.get_args(ArrayLike), typing.get_args(annotation)
     if alternatives[: len(aliased)] == aliased:
         others = [format_annotation(other, config) for other in alternatives[len(aliased) :]]
-        return " | ".join([":py:data:`~lgla_losses.counts.ArrayLike`", *others])
+        return " | ".join([":py:data:`~lgla_losses._counts.ArrayLike`", *others])
     if typing.get_origin(annotation) is np.ndarray:  # NDArray[...] is ndarray[tuple[...], dtype[...]]
         scalar = typing.get_args(typing.get_args(annotation)[1])[0]
         inner = "Any" if scalar is typing.Any else scalar.__name__

@@ -12,14 +12,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from lgla_losses import functional
+from lgla_losses._labels import count_classes
 from lgla_losses.adjustment import CLALogitAdjuster
-from lgla_losses.backbone import split_backbone
-from lgla_losses.experts import GroupConvExperts
+from lgla_losses.experts import ExpertOutput, GroupConvExperts, split_backbone
 from lgla_losses.grouping import ClassGrouper
-from lgla_losses.labels import count_classes
-from lgla_losses.linear import LinearLGLALoss
-from lgla_losses.loss import LGLALoss
-from lgla_losses.output import ExpertOutput
+from lgla_losses.losses.lgla import LGLALoss
+from lgla_losses.losses.linear import LinearLGLALoss
 from lgla_losses.weighting import AAWWeighter
 
 __version__ = "0.1.0"

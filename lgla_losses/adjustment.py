@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lgla_losses import functional
-from lgla_losses.buffers import ConstantBuffers, same_constants, scalar
-from lgla_losses.checks import (
+from lgla_losses._buffers import ConstantBuffers, same_constants, scalar
+from lgla_losses._checks import (
     finite_float,
     floating_tensor,
     same_device,
@@ -19,9 +19,9 @@ from lgla_losses.checks import (
     target_values,
     values_readable,
 )
-from lgla_losses.counts import ArrayLike
+from lgla_losses._counts import ArrayLike
+from lgla_losses.experts.output import ExpertLogits, ExpertOutput, check_logits, normalized_fusion
 from lgla_losses.grouping import ClassGrouper, check_grouper, same_classes
-from lgla_losses.output import ExpertLogits, ExpertOutput, check_logits, normalized_fusion
 
 #: Adjustments that have a strength.
 WITH_TAU = ("lgla", "logit")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lgla_losses.partition import partition_sorted
+from lgla_losses._partition import partition_sorted
 
 __all__ = [
     "aaw_references",

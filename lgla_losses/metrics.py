@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgla_losses.checks import (
+from lgla_losses._checks import (
     describe,
     floating_tensor,
     same_device,
@@ -20,7 +20,7 @@ from lgla_losses.checks import (
     target_values,
     values_readable,
 )
-from lgla_losses.counts import ArrayLike, as_class_counts, shot_splits
+from lgla_losses._counts import ArrayLike, as_class_counts, shot_splits
 
 try:
     from torchmetrics import Metric

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lgla_losses import functional
-from lgla_losses.checks import describe, positive_int
-from lgla_losses.loss import LGLALoss
-from lgla_losses.output import ExpertLogits, ExpertOutput
-from lgla_losses.targets import rows_of, samples_first
+from lgla_losses._checks import describe, positive_int
+from lgla_losses.experts.output import ExpertLogits, ExpertOutput
+from lgla_losses.losses._targets import rows_of, samples_first
+from lgla_losses.losses.lgla import LGLALoss
 
 __all__ = ["LossMonitor"]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module
 
 from lgla_losses import functional
-from lgla_losses.checks import (
+from lgla_losses._checks import (
     boolean,
     floating_tensor,
     integer,
@@ -18,7 +18,7 @@ from lgla_losses.checks import (
     validation,
     values_readable,
 )
-from lgla_losses.collectives import Note, RanksOf, ranks_to_sync, refuse_data_parallel, sum_over_ranks
+from lgla_losses._ranks import Note, RanksOf, ranks_to_sync, refuse_data_parallel, sum_over_ranks
 from lgla_losses.grouping import ClassGrouper, check_grouper
 from lgla_losses.kernels import Engine
 

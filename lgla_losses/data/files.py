@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lgla_losses.checks import describe, positive_int
+from lgla_losses._checks import describe, positive_int
 from lgla_losses.data.arrays import array_names, read_array
 from lgla_losses.data.images import ImageData, check_image_array, vision_library
 from lgla_losses.data.text import read_lines

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from lgla_losses.checks import describe
-from lgla_losses.counts import ArrayLike, integer_array
+from lgla_losses._checks import describe
+from lgla_losses._counts import ArrayLike, integer_array
 
 #: An image: encoded, in a file, or decoded as uint8 ``[H, W, 3]`` or ``[H, W]``.
 Image: TypeAlias = bytes | str | os.PathLike[str] | npt.NDArray[np.uint8]

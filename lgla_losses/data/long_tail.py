@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lgla_losses.checks import describe, finite_float, integer, one_of, positive_int
-from lgla_losses.counts import ArrayLike, integer_array
-from lgla_losses.labels import count_classes, label_array
+from lgla_losses._checks import describe, finite_float, integer, one_of, positive_int
+from lgla_losses._counts import ArrayLike, integer_array
+from lgla_losses._labels import count_classes, label_array
 
 
 def long_tailed_counts(n_max: int, num_classes: int, imbalance_factor: float, kind: str = "exp") -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from lgla_losses._checks import finite_float, positive_int
+from lgla_losses._counts import ArrayLike, integer_array, to_numpy
 from lgla_losses.adjustment import CLALogitAdjuster
-from lgla_losses.checks import finite_float, positive_int
-from lgla_losses.counts import ArrayLike, integer_array, to_numpy
 from lgla_losses.grouping import ClassGrouper
 
 #: The numbers of experts K that are looked at, those of the paper's Fig. 7; everywhere else it has three.

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lgla_losses.checks import describe, one_of
+from lgla_losses._checks import describe, one_of
+from lgla_losses._labels import count_classes
 from lgla_losses.data.arrays import array_names, read_array
 from lgla_losses.data.text import read_lines
-from lgla_losses.labels import count_classes
 
 #: Endings of what counts as an image in a folder.
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}

@@ -1,4 +1,4 @@
-"""The ways to compute the adjusted cross entropy; :mod:`lgla_losses.fused` chooses among them.
+"""The ways to compute the adjusted cross entropy; :mod:`lgla_losses.kernels.autograd` chooses among them.
 
 Each engine is a module with the functions of :class:`Engine`: ``native`` (C, on the CPU), ``chunked``
 (PyTorch, anywhere) and ``triton`` (GPUs). They take plain tensors, build no graph and check nothing.
@@ -6,96 +6,130 @@ Each engine is a module with the functions of :class:`Engine`: ``native`` (C, on
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 
-class Engine(Protocol):
-    """What an engine computes.
+class Rows(NamedTuple):
+    """What the loss of a row reads beside its logits.
 
-    ``A`` is float64 for float64 logits, else float32. Logits are ``[N, K, C]`` with any strides,
-    ``target`` is int64 ``[N]``, ``table`` float64 ``[K, C]`` or None for zeros. With ``check`` an
-    engine that sees every value anyway raises for those that are wrong; others take no notice of it.
+    A row is the ``C`` logits of one sample and one expert. ``A`` is float64 for float64 logits, else
+    float32.
+
+    Attributes:
+        target: class indices, int64 ``[N]``, or probabilities ``[N, C]``, all 0 for an ignored sample.
+        table: adjustments, float64 ``[K, C]``; None for zeros.
+        weights: constants, ``A [N, K]``; None for ones.
+        divisor: scalar of any floating dtype, of which 0 stands for 1; None for 1.
+        class_weight: weights of the classes, float64 ``[C]``; None for ones.
+        margin: what is taken off the target's logit, by its probability, float64 ``[C]``; None for zeros.
+        ignore_index: class index of ignored samples.
+        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
+        gamma: focusing parameter of the focal loss; 0 is cross entropy.
+        reduce: one sum over the divisor instead of a loss a sample.
     """
 
-    def statistics(
-        self,
-        source: Tensor,
-        target: Tensor,
-        group_index: Tensor,
-        num_groups: int,
-        *,
-        scale: float | None,
-        ignore_index: int,
-        check: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Angles ``A [N, K]`` of Eq. 7, and parts ``[B, G, K + 1]`` of ``aaw_statistics``.
+    target: Tensor
+    table: Tensor | None = None
+    weights: Tensor | None = None
+    divisor: Tensor | None = None
+    class_weight: Tensor | None = None
+    margin: Tensor | None = None
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    gamma: float = 0.0
+    reduce: bool = False
 
-        ``source`` is cosine logits, or with ``scale=None`` the angles themselves. The parts are to
-        be summed over their first dimension.
+
+class Angles(NamedTuple):
+    """Where the angles of Eq. 7 come from: cosine logits, features and class weights, or given angles.
+
+    Attributes:
+        cosines: cosine logits ``[N, k, C]``, one tensor or several that hold the ``K`` experts together.
+        scale: factor of the cosine logits.
+        features: inputs of the classifiers ``[N, K, d]``; not with probabilities.
+        weight: weights of the classifiers ``[K, C, d]``.
+        angles: radians, ``A [N, K]``; not with probabilities.
+    """
+
+    cosines: Sequence[Tensor] = ()
+    scale: float = 1.0
+    features: Tensor | None = None
+    weight: Tensor | None = None
+    angles: Tensor | None = None
+
+
+class Samples(NamedTuple):
+    """The samples of a batch and the groups of their classes.
+
+    Attributes:
+        target: as in :class:`Rows`.
+        group_index: group of every class, int64 ``[C]``.
+        num_groups: ``G``.
+        sample_weight: how many times a sample counts ``[N]``; None for once.
+        ignore_index: class index of ignored samples.
+    """
+
+    target: Tensor
+    group_index: Tensor
+    num_groups: int
+    sample_weight: Tensor | None = None
+    ignore_index: int = -100
+
+
+class Engine(Protocol):
+    """What an engine computes; tensors may have any strides."""
+
+    def statistics(self, angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
+        """Compute Eq. 7 and what the batch adds to the reference angles.
+
+        Returns:
+            What ``weights`` reads: the angles ``A [N, K]`` of class indices, else ``angles`` itself. And
+            parts, float64 ``[B, G, K + 1]``, to be summed over their first dimension: for each group the sum
+            of every expert's angles, and the number of samples.
         """
 
     def weights(
-        self,
-        angles: Tensor,
-        target: Tensor,
-        group_index: Tensor,
-        parts: Tensor,
-        *,
-        ignore_index: int,
-        num_ranks: int,
+        self, angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Eq. 8 ``A [N, K]``, and the number of samples over ``num_ranks`` as a scalar ``A``."""
+        """Compute Eq. 8 times the samples' weights, ``A [N, K]``, and the samples over ``num_ranks``."""
 
-    def weights_of(
+    def count(
         self,
-        source: Tensor,
         target: Tensor,
-        group_index: Tensor,
-        num_groups: int,
-        *,
-        scale: float | None,
+        sample_weight: Tensor | None,
+        class_weight: Tensor | None,
         ignore_index: int,
-        check: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """``weights`` from ``statistics``, where no other rank has a part in them."""
+    ) -> Tensor:
+        """Sum the weights of the samples that are not ignored, or their number: a float64 scalar."""
 
     def forward(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        table: Tensor | None,
-        weights: Tensor | None,
-        divisor: Tensor | None,
-        *,
-        ignore_index: int,
-        label_smoothing: float,
-        reduce: bool,
-        gradient: Tensor | None,
-        check: bool = False,
+        self, logits: Sequence[Tensor], rows: Rows, gradients: Sequence[Tensor | None]
     ) -> tuple[Tensor, Tensor]:
-        """Eq. 9 of every sample ``A [N]``, or with ``reduce`` their sum over ``divisor``.
+        """Compute Eq. 9 of every sample ``A [N]``, or with ``reduce`` their sum over the divisor.
 
-        ``gradient``, which may be the logits themselves, is filled with that of the sum over
-        ``divisor``. The second result is the state for ``backward``, ``A [N, K, 2]``: every row's
-        maximum and its sum of exponentials.
+        Args:
+            logits: tensors ``[N, k, C]`` that hold the ``K`` experts together.
+            rows: everything else.
+            gradients: tensors like the logits, which may share their memory; filled with the gradient of the
+                sum over the divisor. None where it is not wanted.
+
+        Returns:
+            The losses, and a state for ``backward``, ``A [N, K, 2]``. The loss is NaN where a class index is
+            out of range or a logit that counts is NaN or +inf.
         """
 
     def backward(
         self,
-        logits: Tensor,
-        target: Tensor,
-        table: Tensor | None,
-        weights: Tensor | None,
+        logits: Sequence[Tensor],
+        rows: Rows,
         upstream: Tensor,
         state: Tensor,
-        *,
-        ignore_index: int,
-        label_smoothing: float,
-        gradient: Tensor,
+        gradients: Sequence[Tensor | None],
     ) -> None:
-        """Fill ``gradient`` for the gradients ``upstream`` ``[N]`` of the samples' losses."""
+        """Fill the gradients for those of the samples' losses, ``upstream`` ``[N]``."""
 
     def rescale_(self, gradient: Tensor, factor: Tensor) -> None:
-        """Multiply ``gradient`` by a scalar in place; by 1 it costs next to nothing."""
+        """Multiply by a scalar in place; by 1 it costs next to nothing."""

@@ -12,7 +12,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from lgla_losses.checks import describe
+from lgla_losses._checks import describe
 from lgla_losses.functional import compute_dtype
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}

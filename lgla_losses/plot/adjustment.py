@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
+from lgla_losses._checks import class_index
 from lgla_losses.adjustment import CLALogitAdjuster, check_adjuster
-from lgla_losses.checks import class_index
 from lgla_losses.plot.canvas import given_axes
 from lgla_losses.plot.class_axis import Indices, by_frequency, class_axis, mark_groups
 from lgla_losses.plot.style import Numbers, expert_names, ink, legend, line_styles, numbers, plain_numbers

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from lgla_losses import functional
-from lgla_losses.checks import floating_tensor, positive_int, target_tensor, target_values
+from lgla_losses._checks import floating_tensor, positive_int, target_tensor, target_values
 from lgla_losses.grouping import ClassGrouper, check_grouper
 from lgla_losses.plot.canvas import describe_panels, panels
 from lgla_losses.plot.style import LINES, color, expert_names, ink, numbers

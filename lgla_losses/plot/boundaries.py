@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from lgla_losses._checks import class_index, describe
+from lgla_losses._counts import ArrayLike, integer_array, to_numpy
 from lgla_losses.adjustment import CLALogitAdjuster, check_adjuster
-from lgla_losses.checks import class_index, describe
-from lgla_losses.counts import ArrayLike, integer_array, to_numpy
 from lgla_losses.plot.canvas import describe_panels, panels
 from lgla_losses.plot.style import MARKERS, Numbers, color, expert_names, ink, numbers
 

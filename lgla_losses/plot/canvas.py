@@ -10,7 +10,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lgla_losses.checks import describe
+from lgla_losses._checks import describe
 from lgla_losses.plot.style import ink
 
 

@@ -9,9 +9,9 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from lgla_losses._checks import floating_tensor
+from lgla_losses._counts import ArrayLike, as_class_counts
 from lgla_losses.adjustment import CLALogitAdjuster, check_adjuster
-from lgla_losses.checks import floating_tensor
-from lgla_losses.counts import ArrayLike, as_class_counts
 from lgla_losses.grouping import ClassGrouper, check_grouper
 from lgla_losses.plot.canvas import given_axes
 from lgla_losses.plot.class_axis import by_frequency, class_axis, class_edges

@@ -1,0 +1,328 @@
+"""Constant tensors that travel with a module, and that nothing done to the module changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lgla_losses._checks import describe
+
+
+class ConstantBuffers(nn.Module):
+    """A module whose constants are buffers to everybody else, and exact whatever happens to these.
+
+    They follow ``.to(device)`` and stand in the ``state_dict``. But casts of a model round buffers, averages
+    of its weights (EMA, SWA) truncate integers, ``to_empty`` and ``from_pretrained`` leave them empty, and
+    each of these would silently change the loss. So every constant is there twice: as the buffer that others
+    see, and exact, for what computes.
+
+    Others may bring constants of such a module, too: a ``state_dict``, a loader that assigns them, DDP, which
+    writes rank 0's. They are taken where they fit each other, by :meth:`_restored` of a subclass.
+    """
+
+    #: Attributes that other constants follow from, so that they cannot be assigned.
+    read_only: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._exact: dict[str, Tensor] = {}
+        #: The buffers as this class made them, and how often they had been written then.
+        self._shown: dict[str, Tensor] = {}
+        self._writes: dict[str, int] = {}
+        #: What a loader has assigned and nothing has used yet.
+        self._assigned: dict[str, Tensor] = {}
+        #: Whether writes on a device that one waits for were looked at.
+        self._looked = False
+
+    def constant(self, name: str) -> Tensor:
+        """A constant on the device of the module, for reading: nothing may be written into it.
+
+        Where :func:`torch.func.functional_call` puts a tensor in its place, that tensor.
+        """
+        buffer: Tensor = self._buffers[name]  # type: ignore[assignment]
+        if buffer is not self._shown[name] or is_exporting():
+            return buffer
+        if not torch.compiler.is_compiling():
+            self._take_from_outside(name)
+        exact = self._exact[name]
+        if exact.device != buffer.device:  # FSDP moves buffers by itself
+            with torch.inference_mode(False):
+                exact = exact.to(buffer.device)
+            if not buffer.is_meta:
+                self._exact[name] = exact = _fixed(exact)
+        return exact
+
+    def on_cpu(self, name: str) -> Tensor:
+        """A constant on the CPU, for reading; also of a module on the meta device."""
+        self._take_from_outside(name)
+        return self._exact[name].cpu()
+
+    def _read(self, name: str) -> Tensor:
+        """A constant as users read it: a copy that refuses to be written into."""
+        copied = self.constant(name).detach().clone()
+        return copied if torch.compiler.is_compiling() else copied.as_subclass(ReadOnlyTensor)
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        """Set a constant, in the memory of the one before where it fits."""
+        exact = self._exact.get(name)
+        device = torch.get_default_device() if exact is None else self._shown[name].device
+        with torch.inference_mode(False), torch.no_grad():  # its tensors could never be written again
+            if exact is not None and (exact.shape, exact.dtype) == (value.shape, value.dtype):
+                exact.copy_(value)
+            else:
+                self._exact[name] = _fixed(value.to("cpu" if device.type == "meta" else device, copy=True))
+        self._show(name, device)
+
+    def _show(self, name: str, device: torch.device) -> None:
+        """Let the buffer hold the constant, in its own memory where it fits."""
+        exact, shown = self._exact[name], self._shown.get(name)
+        with torch.inference_mode(False), torch.no_grad():
+            kind = exact.shape, exact.dtype, device
+            if shown is None or shown.is_inference() or (shown.shape, shown.dtype, shown.device) != kind:
+                shown = exact.to(device, copy=True)
+            elif not shown.is_meta:
+                shown.copy_(exact)
+        self._buffers[name] = self._shown[name] = shown
+        self._writes[name] = shown._version
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for part in self._parts():
+            # Some loaders, as that of accelerate, put tensors here by themselves.
+            for name, buffer in part._buffers.items():
+                if buffer is not None and buffer is not part._shown.get(name):
+                    part._assigned = {**part._exact, **part._assigned, name: buffer}
+        for name in self._exact:
+            self._take_from_outside(name)
+        super()._apply(lambda t: moved(t, fn), recurse)  # type: ignore[no-untyped-call]
+        self._looked = False
+        for name, exact in self._exact.items():
+            own: Tensor = self._buffers[name]  # type: ignore[assignment]
+            self._shown[name] = own
+            if not own.is_meta:
+                with torch.inference_mode(False):
+                    self._exact[name] = _fixed(exact.to(own.device, own.dtype))
+                self._show(name, own.device)
+        return self
+
+    def __setattr__(self, name: str, value: object) -> None:
+        shown = self.__dict__.get("_shown", {}).get(name)
+        if shown is None and (name not in self.read_only or name not in self._modules):
+            super().__setattr__(name, value)  # type: ignore[arg-type]
+        elif shown is not None and shown.is_meta and isinstance(value, Tensor):
+            # So transformers fills a model of the meta device: with what it loaded, which it marks, or with
+            # memory that holds no values.
+            if hasattr(value, "_is_hf_initialized"):
+                self._assigned[name] = value
+            self._show(name, value.device)
+        else:
+            refuse_assignment(name)
+
+    def _take_from_outside(self, name: str) -> None:
+        """Take constants that a loader assigned, or that are written into the buffers as a whole.
+
+        Raises:
+            ValueError: what a loader assigned is not what the constructor was given.
+        """
+        if self._assigned and self._exact.keys() - self._inferred() <= self._assigned.keys():
+            assigned, self._assigned = self._assigned, {}
+            try:
+                self._keep_all(self.restored_from(assigned, ""))
+            except (TypeError, ValueError):
+                self._assigned = assigned  # so that the next call raises as well
+                raise
+            for own, value in assigned.items():
+                if self._shown[own].is_meta:
+                    self._show(own, value.device)
+        shown = self._shown[name]
+        if shown._version == self._writes[name] or shown.is_meta:
+            return
+        if shown.device.type != "cpu":
+            recorded = shown.is_cuda and torch.cuda.is_current_stream_capturing()
+            if self._looked or recorded:
+                return
+            self._looked = True
+        self._take_what_is_written()
+
+    def _take_what_is_written(self) -> None:
+        """Take the buffers where they are constants of another such module, as DDP writes those of rank 0.
+
+        What an average of weights makes of them does not fit each other, or is the same but for rounding.
+        """
+        written = {name: buffer.detach().clone() for name, buffer in self.named_buffers()}
+        for part in self._parts():
+            for name, shown in part._shown.items():
+                part._show(name, shown.device)
+        same = [same_constants(written[name], exact) for name, exact in self._exact.items()]
+        if not all(same):
+            with suppress(RuntimeError):
+                self.load_state_dict(written)
+
+    def _parts(self) -> list[ConstantBuffers]:
+        """This module, and those within it that hold constants."""
+        return [module for module in self.modules() if isinstance(module, ConstantBuffers)]
+
+    def _keep_all(self, constants: Mapping[str, Tensor]) -> None:
+        for name, value in constants.items():
+            self._keep(name, value)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            # Copies, as averages of a model's weights are written into its state_dict.
+            destination.update({prefix + name: self.constant(name).detach().clone() for name in self._exact})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {prefix + name: name for name in self._exact}
+        report = missing_keys, unexpected_keys, error_msgs
+        self._non_persistent_buffers_set.update(self._exact)  # those are not for PyTorch to load
+        try:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *report)
+        finally:
+            self._non_persistent_buffers_set.difference_update(self._exact)
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in own]
+
+        state = {name: state_dict[key] for key, name in own.items() if key in state_dict}
+        if strict:
+            missing_keys += [key for key, n in own.items() if n not in state and n not in self._inferred()]
+        if not any(key.startswith(prefix) for key in state_dict):
+            return
+        if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
+            return
+        try:
+            self._keep_all(self.restored_from(state_dict, prefix))
+        except (TypeError, ValueError) as problem:
+            error_msgs.append(f"{prefix}{problem}")
+            # Nothing of this module's parts either, which would not fit each other.
+            for key, value in self.state_dict(prefix=prefix).items():
+                if key in state_dict:
+                    state_dict[key] = value
+            return
+        for name in state:
+            if local_metadata.get("assign_to_params_buffers") and self._shown[name].is_meta:
+                self._show(name, state[name].device)
+
+    def _inferred(self) -> frozenset[str]:
+        """Constants that a state may lack, as they follow from the others."""
+        return frozenset()
+
+    def restored_from(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+        """Read the constants of a ``state_dict``, or those that are here where it has none."""
+        state = {name: state_dict[prefix + name] for name in self._exact if prefix + name in state_dict}
+        for name, value in state.items():
+            expected = list(self._exact[name].shape)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
+            if list(value.shape) != expected:
+                raise ValueError(
+                    f"{name}: size mismatch, expected shape {expected}, got {list(value.shape)}; construct "
+                    "the loss for as many classes and experts as the saved one"
+                )
+        return self._restored({n: v.detach().cpu() for n, v in state.items()}, state_dict, prefix)
+
+    def _restored(
+        self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
+    ) -> dict[str, Tensor]:
+        """The constants that a state stands for.
+
+        Args:
+            state: this module's constants that the state holds, on the CPU.
+            state_dict: all of the state.
+            prefix: of this module's names there.
+
+        Raises:
+            ValueError: they are not what the constructor was given.
+        """
+        raise NotImplementedError
+
+    def _current(self, state: Mapping[str, Tensor], name: str) -> Tensor:
+        """A constant as a state has it, or else as it is."""
+        return state[name] if name in state else self.on_cpu(name)
+
+
+#: Methods of a tensor that change it, by their names.
+IN_PLACE = frozenset(
+    {"__setitem__", "__set__", "__delitem__"}
+    | {name for name in dir(Tensor) if name[-1] == "_" != name[0] or name.startswith("__i")}
+) - {"__index__", "__init__", "__init_subclass__", "__int__", "__invert__", "__iter__"}
+
+
+class ReadOnlyTensor(Tensor):
+    """A copy of a constant; writing into it is an error, and what is computed from it are plain tensors."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = kwargs.get("out")
+        if args and (func.__name__ in IN_PLACE or func.__name__.startswith("_foreach")):
+            written = args[0]
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            written = args[0]
+        for tensor in written if isinstance(written, tuple | list) else (written,):
+            if isinstance(tensor, cls):
+                raise ValueError(
+                    f"{func.__name__}: expected a tensor to write into, got a read-only constant of a loss; "
+                    "its set_adjustment() changes class counts and tau, .clone() gives a tensor of your own"
+                )
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = [value.as_subclass(Tensor) if isinstance(value, cls) else value for value in args]
+            return func(*plain, **kwargs)
+
+
+def refuse_assignment(name: str) -> None:
+    """Raise for an attribute that others follow from."""
+    raise AttributeError(
+        f"{name}: expected it to be read only, as other constants follow from it, got an assignment; "
+        "set_adjustment() of the loss changes class counts and tau, or construct it anew"
+    )
+
+
+def is_exporting() -> bool:
+    """Whether :func:`torch.export.export` looks on, which knows tensors by the names of buffers."""
+    # PyTorch 2.6 does not tell.
+    return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    """A tensor whose shape compilers take for fixed, as that of a buffer; module trees do not see it."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+
+
+def scalar(number: float) -> Tensor:
+    """A float64 scalar on the CPU, whatever the default device."""
+    return torch.tensor(number, dtype=torch.float64, device="cpu")
+
+
+def same_constants(actual: Tensor, expected: Tensor) -> bool:
+    """Whether they agree to the digits of the actual one's dtype, of float32 at most: MPS has no other."""
+    digits = max(1e-5, 2 * torch.finfo(actual.dtype).eps if actual.is_floating_point() else 0.0)
+    return torch.allclose(actual.double(), expected.double(), rtol=digits, atol=digits)
+
+
+def moved(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Where ``fn`` takes the buffer, but in its own precision."""
+    try:
+        there = fn(buffer)
+    except TypeError:
+        # Apple's MPS has no float64; float32 is the full precision there.
+        return fn(buffer.float())
+    return there if there.dtype == buffer.dtype else buffer.to(there.device)
+
+
+def unregister(module: nn.Module, child: str) -> None:
+    """Keep a child as a plain attribute, where it is no part of the module's tree or stands there already."""
+    module.__dict__[child] = module._modules.pop(child)

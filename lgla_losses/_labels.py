@@ -1,0 +1,224 @@
+"""Class labels: from what people keep them in, and counted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from lgla_losses._checks import boolean, describe, positive_int
+from lgla_losses._counts import ArrayLike, as_array
+
+#: Attributes that hold a label a sample; those without an underscore are everybody's, the rest torchvision's.
+LABELS = ("targets", "labels", "_labels", "y")
+
+#: Attributes that hold pairs of an input and its label.
+PAIRS = ("samples", "_samples", "_flat_character_images")
+
+#: Where torchvision's data sets of several kinds of targets keep those that may be class indices.
+TARGET_TYPES: dict[str, Callable[[Any], Any]] = {
+    "category": lambda dataset: dataset.y if hasattr(dataset, "y") else dataset._labels,
+    "binary-category": attrgetter("_bin_labels"),
+    "attr": attrgetter("attr"),
+    "identity": lambda dataset: dataset.identity[:, 0],
+    "full": lambda dataset: [category for category, _ in dataset.index],
+}
+
+WAY_OUT = "pass the labels themselves, or iterate=True, which reads every sample"
+
+
+def count_classes(labels: ArrayLike | Iterable[Any], num_classes: int, *, iterate: bool = False) -> Tensor:
+    r"""Count the samples of every class, :math:`n_j` of Eq. 4.
+
+    Of a data set the labels are counted that it keeps, as its ``target_transform`` makes them; no sample is
+    read. They are its ``targets`` or ``labels``, what torchvision's data sets have in their place, the second
+    of the two tensors of a ``TensorDataset``, or the column ``label`` or ``labels`` of a Hugging Face data
+    set. What else ``__getitem__`` may do to a label, only ``iterate=True`` sees.
+
+    Args:
+        labels: class indices ``[N]`` as a list, an array, a tensor or a column of a table, whose index means
+            nothing here; a data set that keeps them; a ``Subset`` or ``ConcatDataset`` of such; or a
+            ``DataLoader`` over one, whose sampler, too, means nothing: the data set is counted.
+        num_classes: number of classes ``C``; classes without a sample count 0.
+        iterate: read every sample of the data set for its label, a slow way that takes any data set of
+            pairs ``(input, label)`` or of mappings with a ``label``.
+
+    Returns:
+        int64 ``[C]`` on the CPU.
+
+    Raises:
+        TypeError: labels are not integers, or the data set does not keep them.
+        ValueError: labels are not 1-D, one lies outside ``0..C-1``, or the data set keeps another number of
+            them than it has samples.
+
+    Example:
+        >>> count_classes([0, 0, 2], num_classes=4)
+        tensor([2, 0, 1, 0])
+    """
+    num_classes = positive_int("num_classes", num_classes, "give the number of classes")
+    array = label_array(labels, iterate=boolean("iterate", iterate))
+    if array.ndim != 1:
+        raise ValueError(f"labels: expected 1-D class indices, got shape {list(array.shape)}; flatten them")
+    if array.size == 0:
+        return torch.zeros(num_classes, dtype=torch.int64)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(
+            f"labels: expected integer class indices, got {array.dtype}; leave samples without a label out, "
+            "and map names or one-hot rows to indices first, for example with "
+            "np.unique(..., return_inverse=True), or .cat.codes of pandas"
+        )
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"labels: expected class indices 0..{num_classes - 1}, got {low if low < 0 else high}; "
+            "leave ignored samples out, or raise num_classes"
+        )
+    return torch.from_numpy(np.bincount(array.astype(np.int64), minlength=num_classes))
+
+
+def label_array(labels: Any, *, iterate: bool = False) -> npt.NDArray[Any]:
+    """``labels`` as an array, from a vector or from the data set that keeps them."""
+    if isinstance(labels, DataLoader):
+        return label_array(labels.dataset, iterate=iterate)
+    if iterate:
+        return as_array("labels", _iterated(labels))
+    if isinstance(labels, Subset | ConcatDataset) and not _changes_labels(labels):
+        if isinstance(labels, Subset):
+            return _taken(label_array(labels.dataset), labels.indices)
+        return np.concatenate([label_array(one) for one in labels.datasets])
+    if isinstance(labels, Mapping):
+        raise TypeError(
+            "labels: expected one label a sample, got a mapping; counts by class need no counting, the "
+            "losses take them as they are"
+        )
+    # Vectors first: a column of a table may have rows that are called targets.
+    if not isinstance(labels, Dataset) and hasattr(labels, "__array__"):
+        return as_array("labels", labels)
+    kept = _kept_labels(labels)
+    if kept is not None:
+        return _checked(labels, *kept)
+    if isinstance(labels, Dataset) or not isinstance(labels, Sequence):
+        raise TypeError(
+            f"labels: expected labels, or a data set that keeps them as targets or labels, got "
+            f"{type(labels).__name__}; {WAY_OUT}"
+        )
+    return as_array("labels", labels)
+
+
+def _changes_labels(part: Subset[Any] | ConcatDataset[Any]) -> bool:
+    """Whether a class of the user's own may give other labels than the data sets that it is made of."""
+    kind = Subset if isinstance(part, Subset) else ConcatDataset
+    own = hasattr(part, "target_transform") or any(hasattr(part, name) for name in LABELS)
+    return own or type(part).__getitem__ is not kind.__getitem__
+
+
+def _kept_labels(dataset: Any) -> tuple[str, Any] | None:
+    """Where a data set keeps its labels, and what is there."""
+    columns = getattr(dataset, "column_names", None)
+    if isinstance(columns, list):
+        return _column(dataset, columns)
+    types = getattr(dataset, "target_type", None) or getattr(dataset, "_target_types", None)
+    if types:
+        (kind, *others) = [types] if isinstance(types, str) else types
+        if not others and kind in TARGET_TYPES:
+            with suppress(AttributeError):  # of a data set that means something else by it
+                return f"target type {kind!r}", TARGET_TYPES[kind](dataset)
+    for name in LABELS[:2] if types else LABELS:
+        if getattr(dataset, name, None) is not None:
+            return name, getattr(dataset, name)
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+        return "tensors[1]", dataset.tensors[1]
+    for name in PAIRS:
+        pairs = getattr(dataset, name, None)
+        if isinstance(pairs, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+            return name, [label for _, label in pairs]
+    return None
+
+
+def _column(dataset: Any, columns: list[str]) -> tuple[str, Any] | None:
+    """The labels of a Hugging Face data set."""
+    for name in ("label", "labels"):
+        if name in columns and hasattr(dataset, "__len__"):
+            if dataset.format["type"] == "custom":
+                raise TypeError(
+                    f"labels: expected a data set whose labels no transform may change, got one with a "
+                    f"transform; where it leaves them as they are, pass dataset.with_format(None)[{name!r}], "
+                    "else iterate=True, which reads every sample"
+                )
+            # Its slices are read at once, its items one by one.
+            return f"column {name!r}", dataset[name][:]
+    return None
+
+
+def _checked(dataset: Any, place: str, labels: Any) -> npt.NDArray[Any]:
+    """The labels that a data set keeps, one a sample, as it transforms them."""
+    array = as_array("labels", labels)
+    if hasattr(dataset, "__len__") and array.shape[:1] != (len(dataset),):
+        raise ValueError(
+            f"labels: expected one for each of the {len(dataset)} samples of the {type(dataset).__name__}, "
+            f"got shape {list(array.shape)} in its {place}; Subset(dataset, indices) takes a part of a data "
+            f"set; {WAY_OUT}"
+        )
+    folder = getattr(sys.modules.get("torchvision.datasets"), "DatasetFolder", None)
+    if folder and isinstance(dataset, folder) and [y for _, y in dataset.samples] != array.tolist():
+        raise ValueError(
+            f"labels: expected the same in targets and samples of the {type(dataset).__name__}, got "
+            f"different ones; it reads samples: change both; {WAY_OUT}"
+        )
+    transform = _target_transform(dataset)
+    if transform is None:
+        return array
+    given = array.tolist() if array.ndim == 1 else list(labels)
+    return as_array("labels", [transform(label) for label in given])
+
+
+def _target_transform(dataset: Any) -> Callable[[Any], Any] | None:
+    """What a data set makes of its labels."""
+    own: Callable[[Any], Any] | None = getattr(dataset, "target_transform", None)
+    vision = getattr(sys.modules.get("torchvision.datasets"), "VisionDataset", None)
+    joint = getattr(dataset, "transforms", None) if vision and isinstance(dataset, vision) else None
+    if joint is not None and getattr(joint, "target_transform", joint) is not own:
+        raise ValueError(
+            f"labels: expected a data set whose target_transform says what it makes of labels, got "
+            f"{type(dataset).__name__} with transforms of another kind; {WAY_OUT}"
+        )
+    return own
+
+
+def _taken(array: npt.NDArray[Any], indices: Any) -> npt.NDArray[Any]:
+    try:
+        return array[np.asarray(indices, dtype=np.int64)]
+    except IndexError as error:
+        raise ValueError(f"labels: expected a Subset of samples that there are, got {error}") from error
+
+
+def _iterated(dataset: Any) -> list[Any]:
+    """The label of every sample of a data set."""
+    by_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if by_index and not isinstance(dataset, IterableDataset):
+        # A loop over the data set itself would not end where no IndexError is raised.
+        samples: Iterable[Any] = (dataset[index] for index in range(len(dataset)))
+    else:
+        samples = dataset
+    return [_label_of(index, sample) for index, sample in enumerate(samples)]
+
+
+def _label_of(index: int, sample: Any) -> Any:
+    if isinstance(sample, Mapping):
+        for name in ("label", "labels"):
+            if name in sample:
+                return sample[name]
+    elif isinstance(sample, tuple | list) and len(sample) == 2:
+        return sample[1]
+    raise TypeError(
+        f"labels: expected samples (input, label), or mappings with a label, got {describe(sample)} "
+        f"at {index}; pass the labels themselves"
+    )

@@ -1,0 +1,499 @@
+"""Splits a network into the trunk that experts share and the stage that each has for itself.
+
+:mod:`torch.fx` traces the network's code, but only that of the modules around the split point and around the
+classifier; every other module stays what it is, a call in the traced graph. So one mechanism serves
+torchvision, timm, transformers and networks of one's own, whose layers need not be traceable.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import pickle
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from lgla_losses._checks import describe
+
+#: What may follow a classifier: modules, and functions and methods.
+FOLLOWING_MODULES = (nn.Identity, nn.Flatten, nn.Softmax, nn.LogSoftmax)
+FOLLOWING_CALLS = {
+    *(torch.flatten, torch.squeeze, torch.softmax, torch.log_softmax, F.softmax, F.log_softmax),
+    *("flatten", "squeeze", "softmax", "log_softmax"),
+}
+
+
+class BackbonePart(fx.GraphModule):
+    """The trunk or the stage of a network: modules of its own, called as its own code calls them."""
+
+    @property
+    def num_features(self) -> int | None:
+        """Features that a stage gives after pooling; None where that is unknown."""
+        width: int | None = self.meta.get("num_features")
+        return width
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, (*super().__reduce__(), self.meta)
+
+
+def _unpickle(rebuild: Callable[..., fx.GraphModule], arguments: Any, meta: dict[str, Any]) -> BackbonePart:
+    plain = rebuild(*arguments)
+    part = BackbonePart(plain, plain.graph)
+    part.meta.update(meta)
+    return part
+
+
+def split_backbone(
+    model: nn.Module, at: str, *, head: str | None = "auto"
+) -> tuple[BackbonePart, BackbonePart]:
+    """Split a network into a shared trunk and the stage that every expert copies.
+
+    The stage is the module at ``at`` and all that depends on its output, up to the classifier, which is
+    dropped; the trunk is the rest. Pooling, norms and class tokens behind the last block stay in the
+    stage as the network has them; the tokens of a transformers encoder, which has no pooling, are
+    averaged where its ``attention_mask`` is 1.
+
+    Trunk and stage hold the network's modules, not copies, and keep its weights. Experts keep them too with
+    ``GroupConvExperts(stage, ..., reset=False)``; its default gives each the ``reset_parameters()`` of its
+    layers. For experts that begin afresh as the network itself does, make the stage anew for each:
+    ``GroupConvExperts(lambda: split_backbone(make_network(), at)[1], ...)``.
+
+    Source: Fig. 3 and section 4.2; the authors' code begins the stage of ResNet-50 at ``"layer3"``.
+
+    Args:
+        model: a network that takes one tensor and returns one, as of torchvision or timm, or a text
+            encoder of transformers, with or without a head.
+        at: dotted path of the module that begins the stage, as in ``model.named_modules()``.
+        head: dotted path of the classifier. ``"auto"`` takes the linear layer that gives the output,
+            whatever its name; None says that there is none, as timm does by ``num_classes=0``.
+
+    Returns:
+        ``(trunk, stage)``. ``trunk(images)``, or ``trunk(input_ids, attention_mask)``, gives what the stage
+        takes: a tensor, or a tuple where it takes several values; ``experts(trunk(...))`` works with
+        both. The keys of their ``state_dict`` are the network's.
+
+    Raises:
+        TypeError: ``model`` is no module, or a path no string.
+        ValueError: there is no module at a path, or forward does not call it; the classifier cannot be told;
+            the code around the split point cannot be traced, or does what the parts would not: draws
+            random numbers, switches gradients off, writes into what is read elsewhere.
+
+    Example:
+        >>> from lgla_losses import GroupConvExperts
+        >>> network = nn.Sequential(
+        ...     *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3)),
+        ...     *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 1000)),
+        ... )
+        >>> trunk, stage = split_backbone(network, "2")
+        >>> experts = GroupConvExperts(stage, num_experts=3, num_classes=10, reset=False)
+        >>> experts(trunk(torch.randn(4, 3, 9, 9))).logits.shape
+        torch.Size([4, 3, 10])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {describe(model)}")
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        raise ValueError(
+            f"model: expected a plain network, got a {type(model).__name__}; split it before compiling"
+        )
+    if _is_transformers_model(model):
+        return _split_text_encoder(model, at, head)
+    _check_path("at", model, at)
+    if head is not None and head != "auto":
+        _check_path("head", model, head)
+    if head is None or getattr(model, "num_classes", None) == 0:  # timm's sign of a network without one
+        root, graph = _trace(model, _ancestors(at))
+        return _divide(graph, root, at, _output(graph), getattr(model, "num_features", None))
+    if head == "auto":
+        root, graph, classifier = _find_classifier(model, at)
+    else:
+        root, graph = _trace(model, _ancestors(at) | {p for p in _ancestors(head) if not _is_below(p, at)})
+        classifier = _call_of(graph, "head", head)
+    width = getattr(root.get_submodule(str(classifier.target)), "in_features", None)
+    return _divide(graph, root, at, classifier.all_input_nodes[0], width)
+
+
+def _is_transformers_model(model: nn.Module) -> bool:
+    transformers: Any = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def _split_text_encoder(model: Any, at: str, head: str | None) -> tuple[BackbonePart, BackbonePart]:
+    """Of a transformers model the encoder below its heads, with mask-aware pooling."""
+    encoder = model.base_model
+    if encoder.main_input_name != "input_ids" or encoder.config.is_encoder_decoder:
+        raise ValueError(
+            f"model: expected a text encoder where it is of transformers, got a {type(model).__name__}, "
+            + (
+                "which has a decoder; pass its encoder"
+                if encoder.config.is_encoder_decoder
+                else f"which takes {encoder.main_input_name}; torchvision and timm have networks for images"
+            )
+        )
+    if head not in ("auto", None):
+        raise ValueError(
+            "head: expected 'auto' or None where the model is of transformers, whose encoder is taken "
+            f"without its heads, got {head!r}"
+        )
+    if isinstance(at, str) and encoder is not model:
+        at = at.removeprefix(f"{model.base_model_prefix}.")
+    _check_path("at", encoder, at)
+    opened = _ancestors(at)
+    files = {type(encoder.get_submodule(path)).__module__ for path in opened}
+    # Its functions, which build masks and the like, become calls as its modules do.
+    leaves = [sys.modules[name] for name in sorted(files) if name.startswith("transformers.")]
+    root, graph = _trace(encoder, opened, leaves, TextEncoder)
+    return _divide(graph, root, at, _output(graph), encoder.config.hidden_size)
+
+
+class Network(nn.Module):
+    """Calls a network with its one input; optional ones keep their defaults."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        """What the network returns."""
+        return self.model(images)
+
+
+class TextEncoder(Network):
+    """An encoder of transformers whose tokens are averaged."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Features ``[N, d]`` of token ids ``[N, L]`` and a mask ``[N, L]`` that is 0 at padding."""
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        return mean_of_tokens(output.last_hidden_state, attention_mask)
+
+
+def mean_of_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean ``[N, d]`` of the tokens ``[N, L, d]`` that a mask ``[N, L]`` keeps; 0 where it keeps none."""
+    if mask is None:
+        return tokens.mean(dim=1)
+    kept = mask.to(tokens.dtype)[..., None]
+    return (tokens * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
+
+
+fx.wrap("mean_of_tokens")
+
+
+def _check_path(name: str, model: nn.Module, path: str) -> None:
+    """Raise unless there is a module; the message lists the names where the path goes wrong."""
+    if not isinstance(path, str):
+        raise TypeError(f"{name}: expected the dotted path of a module, got {describe(path)}")
+    parent, known = model, ""
+    for part in path.split("."):
+        children = dict(parent.named_children())
+        if part not in children:
+            near = get_close_matches(path, [p for p, _ in model.named_modules()], n=1)
+            raise ValueError(
+                f"{name}: expected the path of a module of {type(model).__name__}, got {path!r}; there "
+                f"{'are ' + ', '.join(known + child for child in children) if children else 'is none below'}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        parent, known = children[part], f"{known}{part}."
+
+
+def _ancestors(path: str | None) -> set[str]:
+    """``{"", "a", "a.b"}`` for ``"a.b.c"``."""
+    parts = (path or "").split(".")
+    return {".".join(parts[:i]) for i in range(len(parts))}
+
+
+def _is_below(path: str, other: str) -> bool:
+    return f"{path}.".startswith(f"{other}.")
+
+
+class _Value(nn.Module):
+    """Gives a graph an object that the network's code holds, such as a configuration."""
+
+    def __init__(self, value: object) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self) -> object:
+        return self.value
+
+
+class _Mode(nn.Module):
+    """Gives a graph ``self.training`` as it is when run, not as it was when traced."""
+
+    def forward(self) -> bool:
+        return self.training
+
+
+def _context() -> tuple[bool, ...]:
+    return torch.is_grad_enabled(), *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+
+
+class _Tracer(fx.Tracer):
+    """Opens the given modules and no others."""
+
+    def __init__(self, opened: Iterable[str] = (), leaves: Iterable[ModuleType] = ()) -> None:
+        super().__init__(autowrap_modules=(math, *leaves))  # type: ignore[arg-type]
+        self.opened = opened
+        self.context = _context()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self.opened
+
+    def create_arg(self, a: Any) -> Any:
+        # fx would make a configuration anew at every run, and lose what was set on it.
+        if is_dataclass(a) and not isinstance(a, type):
+            path = self.get_fresh_qualname("_value")
+            setattr(self.root, path, _Value(a))
+            return self.create_node("call_module", path, (), {})
+        return super().create_arg(a)
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if _context() != self.context:
+            raise RuntimeError("it switches gradients or autocast on or off, which a graph does not keep")
+        return super().create_node(kind, *args, **kwargs)
+
+
+def _trace(
+    model: nn.Module,
+    opened: set[str],
+    leaves: Iterable[ModuleType] = (),
+    wrap: type[Network] = Network,
+) -> tuple[Network, fx.Graph]:
+    """The calls of a network, with ``self.training`` left open, and what they refer to."""
+    modules = {f"model.{path}".rstrip("."): model.get_submodule(path) for path in sorted(opened)}
+    traces = []
+    for training in (True, False):
+        root, random_state = wrap(model), _random_state()
+        try:
+            with _in_mode(modules.values(), training):
+                traces.append((root, _Tracer({"", *modules}, leaves).trace(root)))
+            if _random_state() != random_state:
+                raise RuntimeError("it draws random numbers, which tracing would fix")
+        except Exception as error:  # of whatever kind: it is the network's code that runs
+            names = ", ".join(type(module).__name__ for module in modules.values())
+            raise ValueError(
+                "model: expected code that torch.fx can trace in the modules around the split point and "
+                f"the classifier ({names}), got {type(error).__name__}: {error}; split elsewhere, or write "
+                "trunk and stage as modules of your own"
+            ) from error
+    (root, graph), (other_root, other_graph) = traces
+    _leave_mode_open(root, graph, other_root, other_graph)
+    root.add_module("_mode", _Mode())
+    _see_through_wrappers(graph)
+    return root, graph
+
+
+def _random_state() -> tuple[object, ...]:
+    # The global generators are what a network's code would draw from.
+    numpy_state = pickle.dumps(np.random.get_state())  # noqa: NPY002
+    return random.getstate(), numpy_state, torch.get_rng_state().numpy().tobytes()
+
+
+@contextmanager
+def _in_mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
+    """Set the modules' own flags, not those of the modules below them."""
+    before = [(module, module.training) for module in modules]
+    try:
+        for module, _ in before:
+            module.training = training
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+def _leave_mode_open(root: Network, train: fx.Graph, other: Network, evaluation: fx.Graph) -> None:
+    """Where the graphs of the two modes differ by True and False, let the first read the mode when run."""
+    twins = list(evaluation.nodes)
+    same_length = len(train.nodes) == len(twins)
+    mode: fx.Node | None = None
+    for node, twin in zip(list(train.nodes), twins, strict=False):
+        values, spec = pytree.tree_flatten((node.args, node.kwargs))
+        others, other_spec = pytree.tree_flatten((twin.args, twin.kwargs))
+        reads_mode = [pair == (True, False) for pair in zip(values, others, strict=False)]
+        alike = all(r or str(v) == str(o) for r, v, o in zip(reads_mode, values, others, strict=False))
+        if alike and node.op == twin.op == "get_attr":
+            value, twins_value = (
+                operator.attrgetter(str(n.target))(r) for n, r in ((node, root), (twin, other))
+            )
+            alike = value is twins_value or torch.equal(value, twins_value)
+        if not same_length or not alike or (node.op, node.target, spec) != (twin.op, twin.target, other_spec):
+            raise ValueError(
+                "model: expected the same calls in train and in eval mode around the split point and the "
+                f"classifier, got others from {node.name!r} on, as of an auxiliary classifier; switch that "
+                "off, or write trunk and stage as modules of your own"
+            )
+        if any(reads_mode):
+            if mode is None:
+                with train.inserting_before(next(iter(train.nodes))):
+                    mode = train.create_node("call_module", "_mode")
+            values = [mode if r else value for r, value in zip(reads_mode, values, strict=True)]
+            node.args, node.kwargs = pytree.tree_unflatten(values, spec)
+
+
+def _see_through_wrappers(graph: fx.Graph) -> None:
+    """Take out what an output class wraps only to be read again, which keeps a pooler alive."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is getattr:
+            wrapper, field = node.args
+            if isinstance(wrapper.target, type) and isinstance(wrapper.kwargs.get(field), fx.Node):
+                node.replace_all_uses_with(wrapper.kwargs[field])
+
+
+def _output(graph: fx.Graph) -> fx.Node:
+    """What gives the network's output."""
+    node = next(iter(reversed(graph.nodes))).args[0]
+    if not isinstance(node, fx.Node):
+        raise ValueError(
+            f"model: expected a network that returns one tensor, got one that returns {describe(node)}; "
+            "wrap it in a module that picks the tensor"
+        )
+    return node
+
+
+def _call_of(graph: fx.Graph, name: str, path: str) -> fx.Node:
+    """The first call of a module."""
+    target = f"model.{path}"
+    calls: list[fx.Node] = [n for n in graph.nodes if n.op == "call_module" and n.target == target]
+    if not calls:
+        called = sorted(
+            str(n.target).removeprefix("model.")
+            for n in graph.nodes
+            if n.op == "call_module" and str(n.target).startswith("model.")
+        )
+        raise ValueError(
+            f"{name}: expected a module that the network's forward calls, got {path!r}, which it does not; "
+            f"it calls {', '.join(called)}"
+        )
+    return calls[0]
+
+
+def _called(node: fx.Node, root: Network) -> nn.Module | None:
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _find_classifier(model: nn.Module, at: str) -> tuple[Network, fx.Graph, fx.Node]:
+    """A trace, and in it the call of the linear layer that gives the output."""
+    opened = _ancestors(at)
+    while True:
+        root, graph = _trace(model, opened)
+        node = _output(graph)
+        module = _called(node, root)
+        while isinstance(module, FOLLOWING_MODULES) or node.target in FOLLOWING_CALLS:
+            node = node.all_input_nodes[0]
+            module = _called(node, root)
+        if isinstance(module, nn.Linear):
+            return root, graph, node
+        path = str(node.target).removeprefix("model.")
+        if module is None or not list(module.children()) or _is_below(path, at):
+            raise ValueError(
+                f"head: expected a network whose output is a linear layer's, got {type(model).__name__}, "
+                f"where it is that of {node.name.removeprefix('model_')!r}; pass the classifier's path as "
+                "head=, or head=None if there is none, or remove it first (timm: model.reset_classifier(0))"
+            )
+        opened = opened | {path}
+
+
+def _divide(
+    graph: fx.Graph, root: Network, at: str, features: fx.Node, num_features: int | None
+) -> tuple[BackbonePart, BackbonePart]:
+    """Cut the graph before the first call of ``at`` and behind the features."""
+    start = _call_of(graph, "at", at)
+    alive = {features}
+    for node in reversed(graph.nodes):
+        if node in alive or node.op == "placeholder" or node.target is torch._assert:
+            alive.update((node, *node.all_input_nodes))
+    nodes = [node for node in graph.nodes if node in alive]
+    stage = {start}
+    stage.update(node for node in nodes if not stage.isdisjoint(node.all_input_nodes))
+    if features not in stage:
+        raise ValueError(
+            f"at: expected a module before the classifier, got {at!r}, on which the features do not depend; "
+            "for classifiers alone on shared features pass GroupConvExperts stage=None"
+        )
+    # Parameters that the stage alone reads go with it; the mode and configurations are read by either part.
+    sources = [node for node in nodes if not node.all_input_nodes and node.op != "placeholder"]
+    stage.update(node for node in sources if stage.issuperset(alive.intersection(node.users)))
+    either = {node for node in sources if node.op == "call_module"}
+    _check_replay(list(graph.nodes), root, alive, stage)
+    crossing = dict.fromkeys(
+        value
+        for node in (start, *nodes)
+        if node in stage
+        for value in node.all_input_nodes
+        if value not in stage | either
+    )
+    trunk = _part(root, [], [node for node in nodes if node not in stage], list(crossing))
+    experts = _part(root, list(crossing), [node for node in nodes if node in stage | either], [features])
+    experts.meta["num_features"] = num_features
+    return trunk, experts
+
+
+def _check_replay(nodes: list[fx.Node], root: Network, alive: set[fx.Node], stage: set[fx.Node]) -> None:
+    """Raise where the parts, run one after the other, would not do what the network's code does."""
+    begun = False
+    for node in nodes:
+        begun = begun or node in stage
+        module = _called(node, root)
+        writes = (
+            getattr(module, "inplace", False)
+            or node.kwargs.get("inplace")
+            or (node.op == "call_method" and str(node.target).rstrip("_") + "_" == node.target)
+        )
+        # The result is not read, but what was written into is.
+        lost = writes and node not in alive and not alive.isdisjoint(node.all_input_nodes)
+        # The trunk runs it first, though the network ran the start of the stage before it.
+        layers = module.modules() if module is not None else ()
+        writes = writes or any(getattr(layer, "inplace", False) for layer in layers)
+        read = any(user in stage for value in node.all_input_nodes for user in value.users)
+        early = writes and begun and node in alive and node not in stage and read
+        if lost or early:
+            raise ValueError(
+                f"model: expected code around the split point that assigns what it computes, got "
+                f"{node.name!r}, which writes into a value that is read elsewhere; write x = f(x) without "
+                "inplace=True, or split elsewhere"
+            )
+    for target in {node.target for node in stage & alive if node.op == "call_module"}:
+        module = root.get_submodule(str(target))
+        has_state = next(iter((*module.parameters(), *module.buffers())), None) is not None
+        if has_state and any(node.target == target for node in alive - stage if node.op == "call_module"):
+            raise ValueError(
+                f"at: expected a split that no module lies on both sides of, got one where "
+                f"{str(target).removeprefix('model.')!r} is called before it and behind it; split elsewhere"
+            )
+
+
+def _part(root: Network, inputs: list[fx.Node], nodes: list[fx.Node], outputs: list[fx.Node]) -> BackbonePart:
+    """A module of some nodes of a graph, its paths those of the network."""
+    graph = fx.Graph(tracer_cls=_Tracer)
+    copies = {node: graph.placeholder(node.name) for node in inputs}
+    attributes: dict[str, Any] = {}
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].type = None  # annotations that are strings cannot be pickled
+        if node.op in ("call_module", "get_attr"):
+            path = str(node.target).removeprefix("model.")
+            attributes[path] = _Mode() if path == "_mode" else operator.attrgetter(str(node.target))(root)
+            copies[node].target = path
+    values = tuple(copies[node] for node in outputs)
+    graph.output(values[0] if len(values) == 1 else values)
+    part = BackbonePart(attributes, graph)
+    saved = {name.removeprefix("model.") for name in root.state_dict()}
+    for path in part.state_dict().keys() - saved:
+        owner, _, name = path.rpartition(".")
+        module = part.get_submodule(owner)
+        module.register_buffer(name, module.get_buffer(name), persistent=False)
+    modes = {path: module.training for path, module in root.model.named_modules()}
+    for path, module in part.named_modules():
+        module.training = modes.get(path, root.model.training)
+    return part

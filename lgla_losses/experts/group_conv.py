@@ -1,0 +1,390 @@
+"""K experts on a shared backbone (Fig. 3, section 4.4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from threading import RLock
+from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lgla_losses._checks import FLOATING, boolean, describe, integer, one_of, positive_float, positive_int
+from lgla_losses._ranks import refuse_data_parallel
+from lgla_losses.experts._attributes import KEY, hand_on
+from lgla_losses.experts._classifiers import ExpertClassifiers
+from lgla_losses.experts._running import is_tracing, run_separately, run_together
+from lgla_losses.experts._stacking import apply_per_copy, copy_module, stack_modules, unstack_module
+from lgla_losses.experts.output import ExpertOutput
+
+CLASSIFIERS = ("cosine", "linear")
+LAYOUTS = ("grouped", "independent")
+
+#: Devices where stacked copies run together unless told otherwise, for fewer kernels; not measured there yet.
+#: On a CPU they run one after another, which measured faster (benchmarks/expert_layouts.py).
+TOGETHER_ON = ("cuda",)
+
+
+#: Of stacks, in whose layers one thread at a time puts its copies.
+LOCKS: MutableMapping[nn.Module, AbstractContextManager[Any]] = WeakKeyDictionary()
+
+
+class GroupConvExperts(nn.Module):
+    """K copies of a network's last stage with a classifier each, on shared features.
+
+    ``layout="grouped"`` stacks the parameters of the copies, which run together under
+    ``torch.func.vmap``, with K-fold grouped convolutions, or one by one where that is faster;
+    ``layout="independent"`` runs K modules. All are the same function, forward and backward. The
+    paper's group convolution (section 4.4) is the same function too, unless channels leak between
+    experts, as through the shortcuts of the authors' released ResNet-32; here they never do.
+
+    The parameters of the grouped layout carry a leading expert dimension. Initialise them through a factory
+    or ``init_fn``, which see every copy by itself; ``experts.apply(init)`` would take the stack's fan for a
+    layer's. Filters by dimension, as of weight decay, should count one dimension less.
+
+    Source: Tao et al., ICCV 2023, Fig. 3 and section 4.4.
+
+    Args:
+        stage: what every expert has for itself: a module, copied K times, or a factory of
+            modules, called K times. None puts the classifiers on the shared features.
+        num_experts: number of experts ``K``.
+        num_classes: number of classes ``C``.
+        num_features: features ``d`` that the stage gives after pooling. None reads them off the
+            stage or its last layer; required without a stage.
+        classifier: ``"cosine"`` or ``"linear"`` (with bias).
+        scale: factor of cosine logits, as for :class:`LGLALoss`; linear classifiers have none.
+        layout: ``"grouped"`` or ``"independent"``.
+        reset: initialise every copy of a module afresh, by ``reset_parameters()`` of its layers
+            and then ``init_fn``; False keeps the weights, as of a pretrained network.
+        init_fn: applied to every layer of every copy, as by :meth:`torch.nn.Module.apply`; needed
+            where a layer with parameters has no ``reset_parameters()``.
+
+    Attributes:
+        stage: the stacked module, a ``ModuleList`` of K modules, or None.
+        classifiers: the K :class:`~lgla_losses.experts._classifiers.ExpertClassifiers`.
+        together: how stacked copies run: True together, False one by one, None (the default)
+            together on a GPU and one by one on a CPU, while compiling and while exporting. While
+            :func:`torch.jit.trace` looks on they run one by one.
+
+    Raises:
+        TypeError: ``stage`` is neither a module nor a factory of modules, another argument is of a wrong
+            type, or the stage's output is no floating-point tensor.
+        ValueError: a number is out of range, a layer cannot be initialised, stacked or run together,
+            the stage writes into its input (seen in eager mode only), or its output is not a dense
+            ``[N, d]``, ``[N, d, H, W]`` or ``[N, d, D, H, W]``.
+
+    Shape:
+        - shared features: ``[N, ...]``, whatever the stage takes; a tuple where it takes several values
+        - output: an :class:`ExpertOutput` of logits ``[N, K, C]``, features ``[N, K, d]`` and
+          weight ``[K, C, d]``; a 4-D or 5-D stage output is average-pooled
+
+    Example:
+        >>> stage = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU())
+        >>> experts = GroupConvExperts(stage, num_experts=3, num_classes=10)
+        >>> output = experts(torch.randn(8, 16, 12, 12))
+        >>> output.logits.shape, output.ensemble().shape
+        (torch.Size([8, 3, 10]), torch.Size([8, 10]))
+    """
+
+    def __init__(
+        self,
+        stage: nn.Module | Callable[[], nn.Module] | None,
+        num_experts: int,
+        num_classes: int,
+        *,
+        num_features: int | None = None,
+        classifier: str = "cosine",
+        scale: float = 30.0,
+        layout: str = "grouped",
+        reset: bool = True,
+        init_fn: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = positive_int("num_experts", num_experts, "the paper uses 3")
+        num_classes = positive_int("num_classes", num_classes, "give the number of classes")
+        one_of("classifier", classifier, CLASSIFIERS)
+        self.layout = one_of("layout", layout, LAYOUTS)
+        scale = positive_float("scale", scale, "the paper's code uses 30")
+
+        if init_fn is not None and not callable(init_fn):
+            raise TypeError(f"init_fn: expected a function of a layer or None, got {describe(init_fn)}")
+
+        copies = _make_copies(stage, self.num_experts, boolean("reset", reset), init_fn)
+        if num_features is None:
+            num_features = _features_of(copies)
+        self.stage: nn.Module | None = _arrange(copies, self.layout)
+        self._attributes = None if self.stage is None else vars(self.stage).get(KEY)
+        self.together: bool | None = None
+        self.classifiers = ExpertClassifiers(
+            self.num_experts,
+            positive_int("num_features", num_features, "give the width of the stage's output"),
+            num_classes,
+            scale if classifier == "cosine" else None,
+            like=next(self.parameters(), None),
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(self, shared: Tensor | tuple[Any, ...]) -> ExpertOutput:
+            """Give logits, features and class centres of every expert, as :meth:`forward`."""
+
+    def forward(self, shared: Tensor | tuple[Any, ...]) -> ExpertOutput:
+        """Logits, features and class centres of every expert."""
+        inputs = shared if isinstance(shared, tuple) else (shared,)
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        if not tensors or (self.stage is None and len(inputs) > 1):
+            raise TypeError(
+                "shared: expected a tensor [N, ...] of shared features, or a tuple of what the stage takes, "
+                f"got {describe(shared)}"
+            )
+        weight: Tensor = self.classifiers.weight
+        if any(tensor.is_meta for tensor in tensors) and not weight.is_meta:
+            raise ValueError(
+                f"shared: expected tensors with values, as the experts' on {weight.device}, got one on meta; "
+                "move the experts to meta as well, or give values"
+            )
+        versions = [_version(tensor) for tensor in tensors]
+        features = self._features(inputs, tensors[0].device.type)
+        if [_version(tensor) for tensor in tensors] != versions:
+            raise ValueError(
+                "stage: expected a stage that leaves its input, which the experts share, alone, got one that "
+                "wrote into it; set inplace=False on its first layer, or make it the trunk's last"
+            )
+        if not is_tracing() and features.shape[-1] != weight.shape[-1]:
+            raise ValueError(
+                f"num_features: expected the width of the stage's output, {features.shape[-1]}, "
+                f"got {weight.shape[-1]}; pass num_features={features.shape[-1]}"
+            )
+        if torch.is_grad_enabled() and not is_tracing():  # which runs with and without gradients and compares
+            # A view: FSDP2 hooks what a module gives, and on the parameter hooks of all steps would add up.
+            weight = weight.view_as(weight)
+        return ExpertOutput(self.classifiers(features), features, weight)
+
+    def _features(self, inputs: tuple[Any, ...], device_type: str) -> Tensor:
+        """Pooled outputs of the stages ``[N, K, d]``."""
+        if self.stage is None:
+            pooled = _pool(inputs[0], "shared: expected features")
+            return pooled[:, None].expand(-1, self.num_experts, -1)
+        if isinstance(self.stage, nn.ModuleList):
+            outputs = [expert(*inputs) for expert in self.stage]
+        else:
+            if not torch.compiler.is_compiling():
+                hand_on(self._attributes, self.stage)
+            with nullcontext() if torch.compiler.is_compiling() else _lock_of(self.stage):
+                if self._runs_together(device_type):
+                    maps = run_together(self.stage, self.num_experts, inputs)
+                    return _pool(maps, leading=2).transpose(0, 1)
+                outputs = run_separately(self.stage, self.num_experts, inputs)
+        return torch.stack([_pool(output) for output in outputs], dim=1)
+
+    def _runs_together(self, device_type: str) -> bool:
+        if is_tracing():
+            return False
+        if self.together is not None:
+            return boolean("experts.together", self.together)
+        # Compilers and exporters see through a loop; vmap would fix the batch size for them.
+        return device_type in TOGETHER_ON and not torch.compiler.is_compiling()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        per_copy = partial(apply_per_copy, fn=fn) if self.layout == "grouped" else fn
+        return cast(Self, super()._apply(per_copy, recurse))  # type: ignore[no-untyped-call]
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        refuse_data_parallel(self)  # it would put the copies' class weights one after the other
+
+    def to_independent(self) -> GroupConvExperts:
+        """The same function as K independent modules; new ones that share nothing with these."""
+        return self._converted("independent")
+
+    def to_grouped(self) -> GroupConvExperts:
+        """The same function as one stacked module; a new one that shares nothing with these."""
+        return self._converted("grouped")
+
+    def extract(self, expert: int) -> Expert:
+        """One expert as a module by itself; a new one that shares nothing with these.
+
+        Args:
+            expert: which, 0 to K-1; the global one is K-1.
+
+        Raises:
+            TypeError: ``expert`` is no integer.
+            ValueError: there is no such expert.
+        """
+        index = integer("expert", expert, f"experts are numbered from 0 to {self.num_experts - 1}")
+        if not 0 <= index < self.num_experts:
+            raise ValueError(
+                f"expert: expected 0 to {self.num_experts - 1}, got {index}; the last is the global one"
+            )
+        independent = self.to_independent()
+        stage = independent.stage[index] if isinstance(independent.stage, nn.ModuleList) else None
+        single = Expert(stage, independent.classifiers.only(index))
+        single.training = single.classifier.training = self.training
+        return single
+
+    def _converted(self, layout: str) -> GroupConvExperts:
+        if self.layout == "grouped" and self.stage is not None:
+            hand_on(self._attributes, self.stage)
+        twin = copy_module(self)
+        if twin.layout == "grouped" and twin.stage is not None:
+            hand_on(twin._attributes, twin.stage)
+        if twin.layout != layout:
+            twin.layout = layout
+            if isinstance(twin.stage, nn.ModuleList):
+                twin.stage = stack_modules(list(twin.stage))
+            elif twin.stage is not None:
+                twin.stage = nn.ModuleList(unstack_module(twin.stage, self.num_experts))
+            twin._attributes = None if twin.stage is None else vars(twin.stage).get(KEY)
+        return twin
+
+    def extra_repr(self) -> str:
+        """Configuration shown by ``repr``."""
+        return f"num_experts={self.num_experts}, layout={self.layout!r}"
+
+
+def _lock_of(stage: nn.Module) -> AbstractContextManager[Any]:
+    """The lock of a stack, which stays out of copies and pickles; a thread may take it again."""
+    return LOCKS.setdefault(stage, RLock())
+
+
+class Expert(nn.Module):
+    """One expert by itself: shared features to its logits ``[N, C]``."""
+
+    def __init__(self, stage: nn.Module | None, classifier: ExpertClassifiers) -> None:
+        super().__init__()
+        self.stage = stage
+        self.classifier = classifier
+
+    if TYPE_CHECKING:
+
+        def __call__(self, shared: Tensor | tuple[Any, ...]) -> Tensor:
+            """Give logits, as :meth:`forward`."""
+
+    def forward(self, shared: Tensor | tuple[Any, ...]) -> Tensor:
+        """Logits of what the trunk gives."""
+        inputs = shared if isinstance(shared, tuple) else (shared,)
+        if self.stage is None:
+            features = _pool(inputs[0], "shared: expected features")
+        else:
+            features = _pool(self.stage(*inputs))
+        return self.classifier(features[:, None])[:, 0]
+
+
+def _make_copies(
+    stage: nn.Module | Callable[[], nn.Module] | None,
+    num_experts: int,
+    reset: bool,
+    init_fn: Callable[[nn.Module], None] | None,
+) -> list[nn.Module]:
+    if stage is None:
+        return []
+    if isinstance(stage, nn.Module):
+        copies = [copy_module(stage) for _ in range(num_experts)]
+    elif callable(stage):
+        copies = [stage() for _ in range(num_experts)]
+    else:
+        raise TypeError(f"stage: expected a module, a factory of modules or None, got {describe(stage)}")
+    if init_fn is not None and not reset:
+        raise ValueError("init_fn: expected None with reset=False, which keeps the weights, got a function")
+    _check_copies(copies)
+    for expert in copies:
+        marked = isinstance(stage, nn.Module) and reset
+        if marked:
+            _reset(expert)
+        if init_fn is not None:
+            expert.apply(init_fn)
+        if marked:
+            _check_initialised(expert)
+    return copies
+
+
+def _check_copies(copies: list[nn.Module]) -> None:
+    for expert in copies:
+        if not isinstance(expert, nn.Module):
+            raise TypeError(f"stage: expected a factory of torch.nn.Module, got {describe(expert)} from it")
+        if any(is_lazy(parameter) for parameter in expert.parameters()):
+            raise ValueError(
+                "stage: expected parameters of known shapes, got a lazy module; run a batch through it"
+            )
+    memory = [{_memory(t) for t in (*expert.parameters(), *expert.buffers())} for expert in copies]
+    if len(set().union(*memory)) != sum(map(len, memory)):
+        raise ValueError(
+            "stage: expected a factory that makes a new module at every call, got parameters or buffers "
+            "shared between calls; build the layers inside it"
+        )
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where a tensor lies; one without memory by its identity."""
+    return (0 if tensor.is_meta else tensor.untyped_storage().data_ptr()) or id(tensor)
+
+
+def _reset(module: nn.Module) -> None:
+    """Initialise children before their parents; NaN marks the parameters that nothing sets."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            nn.init.constant_(parameter, math.nan)
+    for layer in reversed(list(module.modules())):
+        reset_parameters = getattr(layer, "reset_parameters", None)
+        if callable(reset_parameters):
+            reset_parameters()
+
+
+def _check_initialised(module: nn.Module) -> None:
+    for path, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not parameter.is_meta and parameter.isnan().any():
+            layer = type(module.get_submodule(path.rpartition(".")[0])).__name__
+            raise ValueError(
+                f"stage: parameter {path!r} of a {layer} is initialised by no reset_parameters(); "
+                "pass a factory as stage, an init_fn= that sets it, or reset=False to keep the weights"
+            )
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts writes into a tensor; compilers and inference mode do not count them."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def _arrange(copies: list[nn.Module], layout: str) -> nn.Module | None:
+    if not copies:
+        return None
+    return nn.ModuleList(copies) if layout == "independent" else stack_modules(copies)
+
+
+def _features_of(copies: list[nn.Module]) -> int:
+    """Width that the stage says, or else the last layer that says one."""
+    stage_width = getattr(copies[0], "num_features", None) if copies else None
+    if isinstance(stage_width, int):
+        return stage_width
+    for layer in reversed(list(copies[0].modules()) if copies else []):
+        for attribute in ("out_channels", "out_features", "num_features", "num_channels"):
+            width = getattr(layer, attribute, None)
+            if isinstance(width, int):
+                return width
+    raise ValueError(
+        "num_features: expected the width of the stage's output, got None, and no layer says it; "
+        "pass num_features="
+    )
+
+
+def _pool(features: Tensor, expected: str = "stage: expected an output", leading: int = 1) -> Tensor:
+    """``[N, d]`` of ``[N, d]``, ``[N, d, H, W]`` or ``[N, d, D, H, W]``, behind ``leading`` dimensions."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{expected} [N, d] or [N, d, H, W], got {type(features).__name__}")
+    if features.is_nested or features.layout != torch.strided:
+        kind = "nested" if features.is_nested else str(features.layout)
+        raise ValueError(f"{expected} in a dense tensor, got a {kind} one; make it dense first")
+    if features.dtype not in FLOATING:
+        raise TypeError(f"{expected} of {', '.join(map(str, FLOATING))}, got {features.dtype}; convert it")
+    if features.dim() - leading in (3, 4):
+        return features.mean(dim=tuple(range(leading + 1, features.dim())))
+    if features.dim() != leading + 1:
+        raise ValueError(
+            f"{expected} [N, d], [N, d, H, W] or [N, d, D, H, W] for every expert, "
+            f"got {['N', *features.shape[leading:]]}; end the stage with a pooling of its own"
+        )
+    return features

@@ -1,0 +1,321 @@
+"""What the Triton kernels alone promise: launches, graphs, and code for GPUs that need not be here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lgla_losses import functional
+
+triton = pytest.importorskip("triton", reason="needs Triton")
+from lgla_losses.kernels import triton as kernels  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
+OPTIONS = {"ignore_index": -100, "label_smoothing": 0.0}
+
+
+def batch(num_samples, num_classes, dtype=torch.float64):
+    logits = 60 * torch.rand(num_samples, 3, num_classes, dtype=dtype, device=DEVICE) - 30
+    return logits, torch.randint(num_classes, (num_samples,), device=DEVICE)
+
+
+@pytest.mark.cuda
+def test_a_target_that_is_no_class_gives_nan():
+    """Where values are not checked, reading beyond the logits would be worse."""
+    logits, _ = batch(3, 5)
+    target = torch.tensor([1, 5, -7], device=DEVICE)
+    losses, _ = kernels.forward(logits, target, None, None, None, reduce=False, gradient=None, **OPTIONS)
+    assert losses.isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.cuda
+def test_weights_of_several_blocks(monkeypatch, close):
+    monkeypatch.setattr(kernels, "sample_tile", lambda *_: kernels.Tile(4, 4, 4))
+    logits, target = batch(70, 6)
+    target[[1, 8, 9, 10, 11]] = -100
+    group_index = torch.randint(2, (6,), device=DEVICE)
+    angles, parts = kernels.statistics(logits, target, group_index, 2, scale=30.0, ignore_index=-100)
+    assert len(parts) == 18
+    weights, _ = kernels.weights(angles, target, group_index, parts, ignore_index=-100, num_ranks=1)
+    group = functional.target_groups(target, group_index, -100)
+    close(weights, functional.aaw_weights(angles, group, functional.aaw_statistics(angles, group, 2)))
+
+
+def test_one_launch_up_to_a_thousand_samples():
+    assert kernels.fits_one_block(1024, 3)
+    assert not kernels.fits_one_block(1025, 3)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_step_can_be_captured_in_a_graph():
+    logits, target = batch(8, 100, torch.float32)
+    group_index = torch.randint(2, (100,), device=DEVICE)
+    table = -torch.rand(3, 100, dtype=torch.float64, device=DEVICE)
+    out = torch.empty_like(logits)
+
+    def step():
+        weights, divisor = kernels.weights_of(logits, target, group_index, 2, scale=30.0, ignore_index=-100)
+        total, _ = kernels.forward(
+            logits, target, table, weights, divisor, reduce=True, gradient=out, **OPTIONS
+        )
+        kernels.rescale_(out, divisor)
+        return total
+
+    eager = step()
+    gradient = out.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total = step()
+    out.zero_()
+    graph.replay()
+    assert torch.equal(total, eager)
+    assert torch.equal(out, gradient)
+
+
+@pytest.fixture(params=kernels.PLANS)
+def plan(request):
+    """The plan in use."""
+    before = kernels.use(request.param)
+    yield request.param
+    kernels.use(before)
+
+
+def loss_and_gradient(logits, target, table, weights, smoothing):
+    """The sum of the losses over 3, and its gradient."""
+    gradient = torch.full_like(logits, float("nan"))
+    divisor = torch.tensor(3.0, dtype=functional.compute_dtype(logits.dtype), device=DEVICE)
+    options = {"ignore_index": -100, "label_smoothing": smoothing}
+    total, _ = kernels.forward(
+        logits, target, table, weights, divisor, reduce=True, gradient=gradient, **options
+    )
+    return total, gradient
+
+
+def check_long_rows(close, logits, target, smoothing=0.0):
+    """Losses and gradients with a table and weights, against the equations in float64."""
+    num_samples, num_experts, num_classes = logits.shape
+    table = -9 * torch.rand(num_experts, num_classes, dtype=torch.float64, device=DEVICE)
+    weights = 1 + torch.rand(num_samples, num_experts, device=DEVICE).to(
+        functional.compute_dtype(logits.dtype)
+    )
+    leaf = logits.double().requires_grad_()
+    losses = functional.lgla_loss(leaf, target, table, weights.double(), label_smoothing=smoothing)
+    expected = losses.sum() / 3
+    expected.backward()
+    total, gradient = loss_and_gradient(logits, target, table, weights, smoothing)
+    close(total, expected)
+    close(gradient, leaf.grad)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("plan")
+class TestRowsOfSeveralBlocks:
+    """Each plan with blocks of 16 classes, so that few classes are a long row."""
+
+    @pytest.fixture(autouse=True)
+    def _small_blocks(self, monkeypatch):
+        monkeypatch.setattr(kernels, "forward_tile", lambda *_: kernels.Tile(1, 16, 4))
+
+    # Each is compiled anew on a GPU.
+    @pytest.mark.parametrize(
+        "num_classes", [17, 31, 32, 33, 48, 49, 64, 65] if DEVICE == "cpu" else [17, 32, 48, 65]
+    )
+    def test_every_number_of_blocks(self, num_classes, close):
+        """One more class than whole blocks or pairs of them, as many, and one less."""
+        logits, target = batch(3, num_classes, torch.float32)
+        target[1] = -100
+        target[2] = num_classes - 1
+        check_long_rows(close, logits, target, smoothing=0.1)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("smoothing", [0.0, 0.3])
+    def test_every_type(self, dtype, smoothing, close):
+        check_long_rows(close, *batch(3, 40, dtype), smoothing)
+
+    @pytest.mark.parametrize("order", ["rising", "falling"])
+    def test_maxima_that_come_early_and_late(self, order, close):
+        """Every block raises the maximum of every lane, or none does after the first."""
+        logits, target = batch(2, 64)
+        logits = logits.sort(dim=2, descending=order == "falling").values.contiguous()
+        check_long_rows(close, logits, target)
+
+    def test_lanes_that_meet_nothing_but_minus_infinity(self, close):
+        logits, target = batch(2, 64)
+        logits[0, :, 5::16] = -float("inf")  # one lane of every block
+        logits[1, :, :48] = -float("inf")
+        target[:] = torch.tensor([4, 50], device=DEVICE)
+        check_long_rows(close, logits, target)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_the_lowest_finite_number_is_a_logit_as_others_are(self, dtype):
+        """Masks are made with it. A row of it alone has as many classes as any."""
+        logits = torch.full((1, 1, 40), torch.finfo(dtype).min, dtype=dtype, device=DEVICE)
+        target = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        losses, _ = kernels.forward(logits, target, None, None, None, reduce=False, gradient=None, **OPTIONS)
+        assert losses.item() == pytest.approx(torch.tensor(40.0).log().item(), rel=1e-6)
+
+    def test_a_row_of_minus_infinity_is_not_a_number(self):
+        logits, target = batch(3, 40, torch.float32)
+        logits[1] = -float("inf")
+        losses, state = kernels.forward(
+            logits, target, None, None, None, reduce=False, gradient=None, **OPTIONS
+        )
+        assert losses.isnan().tolist() == [False, True, False]
+        assert (state[1, :, 0] == -float("inf")).all()
+
+    @pytest.mark.parametrize("column", [0, 15, 16, 39])
+    def test_what_is_not_a_number_reaches_its_row_and_no_other(self, column):
+        logits, target = batch(3, 40, torch.float32)
+        target[:] = 20
+        logits[1, :, column] = float("nan")
+        gradient = torch.empty_like(logits)
+        losses, _ = kernels.forward(
+            logits, target, None, None, None, reduce=False, gradient=gradient, **OPTIONS
+        )
+        assert losses.isnan().tolist() == [False, True, False]
+        assert gradient[1].isnan().all()
+        assert not gradient[[0, 2]].isnan().any()
+
+    @pytest.mark.parametrize("far", [0.0, -1e6], ids=["near", "far"])
+    def test_a_mean_of_all_logits_keeps_the_digits_of_large_ones(self, far, close):
+        """Also where the target's own logit is far from all others."""
+        logits, target = batch(2, 40, torch.float32)
+        logits += 1e4
+        logits[0, :, target[0]] += far
+        options = {"ignore_index": -100, "label_smoothing": 0.9}
+        losses, _ = kernels.forward(logits, target, None, None, None, reduce=False, gradient=None, **options)
+        table = torch.zeros(3, 40, dtype=torch.float64, device=DEVICE)
+        close(losses, functional.lgla_loss(logits.double(), target, table, label_smoothing=0.9))
+
+    def test_gradient_over_the_logits(self):
+        logits, target = batch(3, 40, torch.float32)
+        _, expected = loss_and_gradient(logits, target, None, None, 0.1)
+        divisor = torch.tensor(3.0, device=DEVICE)
+        kernels.forward(
+            logits, target, None, None, divisor,
+            ignore_index=-100, label_smoothing=0.1, reduce=True, gradient=logits,
+        )  # fmt: skip
+        assert torch.equal(logits, expected)
+
+    def test_a_table_written_into_counts_at_the_next_step(self):
+        """Its copy in float32 is made anew."""
+        logits, target = batch(2, 40, torch.float32)
+        table = torch.zeros(3, 40, dtype=torch.float64, device=DEVICE)
+        before, _ = loss_and_gradient(logits, target, table, None, 0.0)
+        table[:, ::2] = -5.0
+        after, _ = loss_and_gradient(logits, target, table, None, 0.0)
+        assert after != before
+
+
+# On a GPU wide tiles take seconds to compile.
+@pytest.mark.cuda
+@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("num_classes", [8142, 8193, 16_384, 16_385] if DEVICE == "cpu" else [8142, 16_385])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_the_tiles_in_use(num_classes, dtype, close):
+    check_long_rows(close, *batch(1, num_classes, dtype), smoothing=0.1)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_rows_loaded_ahead_are_those_of_the_next_turn(rows, in_place, monkeypatch, close):
+    """Also where the gradient takes the logits' memory, as in the linear loss."""
+    monkeypatch.setattr(kernels, "forward_tile", lambda *_: kernels.Tile(rows, 32, 4, None, ahead=True))
+    monkeypatch.setattr(kernels, "_resident_programs", lambda *_: 6)
+    logits, target = batch(19, 30, torch.float32)
+    target[3] = -100
+    logits[3, 0, 7] = float("nan")
+    logits[5, 1, :] = -float("inf")
+    logits[5, 1, target[5]] = 2.0
+    table = -9 * torch.rand(3, 30, dtype=torch.float64, device=DEVICE)
+    leaf = torch.where((target == -100)[:, None, None], 0.0, logits.double()).requires_grad_()
+    expected = functional.lgla_loss(leaf, target, table, None).sum()
+    expected.backward()
+
+    gradient = logits if in_place else torch.full_like(logits, float("nan"))
+    total, _ = kernels.forward(logits, target, table, None, None, reduce=True, gradient=gradient, **OPTIONS)
+    close(total, expected)
+    close(gradient, leaf.grad)
+
+
+def test_plans_are_chosen_by_name():
+    before = kernels.plan()
+    assert kernels.use("0.1") == before
+    assert kernels.plan() == "0.1"
+    assert kernels.forward_tile(50_000, torch.float32) == kernels.Tile(4, 1024, 8)
+    assert kernels.use(before) == "0.1"
+    assert kernels.forward_tile(50_000, torch.float32) != kernels.Tile(4, 1024, 8)
+
+
+def test_every_plan_is_measured():
+    peers = pytest.importorskip("peers")
+    assert {*peers.OTHER_PLANS, kernels.plan()} == {*kernels.PLANS}
+
+
+def test_a_plan_that_does_not_exist():
+    with pytest.raises(ValueError, match=r"plan: expected one of '0\.1', .*, got 'fastest'"):
+        kernels.use("fastest")
+
+
+@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_classes", [2, 100, 1000, 4096, 8142, 16_384, 100_000])
+def test_programs_fit_every_gpu(num_classes, dtype):
+    """AMD runs up to 16 warps a program; NVIDIA 32, and 65,536 registers on a multiprocessor."""
+    tile = kernels.forward_tile(num_classes, dtype)
+    amd = tile.options(None)
+    assert amd.keys() == {"num_warps"}
+    assert amd["num_warps"] <= 16
+    for architecture in (80, 90, 100, 120):
+        nvidia = tile.options(architecture)
+        assert nvidia["num_warps"] <= 32
+        assert nvidia["num_warps"] * 32 * nvidia.get("maxnreg", 0) <= 65536
+
+
+def test_registers_are_limited_where_a_program_would_have_a_multiprocessor_to_itself():
+    tile = kernels.forward_tile(8142, torch.float32)
+    assert tile.options(90) == {"num_warps": 16, "maxnreg": 64}
+    assert tile.options(100) == {"num_warps": 32, "maxnreg": 64}
+    assert tile.options(None) == {"num_warps": 16}
+    assert kernels.forward_tile(1000, torch.float32).options(90) == {"num_warps": 4}
+    assert kernels.forward_tile(4096, torch.float64).options(90) == {"num_warps": 16}
+
+
+def compile_kernels(directory, *options):
+    """The record of benchmarks/kernel_resources.py, which compiles anew for GPUs that need not be here."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        pytest.skip("needs Triton 3.3 to compile for other machines")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(directory / "cache")}
+    environment.pop("TRITON_INTERPRET", None)
+    script = Path(__file__).parents[2] / "benchmarks" / "kernel_resources.py"
+    output = directory / "record.json"
+    subprocess.run(
+        [sys.executable, script, "--output", output, *options], env=environment, check=True, timeout=900
+    )
+    return json.loads(output.read_text())["rows"]
+
+
+def test_kernels_compile_for_a_gpu(tmp_path):
+    rows = compile_kernels(
+        tmp_path, "--targets", "sm_90", "--dtypes", "bfloat16", "--classes", "100", "100000"
+    )
+    names = {row["kernel"] for row in rows}
+    assert names == {
+        "_statistics", "_weights", "_forward", "_forward_streamed", "_backward", "_total", "_rescale"
+    }  # fmt: skip
+    assert all(row["spill_bytes"] == 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("options", [[], ["--plain", "--dtypes", "float32"]], ids=["all", "plain"])
+def test_kernels_compile_for_every_gpu(tmp_path, target, options):
+    rows = compile_kernels(tmp_path, "--targets", target, *options)
+    assert all(row["spill_bytes"] == 0 for row in rows if row["configuration"]["dtype"] != "float64")
