@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lgla_losses._checks import describe
+from lgla_losses._torch import DisableTorchFunctionSubclass
 
 
 class ConstantBuffers(nn.Module):
@@ -278,7 +279,7 @@ class ReadOnlyTensor(Tensor):
                     f"{func.__name__}: expected a tensor to write into, got a read-only constant of a loss; "
                     "its set_adjustment() changes class counts and tau, .clone() gives a tensor of your own"
                 )
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             plain = [value.as_subclass(Tensor) if isinstance(value, cls) else value for value in args]
             return func(*plain, **kwargs)
 

@@ -11,7 +11,8 @@ from numbers import Real
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C import _functorch
+
+from lgla_losses._torch import is_wrapped, values_readable
 
 #: What to do about numbers that are not finite.
 WAY_OUT = (
@@ -127,7 +128,7 @@ def gathered_weight(weight: Tensor) -> None:
     sharded = hasattr(weight, "device_mesh")
     freed = (
         type(weight) in (Tensor, torch.nn.Parameter)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(weight)
+        and not is_wrapped(weight)
         and not weight.is_meta
         and weight.numel() > 0
         and weight.untyped_storage().size() == 0
@@ -186,11 +187,11 @@ def probability_tensor(target: Tensor, samples: Sequence[int], num_classes: int)
 
 
 def probability_values(target: Tensor) -> None:
-    """Every sample's probabilities sum to 1, or are all 0 for one that counts nothing; reads the values."""
-    sums = target.sum(dim=1, dtype=torch.promote_types(target.dtype, torch.float32))
+    """Hold probabilities ``[*B, C]`` to sums of 1, or of 0 for an ignored sample; reads the values."""
+    sums = target.sum(dim=-1, dtype=torch.promote_types(target.dtype, torch.float32))
     # Those of 16-bit numbers are rounded.
     wrong = ((sums - 1).abs() > 1e-2) & (sums != 0)
-    if not (target >= 0).all() or wrong.any() or not sums.isfinite().all():
+    if (target.numel() > 0 and not target.amin() >= 0) or wrong.any() or not sums.isfinite().all():
         raise ValueError(
             "target: expected class probabilities >= 0 that sum to 1 over the classes (dimension 1), or to 0 "
             f"for a sample to ignore, got values from {float(target.min()):.4g} and sums from "
@@ -232,26 +233,6 @@ def same_device(**tensors: Tensor | None) -> None:
             f"expected all tensors on one device, got {where}; move the inputs with .to(device), "
             "and the loss module itself as well"
         )
-
-
-def values_readable(tensor: Tensor, validate_args: bool | None) -> bool:
-    """Whether checks may read values: ``None`` means on the CPU and outside a compiler.
-
-    Where nobody can, on the meta device and under :func:`torch.vmap`, they do not.
-    """
-    if torch.compiler.is_compiling():
-        return validate_args is True
-    if validate_args is False or tensor.is_meta or under_vmap():
-        return False
-    return validate_args is True or tensor.device.type == "cpu"
-
-
-def under_vmap() -> bool:
-    """Whether a function is being mapped over a batch, whose values have no number each."""
-    if _functorch.peek_interpreter_stack() is None:
-        return False
-    vmap = _functorch.TransformType.Vmap
-    return any(level.key() == vmap for level in _functorch.get_interpreter_stack())
 
 
 def finite_tensors(**tensors: Tensor | None) -> None:

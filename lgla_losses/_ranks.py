@@ -1,4 +1,4 @@
-"""The one collective of the loss: sums over the ranks of a data-parallel job."""
+"""The ranks of a data-parallel job: how many, what they sum, what they tell each other."""
 
 from __future__ import annotations
 
@@ -35,16 +35,69 @@ class RanksOf:
         return RanksOf, (None,)
 
 
-class Note(NamedTuple):
-    """What a rank tells the others beside its numbers, in one number more.
+class Ranks(NamedTuple):
+    """The ranks whose samples a step is over, and what this rank tells the others beside its numbers.
 
     Attributes:
+        number: of the ranks; 1 where nothing is shared.
+        group: the ranks; None means all.
         digest: of the constants that must be the same on all ranks, or 0; see :func:`digest_of`.
         read: look at what came, which waits for a GPU; alike on all ranks.
     """
 
+    number: int = 1
+    group: ProcessGroup | None = None
     digest: int = 0
     read: bool = False
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add the values up over the ranks; ``values`` itself where there is one rank.
+
+        Raises:
+            ValueError: what came is read, and another rank has bad values or other constants.
+        """
+        if self.number == 1:
+            return values
+        packed = torch.cat([values.flatten(), values.new_full((1,), self.digest)])
+        dist.all_reduce(packed, group=self.group)
+        if self.read and packed[-1] != self.number * self.digest:
+            self._explain(packed[-1] >= _BAD, values)
+        return packed[:-1].view_as(values)
+
+    def refuse(self, problem: ValueError, numbers: int, device: torch.device) -> NoReturn:
+        """Raise for bad values of this rank, after the others were told, which wait for so many numbers.
+
+        Args:
+            problem: what is wrong.
+            numbers: how many the next :meth:`sum` adds up; 0 where there is none.
+            device: where it does so.
+        """
+        if self.number == 1:
+            raise problem
+        if numbers:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            packed = torch.zeros(numbers + 1, dtype=dtype, device=device)
+            packed[-1] = _BAD
+            dist.all_reduce(packed, group=self.group)
+            gather_number(-1, self.number, self.group, packed)
+        raise ValueError(f"rank {dist.get_rank()}: {problem}") from problem
+
+    def _explain(self, bad: bool | Tensor, like: Tensor) -> NoReturn:
+        """Raise on a rank that has no bad values itself; on all such ranks alike."""
+        digests = gather_number(self.digest, self.number, self.group, like)
+        ranks = dist.get_process_group_ranks(self.group)
+        if bad:
+            named = [rank for rank, value in zip(ranks, digests, strict=True) if value < 0]
+            raise ValueError(
+                f"rank {dist.get_rank()}: expected finite logits or features and valid targets on all ranks, "
+                f"got others on rank {', '.join(map(str, named))}, whose own error says which"
+            )
+        named = [rank for rank, value in zip(ranks, digests, strict=True) if value != digests[0]]
+        raise ValueError(
+            "class_counts, adjustment: expected the same class counts, groups, adjustments and options on "
+            f"all ranks, got others on rank {', '.join(map(str, named))} than on rank {ranks[0]}; construct "
+            "the loss from the same class counts and arguments everywhere"
+        )
 
 
 def digest_of(constants: Iterable[Tensor]) -> int:
@@ -75,60 +128,6 @@ def group_size(process_group: ProcessGroup | None) -> int:
             "give every rank the group it trains in, or sync=False"
         )
     return num_ranks
-
-
-def sum_over_ranks(
-    values: Tensor, num_ranks: int, process_group: ProcessGroup | None, note: Note | None = None
-) -> Tensor:
-    """The elementwise sum over the ranks; ``values`` itself where there is one rank.
-
-    Raises:
-        ValueError: the note is to be read, and another rank has bad values or other constants.
-    """
-    if num_ranks == 1:
-        return values
-    note = note or Note()
-    packed = torch.cat([values.flatten(), values.new_full((1,), note.digest)])
-    dist.all_reduce(packed, group=process_group)
-    if note.read and packed[-1] != num_ranks * note.digest:
-        explain(packed[-1] >= _BAD, note.digest, num_ranks, process_group, values)
-    return packed[:-1].view_as(values)
-
-
-def tell_and_raise(
-    problem: ValueError,
-    numbers: int,
-    num_ranks: int,
-    process_group: ProcessGroup | None,
-    device: torch.device,
-) -> NoReturn:
-    """Raise ``problem``, after the other ranks were told, which wait for as many numbers of this one."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    packed = torch.zeros(numbers + 1, dtype=dtype, device=device)
-    packed[-1] = _BAD
-    dist.all_reduce(packed, group=process_group)
-    gather_number(-1, num_ranks, process_group, packed)
-    raise ValueError(f"rank {dist.get_rank()}: {problem}") from problem
-
-
-def explain(
-    bad: bool | Tensor, digest: int, num_ranks: int, process_group: ProcessGroup | None, like: Tensor
-) -> NoReturn:
-    """Raise on a rank that has no bad values itself; on all such ranks alike."""
-    digests = gather_number(digest, num_ranks, process_group, like)
-    ranks = dist.get_process_group_ranks(process_group)
-    if bad:
-        named = [rank for rank, value in zip(ranks, digests, strict=True) if value < 0]
-        raise ValueError(
-            f"rank {dist.get_rank()}: expected finite logits or features and valid targets on all ranks, got "
-            f"others on rank {', '.join(map(str, named))}, whose own error says which"
-        )
-    named = [rank for rank, value in zip(ranks, digests, strict=True) if value != digests[0]]
-    raise ValueError(
-        "class_counts, adjustment: expected the same class counts, groups, adjustments and options on all "
-        f"ranks, got others on rank {', '.join(map(str, named))} than on rank {ranks[0]}; construct the loss "
-        "from the same class counts and arguments everywhere"
-    )
 
 
 def gather_number(number: int, num_ranks: int, process_group: ProcessGroup | None, like: Tensor) -> list[int]:

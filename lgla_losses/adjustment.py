@@ -17,10 +17,11 @@ from lgla_losses._checks import (
     same_device,
     target_tensor,
     target_values,
-    values_readable,
 )
 from lgla_losses._counts import ArrayLike
-from lgla_losses.experts.output import ExpertLogits, ExpertOutput, check_logits, normalized_fusion
+from lgla_losses._torch import values_readable
+from lgla_losses._batch import check_logits
+from lgla_losses.experts.output import ExpertLogits, ExpertOutput, normalized_fusion
 from lgla_losses.grouping import ClassGrouper, check_grouper, same_classes
 
 #: Adjustments that have a strength.

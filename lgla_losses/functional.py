@@ -27,6 +27,7 @@ __all__ = [
     "angles_of",
     "cla_margin",
     "cla_table",
+    "class_cosines",
     "compute_dtype",
     "expert_logits",
     "implied_prior",
@@ -156,6 +157,22 @@ def angles_from_features(features: Tensor, weight: Tensor, target: Tensor) -> Te
     centres = weight.detach()[:, target].transpose(0, 1)
     cosine = (unit_vectors(features.detach().to(dtype)) * unit_vectors(centres.to(dtype))).sum(dim=-1)
     return cosine.clamp(-1.0, 1.0).acos()
+
+
+def class_cosines(features: Tensor, weight: Tensor) -> Tensor:
+    r"""Compute the cosines of Eq. 7 between features and all class centres.
+
+    Args:
+        features: inputs of the classifiers ``[N, K, d]``.
+        weight: class centres ``[K, C, d]``.
+
+    Returns:
+        ``[N, K, C]`` within -1 and 1, detached, in float32, or float64 where the inputs are.
+    """
+    dtype = compute_dtype(torch.promote_types(features.dtype, weight.dtype))
+    rows = unit_vectors(features.detach().to(dtype))
+    centres = unit_vectors(weight.detach().to(dtype))
+    return torch.einsum("nkd,kcd->nkc", rows, centres).clamp(-1.0, 1.0)
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lgla_losses._buffers import ConstantBuffers
-from lgla_losses._checks import positive_int, target_tensor, target_values, values_readable
+from lgla_losses._checks import positive_int, target_tensor, target_values
 from lgla_losses._counts import ArrayLike, as_class_counts, to_numpy
+from lgla_losses._torch import values_readable
 from lgla_losses.functional import partition_classes
 
 

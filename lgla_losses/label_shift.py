@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lgla_losses._checks import describe, finite_float, floating_tensor, positive_int, values_readable
+from lgla_losses._checks import describe, finite_float, floating_tensor, positive_int
 from lgla_losses._counts import ArrayLike, to_numpy
+from lgla_losses._torch import values_readable
 from lgla_losses.functional import compute_dtype, widest_dtype
 
 __all__ = ["estimate_prior", "shift_prior"]

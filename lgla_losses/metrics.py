@@ -18,9 +18,9 @@ from lgla_losses._checks import (
     same_device,
     target_tensor,
     target_values,
-    values_readable,
 )
 from lgla_losses._counts import ArrayLike, as_class_counts, shot_splits
+from lgla_losses._torch import values_readable
 
 try:
     from torchmetrics import Metric

@@ -16,9 +16,9 @@ from lgla_losses._checks import (
     target_tensor,
     target_values,
     validation,
-    values_readable,
 )
 from lgla_losses._ranks import Note, RanksOf, ranks_to_sync, refuse_data_parallel, sum_over_ranks
+from lgla_losses._torch import values_readable
 from lgla_losses.grouping import ClassGrouper, check_grouper
 from lgla_losses.kernels import Engine
 

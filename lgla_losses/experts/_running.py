@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lgla_losses._torch import is_wrapped
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -131,7 +133,7 @@ def _entries(buffer: Tensor) -> Sequence[Tensor]:
 def _is_in_memory(tensor: Tensor) -> bool:
     """Whether a tensor lies somewhere; none does that a compiler, an exporter or torch.func looks at."""
     seen = torch.compiler.is_compiling() or is_tracing() or type(tensor) not in (Tensor, nn.Parameter)
-    return not seen and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not seen and not is_wrapped(tensor)
 
 
 def is_tracing() -> bool:

@@ -8,7 +8,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lgla_losses._checks import computable_tensor, dense_tensor, describe, floating_tensor, values_readable
+from lgla_losses._checks import computable_tensor, dense_tensor, describe, floating_tensor
+from lgla_losses._torch import values_readable
 from lgla_losses.functional import compute_dtype, widest_dtype
 
 #: Logits of K experts: ``[N, K, C]``, or K tensors ``[N, C]``.
@@ -93,77 +94,3 @@ def normalized_fusion(
             f"got {weights.tolist()}; softmax(weights) makes such ones"
         )
     return weights / weights.sum()
-
-
-def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool = False) -> ExpertLogits:
-    """``logits`` if they are floating-point ``[N, K, C]`` or K tensors ``[N, C]``.
-
-    With ``maps`` they may have further dimensions, as ``[N, K, C, H, W]``.
-    """
-    if isinstance(logits, Sequence) and not isinstance(logits, str):
-        experts = [_expert_tensor(f"logits[{k}]", v, "[N, C]", maps) for k, v in enumerate(logits)]
-        got = f"{len(experts)} tensors of shapes {[list(v.shape) for v in experts]}"
-        # No set of shapes: hashing a dynamic size would make torch.compile specialise on it.
-        alike = all(
-            (v.shape, v.dtype, v.device) == (experts[0].shape, experts[0].dtype, experts[0].device)
-            for v in experts
-        )
-        if len(experts) != num_experts or not alike or experts[0].shape[1] != num_classes:
-            raise ValueError(
-                f"logits: expected {num_experts} tensors [N, {num_classes}] of one dtype and device, "
-                f"one an expert, got {got}; num_experts and class_counts fix their number and width"
-            )
-        return experts
-    shape = f"[N, {num_experts}, {num_classes}]"
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"logits: expected an ExpertOutput, a tensor {shape} or {num_experts} tensors "
-            f"[N, {num_classes}], got {describe(logits)}"
-        )
-    if dense_tensor("logits", logits).is_floating_point() and logits.dim() == 2:
-        raise ValueError(
-            f"logits: expected shape [N, K, C], got {list(logits.shape)}; experts lie on dimension 1, "
-            "so those of one model are logits[:, None], and K heads are stacked by torch.stack(heads, dim=1)"
-        )
-    _expert_tensor("logits", logits, "[N, K, C]", maps)
-    if logits.shape[1:3] != (num_experts, num_classes):
-        raise ValueError(
-            f"logits: expected shape {shape}, got {list(logits.shape)}; experts lie on dimension 1, "
-            "so K heads are stacked by torch.stack(heads, dim=1) or passed as a list"
-        )
-    return logits
-
-
-def _expert_tensor(name: str, value: object, shape: str, maps: bool) -> Tensor:
-    if maps and isinstance(value, Tensor) and value.dim() > shape.count(",") + 1:
-        shape = f"{shape[:-1]}{', S' * (value.dim() - shape.count(',') - 1)}]"
-    return floating_tensor(name, value, shape)
-
-
-def expert_blocks(output: ExpertOutput | ExpertLogits, num_classes: int | None) -> list[Tensor]:
-    """The logits as tensors ``[N, k, C]`` whose experts together are all; views, not copies."""
-    if isinstance(output, ExpertOutput):
-        output = output.logits
-    if isinstance(output, Sequence) and not isinstance(output, str):
-        if num_classes is None:
-            # check_logits has the experts agree with the first.
-            num_classes = output[0].shape[-1] if output and isinstance(output[0], Tensor) else 1
-        experts = check_logits(output, max(1, len(output)), num_classes)
-        return [expert.unsqueeze(1) for expert in experts]
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        raise TypeError(
-            "logits: expected an ExpertOutput, a floating-point tensor [N, C] or [N, K, C], or K tensors "
-            f"[N, C], got {describe(output)}"
-        )
-    computable_tensor("logits", output, "[N, C] or [N, K, C]")
-    width = "C" if num_classes is None else num_classes
-    if (
-        output.dim() not in (2, 3)
-        or 0 in output.shape[1:]
-        or output.shape[-1] != (num_classes or output.shape[-1])
-    ):
-        raise ValueError(
-            f"logits: expected shape [N, {width}] or [N, K, {width}], got {list(output.shape)}; class_counts "
-            "fixes the number of classes, and experts lie on dimension 1"
-        )
-    return [output if output.dim() == 3 else output.unsqueeze(1)]

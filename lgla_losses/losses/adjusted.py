@@ -18,9 +18,9 @@ from lgla_losses._checks import (
     target_tensor,
     target_values,
     validation,
-    values_readable,
 )
 from lgla_losses._counts import ArrayLike, as_class_counts
+from lgla_losses._torch import values_readable
 from lgla_losses.adjustment import check_tau, strength_of
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput, expert_blocks
 from lgla_losses.grouping import same_classes

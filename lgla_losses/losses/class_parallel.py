@@ -22,7 +22,6 @@ from lgla_losses._checks import (
     same_device,
     target_tensor,
     target_values,
-    values_readable,
 )
 from lgla_losses._counts import ArrayLike
 from lgla_losses._ranks import (
@@ -36,6 +35,7 @@ from lgla_losses._ranks import (
     sum_over_ranks,
     tell_and_raise,
 )
+from lgla_losses._torch import values_readable
 from lgla_losses.adjustment import strength
 from lgla_losses.grouping import ClassGrouper, same_classes
 from lgla_losses.kernels import autograd

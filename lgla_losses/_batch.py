@@ -1,0 +1,361 @@
+"""A batch in normal form: whatever a loss is given becomes views with the samples first, checked once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lgla_losses import functional
+from lgla_losses._checks import (
+    WAY_OUT,
+    computable_tensor,
+    dense_tensor,
+    describe,
+    finite_tensors,
+    floating_tensor,
+    gathered_weight,
+    probability_tensor,
+    probability_values,
+    same_device,
+    sample_weight_tensor,
+    sample_weight_values,
+    target_tensor,
+    target_values,
+)
+from lgla_losses.experts.output import ExpertLogits, ExpertOutput
+from lgla_losses.kernels import Angles
+
+
+class Batch(NamedTuple):
+    """What a loss computes with. ``B`` are the dimensions of the samples: ``[N]``, of maps ``[N, *S]``.
+
+    Attributes:
+        logits: tensors ``[*B, k, C]`` that hold the ``K`` experts together; none where a loss makes them.
+        target: class indices ``[*B]`` or probabilities ``[*B, C]``.
+        features: inputs of the classifiers ``[*B, K, d]``, or None.
+        weight: weights of the classifiers ``[K, C, d]``, or None.
+        sample_weight: how many times each sample counts ``[*B]``, or None.
+    """
+
+    logits: Sequence[Tensor]
+    target: Tensor
+    features: Tensor | None = None
+    weight: Tensor | None = None
+    sample_weight: Tensor | None = None
+
+    @classmethod
+    def of_experts(
+        cls,
+        output: ExpertOutput | ExpertLogits,
+        target: Tensor,
+        table: Tensor,
+        *,
+        features: Tensor | None = None,
+        weight: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        needs_angles: bool = True,
+    ) -> Batch:
+        """Take the output of as many experts and classes as the ``table`` ``[K, C]`` has."""
+        if isinstance(output, ExpertOutput):
+            if features is not None or weight is not None:
+                raise ValueError("features, weight: expected none beside an ExpertOutput, which holds them")
+            output, features, weight = output
+        logits = check_logits(output, *table.shape, maps=True)
+        blocks = [logits] if isinstance(logits, Tensor) else [expert.unsqueeze(1) for expert in logits]
+
+        if (features is None) != (weight is None):
+            raise ValueError("features, weight: expected both or neither, got one; Eq. 7 needs both")
+        if not needs_angles:  # for nothing else are they read
+            features = weight = None
+        return cls._arranged(blocks, target, features, weight, sample_weight, table)
+
+    @classmethod
+    def of_any(
+        cls,
+        output: ExpertOutput | ExpertLogits,
+        target: Tensor,
+        constant: Tensor | None,
+        sample_weight: Tensor | None = None,
+    ) -> Batch:
+        """Take the logits of one model or of any number of experts, for as many classes as the constant has."""
+        dims = 1
+        if isinstance(target, Tensor):
+            dims = target.dim() - int(target.is_floating_point())
+        blocks = expert_blocks(output, None if constant is None else len(constant), dims)
+        return cls._arranged(blocks, target, None, None, sample_weight, constant)
+
+    @classmethod
+    def of_features(
+        cls,
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        table: Tensor,
+        sample_weight: Tensor | None = None,
+    ) -> Batch:
+        """Take the inputs of classifiers, of as many experts and classes as the ``table`` ``[K, C]`` has."""
+        if isinstance(target, Tensor) and target.is_floating_point() and target.dim() == 2:
+            probability_tensor(target, target.shape[:1], table.shape[1])
+        else:
+            target_tensor(target)
+        samples = target.shape[:1]
+        check_features(features, weight, samples, *table.shape)
+        if sample_weight is not None:
+            sample_weight_tensor(sample_weight, samples)
+        same_device(
+            features=features, target=target, weight=weight, sample_weight=sample_weight, criterion=table
+        )
+        return cls((), target, features, weight, sample_weight)
+
+    @classmethod
+    def _arranged(
+        cls,
+        blocks: Sequence[Tensor],
+        target: Tensor,
+        features: Tensor | None,
+        weight: Tensor | None,
+        sample_weight: Tensor | None,
+        constant: Tensor | None,
+    ) -> Batch:
+        """Check what comes with logits ``[N, k, C, *S]``, and bring all samples to the front."""
+        first = blocks[0]
+        samples = [first.shape[0], *first.shape[3:]]
+        if isinstance(target, Tensor) and target.is_floating_point() and target.dim() == len(samples) + 1:
+            probability_tensor(target, samples, first.shape[2])
+        else:
+            target_tensor(target, samples)
+        if sample_weight is not None:
+            sample_weight_tensor(sample_weight, samples)
+        if features is not None and weight is not None:
+            num_experts = sum(block.shape[1] for block in blocks)
+            check_features(features, weight, samples, num_experts, first.shape[2])
+        same_device(
+            logits=first,
+            target=target,
+            features=features,
+            weight=weight,
+            sample_weight=sample_weight,
+            criterion=constant,
+        )
+
+        if len(samples) > 1:
+            blocks = [block.movedim((1, 2), (-2, -1)) for block in blocks]
+            features = None if features is None else features.movedim((1, 2), (-2, -1))
+            target = target.movedim(1, -1) if target.is_floating_point() else target
+        return cls(blocks, target, features, weight, sample_weight)
+
+    @property
+    def first(self) -> Tensor:
+        """What tells dtype, device and, of logits, the number of classes."""
+        return self.logits[0] if self.logits or self.features is None else self.features
+
+    def tensors(self) -> list[Tensor | None]:
+        """List all that an engine would read."""
+        return [*self.logits, self.target, self.features, self.weight, self.sample_weight]
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether the targets are probabilities."""
+        return self.target.is_floating_point()
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the samples have several dimensions."""
+        return self.target.dim() > (2 if self.is_soft else 1)
+
+    def own_class(self, ignore_index: int) -> Tensor:
+        """Give the class indices; ignored samples have no class, so any stands in, as their weight is 0."""
+        # A launch less than torch.where, which first makes a tensor of the 0.
+        return self.target * (self.target != ignore_index)
+
+    def weights_of_experts(self, num_experts: int) -> Tensor | None:
+        """Give the samples' weights for every expert ``[*B, K]``, or None."""
+        if self.sample_weight is None:
+            return None
+        weights = self.sample_weight.to(functional.compute_dtype(self.first.dtype))
+        return weights[..., None].expand(*weights.shape, num_experts)
+
+    def angles(self, scale: float | None) -> Angles:
+        """Say where the angles of Eq. 7 come from.
+
+        Raises:
+            ValueError: neither features nor a scale of cosine logits are there.
+        """
+        if self.features is not None and self.weight is not None:
+            if self.is_soft and not self.is_map:
+                return Angles([functional.class_cosines(self.features, self.weight)])
+            return Angles(features=self.features.detach(), weight=self.weight.detach())
+        if scale is None:
+            raise ValueError(
+                "features, weight: expected features [N, K, d] and weight [K, C, d], got none, and logits of "
+                "a linear head (scale=None) do not give the angles of Eq. 7; pass them as "
+                "criterion(logits, target, features=f, weight=w) or an ExpertOutput, or set aaw=False"
+            )
+        return Angles([block.detach() for block in self.logits], scale)
+
+    def check_weights(self) -> None:
+        """Raise for weights and probabilities that are wrong, which need not show in the loss; reads them."""
+        if self.sample_weight is not None:
+            sample_weight_values(self.sample_weight)
+        if self.is_soft:
+            probability_values(self.target)
+
+    def explain(self, ignore_index: int, num_classes: int | None = None) -> None:
+        """Raise for values that make a loss wrong; reads all of them.
+
+        Args:
+            ignore_index: target of samples that count nothing.
+            num_classes: ``C``; None takes that of the logits.
+        """
+        self.check_weights()
+        if not self.is_soft:
+            target_values(self.target, num_classes or self.first.shape[-1], ignore_index)
+        if self.features is not None and self.weight is not None:
+            if self.is_soft:
+                finite_tensors(features=self.features, weight=self.weight)
+            else:
+                self._finite_angles(self.features, self.weight, ignore_index)
+        for k, expert in enumerate(v for block in self.logits for v in block.unbind(-2)):
+            self._finite_logits(k, expert.detach(), ignore_index)
+
+    def largest_target_logit(self, ignore_index: int) -> float:
+        """Give the largest logit of a target; reads the values."""
+        kept = self.target > 0 if self.is_soft else self.target != ignore_index
+        found = []
+        for expert in (v.detach() for block in self.logits for v in block.unbind(-2)):
+            if self.is_soft:
+                own = expert[kept]
+            else:
+                own = expert.gather(-1, (self.target * kept)[..., None])[kept]
+            found.append(own.flatten())
+        largest = torch.cat(found)
+        return float(largest.max()) if largest.numel() else -math.inf
+
+    def _finite_angles(self, features: Tensor, weight: Tensor, ignore_index: int) -> None:
+        kept = self.target != ignore_index
+        angles = functional.angles_from_features(features[kept], weight, self.target[kept])
+        if not angles.isfinite().all():
+            raise ValueError(
+                "angles: expected finite radians, got NaN or infinity; look for them in the features and "
+                "class weights that the angles come from"
+            )
+
+    def _finite_logits(self, k: int, expert: Tensor, ignore_index: int) -> None:
+        """Check the logits ``[*B, C]`` of one expert."""
+        if expert.numel() == 0:
+            return
+        if self.is_soft:
+            own = torch.where(self.target > 0, expert, 0.0)
+        else:
+            kept = self.target != ignore_index
+            own = expert.gather(-1, (self.target * kept)[..., None])[kept]
+        # The maximum carries NaN and +inf of the whole batch; -inf may mask other classes.
+        if not (own.isfinite().all() and expert.amax() < float("inf")):
+            raise ValueError(
+                f"logits: expected no NaN or +inf, and no -inf on the target, got one from expert {k}; "
+                f"{WAY_OUT}"
+            )
+
+
+def check_features(
+    features: Tensor, weight: Tensor, samples: Sequence[int], num_experts: int, num_classes: int
+) -> None:
+    """Hold features ``[N, K, d, *S]`` and weights ``[K, C, d]`` to the samples, experts and classes."""
+    n, *maps = samples
+    floating_tensor("features", features, f"[N, K, d{', S' * len(maps)}]")
+    floating_tensor("weight", weight, "[K, C, d]")
+    gathered_weight(weight)
+    k, c, d = num_experts, num_classes, features.shape[2]
+    if list(features.shape) != [n, k, d, *maps] or list(weight.shape) != [k, c, d]:
+        of_maps = "".join(f", {size}" for size in maps)
+        raise ValueError(
+            f"features, weight: expected shapes [{n}, {k}, d{of_maps}] and [{k}, {c}, d], "
+            f"got {list(features.shape)} and {list(weight.shape)}"
+        )
+
+
+def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool = False) -> ExpertLogits:
+    """``logits`` if they are floating-point ``[N, K, C]`` or K tensors ``[N, C]``.
+
+    With ``maps`` they may have further dimensions, as ``[N, K, C, H, W]``.
+    """
+    if isinstance(logits, Sequence) and not isinstance(logits, str):
+        experts = [_expert_tensor(f"logits[{k}]", v, "[N, C]", maps) for k, v in enumerate(logits)]
+        got = f"{len(experts)} tensors of shapes {[list(v.shape) for v in experts]}"
+        # No set of shapes: hashing a dynamic size would make torch.compile specialise on it.
+        alike = all(
+            (v.shape, v.dtype, v.device) == (experts[0].shape, experts[0].dtype, experts[0].device)
+            for v in experts
+        )
+        if len(experts) != num_experts or not alike or experts[0].shape[1] != num_classes:
+            raise ValueError(
+                f"logits: expected {num_experts} tensors [N, {num_classes}] of one dtype and device, "
+                f"one an expert, got {got}; num_experts and class_counts fix their number and width"
+            )
+        return experts
+    shape = f"[N, {num_experts}, {num_classes}]"
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"logits: expected an ExpertOutput, a tensor {shape} or {num_experts} tensors "
+            f"[N, {num_classes}], got {describe(logits)}"
+        )
+    if dense_tensor("logits", logits).is_floating_point() and logits.dim() == 2:
+        raise ValueError(
+            f"logits: expected shape [N, K, C], got {list(logits.shape)}; experts lie on dimension 1, "
+            "so those of one model are logits[:, None], and K heads are stacked by torch.stack(heads, dim=1)"
+        )
+    _expert_tensor("logits", logits, "[N, K, C]", maps)
+    if logits.shape[1:3] != (num_experts, num_classes):
+        raise ValueError(
+            f"logits: expected shape {shape}, got {list(logits.shape)}; experts lie on dimension 1, "
+            "so K heads are stacked by torch.stack(heads, dim=1) or passed as a list"
+        )
+    return logits
+
+
+def _expert_tensor(name: str, value: object, shape: str, maps: bool) -> Tensor:
+    if maps and isinstance(value, Tensor) and value.dim() > shape.count(",") + 1:
+        shape = f"{shape[:-1]}{', S' * (value.dim() - shape.count(',') - 1)}]"
+    return floating_tensor(name, value, shape)
+
+
+def expert_blocks(
+    output: ExpertOutput | ExpertLogits, num_classes: int | None, num_samples_dims: int = 1
+) -> list[Tensor]:
+    """Take the logits of one model or of K experts as tensors ``[N, k, C, ...]``; views, not copies.
+
+    Args:
+        output: ``[N, C, ...]`` of one model, ``[N, K, C, ...]``, ``K`` tensors ``[N, C, ...]`` or an
+            :class:`ExpertOutput`.
+        num_classes: ``C``, or None for any number.
+        num_samples_dims: number of dimensions of the samples, more than 1 for maps.
+    """
+    if isinstance(output, ExpertOutput):
+        output = output.logits
+    if isinstance(output, Sequence) and not isinstance(output, str):
+        if num_classes is None:
+            # check_logits has the experts agree with the first.
+            num_classes = [*output[0].shape, 1, 1][1] if output and isinstance(output[0], Tensor) else 1
+        experts = check_logits(output, max(1, len(output)), num_classes, maps=num_samples_dims > 1)
+        return [expert.unsqueeze(1) for expert in experts]
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        raise TypeError(
+            "logits: expected an ExpertOutput, a floating-point tensor [N, C] or [N, K, C], or K tensors "
+            f"[N, C], got {describe(output)}"
+        )
+    computable_tensor("logits", output, "[N, C] or [N, K, C]")
+    maps = max(0, num_samples_dims - 1)
+    if output.dim() not in (2 + maps, 3 + maps):
+        maps = 0
+    width = "C" if num_classes is None else num_classes
+    found = output.shape[1 : output.dim() - maps]
+    if len(found) not in (1, 2) or 0 in found or found[-1] != (num_classes or found[-1]):
+        raise ValueError(
+            f"logits: expected shape [N, {width}] or [N, K, {width}], got {list(output.shape)}; class_counts "
+            "fixes the number of classes, and experts lie on dimension 1"
+        )
+    return [output if len(found) == 2 else output.unsqueeze(1)]

@@ -1,0 +1,233 @@
+"""The adjusted cross entropy from the inputs of the classifiers, a chunk of logits at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lgla_losses import functional
+from lgla_losses.kernels import Engine, Rows
+from lgla_losses.kernels.autograd import Inputs, plain_cross_entropy, total
+
+#: Logits in memory at a time, in bytes. A matrix product is as fast as ever with these many. Few enough to
+#: stay in a GPU's cache would spare each logit 10 to 12 bytes of traffic (bfloat16), but each chunk costs
+#: 12 d bytes a class, for the weights and their gradient: so a chunk has d samples at least, better more.
+_CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
+#: But never fewer samples than these: the classes' weights are read anew for every chunk.
+_LEAST_SAMPLES = 64
+#: Rows of logits begin at multiples of so many bytes. A GPU's fast matrix products want multiples of 16; rows
+#: of 8,142 classes in bfloat16, close together, would begin at multiples of 4.
+_ROW_BYTES = {"cuda": 128}
+#: Whether 16-bit products are added to a float32 sum by the product itself, where PyTorch can: a chunk then
+#: reads and writes the sum once, instead of twice each with a product beside it.
+_ADD_AT_ONCE = True
+#: Numbers that are widened to float32 at a time, of the weights of cosine classifiers.
+_WIDENED = 1 << 24
+
+
+def as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The inputs of a matrix product in the dtype it runs in."""
+    device = next(t.device.type for t in tensors if t is not None)
+    # The meta device has no autocast to ask for. (Compilers of PyTorch 2.11 cannot ask whether a device has.)
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+class LinearCrossEntropy(NamedTuple):
+    """Eq. 9 for features ``[N, K, d]``, weights ``[K, C, d]`` and a bias ``[K, C]`` or None."""
+
+    engine: Engine
+    rows: Rows
+    scale: float | None
+
+    def run(
+        self, inputs: Inputs, wanted: Sequence[bool]
+    ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
+        """As in :class:`~lgla_losses.kernels.autograd.Problem`."""
+        losses, gradients = self._experts(inputs, wanted, self.rows.weights, self.rows.divisor)
+        return total(losses, self.rows.divisor) if self.rows.reduce else losses, gradients, None
+
+    def gradients(
+        self, inputs: Inputs, upstream: Tensor, state: Any, wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """As in :class:`~lgla_losses.kernels.autograd.Problem`."""
+        weights = upstream[:, None]
+        if self.rows.weights is None:
+            weights = weights.expand(-1, inputs[0].shape[1])
+        else:
+            weights = weights * self.rows.weights
+        return self._experts(inputs, wanted, weights, None)[1]
+
+    def differentiable(self, inputs: Inputs) -> Tensor:
+        """As in :class:`~lgla_losses.kernels.autograd.Problem`; holds all logits."""
+        features, weight, bias = inputs
+        if self.scale is not None:
+            dtype = functional.compute_dtype(features.dtype)
+            features = self.scale * functional.unit_vectors(features.to(dtype))
+            weight = functional.unit_vectors(weight.to(dtype))
+        logits = torch.bmm(features.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+        return plain_cross_entropy((logits if bias is None else logits + bias,), self.rows)
+
+    def _experts(
+        self, inputs: Inputs, wanted: Sequence[bool], weights: Tensor | None, divisor: Tensor | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The losses ``[N]``, and the gradients of their sum over the divisor."""
+        features, weight, _ = inputs
+        losses = features.new_zeros(len(features), dtype=functional.compute_dtype(features.dtype))
+        chunks = chunks_of(features, num_classes=weight.shape[1])
+        # Without samples no chunk fills them.
+        new = torch.empty_like if chunks else torch.zeros_like
+        gradients = [
+            new(v, memory_format=torch.contiguous_format) if w else None
+            for v, w in zip(inputs, wanted, strict=True)
+        ]
+        if not chunks:
+            return losses, gradients
+
+        # One memory for all chunks, which is warm from the second on.
+        buffer = logits_memory(features, chunks[0].stop, weight.shape[1])
+        # As engines want an expert's weights: copied here for all of them, or there for every chunk.
+        columns = None if weights is None else weights.T.contiguous()[:, :, None]
+        with torch.autocast(features.device.type, enabled=False):
+            for k in range(features.shape[1]):
+                column = None if columns is None else columns[k]
+                self._expert(k, inputs, gradients, losses, column, divisor, chunks, buffer)
+        return losses, gradients
+
+    def _expert(
+        self,
+        k: int,
+        inputs: Inputs,
+        gradients: Sequence[Tensor | None],
+        losses: Tensor,
+        weights: Tensor | None,
+        divisor: Tensor | None,
+        chunks: Sequence[slice],
+        buffer: Tensor,
+    ) -> None:
+        """Add expert k to the losses, and fill its part of the gradients."""
+        features, weight = inputs[0][:, k], inputs[1][k]
+        bias = None if inputs[2] is None else inputs[2][k]
+        for_features = None if gradients[0] is None else gradients[0][:, k]
+        for_weight, for_bias = (None if v is None else v[k] for v in gradients[1:])
+        exact = losses.dtype
+        table = None if self.rows.table is None else self.rows.table[k : k + 1]
+        if bias is not None:
+            table = bias.double()[None] if table is None else table + bias
+
+        rows_of, centres = features, weight
+        if self.scale is not None:
+            rows_of = (self.scale * directions(features, exact)).to(features.dtype)
+            centres = rounded_directions(weight, exact)
+        weight_sum = for_weight
+        if (
+            for_weight is not None
+            and for_weight.dtype != exact
+            and (len(chunks) > 1 or self.scale is not None)
+        ):
+            weight_sum = torch.empty_like(for_weight, dtype=exact)
+        bias_sum = None if for_bias is None else torch.zeros_like(for_bias, dtype=exact)
+        wanted = any(v is not None for v in gradients)
+        constants = self.rows._replace(table=table, divisor=divisor, reduce=False)
+
+        for rows in chunks:
+            some = rows_of[rows]
+            block = buffer[: len(some)]
+            logits = torch.mm(some, centres.T, out=block[:, 0])
+            # From here on the gradient of the logits lies where they were.
+            here = constants._replace(
+                target=constants.target[rows], weights=None if weights is None else weights[rows]
+            )
+            loss, _ = self.engine.forward([block], here, [block if wanted else None])
+            losses[rows].add_(loss)
+            if for_features is not None:
+                torch.mm(logits, centres, out=for_features[rows])
+            if weight_sum is not None:
+                add_product(weight_sum, logits.T, some, first=rows.start == 0)
+            if bias_sum is not None:
+                bias_sum += logits.sum(dim=0, dtype=exact)
+
+        if self.scale is not None and for_features is not None:
+            wide = for_features.to(exact) * self.scale
+            for_features.copy_(through_directions_(wide, features.to(exact)))
+        if self.scale is not None and weight_sum is not None:
+            for some in widened_at_a_time(weight):
+                through_directions_(weight_sum[some], weight[some].to(exact))
+        if for_weight is not None and weight_sum is not None and weight_sum is not for_weight:
+            for_weight.copy_(weight_sum)
+        if for_bias is not None and bias_sum is not None:
+            for_bias.copy_(bias_sum)
+
+
+def chunks_of(features: Tensor, num_classes: int) -> list[slice]:
+    """Slices of the samples, of about equal size."""
+    num_samples = len(features)
+    most = _CHUNK_BYTES.get(features.device.type, 1 << 28) // (num_classes * features.element_size())
+    number = -(-num_samples // max(most, _LEAST_SAMPLES))
+    size = -(-num_samples // max(number, 1))
+    return [slice(start, min(start + size, num_samples)) for start in range(0, num_samples, max(size, 1))]
+
+
+def logits_memory(features: Tensor, num_samples: int, num_classes: int) -> Tensor:
+    """Memory for logits ``[n, 1, C]`` of one expert, whose rows begin where matrix products like it."""
+    aligned = max(1, _ROW_BYTES.get(features.device.type, 1) // features.element_size())
+    width = -(-num_classes // aligned) * aligned
+    return features.new_empty((num_samples, 1, width))[..., :num_classes]
+
+
+def widened_at_a_time(vectors: Tensor) -> list[slice]:
+    """Slices of the first dimension of ``[C, d]``."""
+    size = max(1, _WIDENED // max(1, vectors.shape[1]))
+    return [slice(start, start + size) for start in range(0, len(vectors), size)]
+
+
+def rounded_directions(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit vectors ``[C, d]``, computed in ``dtype`` some at a time, in the dtype of the vectors."""
+    result = torch.empty_like(vectors)
+    for some in widened_at_a_time(vectors):
+        result[some] = directions(vectors[some], dtype)
+    return result
+
+
+def directions(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit vectors, computed in ``dtype``."""
+    return functional.unit_vectors(vectors.to(dtype))
+
+
+def through_directions_(gradient: Tensor, vectors: Tensor) -> Tensor:
+    """The gradient of the vectors, in place of that of their directions."""
+    directions = functional.unit_vectors(vectors)
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    along = torch.linalg.vecdot(directions, gradient)[..., None]
+    return gradient.addcmul_(directions, along, value=-1).div_(torch.where(length == 0, torch.inf, length))
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """``total += left @ right``, or for the first ``total = left @ right``, in the total's precision."""
+    beta = 0 if first else 1
+    if left.dtype == total.dtype or not left.is_cuda or "dtype" not in torch.ops.aten.mm.overloads():
+        torch.addmm(total, left.to(total.dtype), right.to(total.dtype), beta=beta, out=total)
+    elif _ADD_AT_ONCE and adds_to_float32(left.dtype, left.device):
+        torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
+    elif first:
+        total.copy_(torch.mm(left, right, out_dtype=total.dtype))
+    else:
+        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+
+
+@cache
+def adds_to_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether PyTorch adds a product of 16-bit matrices to a float32 one; its first versions refuse."""
+    total = torch.ones((16, 16), dtype=torch.float32, device=device)
+    part = total.to(dtype)
+    try:
+        torch.addmm(total, part, part, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True

@@ -1,0 +1,351 @@
+"""The engines as operators of PyTorch, for :func:`torch.compile`, which cannot see into them.
+
+Defined by hand, as the decorator for it costs tens of microseconds a call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lgla_losses import functional
+from lgla_losses.kernels import Angles, Engine, Rows, Samples, chunked
+from lgla_losses.kernels.autograd import CrossEntropy, engine_for, per_sample, total
+from lgla_losses.kernels.linear import LinearCrossEntropy
+
+_OPERATORS = torch.library.Library("lgla_losses", "DEF")
+
+#: The fields of ``Rows``, in order.
+_ROWS = (
+    "Tensor target, Tensor? table, Tensor? weights, Tensor? divisor, Tensor? class_weight, Tensor? margin, "
+    "SymInt ignore_index, float label_smoothing, float gamma, bool reduce"
+)
+_IN_ORDER = torch.Tag.needs_fixed_stride_order
+
+
+def _engine(backend: str, device: torch.device) -> Engine:
+    return engine_for(backend, device) or chunked
+
+
+def _define(name: str, schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """Add an operator, what computes it, and what a compiler takes for its result."""
+    _OPERATORS.define(f"{name}({schema}", tags=_IN_ORDER)
+    _OPERATORS.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lgla_losses::{name}", shapes, lib=_OPERATORS)
+
+
+# --- Weights of Eq. 8 ---------------------------------------------------------------------------------------
+
+
+def angular_weights(
+    angles: Angles, samples: Samples, backend: str, num_experts: int
+) -> tuple[Tensor, Tensor]:
+    """Compute the weights of Eq. 8 ``[N, K]`` on one rank, and the number of samples."""
+    found: tuple[Tensor, Tensor] = torch.ops.lgla_losses.angular_weights(
+        list(angles.cosines),
+        angles.scale,
+        angles.features,
+        angles.weight,
+        samples.target,
+        samples.group_index,
+        samples.num_groups,
+        samples.sample_weight,
+        samples.ignore_index,
+        num_experts,
+        backend,
+    )
+    return found
+
+
+def _angular_weights(
+    cosines: Sequence[Tensor],
+    scale: float,
+    features: Tensor | None,
+    weight: Tensor | None,
+    target: Tensor,
+    group_index: Tensor,
+    num_groups: int,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    num_experts: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    engine = _engine(backend, target.device)
+    samples = Samples(target, group_index, num_groups, sample_weight, ignore_index)
+    angles, parts = engine.statistics(Angles(cosines, scale, features, weight), samples)
+    return engine.weights(angles, samples, parts)
+
+
+def _weights_shapes(
+    cosines: Sequence[Tensor],
+    scale: float,
+    features: Tensor | None,
+    weight: Tensor | None,
+    target: Tensor,
+    group_index: Tensor,
+    num_groups: int,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    num_experts: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float32
+    for source in (*cosines, features, weight):
+        dtype = dtype if source is None else torch.promote_types(dtype, source.dtype)
+    return (
+        target.new_empty((target.shape[0], num_experts), dtype=dtype),
+        target.new_empty((), dtype=functional.widest_dtype(target.device)),
+    )
+
+
+_define(
+    "angular_weights",
+    "Tensor[] cosines, float scale, Tensor? features, Tensor? weight, Tensor target, Tensor group_index, "
+    "SymInt num_groups, Tensor? sample_weight, SymInt ignore_index, SymInt num_experts, str backend"
+    ") -> (Tensor, Tensor)",
+    _angular_weights,
+    _weights_shapes,
+)
+
+
+# --- Eq. 9 of logits ----------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """The arguments of the operator of Eq. 9, by name."""
+
+    logits: Tensor
+    rows: Rows
+    at_once: bool
+    backend: str
+
+    @classmethod
+    def of(cls, logits: Tensor, *arguments: Any) -> _Call:
+        *rows, at_once, backend = arguments
+        return cls(logits, Rows(*rows), at_once, backend)
+
+
+def cross_entropies(logits: Sequence[Tensor | None], rows: Rows, backend: str) -> Tensor:
+    """Compute Eq. 9 for logits ``[N, k, C]``, an operator for each tensor."""
+    parts, begin = [], 0
+    for block in logits:
+        assert block is not None
+        experts = slice(begin, begin := begin + block.shape[1])
+        own = rows._replace(
+            table=None if rows.table is None else rows.table[experts],
+            weights=None if rows.weights is None else rows.weights[:, experts],
+        )
+        parts.append(_operator(block, own, backend))
+    return functools.reduce(torch.add, parts)
+
+
+def _operator(logits: Tensor, rows: Rows, backend: str) -> Tensor:
+    """Compute Eq. 9 for logits ``[N, K, C]``."""
+    learns = torch.is_grad_enabled() and logits.requires_grad
+    # On a GPU the gradient is computed in backward, which moves no more bytes.
+    at_once = learns and rows.reduce and logits.device.type == "cpu" and logits.dtype != torch.float16
+    # Field by field: the compiler of PyTorch 2.6 takes no slice of a named tuple.
+    loss: Tensor = torch.ops.lgla_losses.cross_entropy(
+        logits,
+        rows.target,
+        rows.table,
+        rows.weights,
+        rows.divisor,
+        rows.class_weight,
+        rows.margin,
+        rows.ignore_index,
+        rows.label_smoothing,
+        rows.gamma,
+        rows.reduce,
+        at_once,
+        backend,
+    )[0]
+    return loss
+
+
+def _cross_entropy(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the state for its gradient, and the gradient or an empty tensor."""
+    call = _Call.of(*arguments)
+    problem = CrossEntropy(_engine(call.backend, call.logits.device), call.rows)
+    loss, (gradient,), state = problem.run([call.logits], [call.at_once])
+    return loss, state, call.logits.new_empty(0) if gradient is None else gradient
+
+
+def _cross_entropy_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Call.of(*arguments)
+    samples, experts, _ = call.logits.shape
+    dtype = functional.compute_dtype(call.logits.dtype)
+    return (
+        call.logits.new_empty(() if call.rows.reduce else (samples,), dtype=dtype),
+        call.logits.new_empty((samples, experts, 2), dtype=dtype),
+        torch.empty_like(call.logits) if call.at_once else call.logits.new_empty(0),
+    )
+
+
+def _cross_entropy_backward(upstream: Tensor, state: Tensor, *arguments: Any) -> Tensor:
+    call = _Call.of(*arguments)
+    problem = CrossEntropy(_engine(call.backend, call.logits.device), call.rows)
+    upstream = per_sample(call.rows, upstream)
+    gradient = problem.gradients([call.logits], upstream, state, [True])[0]
+    assert gradient is not None
+    return gradient
+
+
+def _rescaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """A gradient for another gradient of the loss; an operator may not give back what it was given."""
+    return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    call, (_, state, gradient) = _Call.of(*inputs), output
+    ctx.mark_non_differentiable(state, gradient)
+    ctx.options, ctx.at_once, ctx.backend = call.rows[6:], call.at_once, call.backend
+    if call.at_once:
+        ctx.save_for_backward(gradient)
+    else:
+        ctx.save_for_backward(state, call.logits, *call.rows[:6])
+
+
+def _gradients(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if ctx.at_once:
+        gradient = torch.ops.lgla_losses.rescaled(ctx.saved_tensors[0], upstream)
+    else:
+        state, logits, *tensors = ctx.saved_tensors
+        gradient = torch.ops.lgla_losses.cross_entropy_backward(
+            upstream, state, logits, *tensors, *ctx.options, ctx.at_once, ctx.backend
+        )
+    return gradient, *[None] * (len(Rows._fields) + 2)
+
+
+def _refuse_second_derivative(ctx: Any, *upstream: Tensor) -> None:
+    raise RuntimeError(
+        "the compiled loss of lgla_losses has no second derivative; leave it out of torch.compile, or "
+        "construct it with backend='reference'"
+    )
+
+
+_define(
+    "cross_entropy",
+    f"Tensor logits, {_ROWS}, bool at_once, str backend) -> (Tensor, Tensor, Tensor)",
+    _cross_entropy,
+    _cross_entropy_shapes,
+)
+_define(
+    "cross_entropy_backward",
+    f"Tensor upstream, Tensor state, Tensor logits, {_ROWS}, bool at_once, str backend) -> Tensor",
+    _cross_entropy_backward,
+    lambda upstream, state, logits, *_: torch.empty_like(logits),
+)
+_define(
+    "rescaled",
+    "Tensor gradient, Tensor factor) -> Tensor",
+    _rescaled,
+    lambda gradient, factor: torch.empty_like(gradient),
+)
+torch.library.register_autograd("lgla_losses::cross_entropy", _gradients, setup_context=_save, lib=_OPERATORS)
+for _name in ("cross_entropy_backward", "rescaled"):
+    torch.library.register_autograd(f"lgla_losses::{_name}", _refuse_second_derivative, lib=_OPERATORS)
+
+
+# --- Eq. 9 of features and class weights --------------------------------------------------------------------
+
+
+class _LinearCall(NamedTuple):
+    """The arguments of the operator of the linear loss, by name."""
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    rows: Rows
+    scale: float | None
+    backend: str
+
+    @classmethod
+    def of(cls, features: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> _LinearCall:
+        *rows, scale, backend = arguments
+        return cls(features, weight, bias, Rows(*rows), scale, backend)
+
+    def problem(self) -> LinearCrossEntropy:
+        return LinearCrossEntropy(_engine(self.backend, self.features.device), self.rows, self.scale)
+
+
+def linear_cross_entropy(
+    inputs: Sequence[Tensor | None], rows: Rows, backend: str, *, scale: float | None
+) -> Tensor:
+    """Compute Eq. 9 from features ``[N, K, d]``, weights ``[K, C, d]`` and a bias ``[K, C]`` or None."""
+    features, weight, bias = inputs
+    losses: Tensor = torch.ops.lgla_losses.linear_cross_entropy(
+        features,
+        weight,
+        bias,
+        rows.target,
+        rows.table,
+        rows.weights,
+        None,
+        rows.class_weight,
+        rows.margin,
+        rows.ignore_index,
+        rows.label_smoothing,
+        rows.gamma,
+        False,
+        scale,
+        backend,
+    )
+    return total(losses, rows.divisor) if rows.reduce else losses
+
+
+def _linear(*arguments: Any) -> Tensor:
+    call = _LinearCall.of(*arguments)
+    return call.problem().run((call.features, call.weight, call.bias), (False, False, False))[0]
+
+
+def _linear_shape(features: Tensor, *_: object) -> Tensor:
+    return features.new_empty(len(features), dtype=functional.compute_dtype(features.dtype))
+
+
+def _linear_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    call = _LinearCall.of(*arguments)
+    wanted = True, True, call.bias is not None
+    found = call.problem().gradients((call.features, call.weight, call.bias), upstream, None, wanted)
+    return tuple(upstream.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+def _linear_backward_shapes(
+    upstream: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, *_: object
+) -> tuple[Tensor, ...]:
+    absent = upstream.new_empty(0)
+    return tuple(absent if v is None else v.new_empty(v.shape) for v in (features, weight, bias))
+
+
+def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    call = _LinearCall.of(*inputs)
+    ctx.options, ctx.scale, ctx.backend = call.rows[6:], call.scale, call.backend
+    ctx.has_bias = call.bias is not None
+    ctx.save_for_backward(call.features, call.weight, call.bias, *call.rows[:6])
+
+
+def _linear_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    *gradients, for_bias = torch.ops.lgla_losses.linear_cross_entropy_backward(
+        upstream, *ctx.saved_tensors, *ctx.options, ctx.scale, ctx.backend
+    )
+    return *gradients, for_bias if ctx.has_bias else None, *[None] * (len(Rows._fields) + 2)
+
+
+_LINEAR = f"Tensor features, Tensor weight, Tensor? bias, {_ROWS}, float? scale, str backend"
+_define("linear_cross_entropy", f"{_LINEAR}) -> Tensor", _linear, _linear_shape)
+_define(
+    "linear_cross_entropy_backward",
+    f"Tensor upstream, {_LINEAR}) -> (Tensor, Tensor, Tensor)",
+    _linear_backward,
+    _linear_backward_shapes,
+)
+torch.library.register_autograd(
+    "lgla_losses::linear_cross_entropy", _linear_gradients, setup_context=_linear_save, lib=_OPERATORS
+)
+torch.library.register_autograd(
+    "lgla_losses::linear_cross_entropy_backward", _refuse_second_derivative, lib=_OPERATORS
+)

@@ -1,0 +1,426 @@
+"""The steps that all losses share: Eqs. 7 and 8, the divisor, Eq. 9, and what explains a wrong result."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lgla_losses import functional
+from lgla_losses._batch import Batch
+from lgla_losses._buffers import refuse_assignment, unregister
+from lgla_losses._checks import boolean, finite_float, integer, normalizer_value, one_of, positive_float, validation
+from lgla_losses._counts import ArrayLike
+from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size, refuse_data_parallel
+from lgla_losses._torch import is_watched, values_readable
+from lgla_losses.grouping import ClassGrouper
+from lgla_losses.kernels import Engine, Rows, Samples, chunked, operators
+from lgla_losses.kernels.autograd import Problem, choose_engine, evaluate, total
+from lgla_losses.kernels.blockwise import Blockwise
+from lgla_losses.losses._config import (
+    ADJUSTMENTS,
+    REDUCTIONS,
+    group_classes,
+    make_adjuster,
+    number_of_experts,
+    renamed,
+    runnable_backend,
+)
+from lgla_losses.weighting import AAWWeighter
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+#: With fewer classes a compiler's own code takes less time than the call of an operator opaque to it.
+WORTH_AN_OPERATOR = 512
+
+#: Logits of K tensors that a GPU takes in one: fewer are copied sooner than kernels for each would start.
+_WORTH_JOINING = 1 << 22
+
+_ALONE = Ranks()
+
+
+class Loss(nn.Module):
+    """The options of every loss, and the steps from a batch to its loss."""
+
+    #: Whether bad values are told before anything is computed, as they need not show in the loss.
+    _explains_first = False
+
+    def _take_options(
+        self,
+        reduction: str,
+        ignore_index: int,
+        label_smoothing: float,
+        sync: bool,
+        process_group: ProcessGroup | None,
+        validate_args: bool | None,
+        backend: str,
+    ) -> None:
+        """Check and keep what every loss is given."""
+        self.reduction = one_of("reduction", reduction, REDUCTIONS)
+        self.ignore_index = integer("ignore_index", ignore_index, "as in torch.nn.CrossEntropyLoss")
+        self.label_smoothing = finite_float(
+            "label_smoothing", label_smoothing, low=0.0, high=1.0, expected="a number in 0..1"
+        )
+        self.sync = boolean("sync", sync)
+        self._ranks = RanksOf(process_group)
+        self.validate_args = validation(validate_args)
+        self.backend = runnable_backend(backend)
+        #: Whether the ranks have compared their constants.
+        self._compared = False
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks that a step is over; None means all."""
+        return self._ranks.group
+
+    def _constants(self) -> list[Tensor]:
+        """The tensors that all ranks must have alike."""
+        raise NotImplementedError
+
+    def _numbers_summed(self) -> int:
+        """How many numbers of a step the ranks add up."""
+        return 1
+
+    # --- Before a batch is computed with ------------------------------------------------------------------
+
+    def _step(
+        self, batch: Batch, normalizer: float | Tensor | None
+    ) -> tuple[Engine | None, Ranks, bool]:
+        """Choose what computes and with whom, and whether values are looked at, later if that is possible.
+
+        Returns:
+            The engine, None for plain PyTorch; the ranks; whether a loss that is not finite is explained.
+        """
+        target = batch.target
+        normalizer_value(normalizer, self.reduction, self.validate_args, target.device)
+        engine = self._engine(batch, normalizer)
+        readable = values_readable(target, self.validate_args)
+        ranks = self._ranks_of_step(target, readable)
+        # Other ranks wait for this one's numbers; and PyTorch has errors of its own.
+        first = ranks.number > 1 or engine is None or torch.compiler.is_compiling()
+        if readable and (first or self._explains_first):
+            try:
+                self._explain(batch)
+            except ValueError as problem:
+                if ranks.number == 1:
+                    raise
+                told = self._numbers_summed() if self._communicates(normalizer, ranks) else 0
+                ranks.refuse(problem, told, target.device)
+            readable = False
+        elif readable:
+            batch.check_weights()
+        return engine, ranks, readable
+
+    def _engine(self, batch: Batch, normalizer: float | Tensor | None) -> Engine | None:
+        """Choose what computes; None stands for plain PyTorch."""
+        first, constants = batch.first, self._constants()
+        if torch.compiler.is_compiling() and self._is_seen_through(batch):
+            return None
+        if any(constant.requires_grad for constant in constants):
+            # torch.func.functional_call puts such a one in the place of a constant.
+            return choose_engine(self.backend, first.device, *constants, learns=True)
+        others = normalizer if isinstance(normalizer, Tensor) else None
+        engine = choose_engine(self.backend, first.device, *batch.tensors(), *constants, others)
+        return Blockwise(engine) if engine is not None and batch.is_map else engine
+
+    def _is_seen_through(self, batch: Batch) -> bool:
+        """Say whether a compiler had better see PyTorch's own operations."""
+        return batch.is_map or (self.backend == "auto" and batch.first.shape[-1] < WORTH_AN_OPERATOR)
+
+    def _ranks_of_step(self, target: Tensor, readable: bool) -> Ranks:
+        """Say whose samples the step is over, and what this rank tells the others.
+
+        Without gradients, as in validation on one rank, nothing may wait for other ranks.
+        """
+        if not (self.sync and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
+            return _ALONE
+        number, group = group_size(self.process_group), self.process_group
+        if number == 1:
+            return _ALONE
+        if not self._compares(target):
+            return Ranks(number, group, 0, readable)
+        options = [getattr(self, "scale", None) or 0.0, self.label_smoothing, float(self.ignore_index)]
+        return Ranks(number, group, digest_of([*self._constants(), torch.tensor(options)]), True)
+
+    def _compares(self, target: Tensor) -> bool:
+        """Say whether the ranks compare their constants in this step: the first that all of them end well.
+
+        On a GPU that step waits for it, once, unless it is recorded; compiled steps compare nothing.
+        """
+        # The compiler first: it would compile anew for every change of the others.
+        if torch.compiler.is_compiling() or self._compared or self.validate_args is False:
+            return False
+        return not (target.is_cuda and torch.cuda.is_current_stream_capturing())
+
+    def _communicates(self, normalizer: float | Tensor | None, ranks: Ranks) -> bool:
+        """Say whether this step's samples are counted over the ranks, or their constants compared."""
+        return (self.reduction == "mean" and normalizer is None) or ranks.digest > 0
+
+    def _explain(self, batch: Batch) -> None:
+        """Raise for values of the batch that make its loss wrong."""
+        batch.explain(self.ignore_index)
+
+    # --- The steps ----------------------------------------------------------------------------------------
+
+    def _summed(self, values: Tensor, ranks: Ranks) -> Tensor:
+        """Add the parts ``[B, ...]`` of this step's numbers up over the ranks: ``[1, ...]``."""
+        if ranks.number == 1:
+            return values
+        values = ranks.sum(values.sum(dim=0, keepdim=True))
+        if ranks.digest:  # else nothing is written, which exporters would take for a side effect
+            self._compared = True
+        return values
+
+    def _divisor(
+        self,
+        engine: Engine | None,
+        batch: Batch,
+        ranks: Ranks,
+        normalizer: float | Tensor | None,
+        samples: Tensor | None = None,
+        class_weight: Tensor | None = None,
+    ) -> Tensor | None:
+        """Give what the sum over the batch is divided by: by default the samples, a rank's share."""
+        if samples is None and self._communicates(normalizer, ranks):
+            # A compiler sees into PyTorch's own operations only.
+            counter = engine if engine is not None and not torch.compiler.is_compiling() else _chunked(batch)
+            counted = counter.count(batch.target, batch.sample_weight, class_weight, self.ignore_index)
+            samples = counted if ranks.number == 1 else self._summed(counted[None], ranks)[0] / ranks.number
+        if self.reduction != "mean":
+            return None
+        if normalizer is not None:
+            return scalar_on(batch.target.device, normalizer, functional.compute_dtype(batch.first.dtype))
+        return samples
+
+    def _evaluated(
+        self,
+        engine: Engine | None,
+        rows: Rows,
+        inputs: Sequence[Tensor | None],
+        problem: Callable[[Engine, Rows], Problem],
+        operator: Callable[[Sequence[Tensor | None], Rows, str], Tensor],
+    ) -> Tensor:
+        """Compute Eq. 9, reduced.
+
+        Args:
+            engine: what computes; None for plain PyTorch.
+            rows: everything but the inputs.
+            inputs: the tensors whose gradients may be asked for.
+            problem: makes what autograd sees.
+            operator: what a compiler sees.
+        """
+        divisor, mean = rows.divisor, self.reduction != "none"
+        # An engine takes the divisor for a constant.
+        reduce = mean and engine is not None and not (divisor is not None and divisor.requires_grad)
+        rows = rows._replace(reduce=reduce, divisor=divisor if reduce else None)
+        if engine is None:
+            loss = problem(chunked, rows).differentiable(inputs)
+        elif torch.compiler.is_compiling():
+            loss = operator(inputs, rows, self.backend)
+        else:
+            loss = evaluate(problem(engine, rows), *_joined(inputs))
+        return total(loss, divisor) if mean and not reduce else loss
+
+    def _explain_unless_finite(self, batch: Batch, loss: Tensor) -> None:
+        """Raise for what made a loss NaN or infinite, if that was wrong."""
+        finite = math.isfinite(loss.item()) if loss.dim() == 0 else loss.detach().isfinite().all()
+        if not finite:
+            self._explain(batch)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        refuse_data_parallel(self)
+
+
+class ExpertLoss(Loss):
+    """The arguments of :class:`LGLALoss`, checked and kept, and Eqs. 7 and 8."""
+
+    def __init__(
+        self,
+        class_counts: ArrayLike | None = None,
+        num_experts: int | None = None,
+        tau: float | None = None,
+        *,
+        grouper: ClassGrouper | None = None,
+        aaw: bool = True,
+        scale: float | None = 30.0,
+        adjustment: str | Tensor = "lgla",
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        sync: bool = True,
+        process_group: ProcessGroup | None = None,
+        validate_args: bool | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(adjustment, Tensor):
+            one_of("adjustment", adjustment, ADJUSTMENTS)
+        self.aaw = boolean("aaw", aaw)
+        needs_groups = self.aaw or (isinstance(adjustment, str) and adjustment == "lgla")
+        num_experts = number_of_experts(num_experts, grouper, adjustment, needs_groups)
+        if grouper is None:
+            grouper = group_classes(class_counts, num_experts, needs_groups)
+        elif class_counts is not None:
+            raise ValueError("grouper: expected class_counts or a grouper, got both; drop class_counts")
+        else:
+            grouper = copy.deepcopy(grouper)  # as set_adjustment changes its own
+
+        self.adjuster = make_adjuster(grouper, num_experts, adjustment, tau)
+        self._take_options(
+            reduction, ignore_index, label_smoothing, sync, process_group, validate_args, backend
+        )
+        self.weighter = AAWWeighter(
+            grouper,
+            ignore_index=ignore_index,
+            sync=sync,
+            process_group=process_group,
+            validate_args=validate_args,
+        )
+        unregister(self.weighter, "grouper")  # the adjuster has it
+        if not self.aaw:
+            unregister(self, "weighter")
+        self.scale = None if scale is None else positive_float("scale", scale, "None means a linear head")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give every loss a constructor of its own name, as Python's errors say that of the function."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in vars(cls):
+            own = renamed(cast(FunctionType, cls.__init__), f"{cls.__qualname__}.__init__")
+            cls.__init__ = own  # type: ignore[method-assign]
+
+    def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
+        """Change class counts, groups and adjustments during training: a schedule of tau, streaming data.
+
+        In place, so that compiled steps compile nothing anew and CUDA graphs see it. On a GPU it waits for
+        the device. Under DDP every rank calls it, and the next step compares what they have.
+
+        Args:
+            class_counts: training samples per class ``[C]`` of the same classes, positive; None keeps them.
+                The classes are grouped anew; groups of your own (:meth:`ClassGrouper.from_groups`) and a
+                table of your own stay.
+            tau: strength, as in the constructor; None keeps it.
+
+        Raises:
+            TypeError: counts or ``tau`` are no numbers.
+            ValueError: counts are not positive or of other classes, ``tau`` is out of range, or the
+                adjustment has none.
+        """
+        self.adjuster.set_adjustment(class_counts, tau)
+        self._compared = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("adjustment", "grouper"):
+            refuse_assignment(name)
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if "grouper" not in self.weighter._modules:  # version 0.1.0 saved the groups twice
+            for key in [key for key in state_dict if key.startswith(f"{prefix}weighter.grouper.")]:
+                del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def grouper(self) -> ClassGrouper:
+        """The groups of the classes."""
+        return self.adjuster.grouper
+
+    @property
+    def adjustment(self) -> str:
+        """The kind of adjustment as given, ``"table"`` for one of one's own."""
+        return self.adjuster.adjustment
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts ``K``."""
+        return self.adjuster.num_experts
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes ``C``."""
+        return self.grouper.num_classes
+
+    def _constants(self) -> list[Tensor]:
+        grouper = self.grouper
+        return [
+            self.adjuster.constant("table"),
+            grouper.constant("group_index"),
+            grouper.constant("class_counts"),
+        ]
+
+    def _numbers_summed(self) -> int:
+        return self.grouper.num_groups * (self.num_experts + 1) if self.aaw else 1
+
+    def _communicates(self, normalizer: float | Tensor | None, ranks: Ranks) -> bool:
+        return self.aaw or super()._communicates(normalizer, ranks)
+
+    def _explain(self, batch: Batch) -> None:
+        batch.explain(self.ignore_index, num_classes=self.num_classes)
+
+    def _weights(
+        self, engine: Engine | None, batch: Batch, ranks: Ranks
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Compute Eqs. 7 and 8: the weights ``[*B, K]``, or None for ones; and the samples, if they are known."""
+        if not self.aaw:
+            return batch.weights_of_experts(self.num_experts), None
+        grouper, compiling = self.grouper, torch.compiler.is_compiling()
+        group_index = grouper.constant("group_index")
+        samples = Samples(
+            batch.target, group_index, grouper.num_groups, batch.sample_weight, self.ignore_index
+        )
+        angles = batch.angles(self.scale)
+        if compiling and engine is not None and ranks.number == 1:
+            return operators.angular_weights(angles, samples, self.backend, self.num_experts)
+        if engine is None or compiling:
+            engine = _chunked(batch)
+
+        angles, parts = engine.statistics(angles, samples)  # Eq. 7
+        parts = self._summed(parts, ranks)
+        weights, number = engine.weights(angles, samples, parts, ranks.number)  # Eq. 8
+        if angles.angles is not None and (is_watched(self.weighter) or type(self.weighter) is not AAWWeighter):
+            weights = self.weighter(angles.angles, batch.target.flatten(), parts.sum(dim=0)).view_as(weights)
+            if batch.sample_weight is not None:
+                weights = weights * batch.sample_weight[..., None].to(weights.dtype)
+        return weights, number
+
+    def extra_repr(self) -> str:
+        """Show the configuration."""
+        return (
+            f"adjustment={self.adjustment!r}, aaw={self.aaw}, scale={self.scale}, "
+            f"reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, backend={self.backend!r}"
+        )
+
+
+def _chunked(batch: Batch) -> Engine:
+    """PyTorch's own operations, for a batch of any kind."""
+    return Blockwise(chunked) if batch.is_map else chunked
+
+
+def _joined(inputs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Join logits of K tensors that are few: a copy takes less time than a kernel for each."""
+    first = inputs[0]
+    if first is None or not first.is_cuda or any(v is None or v.shape != first.shape for v in inputs):
+        return inputs
+    if len(inputs) == 1 or len(inputs) * first.numel() >= _WORTH_JOINING:
+        return inputs
+    return [torch.cat([v for v in inputs if v is not None], dim=-2)]
+
+
+def scalar_on(device: torch.device, number: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """Put a number as a scalar on a device, which it does not wait for, and which may record it in a graph."""
+    if isinstance(number, Tensor):
+        on_cpu = number.device.type == "cpu" and device.type == "cuda"
+        if not on_cpu or number.requires_grad or torch.compiler.is_compiling():
+            return number.to(device, dtype)
+        number = number.item()
+    if torch.compiler.is_compiling():  # to which a number that is filled in would be a constant
+        return number * torch.ones((), dtype=dtype, device=device)
+    return torch.full((), number, dtype=dtype, device=device)
+
+
