@@ -64,7 +64,7 @@ class Batch(NamedTuple):
             if features is not None or weight is not None:
                 raise ValueError("features, weight: expected none beside an ExpertOutput, which holds them")
             output, features, weight = output
-        logits = check_logits(output, *table.shape, maps=True)
+        logits = check_logits(output, table.shape[0], table.shape[1], maps=True)
         blocks = [logits] if isinstance(logits, Tensor) else [expert.unsqueeze(1) for expert in logits]
 
         if (features is None) != (weight is None):
@@ -81,7 +81,7 @@ class Batch(NamedTuple):
         constant: Tensor | None,
         sample_weight: Tensor | None = None,
     ) -> Batch:
-        """Take the logits of one model or of any number of experts, for as many classes as the constant has."""
+        """Take the logits of one model or of K experts, of as many classes as the constant has."""
         dims = 1
         if isinstance(target, Tensor):
             dims = target.dim() - int(target.is_floating_point())
@@ -186,8 +186,6 @@ class Batch(NamedTuple):
             ValueError: neither features nor a scale of cosine logits are there.
         """
         if self.features is not None and self.weight is not None:
-            if self.is_soft and not self.is_map:
-                return Angles([functional.class_cosines(self.features, self.weight)])
             return Angles(features=self.features.detach(), weight=self.weight.detach())
         if scale is None:
             raise ValueError(
@@ -227,11 +225,8 @@ class Batch(NamedTuple):
         kept = self.target > 0 if self.is_soft else self.target != ignore_index
         found = []
         for expert in (v.detach() for block in self.logits for v in block.unbind(-2)):
-            if self.is_soft:
-                own = expert[kept]
-            else:
-                own = expert.gather(-1, (self.target * kept)[..., None])[kept]
-            found.append(own.flatten())
+            index = (self.target * kept)[..., None] if not self.is_soft else None
+            found.append((expert if index is None else expert.gather(-1, index))[kept].flatten())
         largest = torch.cat(found)
         return float(largest.max()) if largest.numel() else -math.inf
 

@@ -64,6 +64,33 @@ def as_class_counts(class_counts: ArrayLike) -> Tensor:
     return torch.from_numpy(exact)
 
 
+def as_class_weight(class_weight: ArrayLike, of_classes: Tensor | None = None) -> Tensor:
+    """Take weights of classes as a new float64 CPU tensor ``[C]``, finite and at least 0.
+
+    Args:
+        class_weight: the weights.
+        of_classes: a vector of as many classes, or None for any number.
+    """
+    array = to_numpy("class_weight", class_weight)
+    expected = "[C]" if of_classes is None else f"[{len(of_classes)}]"
+    if (
+        array.ndim != 1
+        or array.size == 0
+        or array.size != (array.size if of_classes is None else len(of_classes))
+    ):
+        raise ValueError(
+            f"class_weight: expected one weight a class, shape {expected}, got shape {list(array.shape)}"
+        )
+    if not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
+        raise TypeError(f"class_weight: expected integers or floats, got {array.dtype}")
+    weights = array.astype(np.float64)
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError(
+            f"class_weight: expected finite weights >= 0, got {weights.min()} to {weights.max()}"
+        )
+    return torch.from_numpy(weights)
+
+
 def shot_splits(class_counts: Tensor, many: float, few: float) -> Tensor:
     """Many-, medium- and few-shot classes, bool ``[3, C]``; counts of ``many`` and ``few`` are medium."""
     many = finite_float("many", many, low=0, high=math.inf, expected="a finite number >= 0")

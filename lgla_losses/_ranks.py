@@ -109,14 +109,6 @@ def digest_of(constants: Iterable[Tensor]) -> int:
     return max(1, digest & 0xFFFFFF)
 
 
-def ranks_to_sync(sync: bool, process_group: ProcessGroup | None) -> int:
-    """Number of ranks that share this step; 1 unless ``sync`` holds in distributed training.
-
-    Without gradients, as in validation on one rank, nothing may wait for other ranks.
-    """
-    return group_size(process_group) if sync and torch.is_grad_enabled() else 1
-
-
 def group_size(process_group: ProcessGroup | None) -> int:
     """Number of ranks of a group that holds this one; 1 outside distributed training."""
     if not (dist.is_available() and dist.is_initialized()):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lgla_losses import functional
+from lgla_losses._batch import check_logits
 from lgla_losses._buffers import ConstantBuffers, same_constants, scalar
 from lgla_losses._checks import (
     finite_float,
@@ -20,7 +21,6 @@ from lgla_losses._checks import (
 )
 from lgla_losses._counts import ArrayLike
 from lgla_losses._torch import values_readable
-from lgla_losses._batch import check_logits
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput, normalized_fusion
 from lgla_losses.grouping import ClassGrouper, check_grouper, same_classes
 

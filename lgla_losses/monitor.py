@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lgla_losses import functional
+from lgla_losses._batch import Batch
 from lgla_losses._checks import describe, positive_int
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
-from lgla_losses.losses._targets import rows_of, samples_first
 from lgla_losses.losses.lgla import LGLALoss
 
 __all__ = ["LossMonitor"]
@@ -112,19 +112,23 @@ class LossMonitor:
         normalizer: object = None,
     ) -> None:
         """Add a batch to the sums, from the arguments of :meth:`LGLALoss.forward`."""
-        if isinstance(output, ExpertOutput):
-            output, features, weight = output
         grouper, ignore_index = self.criterion.grouper, self.criterion.ignore_index
-        if target.is_floating_point():
-            target = torch.where(target.sum(dim=1) > 0, target.max(dim=1).indices, ignore_index)
-        if target.dim() > 1:
-            output = [rows_of(v.movedim(1, -1), 1) for v in functional.expert_logits(output)]
-            features = None if features is None else rows_of(samples_first(features), 2)
+        batch = Batch.of_experts(
+            output,
+            target,
+            self.criterion.adjuster.constant("table"),
+            features=features,
+            weight=weight,
+            sample_weight=sample_weight,
+        )
+        experts = [v.flatten(0, -2) for block in batch.logits for v in block.unbind(-2)]
+        target = batch.target
+        if batch.is_soft:
+            target = torch.where(target.sum(dim=-1) > 0, target.max(dim=-1).indices, ignore_index)
         target = target.flatten()
         of_samples = None if sample_weight is None else sample_weight.flatten()
         group = functional.target_groups(target, grouper.constant("group_index"), ignore_index)
 
-        experts = functional.expert_logits(output)
         # In float32 at least: sums in bfloat16 tie, and ties go to the class of lower index.
         dtype = functional.compute_dtype(experts[0].dtype)
         ensemble = functools.reduce(torch.add, (v.to(dtype) for v in experts))
@@ -133,10 +137,10 @@ class LossMonitor:
         self._add_by_group("accuracy", hits.to(dtype), group, of_samples)
 
         own_class = torch.where(target == ignore_index, 0, target)
-        if features is not None and weight is not None:
-            angles = functional.angles_from_features(features, weight, own_class)
+        if batch.features is not None and batch.weight is not None:
+            angles = functional.angles_from_features(batch.features.flatten(0, -3), batch.weight, own_class)
         elif self.criterion.scale is not None:
-            angles = functional.angles_from_logits(output, own_class, self.criterion.scale)
+            angles = functional.angles_from_logits(experts, own_class, self.criterion.scale)
         else:
             return
         statistics = self._add_by_group("angle", angles, group, of_samples)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules import module
 
 from lgla_losses import functional
 from lgla_losses._checks import (
@@ -17,16 +17,12 @@ from lgla_losses._checks import (
     target_values,
     validation,
 )
-from lgla_losses._ranks import Note, RanksOf, ranks_to_sync, refuse_data_parallel, sum_over_ranks
+from lgla_losses._ranks import Ranks, RanksOf, group_size, refuse_data_parallel
 from lgla_losses._torch import values_readable
 from lgla_losses.grouping import ClassGrouper, check_grouper
-from lgla_losses.kernels import Engine
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-_EVERY_MODULES_HOOKS = module._global_forward_hooks, module._global_forward_pre_hooks
 
 
 class AAWWeighter(nn.Module):
@@ -102,27 +98,20 @@ class AAWWeighter(nn.Module):
             target: class indices, int64 ``[N]``.
         """
         self._check_inputs(angles, target)
-        return self.sum_over_ranks(self.local_statistics(angles, target))
+        return self._summed(angles, target)
 
-    def local_statistics(self, angles: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """This rank's part of :meth:`statistics`; ``sample_weight`` ``[N]`` says as how many each counts."""
+    def _summed(self, angles: Tensor, target: Tensor) -> Tensor:
         group = functional.target_groups(target, self.grouper.constant("group_index"), self.ignore_index)
-        return functional.aaw_statistics(angles, group, self.grouper.num_groups, sample_weight)
-
-    def sum_over_ranks(self, values: Tensor, note: Note | None = None) -> Tensor:
-        """The sum of some numbers over the ranks of this step."""
-        return sum_over_ranks(values, self.num_ranks(), self.process_group, note)
-
-    def num_ranks(self) -> int:
-        """Number of ranks whose samples the means are over in this step."""
-        return ranks_to_sync(self.sync, self.process_group)
+        local = functional.aaw_statistics(angles, group, self.grouper.num_groups)
+        number = group_size(self.process_group) if self.sync and torch.is_grad_enabled() else 1
+        return Ranks(number, self.process_group).sum(local)
 
     def forward(self, angles: Tensor, target: Tensor, statistics: Tensor | None = None) -> Tensor:
         """Eq. 8; ``statistics`` from the method of that name saves computing them again."""
         self._check_inputs(angles, target)
         angles = angles.to(functional.compute_dtype(angles.dtype))
         if statistics is None:
-            statistics = self.sum_over_ranks(self.local_statistics(angles, target))
+            statistics = self._summed(angles, target)
         group = functional.target_groups(target, self.grouper.constant("group_index"), self.ignore_index)
         return functional.aaw_weights(angles, group, statistics)
 
@@ -132,46 +121,6 @@ class AAWWeighter(nn.Module):
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         refuse_data_parallel(self)
-
-    def is_plain(self) -> bool:
-        """Whether nobody looks at, or changes, what passes through ``forward``."""
-        # Not `vars(self)`, which the compiler of PyTorch 2.6 does not know.
-        hooks = self._forward_hooks, self._forward_pre_hooks, *_EVERY_MODULES_HOOKS
-        return type(self).forward is AAWWeighter.forward and "forward" not in self.__dict__ and not any(hooks)
-
-    def of_batch(
-        self,
-        source: Tensor,
-        target: Tensor,
-        *,
-        scale: float | None,
-        engine: Engine,
-        check: bool,
-        note: Note | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Eq. 8 by an engine, and the number of samples a rank.
-
-        Args:
-            source: the angles ``[N, K]``, or with ``scale`` cosine logits ``[N, K, C]``.
-            target: class indices ``[N]``.
-            scale: factor of cosine logits.
-            engine: what computes.
-            check: as in :class:`~lgla_losses.kernels.Engine`.
-            note: what goes to the other ranks.
-
-        Returns:
-            weights ``[N, K]`` and a scalar: the samples not ignored over all ranks, at least 1,
-            divided by the number of ranks.
-        """
-        batch = source, target, self.grouper.constant("group_index"), self.grouper.num_groups
-        num_ranks, ignore_index = self.num_ranks(), self.ignore_index
-        if num_ranks == 1:
-            if scale is None:
-                self.check_values(source, target)
-            return engine.weights_of(*batch, scale=scale, ignore_index=ignore_index, check=check)
-        angles, parts = engine.statistics(*batch, scale=scale, ignore_index=ignore_index, check=check)
-        sums = self.sum_over_ranks(parts.sum(dim=0, keepdim=True), note)
-        return engine.weights(angles, target, batch[2], sums, ignore_index=ignore_index, num_ranks=num_ranks)
 
     def _check_inputs(self, angles: Tensor, target: Tensor) -> None:
         floating_tensor("angles", angles, "[N, K]")

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from lgla_losses._torch import is_wrapped
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lgla_losses._torch import is_wrapped
 from lgla_losses.experts._attributes import attributes_of, own_attributes, read, replaced, write
 from lgla_losses.experts._stacking import (
     Slot,

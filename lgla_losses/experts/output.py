@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lgla_losses._checks import computable_tensor, dense_tensor, describe, floating_tensor
+from lgla_losses._checks import computable_tensor, dense_tensor, describe
 from lgla_losses._torch import values_readable
 from lgla_losses.functional import compute_dtype, widest_dtype
 

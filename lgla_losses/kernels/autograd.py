@@ -136,7 +136,7 @@ class Problem(Protocol):
     def run(
         self, inputs: Inputs, wanted: Sequence[bool]
     ) -> tuple[Tensor, Sequence[Tensor | None], Tensor | None]:
-        """Compute the loss, the gradients that are wanted, and a state that may help to compute them later."""
+        """Compute the loss, the gradients that are wanted, and a state that helps to compute them later."""
 
     def gradients(
         self, inputs: Inputs, upstream: Tensor, state: Any, wanted: Sequence[bool]
@@ -214,19 +214,19 @@ def per_sample(rows: Rows, upstream: Tensor) -> Tensor:
     if not rows.reduce:
         return upstream
     target = rows.target
-    return (upstream / divisor_of(rows.divisor)).expand(
-        target.shape[:-1] if target.is_floating_point() else target.shape
-    )
+    if rows.divisor is not None:
+        upstream = (upstream / nonzero(rows.divisor)).to(upstream.dtype)
+    return upstream.expand(target.shape[:-1] if target.is_floating_point() else target.shape)
 
 
-def divisor_of(divisor: Tensor | None) -> Tensor | float:
+def nonzero(divisor: Tensor) -> Tensor:
     """Give what a sum is divided by: 1 for no samples, whose losses are 0."""
-    return 1.0 if divisor is None else divisor + (divisor == 0)
+    return divisor + (divisor == 0)
 
 
 def total(losses: Tensor, divisor: Tensor | None) -> Tensor:
     """Add up the losses ``[*B]``, and divide by the divisor; None stands for 1."""
-    return losses.sum() if divisor is None else losses.sum() / divisor_of(divisor).to(losses.dtype)
+    return losses.sum() if divisor is None else losses.sum() / nonzero(divisor).to(losses.dtype)
 
 
 class CrossEntropy(NamedTuple):
@@ -268,9 +268,7 @@ def plain_cross_entropy(logits: Sequence[Tensor], rows: Rows) -> Tensor:
         target.movedim(-1, 1) if target.is_floating_point() else target,
         table,
         rows.weights,
-        class_weight=rows.class_weight,
-        margin=rows.margin,
-        gamma=rows.gamma,
+        **{k: v for k in ("class_weight", "margin", "gamma") if (v := getattr(rows, k)) not in (None, 0.0)},
         ignore_index=rows.ignore_index,
         label_smoothing=rows.label_smoothing,
     )

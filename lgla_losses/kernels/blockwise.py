@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ _CPU_BLOCK, _BLOCK = 1 << 19, 1 << 24
 Block = tuple[slice, ...]
 
 
-class Blockwise(NamedTuple):
+@dataclass(frozen=True)
+class Blockwise:
     """The functions of :class:`~lgla_losses.kernels.Engine` for samples of several dimensions."""
 
     engine: Engine
@@ -108,9 +109,7 @@ class Blockwise(NamedTuple):
         """Multiply by a scalar in place."""
         self.engine.rescale_(gradient, factor)
 
-    def _losses(
-        self, logits: Sequence[Tensor], rows: Rows, gradients: Sequence[Tensor | None]
-    ) -> Tensor:
+    def _losses(self, logits: Sequence[Tensor], rows: Rows, gradients: Sequence[Tensor | None]) -> Tensor:
         """The losses ``[*B]``, and the gradients of their sum over the divisor."""
         first, soft = logits[0], rows.target.is_floating_point()
         losses = first.new_zeros(first.shape[:-2], dtype=functional.compute_dtype(first.dtype))
@@ -135,9 +134,9 @@ class Blockwise(NamedTuple):
 
 
 def _blocks(target: Tensor, width: int) -> Iterator[Block]:
-    """Blocks of samples that have so many logits each; one of an empty batch."""
+    """Blocks of samples that have so many logits each; one of an empty batch, and one for a compiler."""
     samples = target.shape[:-1] if target.is_floating_point() else target.shape
-    if 0 in samples:
+    if torch.compiler.is_compiling() or 0 in samples:
         yield (slice(None),)
         return
     most = max(1, (_CPU_BLOCK if target.device.type == "cpu" else _BLOCK) // max(1, width))

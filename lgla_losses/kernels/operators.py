@@ -172,6 +172,7 @@ def _cross_entropy(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call.of(*arguments)
     problem = CrossEntropy(_engine(call.backend, call.logits.device), call.rows)
     loss, (gradient,), state = problem.run([call.logits], [call.at_once])
+    assert state is not None
     return loss, state, call.logits.new_empty(0) if gradient is None else gradient
 
 

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from lgla_losses import functional
 from lgla_losses._batch import Batch
 from lgla_losses._buffers import refuse_assignment, unregister
-from lgla_losses._checks import boolean, finite_float, integer, normalizer_value, one_of, positive_float, validation
+from lgla_losses._checks import (
+    boolean,
+    finite_float,
+    integer,
+    normalizer_value,
+    one_of,
+    positive_float,
+    validation,
+)
 from lgla_losses._counts import ArrayLike
 from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size, refuse_data_parallel
 from lgla_losses._torch import is_watched, values_readable
@@ -90,9 +98,7 @@ class Loss(nn.Module):
 
     # --- Before a batch is computed with ------------------------------------------------------------------
 
-    def _step(
-        self, batch: Batch, normalizer: float | Tensor | None
-    ) -> tuple[Engine | None, Ranks, bool]:
+    def _step(self, batch: Batch, normalizer: float | Tensor | None) -> tuple[Engine | None, Ranks, bool]:
         """Choose what computes and with whom, and whether values are looked at, later if that is possible.
 
         Returns:
@@ -366,7 +372,7 @@ class ExpertLoss(Loss):
     def _weights(
         self, engine: Engine | None, batch: Batch, ranks: Ranks
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Compute Eqs. 7 and 8: the weights ``[*B, K]``, or None for ones; and the samples, if they are known."""
+        """Compute Eqs. 7 and 8: the weights ``[*B, K]`` or None, and the number of samples if it is known."""
         if not self.aaw:
             return batch.weights_of_experts(self.num_experts), None
         grouper, compiling = self.grouper, torch.compiler.is_compiling()
@@ -375,15 +381,19 @@ class ExpertLoss(Loss):
             batch.target, group_index, grouper.num_groups, batch.sample_weight, self.ignore_index
         )
         angles = batch.angles(self.scale)
-        if compiling and engine is not None and ranks.number == 1:
+        if compiling and engine is not None and ranks.number == 1 and not batch.is_soft:
             return operators.angular_weights(angles, samples, self.backend, self.num_experts)
         if engine is None or compiling:
             engine = _chunked(batch)
+        if batch.is_soft and batch.features is not None:  # whose angles to all classes are many
+            engine = Blockwise(engine)
 
         angles, parts = engine.statistics(angles, samples)  # Eq. 7
         parts = self._summed(parts, ranks)
         weights, number = engine.weights(angles, samples, parts, ranks.number)  # Eq. 8
-        if angles.angles is not None and (is_watched(self.weighter) or type(self.weighter) is not AAWWeighter):
+        if angles.angles is not None and (
+            is_watched(self.weighter) or type(self.weighter) is not AAWWeighter
+        ):
             weights = self.weighter(angles.angles, batch.target.flatten(), parts.sum(dim=0)).view_as(weights)
             if batch.sample_weight is not None:
                 weights = weights * batch.sample_weight[..., None].to(weights.dtype)
@@ -413,7 +423,7 @@ def _joined(inputs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
 
 
 def scalar_on(device: torch.device, number: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """Put a number as a scalar on a device, which it does not wait for, and which may record it in a graph."""
+    """Put a number on a device, which it does not wait for, and which may record it in a graph."""
     if isinstance(number, Tensor):
         on_cpu = number.device.type == "cpu" and device.type == "cuda"
         if not on_cpu or number.requires_grad or torch.compiler.is_compiling():
@@ -422,5 +432,3 @@ def scalar_on(device: torch.device, number: float | Tensor, dtype: torch.dtype) 
     if torch.compiler.is_compiling():  # to which a number that is filled in would be a constant
         return number * torch.ones((), dtype=dtype, device=device)
     return torch.full((), number, dtype=dtype, device=device)
-
-

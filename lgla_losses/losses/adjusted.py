@@ -2,56 +2,62 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from lgla_losses import functional
+from lgla_losses._batch import Batch
 from lgla_losses._buffers import ConstantBuffers, same_constants, scalar
-from lgla_losses._checks import (
-    integer,
-    one_of,
-    same_device,
-    target_tensor,
-    target_values,
-    validation,
-)
-from lgla_losses._counts import ArrayLike, as_class_counts
-from lgla_losses._torch import values_readable
+from lgla_losses._counts import ArrayLike, as_class_counts, as_class_weight
 from lgla_losses.adjustment import check_tau, strength_of
-from lgla_losses.experts.output import ExpertLogits, ExpertOutput, expert_blocks
+from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.grouping import same_classes
-from lgla_losses.kernels import Engine, autograd, native
-from lgla_losses.losses._config import REDUCTIONS, choose_engine, runnable_backend, target_logits
-from lgla_losses.losses.lgla import WORTH_AN_OPERATOR, converted_once, worth_joining
+from lgla_losses.kernels import Rows
+from lgla_losses.kernels.autograd import CrossEntropy
+from lgla_losses.kernels.operators import cross_entropies
+from lgla_losses.losses._base import Loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Options(TypedDict, total=False):
     """What :class:`AdjustedLoss` takes beside its constants."""
 
+    class_weight: ArrayLike | None
     reduction: str
     ignore_index: int
+    label_smoothing: float
+    sync: bool
+    process_group: ProcessGroup | None
     validate_args: bool | None
     backend: str
 
 
-class AdjustedLoss(ConstantBuffers):
+class AdjustedLoss(ConstantBuffers, Loss):
     r"""Cross entropy of adjusted logits, weighted by class, summed over one model or any number of experts.
 
-    .. math:: \sum_k w_y \, (1 - e^{-L_k})^\gamma L_k, \qquad
-        L_k = -\log \mathrm{softmax}_y(a(v_k) + T)
+    .. math:: \sum_k \sum_y q_y w_y \, (1 - p_{ky})^\gamma (-\log p_{ky}), \qquad
+        p_k = \mathrm{softmax}(a(v_k) + T - m q)
 
-    A subclass gives the constants :math:`T` and :math:`w` by :meth:`constants`, the exponent :math:`\gamma`,
-    and what :math:`a` does to the logits.
+    Here :math:`q` is 1 for the class of a sample, or its class probabilities, smoothed but for the margin. A
+    subclass gives the constants :math:`T` and :math:`w` by :meth:`constants`, the margins :math:`m`, the
+    exponent :math:`\gamma`, and what :math:`a` does to the logits.
 
     Args:
         class_counts: training samples per class ``[C]``, positive; None for a loss that needs none.
         numbers: what :meth:`constants` takes beside them, by name.
-        reduction: ``"mean"`` over the samples not ignored, ``"sum"``, or ``"none"``.
+        class_weight: weights of the classes of one's own ``[C]``, finite and at least 0, as those of
+            :class:`torch.nn.CrossEntropyLoss`; they multiply those of the loss.
+        reduction: ``"mean"`` over the samples not ignored, ``"sum"``, or ``"none"``. With ``class_weight``
+            the mean divides by the sum of the samples' weights, as PyTorch's does, but for losses that say
+            otherwise.
         ignore_index: target of samples that count nothing.
+        label_smoothing: as in :class:`torch.nn.CrossEntropyLoss`, of the adjusted logits.
+        sync: as in :class:`~lgla_losses.LGLALoss`, for the number that ``"mean"`` divides by.
+        process_group: as in :class:`~lgla_losses.LGLALoss`.
         validate_args: as in :class:`~lgla_losses.LGLALoss`.
         backend: as in :class:`~lgla_losses.LGLALoss`.
 
@@ -62,8 +68,11 @@ class AdjustedLoss(ConstantBuffers):
     Shape:
         - output: logits ``[N, C]``; ``[N, K, C]``, K tensors ``[N, C]`` or an
           :class:`~lgla_losses.ExpertOutput`
-        - target: int64 ``[N]``
+        - target: int64 ``[N]``, or class probabilities ``[N, C]`` (mixup, distillation)
+        - sample_weight: ``[N]``
         - result: float32 (float64 for float64 logits) scalar, or ``[N]`` without reduction
+        - maps, as in segmentation, have further dimensions at the end of all: logits ``[N, C, H, W]`` or
+          ``[N, K, C, H, W]``, target ``[N, H, W]`` or ``[N, C, H, W]``
     """
 
     #: The exponent, that of the focal loss; 0 is cross entropy.
@@ -76,21 +85,26 @@ class AdjustedLoss(ConstantBuffers):
         class_counts: ArrayLike | None = None,
         numbers: Mapping[str, float] | None = None,
         *,
+        class_weight: ArrayLike | None = None,
         reduction: str = "mean",
         ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        sync: bool = True,
+        process_group: ProcessGroup | None = None,
         validate_args: bool | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.reduction = one_of("reduction", reduction, REDUCTIONS)
-        self.ignore_index = integer("ignore_index", ignore_index, "-100 is usual")
-        self.validate_args = validation(validate_args)
-        self.backend = runnable_backend(backend)
+        self._take_options(
+            reduction, ignore_index, label_smoothing, sync, process_group, validate_args, backend
+        )
         #: As constructed; a tau may have changed since, and is a constant as well.
         self._numbers = dict(numbers or {})
         if class_counts is not None:
             counts = as_class_counts(class_counts).double()
             self._keep_all(self._all_constants(counts, self._numbers))
+        if class_weight is not None:
+            self._keep("own_class_weight", as_class_weight(class_weight, self._of_classes()))
 
     def constants(self, counts: Tensor, **numbers: float) -> dict[str, Tensor]:
         """Compute what the loss holds of the class counts.
@@ -151,8 +165,9 @@ class AdjustedLoss(ConstantBuffers):
 
     @property
     def class_weight(self) -> Tensor | None:
-        """Weights :math:`w` of the classes ``[C]``, or None for ones."""
-        return self._read("class_weight") if "class_weight" in self._exact else None
+        """Weights :math:`w` of the classes ``[C]``, which the loss makes or was given; None for ones."""
+        names = [name for name in ("class_weight", "own_class_weight") if name in self._exact]
+        return self._read(names[0]) if names else None
 
     def _inferred(self) -> frozenset[str]:
         return frozenset({"tau"})  # states of version 0.1.0 have none
@@ -160,6 +175,8 @@ class AdjustedLoss(ConstantBuffers):
     def _restored(
         self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
     ) -> dict[str, Tensor]:
+        if "class_counts" not in self._exact:
+            return {name: as_class_weight(value) for name, value in state.items()}
         counts = as_class_counts(self._current(state, "class_counts")).double()
         numbers = self._numbers
         if "tau" in numbers:
@@ -177,108 +194,82 @@ class AdjustedLoss(ConstantBuffers):
         saved = {n: v for n, v in state.items() if n not in expected or v.dtype == torch.float64}
         return expected | {name: value.to(self._exact[name].dtype) for name, value in saved.items()}
 
-    def forward(self, output: ExpertOutput | ExpertLogits, target: Tensor) -> Tensor:
-        """The loss of a batch, a scalar or ``[N]``, in float32 (float64 for float64 logits).
+    def forward(
+        self,
+        output: ExpertOutput | ExpertLogits,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor:
+        """Compute the loss of a batch, a scalar or ``[N]``, in float32 (float64 for float64 logits).
 
         Args:
             output: logits of one model ``[N, C]``; of K experts ``[N, K, C]``, K tensors ``[N, C]`` or an
-                :class:`~lgla_losses.ExpertOutput`, whose losses are summed.
-            target: class indices, int64 ``[N]``.
+                :class:`~lgla_losses.ExpertOutput`, whose losses are summed. Maps have further dimensions.
+            target: class indices, int64 ``[N]``, or class probabilities ``[N, C]``; of maps ``[N, ...]`` or
+                ``[N, C, ...]``.
+            sample_weight: as in :meth:`LGLALoss.forward <lgla_losses.LGLALoss.forward>`.
+            normalizer: as in :meth:`LGLALoss.forward <lgla_losses.LGLALoss.forward>`.
         """
-        counts = self.constant("class_counts") if "class_counts" in self._exact else None
-        blocks = expert_blocks(output, None if counts is None else len(counts))
-        first = blocks[0]
-        target_tensor(target, first.shape[:1])
-        same_device(logits=first, target=target, criterion=counts)
-        engine = self._engine(blocks, target)
-        if engine is not None and self.focusing == 0 and worth_joining(blocks):
-            blocks = [torch.cat(blocks, dim=1)]
-        readable = values_readable(first, self.validate_args)
-        # The C library reads every value anyway and tells when one is wrong.
-        tells = readable and engine is native and not torch.compiler.is_compiling()
+        batch = Batch.of_any(output, target, self._of_classes(), sample_weight)
+        engine, ranks, readable = self._step(batch, normalizer)
+
+        logits = [self._adjusted(block) for block in batch.logits]
+        num_experts = sum(block.shape[-2] for block in logits)
+        table, class_weight = self._optional("table"), self._class_weight()
+        rows = Rows(
+            batch.target,
+            table=None if table is None else table.expand(num_experts, -1),
+            weights=batch.weights_of_experts(num_experts),
+            divisor=self._divisor(
+                engine, batch, ranks, normalizer, None, class_weight if self._divides_by_weights() else None
+            ),
+            class_weight=class_weight,
+            margin=self._margin(),
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            gamma=self.focusing,
+        )
+        loss = self._evaluated(engine, rows, logits, CrossEntropy, cross_entropies)
+
         if readable:
-            target_values(target, first.shape[2], self.ignore_index)
-        if readable and not tells:
-            self._check_logits(blocks, target)
-        try:
-            return self._loss(engine, blocks, target, check=tells)
-        except native.BadValuesError:
-            if not tells:
-                raise
-            self._check_logits(blocks, target)
-        return self._loss(engine, blocks, target, check=False)
+            self._explain_unless_finite(batch, loss)
+        return loss
 
     if TYPE_CHECKING:
         # nn.Module declares it as returning Any.
         __call__ = forward
 
-    def _engine(self, blocks: list[Tensor], target: Tensor) -> Engine | None:
-        few = blocks[0].shape[2] < WORTH_AN_OPERATOR
-        if self.backend == "auto" and few and torch.compiler.is_compiling():
-            return None
-        constants = [self.constant(name) for name in self._exact]
-        return choose_engine(self.backend, autograd.unfit(*blocks, target, *constants), blocks[0].device)
+    def _divides_by_weights(self) -> bool:
+        """Say whether ``"mean"`` divides by the sum of the samples' weights, not by their number."""
+        return self.divides_by_weights or (
+            "own_class_weight" in self._exact and "class_weight" not in self._exact
+        )
 
-    def _check_logits(self, blocks: list[Tensor], target: Tensor) -> None:
-        target_logits([v for block in blocks for v in block.unbind(1)], target, self.ignore_index)
+    def _optional(self, name: str) -> Tensor | None:
+        """A constant, or None for a loss without it."""
+        return self.constant(name) if name in self._exact else None
 
-    def _loss(self, engine: Engine | None, blocks: list[Tensor], target: Tensor, check: bool) -> Tensor:
-        dtype = functional.compute_dtype(blocks[0].dtype)
-        kept = target != self.ignore_index
-        # Ignored samples have no class; any stands in, as they count nothing.
-        own = target * kept
-        weights = self._weights(own)
-        if weights is not None:
-            weights = (weights * kept).to(dtype)
-        divisor = self._divisor(kept, weights, dtype)
-        if self.focusing > 0:
-            # The factor is of every expert's own probability.
-            blocks = [expert for block in blocks for expert in block.split(1, dim=1)]
-        reduce = engine is not None and self.reduction != "none" and self.focusing == 0
-        parts = []
-        for block in blocks:
-            logits = self._adjusted(block, own)
-            table = self._table(logits)
-            weight = None if weights is None else weights[:, None].expand(-1, logits.shape[1])
-            inner = None if self.focusing > 0 else weight
-            if engine is None:
-                if torch.compiler.is_compiling():
-                    table = converted_once(table, dtype)
-                loss = functional.lgla_loss(logits, target, table, inner, ignore_index=self.ignore_index)
-            else:
-                inside = divisor if reduce else None
-                call = autograd.Call(
-                    engine, target, table, inner, inside, self.ignore_index, 0.0, reduce, check
-                )
-                loss = autograd.cross_entropy(call, logits, self.backend)
-            if self.focusing > 0:
-                loss = _focal(loss, self.focusing)
-                loss = loss if weights is None else weights * loss
-            parts.append(loss)
-        loss = functools.reduce(torch.add, parts)
-        return loss if reduce or self.reduction == "none" else autograd.total(loss, divisor)
+    def _of_classes(self) -> Tensor | None:
+        """A constant that tells the number of classes, or None."""
+        return self._optional("class_counts" if "class_counts" in self._exact else "own_class_weight")
 
-    def _adjusted(self, logits: Tensor, own: Tensor) -> Tensor:
-        """The logits ``[N, K, C]`` but for the table; ``own`` are the classes of the samples ``[N]``."""
+    def _constants(self) -> list[Tensor]:
+        return [self.constant(name) for name in self._exact]
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        """The logits ``[*B, k, C]`` but for what the table adds."""
         return logits
 
-    def _table(self, logits: Tensor) -> Tensor:
-        if "table" in self._exact:
-            return self.constant("table").expand(logits.shape[1:])
-        dtype = functional.widest_dtype(logits.device)
-        return torch.zeros(logits.shape[1:], dtype=dtype, device=logits.device)
+    def _margin(self) -> Tensor | None:
+        """What is taken off the logits of targets ``[C]``, or None for zeros."""
+        return None
 
-    def _weights(self, own: Tensor) -> Tensor | None:
-        """Weights of the samples ``[N]``, or None for ones."""
-        return self.constant("class_weight")[own] if "class_weight" in self._exact else None
-
-    def _divisor(self, kept: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        if self.reduction != "mean":
-            return None
-        if self.divides_by_weights and weights is not None:
-            total = weights.sum()
-            return total + (total == 0)
-        return kept.sum(dtype=dtype).clamp(min=1)
+    def _class_weight(self) -> Tensor | None:
+        """Weights of the classes ``[C]``, or None for ones."""
+        made, own = self._optional("class_weight"), self._optional("own_class_weight")
+        return made * own if made is not None and own is not None else own if made is None else made
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""
@@ -286,11 +277,3 @@ class AdjustedLoss(ConstantBuffers):
         classes = "" if counts is None else f"num_classes={len(counts)}, "
         focal = f"gamma={self.focusing}, " if self.focusing > 0 else ""
         return f"{classes}{focal}reduction={self.reduction!r}, backend={self.backend!r}"
-
-
-def _focal(losses: Tensor, gamma: float) -> Tensor:
-    """The cross entropies times ``(1 - p) ** gamma``, where p is the exponential of minus them."""
-    # expm1 keeps the digits of 1 - p near 0. Its power has no derivative at 0 for gamma < 1, and there the
-    # product's is 0: that of a constant.
-    missing = (-torch.expm1(-losses)).clamp(min=torch.finfo(losses.dtype).tiny)
-    return missing**gamma * losses

@@ -38,24 +38,33 @@ class FocalLoss(AdjustedLoss):
     .. math:: -(1 - p_y)^\gamma \log p_y, \qquad p = \mathrm{softmax}(v)
 
     This is the multi-class form, of softmax probabilities, that long-tailed learning uses; the paper has one
-    sigmoid a class. For class weights (:math:`\alpha_t` of Eq. 5) see :class:`ClassBalancedLoss`.
+    sigmoid a class. For class weights from counts see :class:`ClassBalancedLoss`.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, section 3.2, Eq. 4.
 
     Args:
         gamma: focusing parameter, at least 0; 0 is cross entropy.
-        options: ``reduction``, ``ignore_index``, ``validate_args`` and ``backend``, as in
-            :class:`~lgla_losses.LGLALoss`.
+        alpha: weights of the classes ``[C]``, :math:`\alpha_t` of Eq. 5. ``"mean"`` divides by the number of
+            samples, not by their weights.
+        options: as in :class:`~lgla_losses.adjusted.AdjustedLoss`.
 
     Example:
         >>> FocalLoss(gamma=2.0)(torch.zeros(8, 2), torch.arange(8) % 2)
         tensor(0.1733)
     """
 
-    def __init__(self, gamma: float = 2.0, **options: Unpack[Options]) -> None:
+    def __init__(
+        self, gamma: float = 2.0, alpha: ArrayLike | None = None, **options: Unpack[Options]
+    ) -> None:
+        if alpha is not None:
+            options["class_weight"] = _own_weight(alpha, options)
         super().__init__(**options)
+        self._has_alpha = alpha is not None
         expected = "a finite number >= 0 (class counts are an argument of ClassBalancedLoss)"
         self.focusing = finite_float("gamma", gamma, low=0.0, high=math.inf, expected=expected)
+
+    def _divides_by_weights(self) -> bool:
+        return super()._divides_by_weights() and not self._has_alpha
 
 
 class ClassBalancedLoss(AdjustedLoss):
@@ -213,7 +222,7 @@ class VSLoss(LogitAdjustedLoss):
         """The factors of the logits ``[C]``."""
         return self._read("multiplier")
 
-    def _adjusted(self, logits: Tensor, own: Tensor) -> Tensor:
+    def _adjusted(self, logits: Tensor) -> Tensor:
         return logits * self.constant("multiplier").to(functional.compute_dtype(logits.dtype))
 
 
@@ -307,19 +316,24 @@ class LDAMLoss(AdjustedLoss):
             raise ValueError(f"reweighting: expected 0 or 1, got {float(enabled):.4g}")
         return super()._restored(state, state_dict, prefix)
 
-    def _weights(self, own: Tensor) -> Tensor:
+    def _class_weight(self) -> Tensor | None:
+        own = super()._class_weight()
         # The flag stays on its device: no step waits for it, and a compiled one sees it change.
-        return torch.where(self.constant("reweighting") > 0, self.constant("class_weight"), 1.0)[own]
+        return None if own is None else torch.where(self.constant("reweighting") > 0, own, 1.0)
 
-    def _adjusted(self, logits: Tensor, own: Tensor) -> Tensor:
-        logits = logits.to(functional.compute_dtype(logits.dtype))
-        margin = (self.scale * self.constant("margins")[own]).to(logits.dtype)
-        shape = (-1, logits.shape[1], 1)
-        return logits.scatter_add(2, own[:, None, None].expand(shape), -margin[:, None, None].expand(shape))
+    def _margin(self) -> Tensor:
+        return self.scale * self.constant("margins")
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""
         return f"{super().extra_repr()}, scale={self.scale}"
+
+
+def _own_weight(alpha: ArrayLike, options: Options) -> ArrayLike:
+    """Give focal loss's class weights by one name only."""
+    if options.get("class_weight") is not None:
+        raise ValueError("alpha, class_weight: expected one of them, got both; they mean the same")
+    return alpha
 
 
 def _given(class_counts: ArrayLike | None) -> ArrayLike:

@@ -25,28 +25,26 @@ from lgla_losses._checks import (
 )
 from lgla_losses._counts import ArrayLike
 from lgla_losses._ranks import (
-    Note,
+    Ranks,
     RanksOf,
     digest_of,
     gather_number,
     group_size,
-    ranks_to_sync,
     refuse_data_parallel,
-    sum_over_ranks,
-    tell_and_raise,
 )
 from lgla_losses._torch import values_readable
 from lgla_losses.adjustment import strength
 from lgla_losses.grouping import ClassGrouper, same_classes
 from lgla_losses.kernels import autograd
-from lgla_losses.losses._config import ExpertLoss, ExpertLossOptions, make_adjuster, refuse_unknown, scalar_on
-from lgla_losses.losses.linear import (
+from lgla_losses.kernels.linear import (
     add_product,
     as_autocast_would,
     chunks_of,
     directions,
     through_directions_,
 )
+from lgla_losses.losses._base import ExpertLoss, scalar_on
+from lgla_losses.losses._config import ExpertLossOptions, make_adjuster, refuse_unknown
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -175,7 +173,7 @@ class ClassParallelLGLALoss(nn.Module):
         self.num_groups = whole.grouper.num_groups
         self.scale, self.aaw, self.reduction = whole.scale, whole.aaw, whole.reduction
         self.ignore_index, self.label_smoothing = whole.ignore_index, whole.label_smoothing
-        self.sync, self.validate_args = whole.weighter.sync, whole.validate_args
+        self.sync, self.validate_args = whole.sync, whole.validate_args
         self.num_ranks, self.rank = self._place()
         self.classes = class_shard(whole.num_classes, self.rank, self.num_ranks)
         self.adjustment = whole.adjustment
@@ -277,7 +275,8 @@ class ClassParallelLGLALoss(nn.Module):
                 "normalizer: expected a number without gradient, got one that wants it; detach it"
             )
         readable = values_readable(features, self.validate_args)
-        num_data_ranks = 1 if self.data_group is None else ranks_to_sync(self.sync, self.data_group)
+        shared = self.data_group is not None and self.sync and torch.is_grad_enabled()
+        num_data_ranks = group_size(self.data_group) if shared else 1
         counts = self.reduction == "mean" and normalizer is None
         # What the ranks that share the batch wait for.
         numbers = self.num_groups * (self.num_experts + 1) if self.aaw else int(counts)
@@ -291,11 +290,11 @@ class ClassParallelLGLALoss(nn.Module):
         if self.aaw:
             angles, group = self._angles(features, weight, target, own)
             local = functional.aaw_statistics(angles, group, self.num_groups)
-            statistics = sum_over_ranks(local, num_data_ranks, self.data_group, note)
+            statistics = note._replace(number=num_data_ranks, group=self.data_group).sum(local)
             weights, samples = functional.aaw_weights(angles, group, statistics), statistics[:, -1].sum()
         elif counts:
             count = (target != self.ignore_index).sum().to(functional.widest_dtype(target.device))
-            samples = sum_over_ranks(count, num_data_ranks, self.data_group, note)
+            samples = note._replace(number=num_data_ranks, group=self.data_group).sum(count)
         self._compared |= note.digest > 0  # by all ranks, now that the sums are done
         features, weight, bias = as_autocast_would(features, weight, bias)
         if weight.dtype != features.dtype:
@@ -358,7 +357,7 @@ class ClassParallelLGLALoss(nn.Module):
                 "init_process_group"
             )
 
-    def _compare_once(self, target: Tensor, readable: bool) -> Note:
+    def _compare_once(self, target: Tensor, readable: bool) -> Ranks:
         """In the first step: the ranks have the same constants.
 
         Returns:
@@ -366,10 +365,10 @@ class ClassParallelLGLALoss(nn.Module):
         """
         recorded = target.is_cuda and torch.cuda.is_current_stream_capturing()
         if self._compared or recorded or self.validate_args is False:
-            return Note(read=readable)
-        note = Note(self._digest, read=True)
+            return Ranks(read=readable)
+        note = Ranks(self.num_ranks, self.process_group, self._digest, read=True)
         if self.num_ranks > 1:
-            sum_over_ranks(target.new_zeros(1), self.num_ranks, self.process_group, note)
+            note.sum(target.new_zeros(1))
         return note
 
     def _agree(self, features: Tensor, target: Tensor, numbers: int, num_data_ranks: int) -> None:
@@ -398,7 +397,7 @@ class ClassParallelLGLALoss(nn.Module):
                 f"{found} samples on its ranks; {_SAME_SAMPLES}"
             )
         if problem is not None and numbers:
-            tell_and_raise(problem, numbers, num_data_ranks, self.data_group, target.device)
+            Ranks(num_data_ranks, self.data_group).refuse(problem, numbers, target.device)
         if problem is not None and self.num_ranks > 1:
             raise ValueError(f"rank {dist.get_rank()}: {problem}") from problem
         if problem is not None:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from lgla_losses._batch import Batch
 from lgla_losses._checks import WAY_OUT, finite_tensors, floating_tensor, same_device, target_values
+from lgla_losses._counts import ArrayLike
 from lgla_losses._ranks import Ranks
 from lgla_losses._torch import values_readable
-from lgla_losses._counts import ArrayLike
 from lgla_losses.kernels import Engine, Rows, chunked
 from lgla_losses.kernels.autograd import unfit
-from lgla_losses.kernels.operators import linear_cross_entropy
 from lgla_losses.kernels.linear import LinearCrossEntropy, as_autocast_would
+from lgla_losses.kernels.operators import linear_cross_entropy
 from lgla_losses.losses._base import ExpertLoss
 from lgla_losses.losses._config import LossOptions, refuse_unknown
 

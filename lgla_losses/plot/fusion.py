@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lgla_losses import functional
+from lgla_losses._batch import expert_blocks
 from lgla_losses._checks import finite_float, target_tensor, target_values
 from lgla_losses._counts import ArrayLike, as_class_counts, shot_splits, to_numpy
-from lgla_losses._batch import expert_blocks
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.plot.canvas import describe_panels, panels
 from lgla_losses.plot.style import expert_names, line_styles, numbers
