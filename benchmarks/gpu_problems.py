@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss, LinearLGLALoss, baselines
 from lgla_losses.data import long_tailed_counts
-from lgla_losses.losses import linear
+from lgla_losses.kernels import linear
 
 NUM_EXPERTS, NUM_CLASSES, BATCH_SIZE = 3, 100, 128
 #: Norm of a gradient's error over that of the gradient; 16-bit gradients are rounded.

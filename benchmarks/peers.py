@@ -14,7 +14,7 @@ from torch import Tensor
 from lgla_losses import ClassGrouper, ExpertOutput, LGLALoss, LinearLGLALoss, functional
 from lgla_losses.baselines import BalancedSoftmaxLoss
 from lgla_losses.kernels import autograd
-from lgla_losses.losses import linear
+from lgla_losses.kernels import linear
 
 IMBALANCE = 100.0
 LARGEST_CLASS = 500

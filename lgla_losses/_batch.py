@@ -216,7 +216,7 @@ class Batch(NamedTuple):
             if self.is_soft:
                 finite_tensors(features=self.features, weight=self.weight)
             else:
-                self._finite_angles(self.features, self.weight, ignore_index)
+                self.check_angles(self.features, self.weight, ignore_index)
         for k, expert in enumerate(v for block in self.logits for v in block.unbind(-2)):
             self._finite_logits(k, expert.detach(), ignore_index)
 
@@ -230,7 +230,8 @@ class Batch(NamedTuple):
         largest = torch.cat(found)
         return float(largest.max()) if largest.numel() else -math.inf
 
-    def _finite_angles(self, features: Tensor, weight: Tensor, ignore_index: int) -> None:
+    def check_angles(self, features: Tensor, weight: Tensor, ignore_index: int) -> None:
+        """Raise for angles of class indices that are not finite; reads them."""
         kept = self.target != ignore_index
         angles = functional.angles_from_features(features[kept], weight, self.target[kept])
         if not angles.isfinite().all():

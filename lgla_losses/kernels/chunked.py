@@ -26,7 +26,7 @@ def statistics(angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
     sums = torch.zeros(shape, dtype=dtype, device=device)
     for part in _chunks(angles.cosines):
         weight = None if samples.sample_weight is None else samples.sample_weight[part]
-        sums += functional.soft_aaw_statistics(
+        sums = sums + functional.soft_aaw_statistics(
             _class_angles(angles, samples.target[part], part),
             samples.target[part],
             samples.group_index,
@@ -54,7 +54,7 @@ def weights(angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1)
             ]
         )
     if samples.sample_weight is not None:
-        result *= samples.sample_weight[:, None].to(result.dtype)
+        result = result * samples.sample_weight[:, None].to(result.dtype)
     return result, sums[:, -1].sum() / num_ranks
 
 
@@ -70,7 +70,7 @@ def count(
     else:
         amounts = (target != ignore_index).to(dtype)
         if class_weight is not None:
-            amounts *= class_weight[_own_classes(target, len(class_weight), ignore_index)]
+            amounts = amounts * class_weight[_own_classes(target, len(class_weight), ignore_index)]
     return (amounts if sample_weight is None else amounts * sample_weight).sum()
 
 
@@ -124,13 +124,13 @@ def _chunks(tensors: Sequence[Tensor]) -> Iterator[slice]:
 
 def _own_classes(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """Classes that can be looked up: any stands in for an ignored target and for one that is no class."""
-    return target.masked_fill(target == ignore_index, 0).clamp_(0, num_classes - 1)
+    return target.masked_fill(target == ignore_index, 0).clamp(0, num_classes - 1)
 
 
 def _groups(samples: Samples) -> Tensor:
     """Look up the group of every sample ``[N]``; -1 for ignored ones."""
     own = _own_classes(samples.target, len(samples.group_index), samples.ignore_index)
-    return samples.group_index[own].masked_fill_(samples.target == samples.ignore_index, -1)
+    return samples.group_index[own].masked_fill(samples.target == samples.ignore_index, -1)
 
 
 def _own_angles(angles: Angles, samples: Samples) -> Tensor:
@@ -151,7 +151,7 @@ def _own_angles(angles: Angles, samples: Samples) -> Tensor:
 def _class_angles(angles: Angles, probabilities: Tensor, part: slice) -> Tensor:
     """Compute the angles of some samples to every class ``[n, K, C]``; 0 where they do not count."""
     cosines = torch.cat([v[part] for v in angles.cosines], dim=1)
-    return functional.angles_of(cosines, angles.scale).masked_fill_(probabilities[:, None] == 0, 0.0)
+    return functional.angles_of(cosines, angles.scale).masked_fill(probabilities[:, None] == 0, 0.0)
 
 
 def _blocks(

@@ -148,13 +148,15 @@ class LGLALoss(ExpertLoss):
             return
         if not values_readable(batch.target, self.validate_args):
             return
+        if self._batches < 0:  # once warned
+            return
         self._batches += 1
         if self._batches & (self._batches - 1):
             return
         largest = batch.largest_target_logit(self.ignore_index)
         if largest <= 1.05 * self.scale:
             return
-        self._batches = -1  # whose powers of two are far away
+        self._batches = -1
         warnings.warn(
             f"a target logit of {largest:.4g} exceeds scale={self.scale}: these are no "
             "cosine logits, so their angles, and with them the adaptive angular weights, are wrong; with "

@@ -106,7 +106,7 @@ class LinearLGLALoss(ExpertLoss):
         loss = self._evaluated(engine, rows, inputs, problem, operator)  # Eq. 9
 
         if values_readable(features, self.validate_args):
-            self._check_loss(loss.detach(), ranks)
+            self._check_loss(loss.detach(), batch, ranks)
         return loss
 
     if TYPE_CHECKING:
@@ -128,15 +128,22 @@ class LinearLGLALoss(ExpertLoss):
             target_values(batch.target, self.num_classes, self.ignore_index)
         finite_tensors(features=batch.features)
 
-    def _check_loss(self, loss: Tensor, ranks: Ranks) -> None:
+    def _check_loss(self, loss: Tensor, batch: Batch, ranks: Ranks) -> None:
         # Smoothing makes a loss infinite where a class is masked, and rightly so.
         wrong = loss.isnan() if self.label_smoothing else ~loss.isfinite()
-        if wrong.any():
-            problem = ValueError(
+        if not wrong.any():
+            return
+        try:
+            if self.aaw and not batch.is_soft and batch.features is not None and batch.weight is not None:
+                batch.check_angles(batch.features, batch.weight, self.ignore_index)
+            raise ValueError(
                 "features, weight, bias: expected finite logits on the targets, no NaN or +inf elsewhere; "
                 f"{WAY_OUT}"
             )
-            ranks.refuse(problem, 0, loss.device)  # too late to tell other ranks, which soon miss this one
+        except ValueError as problem:  # too late to tell other ranks, which soon miss this one
+            if ranks.number == 1:
+                raise
+            ranks.refuse(problem, 0, loss.device)
 
     def _check_bias(self, bias: Tensor | None, batch: Batch) -> None:
         if bias is None or batch.weight is None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from conftest import HAS_GPU, on_gpu
 from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss, LinearLGLALoss, baselines
-from lgla_losses.losses import linear
+from lgla_losses.kernels import linear
 
 NUM_CLASSES = 50
 COUNTS = [int(500 * 100 ** (-j / (NUM_CLASSES - 1))) for j in range(NUM_CLASSES)]

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lgla_losses import LinearLGLALoss
 from lgla_losses.distributed import ClassParallelLGLALoss, class_shard
-from lgla_losses.losses import linear
+from lgla_losses.kernels import linear
 
 COUNTS = [40, 9, 5, 3, 2, 1, 1]
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}

@@ -16,7 +16,7 @@ from reference import cosine_logits
 
 from lgla_losses import ClassGrouper, ExpertOutput, LGLALoss
 from lgla_losses.baselines import BalancedSoftmaxLoss, FocalLoss, LDAMLoss
-from lgla_losses.losses import lgla as loss_module
+from lgla_losses.losses import _base
 
 COUNTS = [120, 60, 30, 9, 4, 1]
 ADJUSTMENTS = ["lgla", "softmax", "balanced", "logit"]
