@@ -1,83 +1,36 @@
 """The engine for CPUs: native.c, called with pointers.
 
-C sees nothing of a tensor but where it begins, so every address is taken by :func:`_address`, which first
-holds the tensor to what C takes it for.
+C sees nothing of a tensor but where it begins, what its numbers are and how far apart. Every address is
+taken by :func:`_array`, which first holds the tensor to what C takes it for.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lgla_losses._checks import describe
 from lgla_losses.functional import compute_dtype
+from lgla_losses.kernels import Angles, Rows, Samples
 
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_P, _I, _R = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-#: A second thread would begin when fewer logits than these are done.
+_FLOATS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_INDEX = {torch.int64: 4}
+#: The one dtype that will do.
+_ONLY = {dtype: {dtype: code} for dtype, code in _FLOATS.items()}
+_EXACT = {dtype: compute_dtype(dtype) for dtype in _FLOATS}
+#: A second thread would begin when fewer numbers than these are done.
 _WORTH_THREADS = 1 << 14
-#: Memory of this size is fresh from the operating system each time.
-_WORTH_LARGE_PAGES = 1 << 23
 
-# What native.c returns, in bits.
-_TARGET_OUT_OF_RANGE, _OUT_OF_MEMORY = 1, 8
-
-
-class BadValuesError(IndexError):
-    """A target is out of range; or, where that is to be checked, a logit is not finite or not a cosine's."""
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = [
-        *(
-            (name, _P)
-            for name in (
-                "logits",
-                "target",
-                "table",
-                "weights",
-                "upstream",
-                "losses",
-                "total",
-                "state",
-                "gradient",
-            )
-        ),
-        *(
-            (name, _I)
-            for name in (
-                "n",
-                "k",
-                "c",
-                "vn",
-                "vk",
-                "vc",
-                "gn",
-                "gk",
-                "gc",
-                "un",
-                "ignore_index",
-                "dtype",
-                "check",
-                "threads",
-            )
-        ),
-        *(("smoothing", _R), ("divisor", _R), ("fresh", _P), ("fresh_bytes", _I)),
-    ]
-
-
-class _Angles(ctypes.Structure):
-    _fields_ = [
-        *(
-            (name, _P)
-            for name in ("logits", "target", "group_index", "angles", "statistics", "weights", "samples")
-        ),
-        *((name, _I) for name in ("n", "k", "c", "g", "vn", "vk", "vc", "ignore_index", "dtype", "ranks")),
-        ("scale", _R),
-    ]
+# A Vector, a Matrix and a Cube of native.c that are not given.
+_NO_VECTOR, _NO_MATRIX, _NO_CUBE = (0,) * 3, (0,) * 4, (0,) * 5
+# How many numbers its other structures have, without blocks: doubles, which come first, and others.
+_BATCH, _SAMPLES, _COUNT, _BLOCK = (2, 34), (1, 39), (0, 15), (0, 11)
 
 
 def load(path: str) -> ctypes.CDLL:
@@ -89,17 +42,24 @@ def load(path: str) -> ctypes.CDLL:
     """
     # After torch, whose OpenMP threads it shares.
     library = ctypes.CDLL(path)
-    for function, arguments in (
-        (library.lgla_cross_entropy, _Batch),
-        (library.lgla_statistics, _Angles),
-        (library.lgla_weights, _Angles),
+    for function in (
+        library.lgla_cross_entropy,
+        library.lgla_statistics,
+        library.lgla_weights,
+        library.lgla_count,
     ):
-        function.argtypes = [ctypes.POINTER(arguments)]
+        function.argtypes = [ctypes.c_char_p]
         function.restype = ctypes.c_int
-    library.lgla_layout.restype = _I
-    if library.lgla_layout() != 1000 * ctypes.sizeof(_Batch) + ctypes.sizeof(_Angles):
+    library.lgla_parts.argtypes = [ctypes.c_int64]
+    library.lgla_parts.restype = library.lgla_layout.restype = ctypes.c_int64
+    if library.lgla_layout() != _layout():
         raise OSError("it was compiled from other sources; install the package anew")
     return library
+
+
+def _layout() -> int:
+    batch, samples, count, block = (8 * sum(numbers) for numbers in (_BATCH, _SAMPLES, _COUNT, _BLOCK))
+    return 1_000_000 * batch + 1000 * samples + count + block
 
 
 def _installed() -> tuple[ctypes.CDLL | None, str]:
@@ -119,157 +79,141 @@ def _installed() -> tuple[ctypes.CDLL | None, str]:
 LIBRARY, MISSING = _installed()
 
 
-def statistics(
-    source: Tensor,
-    target: Tensor,
-    group_index: Tensor,
-    num_groups: int,
-    *,
-    scale: float | None,
-    ignore_index: int,
-    check: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Angles and their sums by group; ``check`` finds logits beyond the scale."""
-    angles, parts = _angles_for(source, scale), _sums_for(source, num_groups)
-    target, group_index = target.contiguous(), _indices(group_index)
-    batch = _batch(source, target, group_index, angles, parts, scale=scale, ignore_index=ignore_index)
-    _raise_for(_library().lgla_statistics(batch), check)
-    return angles, parts
+def statistics(angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
+    """Eq. 7 and its sums by group, in parts whose number follows from the sizes."""
+    library = _library()
+    source, exact, n, k, work = _source(angles, samples)
+    parts_of_work = library.lgla_parts(work)
+    parts = torch.empty((parts_of_work, samples.num_groups, k + 1), dtype=torch.float64)
+    written = None
+    if angles.angles is None and not samples.target.is_floating_point():
+        written = torch.empty((n, k), dtype=exact)
+    _call(
+        library.lgla_statistics,
+        _SAMPLES,
+        _samples(angles, samples, source, exact, n, k, work, parts, written=written),
+    )
+    return (angles if written is None else Angles(angles=written)), parts
 
 
 def weights(
-    angles: Tensor,
-    target: Tensor,
-    group_index: Tensor,
-    parts: Tensor,
-    *,
-    ignore_index: int,
-    num_ranks: int,
+    angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Eq. 8 and the samples per rank."""
-    angles, parts = angles.contiguous(), parts.sum(dim=0, keepdim=True)
-    target, group_index = target.contiguous(), _indices(group_index)
-    result, samples = torch.empty_like(angles), angles.new_empty(())
-    batch = _batch(
-        angles, target, group_index, angles, parts, result, samples,
-        ignore_index=ignore_index, num_ranks=num_ranks,
-    )  # fmt: skip
-    _library().lgla_weights(batch)
-    return result, samples
-
-
-def weights_of(
-    source: Tensor,
-    target: Tensor,
-    group_index: Tensor,
-    num_groups: int,
-    *,
-    scale: float | None,
-    ignore_index: int,
-    check: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Both, for one rank."""
-    angles, parts = _angles_for(source, scale), _sums_for(source, num_groups)
-    target, group_index = target.contiguous(), _indices(group_index)
-    result, samples = torch.empty_like(angles), angles.new_empty(())
-    batch = _batch(
-        source, target, group_index, angles, parts, result, samples, scale=scale, ignore_index=ignore_index
+    source, exact, n, k, work = _source(angles, samples)
+    result, total = torch.empty((n, k), dtype=exact), torch.empty((), dtype=torch.float64)
+    packed = _samples(
+        angles, samples, source, exact, n, k, work, parts, weights=result, total=total, num_ranks=num_ranks
     )
-    _raise_for(_library().lgla_statistics(batch), check)
-    _library().lgla_weights(batch)
-    return result, samples
+    _call(_library().lgla_weights, _SAMPLES, packed)
+    return result, total
 
 
-def _angles_for(source: Tensor, scale: float | None) -> Tensor:
-    if scale is None:
-        return source.contiguous()
-    return source.new_empty(source.shape[:2], dtype=compute_dtype(source.dtype))
+def _source(angles: Angles, samples: Samples) -> tuple[tuple[int, ...], torch.dtype, int, int, int]:
+    """Where angles come from, for C; the dtype of angles; ``N``, ``K``; how many numbers are read."""
+    cosines, _, features, weight, given = angles
+    n, c = samples.target.shape[0], samples.group_index.shape[0]
+    if given is not None:
+        k = given.shape[1]
+        source = (*_NO_CUBE, *_NO_CUBE, *_array("angles", given, (n, k)))
+        exact, work = _EXACT[given.dtype], n * k
+    elif features is not None and weight is not None:
+        k, d = features.shape[1:]
+        source = (
+            *_array("features", features, (n, k, d)),
+            *_array("weight", weight, (k, c, d)),
+            *_NO_MATRIX,
+        )
+        exact, work = compute_dtype(torch.promote_types(features.dtype, weight.dtype)), n * k * d
+    else:
+        k = sum([block.shape[1] for block in cosines])
+        source = (*_NO_CUBE, *_NO_CUBE, *_NO_MATRIX)
+        exact, work = _exact(cosines[0].dtype), n * k
+    return source, exact, n, k, n * c if samples.target.is_floating_point() else work
 
 
-def _indices(group_index: Tensor) -> Tensor:
-    return group_index.to(torch.int64).contiguous()
-
-
-def _sums_for(source: Tensor, num_groups: int) -> Tensor:
-    return source.new_empty((1, num_groups, source.shape[1] + 1), dtype=torch.float64)
-
-
-def _batch(
-    source: Tensor,
-    target: Tensor,
-    group_index: Tensor,
-    angles: Tensor,
+def _samples(
+    angles: Angles,
+    samples: Samples,
+    source: tuple[int, ...],
+    exact: torch.dtype,
+    n: int,
+    k: int,
+    work: int,
     parts: Tensor,
-    weights: Tensor | None = None,
-    samples: Tensor | None = None,
     *,
-    scale: float | None = None,
-    ignore_index: int,
+    written: Tensor | None = None,
+    weights: Tensor | None = None,
+    total: Tensor | None = None,
     num_ranks: int = 1,
-) -> _Angles:
-    """Of cosine logits, or without a scale of the angles themselves."""
-    (n, k), c, g = source.shape[:2], len(group_index), parts.shape[1]
-    code, exact = _code(source.dtype), compute_dtype(source.dtype)
-    logits: int | None = None
-    strides: tuple[int, ...] = (0, 0, 0)
-    if scale is not None:
-        logits, strides = _address("logits", source, source.dtype, (n, k, c), dense=False), source.stride()
-    return _Angles(
-        logits,
-        _address("target", target, torch.int64, (n,)),
-        _address("group_index", group_index, torch.int64, (c,)),
-        _address("angles", angles, exact, (n, k)),
-        _address("parts", parts, torch.float64, (1, g, k + 1)),
-        None if weights is None else _address("weights", weights, exact, (n, k)),
-        None if samples is None else _address("samples", samples, exact, ()),
-        n, k, c, g, *strides, _int64("ignore_index", ignore_index), code, _int64("num_ranks", num_ranks),
-        scale or 0.0,
+) -> tuple[float, ...]:
+    """The structure Samples of native.c."""
+    target, group_index, g, sample_weight, ignore_index = samples
+    c, d = group_index.shape[0], 0 if angles.features is None else angles.features.shape[2]
+    cosines = angles.cosines if angles.features is None and angles.angles is None else ()
+    if not parts.is_contiguous():
+        parts = parts.contiguous()
+    return (
+        angles.scale,
+        *_target(target, n, c),
+        *_array("group_index", group_index, (c,), _INDEX),
+        *(_NO_VECTOR if sample_weight is None else _array("sample_weight", sample_weight, (n,))),
+        *source,
+        0 if written is None else written.data_ptr(),
+        _array("parts", parts, (parts.shape[0], g, k + 1), _ONLY[torch.float64])[0],
+        0 if weights is None else weights.data_ptr(),
+        0 if total is None else total.data_ptr(),
+        n, k, c, g, d, parts.shape[0], _int64("ignore_index", ignore_index), _FLOATS[exact],
+        _threads(work), _int64("num_ranks", num_ranks),
+        *_blocks(cosines, (None,) * len(cosines), n, c),
     )  # fmt: skip
+
+
+def count(
+    target: Tensor, sample_weight: Tensor | None, class_weight: Tensor | None, ignore_index: int
+) -> Tensor:
+    """The sum of the samples' weights."""
+    n, soft = target.shape[0], target.is_floating_point()
+    c = target.shape[1] if soft else (1 << 62) if class_weight is None else class_weight.shape[0]
+    result = torch.empty((), dtype=torch.float64)
+    structure = (
+        *_target(target, n, c),
+        *(_NO_VECTOR if sample_weight is None else _array("sample_weight", sample_weight, (n,))),
+        *(_NO_VECTOR if class_weight is None else _array("class_weight", class_weight, (c,))),
+        result.data_ptr(), n, c, _int64("ignore_index", ignore_index), _threads(n * c if soft else n),
+    )  # fmt: skip
+    _call(_library().lgla_count, _COUNT, structure)
+    return result
 
 
 def forward(
-    logits: Tensor,
-    target: Tensor,
-    table: Tensor | None,
-    weights: Tensor | None,
-    divisor: Tensor | None,
-    *,
-    ignore_index: int,
-    label_smoothing: float,
-    reduce: bool,
-    gradient: Tensor | None,
-    check: bool = False,
+    logits: Sequence[Tensor], rows: Rows, gradients: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 9; ``check`` finds logits that are not finite."""
-    n, k, _ = logits.shape
-    dtype = compute_dtype(logits.dtype)
-    losses, state = logits.new_empty((n, k), dtype=dtype), logits.new_empty((n, k, 2), dtype=dtype)
-    total = logits.new_empty((), dtype=dtype) if reduce else None
-    _run(
-        logits, target, table, weights, None, losses, total, state, gradient, ignore_index, label_smoothing,
-        1.0 if divisor is None else divisor.item(), check,
-    )  # fmt: skip
-    return (losses.sum(dim=1) if total is None else total), state
+    """Eq. 9, with its gradient."""
+    exact = _exact(logits[0].dtype)
+    n, k = logits[0].shape[0], sum([block.shape[1] for block in logits])
+    result = torch.empty(() if rows.reduce else n, dtype=exact)
+    state = torch.empty((n, k, 2), dtype=exact)
+    _run(logits, rows, gradients, k, exact, result.data_ptr(), state.data_ptr(), _NO_VECTOR)
+    return result, state
 
 
 def backward(
-    logits: Tensor,
-    target: Tensor,
-    table: Tensor | None,
-    weights: Tensor | None,
+    logits: Sequence[Tensor],
+    rows: Rows,
     upstream: Tensor,
     state: Tensor,
-    *,
-    ignore_index: int,
-    label_smoothing: float,
-    gradient: Tensor,
+    gradients: Sequence[Tensor | None],
 ) -> None:
     """The gradient from the state."""
-    upstream = upstream.to(state.dtype).resolve_neg()
-    _run(
-        logits, target, table, weights, upstream, None, None, state, gradient, ignore_index, label_smoothing,
-        1.0, False,
-    )  # fmt: skip
+    exact = _exact(logits[0].dtype)
+    n, k = logits[0].shape[0], sum([block.shape[1] for block in logits])
+    if upstream.is_neg():
+        upstream = upstream.resolve_neg()
+    if not state.is_contiguous():
+        state = state.contiguous()
+    place = _array("state", state, (n, k, 2), _ONLY[exact])[0]
+    _run(logits, rows, gradients, k, exact, 0, place, _array("upstream", upstream, (n,)))
 
 
 def rescale_(gradient: Tensor, factor: Tensor) -> None:
@@ -280,92 +224,88 @@ def rescale_(gradient: Tensor, factor: Tensor) -> None:
 
 
 def _run(
-    logits: Tensor,
-    target: Tensor,
-    table: Tensor | None,
-    weights: Tensor | None,
-    upstream: Tensor | None,
-    losses: Tensor | None,
-    total: Tensor | None,
-    state: Tensor,
-    gradient: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    divisor: float,
-    check: bool,
+    logits: Sequence[Tensor],
+    rows: Rows,
+    gradients: Sequence[Tensor | None],
+    k: int,
+    exact: torch.dtype,
+    result: int,
+    state: int,
+    upstream: tuple[int, ...],
 ) -> None:
-    n, k, c = logits.shape
-    code, exact = _code(logits.dtype), compute_dtype(logits.dtype)
-    target = target.contiguous()
-    table, weights = _dense(table, torch.float64, (k, c)), _dense(weights, exact, (n, k))
-    threads = torch.get_num_threads() if logits.numel() >= _WORTH_THREADS else 1
-    place = _address("logits", logits, logits.dtype, (n, k, c), dense=False)
-
-    out, fresh, fresh_bytes = None, None, 0
-    out_strides: tuple[int, ...] = (0, 0, 0)
-    if gradient is not None:
-        out = _address("gradient", gradient, logits.dtype, (n, k, c), dense=False)
-        out_strides, memory = gradient.stride(), gradient.untyped_storage()
-        if out != place and memory.nbytes() >= _WORTH_LARGE_PAGES:
-            fresh, fresh_bytes = memory.data_ptr(), memory.nbytes()
-
-    batch = _Batch(
-        place,
-        _address("target", target, torch.int64, (n,)),
-        None if table is None else _address("table", table, torch.float64, (k, c)),
-        None if weights is None else _address("weights", weights, exact, (n, k)),
-        None if upstream is None else _address("upstream", upstream, exact, (n,), dense=False),
-        None if losses is None else _address("losses", losses, exact, (n, k)),
-        None if total is None else _address("total", total, exact, ()),
-        _address("state", state, exact, (n, k, 2)),
-        out,
-        n, k, c, *logits.stride(), *out_strides, 0 if upstream is None else upstream.stride(0),
-        _int64("ignore_index", ignore_index), code, check, min(threads, max(1, n * k)), label_smoothing,
-        divisor, fresh, fresh_bytes,
+    """Call C with the structure Batch; addresses of what is written may be 0."""
+    target, table, weights, divisor, class_weight, margin, ignore_index, smoothing, gamma, reduce = rows
+    n, _, c = logits[0].shape
+    structure = (
+        smoothing, gamma,
+        *_target(target, n, c),
+        *(_NO_MATRIX if table is None else _array("table", table, (k, c))),
+        *(_NO_MATRIX if weights is None else _array("weights", weights, (n, k))),
+        *(_NO_VECTOR if class_weight is None else _array("class_weight", class_weight, (c,))),
+        *(_NO_VECTOR if margin is None else _array("margin", margin, (c,))),
+        *(_NO_VECTOR if divisor is None else (*_array("divisor", divisor, ()), 0)),
+        *upstream,
+        result, state, n, k, c, _int64("ignore_index", ignore_index), _FLOATS[logits[0].dtype],
+        _threads(n * k * c), reduce,
+        *_blocks(logits, gradients, n, c),
     )  # fmt: skip
-    _raise_for(_library().lgla_cross_entropy(batch), check)
+    _call(_library().lgla_cross_entropy, _BATCH, structure)
 
 
-def _dense(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor | None:
-    if tensor is None or (tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous()):
-        return tensor
-    return tensor.to(dtype).expand(shape).contiguous()
+def _target(target: Tensor, n: int, c: int) -> tuple[int, ...]:
+    """Class indices or probabilities, as a Matrix."""
+    if target.dtype in _FLOATS:
+        return _array("target", target, (n, c))
+    return (*_array("target", target, (n,), _INDEX), 0)
 
 
-def _address(
-    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], dense: bool = True
-) -> int:
-    """Where a tensor's memory begins, if it is of this dtype and shape, on the CPU and there at all.
+def _blocks(
+    logits: Sequence[Tensor], gradients: Sequence[Tensor | None], n: int, c: int
+) -> tuple[int, ...]:
+    """Logits of all experts and their gradients, with their number."""
+    packed: tuple[int, ...] = (len(logits),)
+    for block, gradient in zip(logits, gradients, strict=True):
+        codes, k = _ONLY[logits[0].dtype], block.shape[1]
+        packed += _array("logits", block, (n, k, c), codes)
+        packed += _NO_CUBE if gradient is None else _array("gradient", gradient, (n, k, c), codes)
+        packed += (k,)
+    return packed
 
-    Without ``dense`` it may have any strides. What has no strides, as a sparse one, raises by itself.
+
+def _array(
+    name: str, tensor: Tensor, shape: tuple[int, ...], codes: Mapping[torch.dtype, int] = _FLOATS
+) -> tuple[int, ...]:
+    """Where a tensor's memory begins, its dtype and strides, if it is on the CPU and there at all.
+
+    What has no strides, as a sparse one, raises by itself.
     """
-    if (
-        tensor.dtype == dtype
-        and tensor.shape == shape
-        and tensor.is_cpu
-        and (not dense or tensor.is_contiguous())
-    ):
+    code = codes.get(tensor.dtype)
+    if code is not None and tensor.shape == shape and tensor.is_cpu:
         address = tensor.data_ptr()
         if address or not tensor.numel():
-            return address
+            return (address, code, *tensor.stride())
     raise ValueError(
-        f"{name}: expected a {dtype} tensor of shape {list(shape)} in the memory of the CPU"
-        f"{', without gaps' if dense else ''}, got {describe(tensor)}"
+        f"{name}: expected a tensor of shape {list(shape)} and dtype {' or '.join(map(str, codes))} in the "
+        f"memory of the CPU, got {describe(tensor)}"
     )
 
 
 def _int64(name: str, value: int) -> int:
-    """``value`` itself: ctypes would wrap what does not fit."""
+    """``value`` itself, if it fits."""
     if -(1 << 63) <= value < 1 << 63:
         return value
     raise ValueError(f"{name}: expected an integer of 64 bits, got {value}")
 
 
-def _code(dtype: torch.dtype) -> int:
-    """What C calls the dtype of logits."""
-    if dtype in _DTYPES:
-        return _DTYPES[dtype]
-    raise TypeError(f"logits: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """The arithmetic of logits."""
+    if dtype in _EXACT:
+        return _EXACT[dtype]
+    raise TypeError(f"logits: expected one of {', '.join(map(str, _FLOATS))}, got {dtype}")
+
+
+def _threads(work: int) -> int:
+    return torch.get_num_threads() if work >= _WORTH_THREADS else 1
 
 
 def _library() -> ctypes.CDLL:
@@ -374,8 +314,8 @@ def _library() -> ctypes.CDLL:
     return LIBRARY
 
 
-def _raise_for(status: int, check: bool) -> None:
-    if status & _OUT_OF_MEMORY:
+def _call(function: Any, numbers: tuple[int, int], structure: tuple[float, ...]) -> None:
+    """Hand a structure to C, whose blocks come last."""
+    doubles = numbers[0]
+    if function(struct.pack(f"{doubles}d{len(structure) - doubles}q", *structure)):
         raise MemoryError("lgla_losses: no memory for a row of logits")
-    if status & _TARGET_OUT_OF_RANGE or (check and status):
-        raise BadValuesError("target: a class index is out of range; validate_args=True says which")

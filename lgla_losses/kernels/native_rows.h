@@ -1,4 +1,4 @@
-/* The rows of native.c, compiled once for every generation of processor: VARIANT(name) gives each copy
+/* The loops of native.c, compiled once for every generation of processor: VARIANT(name) gives each copy
  * its own names. A is the arithmetic type, V the storage type of the logits. */
 
 /* The bits of one type as another. */
@@ -80,13 +80,115 @@ static inline double VARIANT(exp_double)(double x) {
     return x < -708.0 ? 0.0 : float64(bits64(p) + (bits64(shifted) << 52));
 }
 
+static inline double VARIANT(number)(const void *values, int64_t dtype, int64_t offset) {
+    switch (dtype) {
+    case F64: return ((const double *)values)[offset];
+    case F32: return ((const float *)values)[offset];
+    case BF16: return VARIANT(from_bf16)(((const uint16_t *)values)[offset]);
+    default: return VARIANT(from_f16)(((const uint16_t *)values)[offset]);
+    }
+}
+
+static inline double VARIANT(entry)(const Vector *v, int64_t i) {
+    return VARIANT(number)(v->at, v->dtype, i * v->s0);
+}
+
+static inline double VARIANT(weight)(const Batch *b, int64_t n, int64_t k) {
+    const Matrix *w = &b->weights;
+    return w->at ? VARIANT(number)(w->at, w->dtype, n * w->s0 + k * w->s1) : 1.0;
+}
+
+/* The factor (1 - p)^gamma of the focal loss, and the derivative of it times the cross entropy. */
+static double VARIANT(focus)(double entropy, double gamma, double *slope) {
+    const double missing = -expm1(-entropy), kept = missing < DBL_MIN ? DBL_MIN : missing, p = exp(-entropy);
+    const double factor = pow(kept, gamma);
+    *slope = factor + (p > 0 ? gamma * pow(kept, gamma - 1) * p * entropy : 0);
+    return factor;
+}
+
+#define LOAD(NAME, V, A)                                                                                \
+    INLINE void VARIANT(load_##NAME##_##A)(const V *from, int64_t stride, A *restrict to, int64_t C) {  \
+        _Pragma("omp simd")                                                                             \
+        for (int64_t j = 0; j < C; j++) to[j] = (A)VARIANT(from_##NAME)(from[j * stride]);              \
+    }
+/* Numbers of any storage type as A. */                                                                 \
+#define LOADS(A)                                                                                        \
+    LOAD(f64, double, A)                                                                                \
+    LOAD(f32, float, A)                                                                                 \
+    LOAD(bf16, uint16_t, A)                                                                             \
+    LOAD(f16, uint16_t, A)                                                                              \
+    static void VARIANT(load_##A)(const void *from, int64_t dtype, int64_t stride, A *to, int64_t C) {  \
+        switch (dtype * 2 + (stride == 1)) {                                                            \
+        case F64 * 2 + 1: VARIANT(load_f64_##A)(from, 1, to, C); break;                                 \
+        case F32 * 2 + 1: VARIANT(load_f32_##A)(from, 1, to, C); break;                                 \
+        case BF16 * 2 + 1: VARIANT(load_bf16_##A)(from, 1, to, C); break;                               \
+        case F16 * 2 + 1: VARIANT(load_f16_##A)(from, 1, to, C); break;                                 \
+        case F64 * 2: VARIANT(load_f64_##A)(from, stride, to, C); break;                                \
+        case F32 * 2: VARIANT(load_f32_##A)(from, stride, to, C); break;                                \
+        case BF16 * 2: VARIANT(load_bf16_##A)(from, stride, to, C); break;                              \
+        default: VARIANT(load_f16_##A)(from, stride, to, C);                                            \
+        }                                                                                               \
+    }
+LOADS(float)
+LOADS(double)
+
+/* A row of the table, or a vector of the classes; zeros or `otherwise` where there is none. */
+#define CONSTANTS(A)                                                                                    \
+    static void VARIANT(table_##A)(const Batch *b, int64_t k, A *to) {                                  \
+        const Matrix *t = &b->table;                                                                    \
+        if (t->at) VARIANT(load_##A)((const char *)t->at + k * t->s0 * width(t->dtype), t->dtype, t->s1, to, b->C);\
+        else memset(to, 0, b->C * sizeof(A));                                                           \
+    }                                                                                                   \
+    static void VARIANT(vector_##A)(const Vector *v, A otherwise, A *to, int64_t C) {                   \
+        if (v->at) VARIANT(load_##A)(v->at, v->dtype, v->s0, to, C);                                    \
+        for (int64_t j = 0; !v->at && j < C; j++) to[j] = otherwise;                                    \
+    }
+CONSTANTS(float)
+CONSTANTS(double)
+
+/* How much every class counts in the loss of a sample, r: its probabilities, smoothed, times the weights of\
+ * the classes. Returns whether any class counts; `mass` is the sum of r. */                            \
+#define SHARES(A)                                                                                       \
+    static int VARIANT(shares_##A)(const Batch *b, int64_t n, const A *class_weight, A *restrict q,     \
+                                   A *restrict r, double *mass) {                                       \
+        const Matrix *target = &b->target;                                                              \
+        const int64_t C = b->C;                                                                         \
+        const double e = b->smoothing;                                                                  \
+        double total = 0.0, sum = 0.0;                                                                  \
+        int32_t any = 0;                                                                                \
+        if (target->dtype == INDEX) {                                                                   \
+            const int64_t y = ((const int64_t *)target->at)[n * target->s0];                            \
+            memset(q, 0, C * sizeof(A));                                                                \
+            if (y != b->ignore_index) q[y < 0 || y >= C ? 0 : y] = y < 0 || y >= C ? NAN : 1;           \
+        } else {                                                                                        \
+            const char *at = (const char *)target->at + n * target->s0 * width(target->dtype);          \
+            VARIANT(load_##A)(at, target->dtype, target->s1, q, C);                                     \
+        }                                                                                               \
+        _Pragma("omp simd reduction(+ : total) reduction(| : any)")                                     \
+        for (int64_t j = 0; j < C; j++) {                                                               \
+            total += q[j];                                                                              \
+            any |= q[j] != 0;                                                                           \
+        }                                                                                               \
+        *mass = total;                                                                                  \
+        if (r == q) return any;                                                                         \
+        const A own = (A)(1 - e), spread = (A)(e * total / C);                                          \
+        _Pragma("omp simd reduction(+ : sum)")                                                          \
+        for (int64_t j = 0; j < C; j++) {                                                               \
+            r[j] = class_weight[j] * (own * q[j] + spread);                                             \
+            sum += r[j];                                                                                \
+        }                                                                                               \
+        *mass = sum;                                                                                    \
+        return any;                                                                                     \
+    }
+SHARES(float)
+SHARES(double)
+
 /* T + v of class j. */
 #define ADJUSTED(NAME) (VARIANT(from_##NAME)(v[j * stride]) + table[j])
 
 #define STORAGE(NAME, V, A)                                                                             \
     /* The maximum of an adjusted row, and whether a NaN or +inf is in it. */                           \
-    INLINE A VARIANT(max_##NAME)(const V *v, int64_t stride, const A *table, int64_t C,                 \
-                                        int32_t *wrong) {                                               \
+    INLINE A VARIANT(max_##NAME)(const V *v, int64_t stride, const A *table, int64_t C, int32_t *wrong) {\
         A max = -INFINITY;                                                                              \
         int32_t any = 0;                                                                                \
         _Pragma("omp simd reduction(max : max) reduction(| : any)")                                     \
@@ -98,11 +200,18 @@ static inline double VARIANT(exp_double)(double x) {
         *wrong = any;                                                                                   \
         return max;                                                                                     \
     }                                                                                                   \
-    INLINE double VARIANT(below_##NAME)(const V *v, int64_t stride, const A *table, A max,              \
-                                               int64_t C) {                                             \
+    INLINE double VARIANT(below_##NAME)(const V *v, int64_t stride, const A *table, A max, int64_t C) { \
         double sum = 0.0;                                                                               \
         _Pragma("omp simd reduction(+ : sum)")                                                          \
         for (int64_t j = 0; j < C; j++) sum += ADJUSTED(NAME) - max;                                    \
+        return sum;                                                                                     \
+    }                                                                                                   \
+    /* The sum of r (x - max) over the classes that count. */                                           \
+    INLINE double VARIANT(dot_##NAME)(const V *v, int64_t stride, const A *table, A max, const A *r,    \
+                                      int64_t C) {                                                      \
+        double sum = 0.0;                                                                               \
+        _Pragma("omp simd reduction(+ : sum)")                                                          \
+        for (int64_t j = 0; j < C; j++) sum += r[j] == 0 ? 0 : r[j] * (ADJUSTED(NAME) - max);           \
         return sum;                                                                                     \
     }                                                                                                   \
     /* The sum of exp(x - max), each kept in `kept` if that is given. Few terms are added up in one     \
@@ -130,84 +239,184 @@ static inline double VARIANT(exp_double)(double x) {
         }                                                                                               \
         return total;                                                                                   \
     }                                                                                                   \
-    /* gradient = factor exp(x - max) - shift; the gradient may lie over the logits. */                 \
-    INLINE void VARIANT(write_##NAME)(V *gradient, int64_t to, const V *v, int64_t stride,              \
-                                             const A *table, A max, A factor, A shift, int64_t C) {     \
+    /* gradient = factor exp(x - max) - shift, or shift pull where that is given; the gradient may lie over\
+     * the logits. */                                                                                   \
+    INLINE void VARIANT(write_##NAME)(V *gradient, int64_t to, const V *v, int64_t stride, const A *table,\
+                                      A max, A factor, A shift, const A *pull, int64_t C) {             \
         _Pragma("omp simd")                                                                             \
         for (int64_t j = 0; j < C; j++) {                                                               \
             A e = VARIANT(exp_##A)(ADJUSTED(NAME) - max);                                               \
-            gradient[j * to] = VARIANT(to_##NAME)(factor * e - shift);                                  \
+            gradient[j * to] = VARIANT(to_##NAME)(factor * e - (pull ? shift * pull[j] : shift));       \
         }                                                                                               \
     }                                                                                                   \
     /* The same from exponentials that were kept; factor 0 takes none. */                               \
-    INLINE void VARIANT(scale_##NAME)(V *gradient, int64_t to, const A *restrict kept,                  \
-                                             A factor, A shift, int64_t C) {                            \
+    INLINE void VARIANT(scale_##NAME)(V *gradient, int64_t to, const A *restrict kept, A factor, A shift,\
+                                      const A *restrict pull, int64_t C) {                              \
         _Pragma("omp simd")                                                                             \
         for (int64_t j = 0; j < C; j++)                                                                 \
-            gradient[j * to] = VARIANT(to_##NAME)(factor == 0 ? 0 : factor * kept[j] - shift);          \
+            gradient[j * to] = VARIANT(to_##NAME)(factor * kept[j] - (pull ? shift * pull[j] : shift)); \
+    }                                                                                                   \
+    static void VARIANT(clear_##NAME)(V *gradient, int64_t to, int64_t C) {                             \
+        for (int64_t j = 0; j < C; j++) gradient[j * to] = 0;                                           \
     }                                                                                                   \
                                                                                                         \
-    static int VARIANT(rows_##NAME)(const Batch *b, int64_t begin, int64_t end, void *scratch) {        \
+    /* Rows whose loss is that of one class, expert by expert. */                                       \
+    static void VARIANT(plain_##NAME)(const Call *call, int64_t begin, int64_t end, A *scratch) {       \
+        const Batch *b = call->batch;                                                                   \
         const double e = b->smoothing;                                                                  \
         const int64_t C = b->C;                                                                         \
-        const int dense = b->vc == 1, dense_gradient = b->gc == 1;                                      \
-        A *table = scratch, *kept = b->gradient ? table + C : NULL;                                     \
+        A *table = scratch, *kept = table + call->pitch;                                                \
         int64_t expert = -1;                                                                            \
-        int status = 0;                                                                                 \
         for (int64_t row = begin; row < end; row++) {                                                   \
-            const int64_t k = row / b->N, n = row % b->N, nk = n * b->K + k, y = b->target[n];          \
-            const V *v = (const V *)b->logits + n * b->vn + k * b->vk;                                  \
-            V *gradient = b->gradient ? (V *)b->gradient + n * b->gn + k * b->gk : NULL;                \
-            A *loss = (A *)b->losses + nk, *state = (A *)b->state + 2 * nk;                             \
-            const double weight = b->weights ? ((const A *)b->weights)[nk] : 1.0;                       \
-            double scale, sum;                                                                          \
-            A max = 0;                                                                                  \
-            int32_t wrong = 0;                                                                          \
-            const int ignored = y == b->ignore_index, outside = !ignored && (y < 0 || y >= C);          \
+            const int64_t k = row / b->N, n = row % b->N, nk = n * b->K + k;                            \
+            const int64_t y = ((const int64_t *)b->target.at)[n * b->target.s0];                        \
+            const Expert *x = call->experts + k;                                                        \
+            const V *v = (const V *)x->logits + n * x->vn;                                              \
+            V *gradient = x->gradient ? (V *)x->gradient + n * x->gn : NULL;                            \
+            A *state = (A *)b->state + 2 * nk;                                                          \
+            const int dense = x->vc == 1, dense_gradient = x->gc == 1;                                  \
                                                                                                         \
-            if (k != expert) {                                                                          \
-                for (int64_t j = 0; j < C; j++) table[j] = b->table ? (A)b->table[k * C + j] : 0;       \
-                expert = k;                                                                             \
-            }                                                                                           \
-            if (!b->upstream && (!ignored || b->check)) {                                               \
-                max = dense ? VARIANT(max_##NAME)(v, 1, table, C, &wrong)                               \
-                            : VARIANT(max_##NAME)(v, b->vc, table, C, &wrong);                          \
-                if (wrong) status |= NOT_FINITE;                                                        \
-            }                                                                                           \
-            if (ignored || outside) {                                                                   \
-                if (outside) status |= TARGET_OUT_OF_RANGE;                                             \
-                if (!b->upstream) *loss = 0, state[0] = 0, state[1] = 1;                                \
-                if (gradient) VARIANT(scale_##NAME)(gradient, b->gc, kept, 0, 0, C);                    \
+            if (y == b->ignore_index || y < 0 || y >= C) {                                              \
+                if (b->result)                                                                          \
+                    call->losses[nk] = y == b->ignore_index ? 0 : NAN, state[0] = 0, state[1] = 1;      \
+                if (gradient) VARIANT(clear_##NAME)(gradient, x->gc, C);                                \
                 continue;                                                                               \
             }                                                                                           \
-            const A own = VARIANT(from_##NAME)(v[y * b->vc]) + table[y];                                \
-            if (b->upstream) {                                                                          \
+            if (k != expert) {                                                                          \
+                VARIANT(table_##A)(b, k, table);                                                        \
+                expert = k;                                                                             \
+            }                                                                                           \
+            const A without_margin = table[y];                                                          \
+            if (b->margin.at) table[y] -= (A)VARIANT(entry)(&b->margin, y);                             \
+                                                                                                        \
+            const double share = b->class_weight.at ? VARIANT(entry)(&b->class_weight, y) : 1.0;        \
+            const double weight = VARIANT(weight)(b, n, k);                                             \
+            const A own = VARIANT(from_##NAME)(v[y * x->vc]) + table[y];                                \
+            A max;                                                                                      \
+            double sum, scale, slope = 1.0;                                                             \
+            if (!b->result) {                                                                           \
                 max = state[0], sum = state[1];                                                         \
-                scale = weight * ((const A *)b->upstream)[n * b->un];                                   \
-                const A factor = (A)(scale / sum), shift = (A)(scale * e / C);                          \
-                if (dense && dense_gradient)                                                            \
-                    VARIANT(write_##NAME)(gradient, 1, v, 1, table, max, factor, shift, C);             \
-                else                                                                                    \
-                    VARIANT(write_##NAME)(gradient, b->gc, v, b->vc, table, max, factor, shift, C);     \
+                scale = weight * (A)VARIANT(entry)(&b->upstream, n);                                    \
             } else {                                                                                    \
-                if (!dense) sum = VARIANT(sum_##NAME)(v, b->vc, table, max, kept, C);                   \
-                else if (kept) sum = VARIANT(sum_##NAME)(v, 1, table, max, kept, C);                    \
+                int32_t wrong;                                                                          \
+                max = dense ? VARIANT(max_##NAME)(v, 1, table, C, &wrong)                               \
+                            : VARIANT(max_##NAME)(v, x->vc, table, C, &wrong);                          \
+                if (!dense) sum = VARIANT(sum_##NAME)(v, x->vc, table, max, kept, C);                   \
+                else if (gradient) sum = VARIANT(sum_##NAME)(v, 1, table, max, kept, C);                \
                 else sum = VARIANT(sum_##NAME)(v, 1, table, max, NULL, C);                              \
                 if (wrong) sum = NAN;                                                                   \
-                if (own == -INFINITY) status |= NOT_FINITE;                                             \
                 double value = (1 - e) * (log(sum) - ((double)own - max));                              \
-                if (e > 0) value += e * (log(sum) - VARIANT(below_##NAME)(v, b->vc, table, max, C) / C); \
-                *loss = (A)(weight * value);                                                            \
+                if (e > 0) value += e * (log(sum) - VARIANT(below_##NAME)(v, x->vc, table, max, C) / C);\
+                if (b->gamma != 0) value *= VARIANT(focus)(value, b->gamma, &slope);                    \
+                if (share == 0 && value == INFINITY) value = 0;                                         \
+                call->losses[nk] = (A)(weight * share * value);                                         \
                 state[0] = max, state[1] = (A)sum;                                                      \
-                if (!gradient) continue;                                                                \
-                scale = weight * (A)(1 / b->divisor), sum = (A)sum; /* as backward would have them */   \
-                const A factor = (A)(scale / sum), shift = (A)(scale * e / C);                          \
-                if (dense_gradient) VARIANT(scale_##NAME)(gradient, 1, kept, factor, shift, C);         \
-                else VARIANT(scale_##NAME)(gradient, b->gc, kept, factor, shift, C);                    \
+                scale = weight * (A)(1 / call->divisor), sum = (A)sum; /* as backward would have them */\
             }                                                                                           \
-            gradient[y * b->gc] = VARIANT(to_##NAME)((A)(scale * (exp((double)own - max) / sum - (1 - e) - e / C))); \
+            if (gradient) {                                                                             \
+                scale *= share;                                                                         \
+                if (b->gamma != 0) {                                                                    \
+                    double slope;                                                                       \
+                    VARIANT(focus)(log(sum) - ((double)own - max), b->gamma, &slope);                   \
+                    scale *= slope;                                                                     \
+                }                                                                                       \
+                const A factor = (A)(scale / sum), shift = (A)(scale * e / C);                          \
+                if (b->result && dense_gradient)                                                        \
+                    VARIANT(scale_##NAME)(gradient, 1, kept, factor, shift, NULL, C);                   \
+                else if (b->result)                                                                     \
+                    VARIANT(scale_##NAME)(gradient, x->gc, kept, factor, shift, NULL, C);               \
+                else if (dense && dense_gradient)                                                       \
+                    VARIANT(write_##NAME)(gradient, 1, v, 1, table, max, factor, shift, NULL, C);       \
+                else                                                                                    \
+                    VARIANT(write_##NAME)(gradient, x->gc, v, x->vc, table, max, factor, shift, NULL, C);\
+                gradient[y * x->gc] =                                                                   \
+                    VARIANT(to_##NAME)((A)(scale * (exp((double)own - max) / sum - (1 - e) - e / C)));  \
+            }                                                                                           \
+            table[y] = without_margin;                                                                  \
         }                                                                                               \
-        return status;                                                                                  \
+    }                                                                                                   \
+                                                                                                        \
+    /* Rows whose loss is a sum over classes, sample by sample. */                                      \
+    static void VARIANT(mixed_##NAME)(const Call *call, int64_t begin, int64_t end, A *scratch) {       \
+        const Batch *b = call->batch;                                                                   \
+        const int64_t C = b->C, pitch = call->pitch;                                                    \
+        A *kept = scratch, *q = kept + pitch, *given = q + pitch, *slopes = given + pitch;              \
+        A *class_weight = slopes + pitch, *margin = class_weight + pitch, *with_margin = margin + pitch;\
+        A *tables = with_margin + pitch, *r = b->class_weight.at || b->smoothing > 0 ? given : q;       \
+        VARIANT(vector_##A)(&b->class_weight, 1, class_weight, C);                                      \
+        VARIANT(vector_##A)(&b->margin, 0, margin, C);                                                  \
+        for (int64_t k = 0; k < b->K; k++) VARIANT(table_##A)(b, k, tables + k * pitch);                \
+                                                                                                        \
+        int64_t sample = -1;                                                                            \
+        double mass = 0.0;                                                                              \
+        int any = 0;                                                                                    \
+        for (int64_t row = begin; row < end; row++) {                                                   \
+            const int64_t n = row / b->K, k = row % b->K;                                               \
+            const Expert *x = call->experts + k;                                                        \
+            const V *v = (const V *)x->logits + n * x->vn;                                              \
+            V *gradient = x->gradient ? (V *)x->gradient + n * x->gn : NULL;                            \
+            A *state = (A *)b->state + 2 * row;                                                         \
+            const int dense = x->vc == 1, dense_gradient = x->gc == 1;                                  \
+            const A *table = tables + k * pitch, *pull = r;                                             \
+            if (n != sample) {                                                                          \
+                any = VARIANT(shares_##A)(b, n, class_weight, q, r, &mass);                             \
+                sample = n;                                                                             \
+            }                                                                                           \
+            if (!any) {                                                                                 \
+                if (b->result) call->losses[row] = 0, state[0] = 0, state[1] = 1;                       \
+                if (gradient) VARIANT(clear_##NAME)(gradient, x->gc, C);                                \
+                continue;                                                                               \
+            }                                                                                           \
+            if (b->margin.at) {                                                                         \
+                for (int64_t j = 0; j < C; j++) with_margin[j] = table[j] - (q[j] == 0 ? 0 : margin[j] * q[j]);\
+                table = with_margin;                                                                    \
+            }                                                                                           \
+                                                                                                        \
+            const double weight = VARIANT(weight)(b, n, k);                                             \
+            A max;                                                                                      \
+            double sum, scale, pulled = mass;                                                           \
+            if (!b->result) {                                                                           \
+                max = state[0], sum = state[1];                                                         \
+                scale = weight * (A)VARIANT(entry)(&b->upstream, n);                                    \
+            } else {                                                                                    \
+                int32_t wrong;                                                                          \
+                max = dense ? VARIANT(max_##NAME)(v, 1, table, C, &wrong)                               \
+                            : VARIANT(max_##NAME)(v, x->vc, table, C, &wrong);                          \
+                sum = dense ? VARIANT(sum_##NAME)(v, 1, table, max, kept, C)                            \
+                            : VARIANT(sum_##NAME)(v, x->vc, table, max, kept, C);                       \
+                if (wrong) sum = NAN;                                                                   \
+                const double below = dense ? VARIANT(dot_##NAME)(v, 1, table, max, r, C)                \
+                                           : VARIANT(dot_##NAME)(v, x->vc, table, max, r, C);           \
+                call->losses[row] = (A)(weight * (mass * log(sum) - below));                            \
+                state[0] = max, state[1] = (A)sum;                                                      \
+                scale = weight * (A)(1 / call->divisor);                                                \
+            }                                                                                           \
+            if (b->gamma != 0) {                                                                        \
+                const int64_t stride = x->vc;                                                           \
+                double value = 0.0, slope;                                                              \
+                pulled = 0.0;                                                                           \
+                for (int64_t j = 0; j < C; j++) {                                                       \
+                    slopes[j] = 0;                                                                      \
+                    if (r[j] == 0) continue;                                                            \
+                    const double entropy = log(sum) - ((double)ADJUSTED(NAME) - max);                   \
+                    value += r[j] * entropy * VARIANT(focus)(entropy, b->gamma, &slope);                \
+                    slopes[j] = (A)(r[j] * slope);                                                      \
+                    pulled += slopes[j];                                                                \
+                }                                                                                       \
+                if (b->result) call->losses[row] = (A)(weight * value);                                 \
+                pull = slopes;                                                                          \
+            }                                                                                           \
+            if (!gradient) continue;                                                                    \
+            const A factor = (A)(scale * pulled / (A)sum), shift = (A)scale;                            \
+            if (b->result && dense_gradient)                                                            \
+                VARIANT(scale_##NAME)(gradient, 1, kept, factor, shift, pull, C);                       \
+            else if (b->result)                                                                         \
+                VARIANT(scale_##NAME)(gradient, x->gc, kept, factor, shift, pull, C);                   \
+            else if (dense && dense_gradient)                                                           \
+                VARIANT(write_##NAME)(gradient, 1, v, 1, table, max, factor, shift, pull, C);           \
+            else                                                                                        \
+                VARIANT(write_##NAME)(gradient, x->gc, v, x->vc, table, max, factor, shift, pull, C);   \
+        }                                                                                               \
     }
 STORAGE(f64, double, double)
 STORAGE(f32, float, float)
@@ -220,11 +429,57 @@ STORAGE(f16, uint16_t, float)
 #undef bits64
 #undef float64
 
-static int VARIANT(rows)(const Batch *b, int64_t begin, int64_t end, void *scratch) {
-    switch (b->dtype) {
-    case F64: return VARIANT(rows_f64)(b, begin, end, scratch);
-    case F32: return VARIANT(rows_f32)(b, begin, end, scratch);
-    case BF16: return VARIANT(rows_bf16)(b, begin, end, scratch);
-    default: return VARIANT(rows_f16)(b, begin, end, scratch);
+#undef LOAD
+#undef LOADS
+#undef CONSTANTS
+#undef SHARES
+
+static void VARIANT(rows)(const Call *call, int64_t begin, int64_t end, void *scratch) {
+    switch (2 * call->batch->dtype + call->mixed) {
+    case 2 * F64: VARIANT(plain_f64)(call, begin, end, scratch); break;
+    case 2 * F32: VARIANT(plain_f32)(call, begin, end, scratch); break;
+    case 2 * BF16: VARIANT(plain_bf16)(call, begin, end, scratch); break;
+    case 2 * F16: VARIANT(plain_f16)(call, begin, end, scratch); break;
+    case 2 * F64 + 1: VARIANT(mixed_f64)(call, begin, end, scratch); break;
+    case 2 * F32 + 1: VARIANT(mixed_f32)(call, begin, end, scratch); break;
+    case 2 * BF16 + 1: VARIANT(mixed_bf16)(call, begin, end, scratch); break;
+    default: VARIANT(mixed_f16)(call, begin, end, scratch);
     }
+}
+
+/* The classes of probability other than 0, and these. */
+static int64_t VARIANT(classes_of)(const Matrix *target, int64_t n, int64_t C, int64_t *classes, double *shares) {
+    const int64_t bytes = width(target->dtype);
+    const char *at = (const char *)target->at + n * target->s0 * bytes;
+    double q[BLOCK] __attribute__((aligned(CACHE_LINE)));
+    int64_t found = 0;
+    for (int64_t start = 0; start < C; start += BLOCK) {
+        const int64_t length = start + BLOCK < C ? BLOCK : C - start;
+        int32_t any = 0;
+        VARIANT(load_double)(at + start * target->s1 * bytes, target->dtype, target->s1, q, length);
+        _Pragma("omp simd reduction(| : any)")
+        for (int64_t j = 0; j < length; j++) any |= q[j] != 0;
+        for (int64_t j = 0; any && j < length; j++)
+            if (q[j] != 0) classes[found] = start + j, shares[found++] = q[j];
+    }
+    return found;
+}
+
+/* The cosine of the angle between two vectors of length d, 0 where one is of zeros. */
+static double VARIANT(cosine)(const char *f, int64_t f_dtype, int64_t f_stride, const char *w, int64_t w_dtype,
+                              int64_t w_stride, int64_t d) {
+    double a[BLOCK] __attribute__((aligned(CACHE_LINE))), b[BLOCK] __attribute__((aligned(CACHE_LINE)));
+    double ab = 0.0, aa = 0.0, bb = 0.0;
+    for (int64_t start = 0; start < d; start += BLOCK) {
+        const int64_t length = start + BLOCK < d ? BLOCK : d - start;
+        VARIANT(load_double)(f + start * f_stride * width(f_dtype), f_dtype, f_stride, a, length);
+        VARIANT(load_double)(w + start * w_stride * width(w_dtype), w_dtype, w_stride, b, length);
+        _Pragma("omp simd reduction(+ : ab, aa, bb)")
+        for (int64_t j = 0; j < length; j++) {
+            ab += a[j] * b[j];
+            aa += a[j] * a[j];
+            bb += b[j] * b[j];
+        }
+    }
+    return aa == 0 || bb == 0 ? 0 : ab / (sqrt(aa) * sqrt(bb));
 }
