@@ -48,7 +48,7 @@ class Blockwise:
         if not target.is_floating_point():
             flat = _samples_of(samples, (slice(None),))
             weights, number = self.engine.weights(angles, flat, parts, num_ranks)
-            return weights.view(*target.shape, -1), number
+            return weights.view(*target.shape, weights.shape[1]), number
         found = [
             self.engine.weights(
                 _angles_of(angles, samples, block), _samples_of(samples, block), parts, num_ranks
@@ -56,7 +56,7 @@ class Blockwise:
             for block in _blocks(target, _width(angles))
         ]
         weights = torch.cat([weights for weights, _ in found])
-        return weights.view(*target.shape[:-1], -1), found[0][1]
+        return weights.view(*target.shape[:-1], weights.shape[1]), found[0][1]
 
     def count(
         self,

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 #: With fewer classes a compiler's own code takes less time than the call of an operator opaque to it.
 WORTH_AN_OPERATOR = 512
 
-#: Logits of K tensors that a GPU takes in one: fewer are copied sooner than kernels for each would start.
-_WORTH_JOINING = 1 << 22
+#: Logits of K tensors that an engine takes in one: fewer are copied sooner than kernels for each would start.
+_WORTH_JOINING = {"cuda": 1 << 22}
 
 _ALONE = Ranks()
 
@@ -415,9 +415,9 @@ def _chunked(batch: Batch) -> Engine:
 def _joined(inputs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """Join logits of K tensors that are few: a copy takes less time than a kernel for each."""
     first = inputs[0]
-    if first is None or not first.is_cuda or any(v is None or v.shape != first.shape for v in inputs):
+    if len(inputs) == 1 or first is None or any(v is None or v.shape != first.shape for v in inputs):
         return inputs
-    if len(inputs) == 1 or len(inputs) * first.numel() >= _WORTH_JOINING:
+    if len(inputs) * first.numel() >= _WORTH_JOINING.get(first.device.type, 0):
         return inputs
     return [torch.cat([v for v in inputs if v is not None], dim=-2)]
 

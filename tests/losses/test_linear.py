@@ -6,8 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from lgla_losses import LGLALoss, LinearLGLALoss
 from lgla_losses.functional import compute_dtype, unit_vectors
-from lgla_losses.kernels import chunked, native
-from lgla_losses.kernels import linear
+from lgla_losses.kernels import chunked, linear, native
 
 COUNTS = [90, 40, 9, 5, 2, 1]
 TARGET = torch.tensor([0, 3, 1, -100, 5, 2, 0])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import TOLERANCE
 from lgla_losses import ClassGrouper, ExpertOutput, LGLALoss, LinearLGLALoss
-from lgla_losses.losses import _targets
+from lgla_losses.kernels import blockwise
 
 COUNTS = [120, 60, 30, 9, 4, 1]
 BACKENDS = ["reference", "fused"]
@@ -27,8 +27,8 @@ def backend(request):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of a few samples, which do not divide the batch."""
-    monkeypatch.setattr(_targets, "_CPU_BLOCK", 3 * 3 * len(COUNTS) + 1)
-    monkeypatch.setattr(_targets, "_BLOCK", 3 * 3 * len(COUNTS) + 1)
+    monkeypatch.setattr(blockwise, "_CPU_BLOCK", 3 * 3 * len(COUNTS) + 1)
+    monkeypatch.setattr(blockwise, "_BLOCK", 3 * 3 * len(COUNTS) + 1)
 
 
 def batch(num_samples, *maps, dtype=torch.float64):
@@ -263,7 +263,7 @@ def test_gradients_of_maps_lie_as_the_logits_do(layout, small_blocks):
 
 def test_maps_are_not_copied_whole(monkeypatch):
     """The largest tensor that is made beside the gradient is a block."""
-    monkeypatch.setattr(_targets, "_CPU_BLOCK", 1 << 12)
+    monkeypatch.setattr(blockwise, "_CPU_BLOCK", 1 << 12)
     logits = torch.rand(2, 3, 6, 64, 64).requires_grad_()
     target = torch.randint(0, 6, (2, 64, 64))
     criterion = LGLALoss(COUNTS, backend="fused", aaw=False, validate_args=False)
@@ -380,7 +380,7 @@ def test_blocks_cover_every_sample_once():
     for samples in [(7,), (3, 4), (2, 5, 3), (0, 4), (1, 1, 1)]:
         for width in (1, 1 << 17, 1 << 18, 1 << 21):
             seen = torch.zeros(samples)
-            for block in _targets.blocks_of(samples, width, seen.device):
+            for block in blockwise._blocks(seen.long(), width):
                 seen[block] += 1
             assert (seen == 1).all()
 
