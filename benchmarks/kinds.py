@@ -108,10 +108,7 @@ def _plain_of_sample_weights(loop: PlainLoop, batch: Batch) -> Tensor:
 
 
 def _soft_cross_entropies(loop: PlainLoop, batch: Batch) -> Tensor:
-    (logits,), (probabilities,) = batch.leaves, batch.extras
-    probabilities = probabilities.to(logits.dtype)
-    adjusted = [v + table.to(v.dtype) for v, table in zip(logits.unbind(1), loop.table, strict=True)]
-    return torch.stack([F.cross_entropy(v, probabilities) for v in adjusted]).sum()
+    return loop.cross_entropies(batch.leaves[0], batch.extras[0]).sum(dim=-1).mean()
 
 
 def _plain_of_probabilities(loop: PlainLoop, batch: Batch) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import arguments  # noqa: F401  # before lgla_losses, which it finds in a checkout that nobody installed
 import choices
 import torch
 import torch.nn.functional as F
@@ -147,7 +146,10 @@ def _adjustments(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
 
 
 class PlainLoop:
-    """``F.cross_entropy(logits[:, k] + table[k])`` expert by expert, with AAW, and no checks."""
+    """``F.cross_entropy(logits[:, k] + table[k])`` expert by expert, with AAW, and no checks.
+
+    The yardstick: it stands here, not in the library, so that it is the same whatever becomes of that.
+    """
 
     def __init__(self, shape: Shape, device: str) -> None:
         self.table, self.group_index = _adjustments(shape, device)
@@ -164,17 +166,28 @@ class PlainLoop:
         group = self.group_index[target]
         statistics = functional.aaw_statistics(angles, group, self.num_groups, sample_weight)
         weights = functional.aaw_weights(angles, group, statistics)
+        losses = self.cross_entropies(logits, target)
         if sample_weight is None:
-            return functional.lgla_loss(logits, target, self.table, weights).mean()
+            return (weights * losses).sum(dim=-1).mean()
 
-        weights = weights * sample_weight[:, None]
-        return functional.lgla_loss(logits, target, self.table, weights).sum() / sample_weight.sum()
+        return (weights * sample_weight[:, None] * losses).sum() / sample_weight.sum()
 
     def of_probabilities(self, logits: Tensor, probabilities: Tensor, angles: Tensor) -> Tensor:
         """The same of class probabilities ``[N, C]``, and of angles to every class ``[N, K, C]``."""
         statistics = functional.soft_aaw_statistics(angles, probabilities, self.group_index, self.num_groups)
         weights = functional.soft_aaw_weights(angles, probabilities, self.group_index, statistics)
-        return functional.lgla_loss(logits, probabilities, self.table, weights).mean()
+        return (weights * self.cross_entropies(logits, probabilities)).sum(dim=-1).mean()
+
+    def cross_entropies(self, logits: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
+        """Of every sample and expert ``[N, K]``; class indices or probabilities."""
+        experts = logits.unbind(1) if isinstance(logits, Tensor) else logits
+        losses = []
+        for v, adjustment in zip(experts, self.table, strict=True):
+            dtype = functional.compute_dtype(v.dtype)
+            adjusted = v.to(dtype) + adjustment.to(dtype)
+            own = target.to(dtype) if target.is_floating_point() else target
+            losses.append(F.cross_entropy(adjusted, own, reduction="none"))
+        return torch.stack(losses, dim=-1)
 
 
 # Losses of logits
