@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from importlib import import_module
 from typing import Any, NamedTuple
-from unittest import mock
 
-import arguments  # noqa: F401  (finds the package)
+import choices
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss, LinearLGLALoss, baselines
 from lgla_losses.data import long_tailed_counts
-from lgla_losses.kernels import linear
 
 NUM_EXPERTS, NUM_CLASSES, BATCH_SIZE = 3, 100, 128
 #: Norm of a gradient's error over that of the gradient; 16-bit gradients are rounded.
@@ -116,35 +114,6 @@ def make_linear_loss(scale: float | None) -> Callable[[str], nn.Module]:
     return lambda backend: LinearLGLALoss(counts(), NUM_EXPERTS, scale=scale, backend=backend)
 
 
-@contextmanager
-def small_chunks() -> Iterator[None]:
-    """Let the linear loss make the logits of 64 samples at a time."""
-    with mock.patch.object(linear, "_CHUNK_BYTES", {"cpu": 1, "cuda": 1}):
-        yield
-
-
-def plans() -> tuple[str, ...]:
-    """The names of what Triton's kernels may be compiled as; one without a name where there is no choice."""
-    try:
-        return tuple(import_module("lgla_losses.kernels.triton").PLANS)
-    except (ImportError, AttributeError):
-        return ("",)
-
-
-@contextmanager
-def use_plan(plan: str) -> Iterator[None]:
-    """Compile Triton's kernels as the plan says."""
-    if not plan:
-        yield
-        return
-    kernels = import_module("lgla_losses.kernels.triton")
-    before = kernels.use(plan)
-    try:
-        yield
-    finally:
-        kernels.use(before)
-
-
 def problems() -> Iterator[Problem]:
     """All of them, most wanted first; the same tensors in every process."""
     torch.manual_seed(0)
@@ -172,6 +141,11 @@ def losses_of_logits() -> Iterator[Problem]:
         "ExpertOutput": (lambda c, v, k: c(ExpertOutput(v[0], k[1], k[2]), k[0]), [v], [y, *classifiers]),
         "probabilities": (of_stacked, [v], [probabilities(BATCH_SIZE, NUM_CLASSES)]),
         "sample weights": (lambda c, v, k: c(v[0], k[0], sample_weight=k[1]), [v], [y, torch.rand(len(y))]),
+        "mixup, sample weights": (
+            lambda c, v, k: c(v[0], k[0], sample_weight=k[1]),
+            [v],
+            [0.7 * F.one_hot(y, NUM_CLASSES) + 0.3 * F.one_hot(y.roll(1), NUM_CLASSES), torch.rand(len(y))],
+        ),
         "a normalizer": (lambda c, v, y: c(v[0], *y, normalizer=2 * BATCH_SIZE), [v], [y]),
         "maps": (of_stacked, [maps], [label_map]),
         "maps of probabilities": (of_stacked, [maps], [probabilities(4, NUM_CLASSES, 5, 5)]),
@@ -197,9 +171,9 @@ def many_classes() -> Iterator[Problem]:
     for num_samples, num_classes in ((64, 8142), (16, 50_000)):
         v, y = cosine_logits(num_samples, NUM_EXPERTS, num_classes), labels(num_samples, most=num_classes)
         for dtype in (torch.float32, torch.bfloat16):
-            for plan in plans():
+            for plan in choices.plans():
                 name = named(f"LGLALoss, {num_classes} classes{plan and f', kernels {plan}'}", dtype)
-                around = partial(use_plan, plan)
+                around = partial(choices.use_plan, plan)
                 yield Problem(name, dtype, make_loss(num_classes), of_stacked, [v], [y], around=around)
 
 
@@ -232,7 +206,7 @@ def linear_losses() -> Iterator[Problem]:
     f, w = torch.randn(num_samples, NUM_EXPERTS, width), torch.randn(NUM_EXPERTS, NUM_CLASSES, width) / 8
     bias, y = torch.randn(NUM_EXPERTS, NUM_CLASSES), labels(num_samples)
     for dtype in (torch.bfloat16, torch.float32):
-        for chunks, around in (("several chunks", small_chunks), ("one chunk", nullcontext)):
+        for chunks, around in (("several chunks", choices.small_chunks), ("one chunk", nullcontext)):
             for kind, scale, leaves in (("bias", None, [f, w, bias]), ("cosine", 30.0, [f, w])):
                 yield Problem(
                     named(f"LinearLGLALoss, {kind}, {chunks}", dtype),

@@ -1,9 +1,9 @@
 """What the loss costs: this library beside the plain loop, its compiled form, the paper's formula and peers.
 
-Measures forward, and forward + backward, of the losses from logits and of the losses from features and
-class weights, with peak memory and, on a GPU, the number of kernel launches. Every size runs in a process of
-its own, and the record is written after each. README.md beside this file says what is measured and how to
-read the record.
+Measures forward, and forward + backward, of the losses from logits, with every kind of input, and of the
+losses from features and class weights, with peak memory and, on a GPU, the number of kernel launches. Every
+size runs in a process of its own, and the record is written after each. README.md beside this file says what
+is measured and how to read the record.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import kinds
 import measure
 import peers
 import report
 import torch
 from arguments import record_file
-from peers import KINDS, Column, Shape, Step
+from peers import Column, Shape, Step
 from recording import leave_on_sigterm, write_whole
 from report import Record, Row
 from rich.console import Console
@@ -86,10 +87,7 @@ _SLOW = ("LGLALoss, reference", "LGLALoss, compiled", "paper's formula")
 
 def _kinds_of(shape: Shape) -> tuple[Cell, ...]:
     """The same size with every other kind of input."""
-    shapes = (
-        shape._replace(kind=kind, experts=1 if kind == "one model" else shape.experts) for kind in KINDS
-    )
-    return tuple(Cell(other, _F32, launches=True) for other in shapes)
+    return tuple(Cell(other, _F32, launches=True) for other in kinds.shapes_of(shape))
 
 
 def _on_cuda() -> list[Job]:
@@ -113,6 +111,7 @@ def _on_cuda() -> list[Job]:
 SUITES = {
     "cpu": [
         *(Job((Cell(shape, _F32 if shape in LOGITS[1:3] else _BOTH),)) for shape in LOGITS),
+        *(Job(_kinds_of(shape), EAGER) for shape in LOGITS[:3]),
         Job(
             (
                 Cell(
@@ -204,7 +203,7 @@ def _told(error: Exception, where: str) -> str:
 
 def _columns(cell: Cell, part: str, setting: Setting) -> list[Column]:
     """The columns of a part; compiled ones beside the plain loop, their yardstick."""
-    columns = peers.columns_for(cell.shape, setting.device, setting.compiler)
+    columns = kinds.columns_for(cell.shape, setting.device, setting.compiler)
     columns = [column for column in columns if column.name not in cell.without]
     if part == EAGER:
         return [column for column in columns if not column.compiled]
@@ -224,7 +223,7 @@ def measure_cell(
         torch.compiler.reset()
     device = setting.device
     sets = measure.number_of_sets(shape, dtype, device)
-    batches = peers.make_batches(shape, dtype, device, sets)
+    batches = kinds.make_batches(shape, dtype, device, sets)
     found, steps = measure.time_columns(columns, batches, shape, device, setting.effort)
     plain = found[peers.PLAIN].milliseconds
     like = _like(shape, dtype)
@@ -257,7 +256,7 @@ def measure_cell(
                     q1_ms=low,
                     q3_ms=high,
                     repetitions=len(samples),
-                    ratio_to_plain=_ratio(samples, plain.get(phase)),
+                    **_ratios(samples, plain.get(phase)),
                     peak_mb=peaks[phase] / 1e6 if phase in peaks else None,
                     share_of_limit=_share(shape, dtype, phase, median, setting),
                 )
@@ -323,27 +322,26 @@ def _row(**values: object) -> Row:
         ("median_ms", "q1_ms", "q3_ms", "ratio_to_plain", "peak_mb", "launches", "first_step_s")
     )
     row: Row = {"ours": False, "equal": False, **empty, "repetitions": 0, **values}
-    if row.get("share_of_limit") is None:
-        row.pop("share_of_limit", None)
-    order = [*report.ROW_FIELDS, *report.MORE_ROW_FIELDS]
-    return {key: _rounded(row[key]) for key in sorted(row, key=order.index)}
+    order = [*report.ROW_FIELDS, *(key for key in report.MORE_ROW_FIELDS if row.get(key) is not None)]
+    return {key: _rounded(row[key]) for key in order}
 
 
 def _rounded(value: object) -> object:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def _ratio(samples: list[float], plain: list[float] | None) -> float | None:
-    """The median of the ratios within the rounds, which drift of the machine leaves alone."""
+def _ratios(samples: list[float], plain: list[float] | None) -> dict[str, float]:
+    """Median and quartiles of the ratios within the rounds, which drift of the machine leaves alone."""
     if not plain:
-        return None
-    return statistics.median(mine / theirs for mine, theirs in zip(samples, plain, strict=True))
+        return {}
+    low, median, high = measure.quartiles([mine / other for mine, other in zip(samples, plain, strict=True)])
+    return {"ratio_to_plain": median, "ratio_q1": low, "ratio_q3": high}
 
 
 def _graph_rows(cell: Cell, dtype: torch.dtype, setting: Setting, found: Found) -> list[Row]:
     """Steps in CUDA graphs, without the host, beside as many empty kernels; launches go into the rows."""
     like = _like(cell.shape, dtype)
-    (batch,) = peers.make_batches(cell.shape, dtype, setting.device)
+    (batch,) = kinds.make_batches(cell.shape, dtype, setting.device)
     dot = torch.zeros((), device=setting.device)
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     steps: dict[str, Step] = {}  # what the graphs read must stay where it is
@@ -365,6 +363,7 @@ def _graph_rows(cell: Cell, dtype: torch.dtype, setting: Setting, found: Found) 
     times = measure.graph_times(graphs, setting.effort.at_most)
     plain = times.get(peers.PLAIN)
     ours = {column.name for column in columns if column.ours}
+    whole = {column.name for column in columns if column.equal}
     rows = []
     for name, samples in times.items():
         low, median, high = measure.quartiles(samples)
@@ -373,13 +372,13 @@ def _graph_rows(cell: Cell, dtype: torch.dtype, setting: Setting, found: Found) 
                 **like,
                 column=name,
                 ours=name in ours,
-                equal=name in numbers,
+                equal=name in whole,
                 phase=report.GRAPH,
                 median_ms=median,
                 q1_ms=low,
                 q3_ms=high,
                 repetitions=len(samples),
-                ratio_to_plain=_ratio(samples, plain),
+                **_ratios(samples, plain),
                 launches=numbers.get(name),
                 note="a training step" if name in numbers else "no loss at all",
             )
@@ -649,7 +648,7 @@ def _show(record: Record, path: Path, console: Console) -> None:
     for line in record["left_out"]:
         console.print(f"not measured: {line}", highlight=False)
     print(f"record: {path}")
-    if any(row["ratio_to_plain"] for row in record["rows"]):
+    if report.rows_to_draw(record):
         picture = path.with_suffix(".png")
         report.plot(record, picture)
         print(f"picture: {picture}")

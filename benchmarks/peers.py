@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-import arguments  # noqa: F401  # before lgla_losses, which it finds in a checkout that nobody installed
+import choices
 import torch
 import torch.nn.functional as F
+from choices import Choice
 from torch import Tensor
 
-from lgla_losses import ClassGrouper, ExpertOutput, LGLALoss, LinearLGLALoss, functional
-from lgla_losses.baselines import BalancedSoftmaxLoss
-from lgla_losses.kernels import autograd
-from lgla_losses.kernels import linear
+from lgla_losses import ClassGrouper, LGLALoss, LinearLGLALoss, functional
 
 IMBALANCE = 100.0
 LARGEST_CLASS = 500
@@ -29,7 +27,7 @@ CLONE = "logits.clone()"
 class Shape(NamedTuple):
     """A size to measure; with ``features`` the loss starts at the head's inputs.
 
-    ``kind`` names another input than stacked logits and class indices, one of :data:`KINDS`.
+    ``kind`` names another input than stacked logits and class indices, one of ``kinds.KINDS``.
     """
 
     name: str
@@ -53,6 +51,11 @@ class Batch(NamedTuple):
     leaves: tuple[Tensor, ...]
     target: Tensor
     extras: tuple[Tensor, ...] = ()
+
+
+#: A loss of a batch, and what makes one for a shape and a device.
+Loss = Callable[[Batch], Tensor]
+MakeLoss = Callable[[Shape, str], Loss]
 
 
 class Step(NamedTuple):
@@ -117,12 +120,11 @@ def make_batches(
             leaves: tuple[Tensor, ...] = (uniform(n, k, c, bound=SCALE),)
         else:
             leaves = uniform(n, k, d, bound=1.0), uniform(k, c, d, bound=SCALE / d)
-        batch = Batch(leaves, target)
-        batches.append(KINDS[shape.kind].inputs(shape, batch) if shape.kind else batch)
+        batches.append(Batch(leaves, target))
     return batches
 
 
-def step_of(loss: Callable[[Batch], Tensor]) -> Step:
+def step_of(loss: Loss) -> Step:
     """Forward and backward of a loss."""
 
     def forward(batch: Batch) -> Tensor:
@@ -136,46 +138,87 @@ def step_of(loss: Callable[[Batch], Tensor]) -> Step:
     return Step(forward, train)
 
 
-def _table(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
+def _adjustments(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
     """Eq. 4 in float32, and the group of every class."""
     grouper = ClassGrouper(class_counts(shape), shape.experts - 1)
     table = functional.cla_table(grouper.class_counts, grouper.group_index, TAU)
     return table.float().to(device), grouper.group_index.to(device)
 
 
+class PlainLoop:
+    """``F.cross_entropy(logits[:, k] + table[k])`` expert by expert, with AAW, and no checks.
+
+    The yardstick: it stands here, not in the library, so that it is the same whatever becomes of that.
+    """
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        self.table, self.group_index = _adjustments(shape, device)
+        self.num_groups = shape.experts - 1
+
+    def __call__(
+        self,
+        logits: Tensor | Sequence[Tensor],
+        target: Tensor,
+        angles: Tensor,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The mean of Eq. 9, of angles ``[N, K]``."""
+        group = self.group_index[target]
+        statistics = functional.aaw_statistics(angles, group, self.num_groups, sample_weight)
+        weights = functional.aaw_weights(angles, group, statistics)
+        losses = self.cross_entropies(logits, target)
+        if sample_weight is None:
+            return (weights * losses).sum(dim=-1).mean()
+
+        return (weights * sample_weight[:, None] * losses).sum() / sample_weight.sum()
+
+    def of_probabilities(self, logits: Tensor, probabilities: Tensor, angles: Tensor) -> Tensor:
+        """The same of class probabilities ``[N, C]``, and of angles to every class ``[N, K, C]``."""
+        statistics = functional.soft_aaw_statistics(angles, probabilities, self.group_index, self.num_groups)
+        weights = functional.soft_aaw_weights(angles, probabilities, self.group_index, statistics)
+        return (weights * self.cross_entropies(logits, probabilities)).sum(dim=-1).mean()
+
+    def cross_entropies(self, logits: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
+        """Of every sample and expert ``[N, K]``; class indices or probabilities."""
+        experts = logits.unbind(1) if isinstance(logits, Tensor) else logits
+        losses = []
+        for v, adjustment in zip(experts, self.table, strict=True):
+            dtype = functional.compute_dtype(v.dtype)
+            adjusted = v.to(dtype) + adjustment.to(dtype)
+            own = target.to(dtype) if target.is_floating_point() else target
+            losses.append(F.cross_entropy(adjusted, own, reduction="none"))
+        return torch.stack(losses, dim=-1)
+
+
 # Losses of logits
 
 
-def lgla(shape: Shape, device: str, backend: str = "auto") -> Callable[[Batch], Tensor]:
+def criterion_of(shape: Shape, device: str, **options: Any) -> LGLALoss:
     """This library's criterion, its checks of arguments and values included."""
-    criterion = LGLALoss(class_counts(shape), shape.experts, TAU, scale=SCALE, backend=backend).to(device)
+    return LGLALoss(class_counts(shape), shape.experts, TAU, scale=SCALE, **options).to(device)
+
+
+def lgla(shape: Shape, device: str, backend: str = "auto") -> Loss:
+    """The criterion of stacked logits and class indices."""
+    criterion = criterion_of(shape, device, backend=backend)
     return lambda batch: criterion(batch.leaves[0], batch.target)
 
 
-def plain_loop(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
-    """``F.cross_entropy(logits[:, k] + table[k])`` expert by expert, with AAW, and no checks."""
-    table, group_index = _table(shape, device)
+def plain_loop(shape: Shape, device: str) -> Loss:
+    """The plain loop of stacked logits and class indices."""
+    loop = PlainLoop(shape, device)
 
     def loss(batch: Batch) -> Tensor:
         (logits,), target, _ = batch
-        angles = functional.angles_from_logits(logits, target, SCALE)
-        return functional.lgla_loss(
-            logits, target, table, _weights(angles, target, group_index, shape)
-        ).mean()
+        return loop(logits, target, functional.angles_from_logits(logits, target, SCALE))
 
     return loss
 
 
-def _weights(angles: Tensor, target: Tensor, group_index: Tensor, shape: Shape) -> Tensor:
-    group = group_index[target]
-    statistics = functional.aaw_statistics(angles, group, shape.experts - 1)
-    return functional.aaw_weights(angles, group, statistics)
-
-
-def papers_formula(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
+def papers_formula(shape: Shape, device: str) -> Loss:
     """Eqs. 3, 4 and 7 to 9 written down as they stand in the paper."""
     counts = class_counts(shape).to(device).float()
-    group_index = _table(shape, device)[1]
+    group_index = _adjustments(shape, device)[1]
     log_n, log_max = counts.log(), counts.max().log()
     local = [torch.where(group_index == k, log_n, log_max) for k in range(shape.experts - 1)]
     adjustments = [*local, TAU * log_n]
@@ -229,148 +272,10 @@ def clone(shape: Shape, device: str) -> Step:
     return Step(None, lambda batch: batch.leaves[0].detach().clone())
 
 
-# Other inputs of the loss
-
-
-class Kind(NamedTuple):
-    """A kind of input: how it is made of stacked logits, and the loss of it, ours and as a plain loop."""
-
-    inputs: Callable[[Shape, Batch], Batch]
-    ours: Callable[[Shape, str], Callable[[Batch], Tensor]]
-    plain: Callable[[Shape, str], Callable[[Batch], Tensor]]
-    name: str = "LGLALoss"
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_()
-
-
-def _criterion(shape: Shape, device: str) -> LGLALoss:
-    return LGLALoss(class_counts(shape), shape.experts, TAU, scale=SCALE).to(device)
-
-
-def _separate(shape: Shape, batch: Batch) -> Batch:
-    return batch._replace(leaves=tuple(map(_leaf, batch.leaves[0].unbind(1))))
-
-
-def _lgla_of_separate(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
-    criterion = _criterion(shape, device)
-    return lambda batch: criterion(batch.leaves, batch.target)
-
-
-def _plain_of_separate(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
-    table, group_index = _table(shape, device)
-
-    def loss(batch: Batch) -> Tensor:
-        angles = functional.angles_from_logits(batch.leaves, batch.target, SCALE)
-        weights = _weights(angles, batch.target, group_index, shape)
-        return functional.lgla_loss(batch.leaves, batch.target, table, weights).mean()
-
-    return loss
-
-
-def _with_features(shape: Shape, batch: Batch) -> Batch:
-    (logits,), width = batch.leaves, 64
-    features = logits.new_empty(shape.samples, shape.experts, width).uniform_(-1, 1)
-    weight = logits.new_empty(shape.experts, shape.classes, width).uniform_(-1, 1)
-    return batch._replace(extras=(features, weight))
-
-
-def _lgla_of_features(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
-    criterion = _criterion(shape, device)
-    return lambda batch: criterion(ExpertOutput(batch.leaves[0], *batch.extras), batch.target)
-
-
-def _plain_of_features(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
-    table, group_index = _table(shape, device)
-
-    def loss(batch: Batch) -> Tensor:
-        features, weight = batch.extras
-        angles = functional.angles_from_features(features, weight, batch.target)
-        weights = _weights(angles, batch.target, group_index, shape)
-        return functional.lgla_loss(batch.leaves[0], batch.target, table, weights).mean()
-
-    return loss
-
-
-def _mixed_up(shape: Shape, batch: Batch) -> Batch:
-    one_hot = F.one_hot(batch.target, shape.classes).float()
-    return batch._replace(extras=(0.7 * one_hot + 0.3 * one_hot.roll(1, 0),))
-
-
-def _lgla_of_probabilities(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
-    criterion = _criterion(shape, device)
-    return lambda batch: criterion(batch.leaves[0], batch.extras[0])
-
-
-def _plain_of_probabilities(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
-    table, group_index = _table(shape, device)
-
-    def loss(batch: Batch) -> Tensor:
-        (logits,), (probabilities,) = batch.leaves, batch.extras
-        angles = functional.angles_of(logits.detach(), SCALE)
-        statistics = functional.soft_aaw_statistics(angles, probabilities, group_index, shape.experts - 1)
-        weights = functional.soft_aaw_weights(angles, probabilities, group_index, statistics)
-        return functional.lgla_loss(logits, probabilities, table, weights).mean()
-
-    return loss
-
-
-def _with_sample_weights(shape: Shape, batch: Batch) -> Batch:
-    return batch._replace(extras=(torch.linspace(0.5, 1.5, shape.samples, device=batch.target.device),))
-
-
-def _lgla_of_sample_weights(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
-    criterion = _criterion(shape, device)
-    return lambda batch: criterion(batch.leaves[0], batch.target, sample_weight=batch.extras[0])
-
-
-def _plain_of_sample_weights(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
-    table, group_index = _table(shape, device)
-
-    def loss(batch: Batch) -> Tensor:
-        (logits,), target, (worth,) = batch
-        angles, group = functional.angles_from_logits(logits, target, SCALE), group_index[target]
-        statistics = functional.aaw_statistics(angles, group, shape.experts - 1, worth)
-        weights = functional.aaw_weights(angles, group, statistics) * worth[:, None]
-        return functional.lgla_loss(logits, target, table, weights).sum() / worth.sum()
-
-    return loss
-
-
-def _of_one_model(shape: Shape, batch: Batch) -> Batch:
-    return batch._replace(leaves=(_leaf(batch.leaves[0][:, 0]),))
-
-
-def _balanced_softmax(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
-    criterion = BalancedSoftmaxLoss(class_counts(shape)).to(device)
-    return lambda batch: criterion(batch.leaves[0], batch.target)
-
-
-def _plain_balanced_softmax(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
-    log_prior = functional.log_prior_table(class_counts(shape), 1)[0].float().to(device)
-
-    def loss(batch: Batch) -> Tensor:
-        (logits,), target, _ = batch
-        wide = logits.to(functional.compute_dtype(logits.dtype))
-        return F.cross_entropy(wide + log_prior.to(wide.dtype), target)
-
-    return loss
-
-
-KINDS = {
-    "K tensors": Kind(_separate, _lgla_of_separate, _plain_of_separate),
-    "ExpertOutput": Kind(_with_features, _lgla_of_features, _plain_of_features),
-    "probabilities": Kind(_mixed_up, _lgla_of_probabilities, _plain_of_probabilities),
-    "sample weights": Kind(_with_sample_weights, _lgla_of_sample_weights, _plain_of_sample_weights),
-    "one model": Kind(_of_one_model, _balanced_softmax, _plain_balanced_softmax, "BalancedSoftmaxLoss"),
-}
-
-
 # Losses of features and class weights
 
 
-def linear_lgla(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
+def linear_lgla(shape: Shape, device: str) -> Loss:
     """This library's linear loss, its checks included."""
     criterion = LinearLGLALoss(class_counts(shape), shape.experts, TAU, scale=None).to(device)
 
@@ -381,7 +286,7 @@ def linear_lgla(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
     return loss
 
 
-def head_then_lgla(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
+def head_then_lgla(shape: Shape, device: str) -> Loss:
     """A linear head, then this library's criterion on its logits."""
     criterion = LGLALoss(class_counts(shape), shape.experts, TAU, scale=None).to(device)
 
@@ -394,17 +299,14 @@ def head_then_lgla(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
     return loss
 
 
-def linear_plain_loop(shape: Shape, device: str) -> Callable[[Batch], Tensor]:
-    """A linear head, then ``F.cross_entropy(logits + table[k])``, expert by expert, with AAW."""
-    table, group_index = _table(shape, device)
+def linear_plain_loop(shape: Shape, device: str) -> Loss:
+    """A linear head, then the plain loop over its logits."""
+    loop = PlainLoop(shape, device)
 
     def loss(batch: Batch) -> Tensor:
         (features, weight), target, _ = batch
         logits = [F.linear(f, w) for f, w in zip(features.unbind(1), weight.unbind(0), strict=True)]
-        angles = functional.angles_from_features(features, weight, target)
-        return functional.lgla_loss(
-            logits, target, table, _weights(angles, target, group_index, shape)
-        ).mean()
+        return loop(logits, target, functional.angles_from_features(features, weight, target))
 
     return loss
 
@@ -476,129 +378,105 @@ def matrix_products(shape: Shape, device: str) -> Step:
     return Step(forward, train)
 
 
+# Other choices of the library
+
+
+def under(choice: Choice, loss: Loss) -> Loss:
+    """The loss computed with another of the library's choices, which is as before afterwards."""
+
+    def chosen(batch: Batch) -> Tensor:
+        with choice():
+            return loss(batch)
+
+    return chosen
+
+
 #: Plans of the Triton kernels that are measured beside the default, where there are more classes than these.
 OTHER_PLANS = ("0.1", "ahead", "paired")
 _PLANS_DIFFER = 2048
 
 
-def other_plans(
-    name: str, make: Callable[[Shape, str], Callable[[Batch], Tensor]], shape: Shape
-) -> list[Column]:
+def other_plans(name: str, make: MakeLoss, shape: Shape) -> list[Column]:
     """A column for every other plan of the Triton kernels, where it differs."""
 
-    def planned(plan: str) -> Callable[[Shape, str], Step]:
-        return lambda shape, device: step_of(_with_plan(make(shape, device), plan))
+    def planned(plan: str, shape: Shape, device: str) -> Step:
+        if choices.plans() == ("",):
+            raise MissingError("not installed (triton)")
+        return step_of(under(partial(choices.use_plan, plan), make(shape, device)))
 
     return [
-        Column(f"{name}, plan {plan}", planned(plan), ours=True, note=f"Triton kernels by the plan {plan}")
+        Column(
+            f"{name}, plan {plan}",
+            partial(planned, plan),
+            ours=True,
+            note=f"Triton kernels by the plan {plan}",
+        )
         for plan in OTHER_PLANS
         if shape.classes > _PLANS_DIFFER
     ]
 
 
-def _with_plan(loss: Callable[[Batch], Tensor], plan: str) -> Callable[[Batch], Tensor]:
-    try:
-        kernels = importlib.import_module("lgla_losses.kernels.triton")
-    except ImportError as error:
-        raise MissingError("not installed (triton)") from error
-
-    def planned(batch: Batch) -> Tensor:
-        before = kernels.use(plan)
-        try:
-            return loss(batch)
-        finally:
-            kernels.use(before)
-
-    return planned
+#: When the gradient of a loss that is scaled is computed: at once it is read and written again.
+SCALED_CHOICES = {
+    "LGLALoss, scaled": choices.gradient_at_once,
+    "LGLALoss, scaled, gradient in backward": choices.gradient_in_backward,
+}
+#: What the linear loss could do otherwise.
+LINEAR_CHOICES = {
+    "LinearLGLALoss, two kernels to add": choices.two_kernels_to_add,
+    "LinearLGLALoss, rows end to end": choices.rows_end_to_end,
+    "LinearLGLALoss, chunks of 32 MB": choices.chunks_of_32_mb,
+}
 
 
-def with_choice(
-    loss: Callable[[Batch], Tensor], module: Any, name: str, value: Any
-) -> Callable[[Batch], Tensor]:
-    """The loss computed with another of the library's choices, which is as before afterwards."""
-
-    def chosen(batch: Batch) -> Tensor:
-        before = getattr(module, name)
-        setattr(module, name, value)
-        try:
-            return loss(batch)
-        finally:
-            setattr(module, name, before)
-
-    return chosen
-
-
-def scaled_lgla(shape: Shape, device: str, at_once: bool) -> Step:
-    """A training step whose loss is scaled, so that a gradient computed at once is read and written again."""
-    loss = with_choice(lgla(shape, device), autograd, "_AT_ONCE", at_once)
-    upstream = torch.tensor(2.0, device=device)
+def _scaled(choice: Choice, shape: Shape, device: str) -> Step:
+    loss, upstream = under(choice, lgla(shape, device)), torch.tensor(2.0, device=device)
     return Step(None, lambda batch: torch.autograd.backward(loss(batch), upstream))
 
 
-#: What the linear loss could do otherwise.
-LINEAR_CHOICES = {
-    "two kernels to add": ("_ADD_AT_ONCE", False),
-    "rows end to end": ("_ROW_BYTES", {}),
-    "chunks of 32 MB": ("_CHUNK_BYTES", {"cpu": 1 << 25, "cuda": 1 << 25}),
-}
+def _linear(choice: Choice, shape: Shape, device: str) -> Step:
+    return step_of(under(choice, linear_lgla(shape, device)))
 
 
 def other_choices(shape: Shape) -> list[Column]:
     """A column for every choice that a GPU has yet to decide, where there are many classes."""
     if shape.classes <= _PLANS_DIFFER:
         return []
-    if shape.features is None:
-        return [
-            Column(name, make, ours=True, equal=False, note="an upstream gradient of 2")
-            for name, make in (
-                ("LGLALoss, scaled", lambda s, d: scaled_lgla(s, d, True)),
-                ("LGLALoss, scaled, gradient in backward", lambda s, d: scaled_lgla(s, d, False)),
-            )
-        ]
-
-    def chosen(name: str, value: Any) -> Callable[[Shape, str], Step]:
-        return lambda s, d: step_of(with_choice(linear_lgla(s, d), linear, name, value))
-
+    if shape.features is not None:
+        return [Column(name, partial(_linear, choice), ours=True) for name, choice in LINEAR_CHOICES.items()]
     return [
-        Column(f"LinearLGLALoss, {what}", chosen(*choice), ours=True)
-        for what, choice in LINEAR_CHOICES.items()
+        Column(name, partial(_scaled, choice), ours=True, equal=False, note="an upstream gradient of 2")
+        for name, choice in SCALED_CHOICES.items()
     ]
 
 
+# All of them
+
+
+def eager(make: Callable[..., Loss], *more: Any) -> Callable[[Shape, str], Step]:
+    """The step of a loss as it is."""
+    return lambda shape, device: step_of(make(shape, device, *more))
+
+
+def compiled(make: MakeLoss, compiler: str) -> Callable[[Shape, str], Step]:
+    """The step of a loss that is compiled as one graph, for its shape alone."""
+    return lambda shape, device: step_of(
+        torch.compile(make(shape, device), fullgraph=True, dynamic=False, backend=compiler)
+    )
+
+
 def columns_for(shape: Shape, device: str, compiler: str = "inductor") -> list[Column]:
-    """All that is measured for a shape, ours first."""
+    """All that is measured of stacked logits, or of features and class weights; ours first."""
     cuda = on_gpu(device)
     no_adjustments = "no adjustments, no AAW"
-
-    def eager(make: Callable[..., Callable[[Batch], Tensor]], *more: Any) -> Callable[[Shape, str], Step]:
-        return lambda shape, device: step_of(make(shape, device, *more))
-
-    def compiled(make: Callable[[Shape, str], Callable[[Batch], Tensor]]) -> Callable[[Shape, str], Step]:
-        # One graph, for this shape alone.
-        return lambda shape, device: step_of(
-            torch.compile(make(shape, device), fullgraph=True, dynamic=False, backend=compiler)
-        )
-
-    if shape.kind:
-        kind = KINDS[shape.kind]
-        return [
-            Column(kind.name, eager(kind.ours), ours=True),
-            Column(PLAIN, eager(kind.plain)),
-            # The training step alone, as a compiler takes seconds for each of the two.
-            Column(
-                "plain loop, compiled",
-                lambda shape, device: compiled(kind.plain)(shape, device)._replace(forward=None),
-                compiled=True,
-            ),
-        ]
 
     if shape.features is not None:
         columns = [
             Column("LinearLGLALoss", eager(linear_lgla), ours=True),
-            Column("LinearLGLALoss, compiled", compiled(linear_lgla), ours=True, compiled=True),
+            Column("LinearLGLALoss, compiled", compiled(linear_lgla, compiler), ours=True, compiled=True),
             Column("head + LGLALoss", eager(head_then_lgla), ours=True),
             Column(PLAIN, eager(linear_plain_loop)),
-            Column("plain loop, compiled", compiled(linear_plain_loop), compiled=True),
+            Column("plain loop, compiled", compiled(linear_plain_loop, compiler), compiled=True),
             Column("F.linear_cross_entropy", torch_linear, equal=False, note=no_adjustments),
         ]
         if cuda:
@@ -618,9 +496,9 @@ def columns_for(shape: Shape, device: str, compiler: str = "inductor") -> list[C
     columns = [
         Column("LGLALoss", eager(lgla), ours=True),
         Column("LGLALoss, reference", eager(lgla, "reference"), ours=True, note="plain PyTorch with checks"),
-        Column("LGLALoss, compiled", compiled(lgla), ours=True, compiled=True),
+        Column("LGLALoss, compiled", compiled(lgla, compiler), ours=True, compiled=True),
         Column(PLAIN, eager(plain_loop)),
-        Column("plain loop, compiled", compiled(plain_loop), compiled=True),
+        Column("plain loop, compiled", compiled(plain_loop, compiler), compiled=True),
         Column("paper's formula", eager(papers_formula), note="one-hot targets, log of softmax, masks"),
     ]
     if cuda:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from peers import CLONE, KINDS, PLAIN, PRODUCTS
+from peers import CLONE, PLAIN, PRODUCTS
 from rich.table import Table
 from tables import grid, machine
 
@@ -20,7 +21,10 @@ PHASES = ("forward", "forward + backward")
 #: On a GPU only.
 DEVICE, GRAPH = "device time", "CUDA graph"
 #: The columns that stand for this library where it is compared with its peers.
-DEFAULTS = ("LGLALoss", "LinearLGLALoss", "BalancedSoftmaxLoss")
+DEFAULTS = (
+    *("LGLALoss", "LinearLGLALoss"),
+    *("BalancedSoftmaxLoss", "FocalLoss", "ClassBalancedLoss", "LDAMLoss"),
+)
 
 _NUMBER = (int, float)
 _HEAD: dict[str, tuple[type, ...]] = {
@@ -60,7 +64,12 @@ ROW_FIELDS: dict[str, tuple[type, ...]] = {
     "first_step_s": (*_NUMBER, type(None)),
     "note": (str,),
 }
-MORE_ROW_FIELDS: dict[str, tuple[type, ...]] = {"share_of_limit": _NUMBER}
+#: What may be missing, as older records lack it or it says nothing.
+MORE_ROW_FIELDS: dict[str, tuple[type, ...]] = {
+    "ratio_q1": _NUMBER,
+    "ratio_q3": _NUMBER,
+    "share_of_limit": _NUMBER,
+}
 _CHOICES = {
     "suite": ("logits", "linear"),
     "dtype": ("float32", "bfloat16"),
@@ -95,6 +104,9 @@ def faults(record: Record) -> list[str]:
             found.append(f"{where}: quartiles or repetitions")
         if row["column"] == PLAIN and row["median_ms"] is not None and row["ratio_to_plain"] != 1:
             found.append(f"{where}: the plain loop is its own yardstick")
+        ratio = row["ratio_to_plain"]
+        if ratio is not None and not 0 < row.get("ratio_q1", ratio) <= ratio <= row.get("ratio_q3", ratio):
+            found.append(f"{where}: quartiles of the ratio")
         if row.get("share_of_limit", 1) <= 0:
             found.append(f"{where}: share_of_limit")
     if not record.get("rows"):
@@ -123,6 +135,11 @@ def _cells(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
     for row in rows:
         cells.setdefault((row["suite"], row["shape"], row["dtype"]), []).append(row)
     return cells
+
+
+def kind_of(row: Row) -> str:
+    """The kind of input that a row of a loss of logits names; empty for stacked logits and indices."""
+    return str(row["shape"]).partition(", ")[2] if row["suite"] == "logits" else ""
 
 
 def _rivals(rows: list[Row], row: Row) -> list[Row]:
@@ -210,7 +227,7 @@ def _time_and_ratio(row: Row | None) -> str:
 
 
 def markdown(record: Record) -> dict[str, str]:
-    """Tables by title: of both suites the times of every phase, the share of the limit, and the memory.
+    """Tables by title: of both suites the times, the share of the limit, and the memory; the kinds of input.
 
     Times are medians in milliseconds, with their ratio to the plain loop; the fastest (or the least
     memory) of the ways that compute the whole loss is bold, ours or not.
@@ -231,9 +248,41 @@ def markdown(record: Record) -> dict[str, str]:
     tables = {}
     for title, (suite, phase, quantity) in titles.items():
         rows = [row for row in record["rows"] if (row["suite"], row["phase"]) == (suite, phase)]
+        if quantity == "median_ms":
+            rows = [row for row in rows if not kind_of(row)]  # these have tables of their own
         if any(row.get(quantity) for row in rows):
             tables[title] = _markdown_table(rows, quantity)
+
+    for phase in _CHOICES["phase"]:
+        table = _kinds_table([row for row in record["rows"] if row["phase"] == phase])
+        if table:
+            tables[f"kinds of input: {phase}, times the plain loop"] = table
     return tables
+
+
+def _kinds_table(rows: list[Row]) -> str:
+    """The ratios with their quartiles and the milliseconds: a row a kind of input, a column a size."""
+    ours = [row for row in rows if row["suite"] == "logits" and row["column"] in DEFAULTS]
+    sizes = list(dict.fromkeys(_size(row) for row in ours if kind_of(row)))
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in ours:
+        if _size(row) in sizes and row["dtype"] == "float32":
+            line = lines.setdefault((kind_of(row) or "stacked logits", row["column"]), {})
+            line[_size(row)] = _ratio_and_spread(row)
+    texts = [[*names, *(line.get(size, "") for size in sizes)] for names, line in lines.items()]
+    return grid(["input", "loss", *sizes], texts, texts=2) if sizes else ""
+
+
+def _size(row: Row) -> str:
+    """Samples and classes, which all kinds of input of a size have in common."""
+    return re.sub(r".* (\d+) x \d+ x (\d+).*", r"\1 x \2", row["shape"])
+
+
+def _ratio_and_spread(row: Row) -> str:
+    if row["ratio_to_plain"] is None:
+        return ""
+    spread = f" ({row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})" if "ratio_q1" in row else ""
+    return f"{row['ratio_to_plain']:.2f}{spread}, {_figure(row['median_ms'])} ms"
 
 
 def page(record: Record) -> str:
@@ -297,9 +346,9 @@ _COLOURS = {
 }
 
 
-def _rows_to_draw(record: Record) -> list[Row]:
+def rows_to_draw(record: Record) -> list[Row]:
     """Training steps of logits as they are mostly given, beside the plain loop; of a GPU without the host."""
-    rows = [row for row in record["rows"] if not row["shape"].endswith(tuple(KINDS))]  # tables have these
+    rows = [row for row in record["rows"] if not kind_of(row)]  # a table has these
     if record["kind"] != "cuda":
         return [row for row in rows if row["phase"] == PHASES[1] and row["ratio_to_plain"]]
     steps = [row for row in rows if row["phase"] == DEVICE and row["ratio_to_plain"]]
@@ -320,7 +369,7 @@ def plot(record: Record, path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    rows = _rows_to_draw(record)
+    rows = rows_to_draw(record)
     where = " on the device" if record["kind"] == "cuda" else ""
     panels = list(dict.fromkeys((row["suite"], row["dtype"]) for row in rows))
     figure, axes = plt.subplots(

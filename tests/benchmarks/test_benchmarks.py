@@ -9,13 +9,17 @@ import sys
 import time
 from types import SimpleNamespace
 
+import choices
 import expert_layouts
+import kinds as inputs
 import losses as benchmark
 import measure
 import peers as contestants
 import pytest
 import torch
 from scripts import ROOT, load
+
+from lgla_losses import LGLALoss
 
 RECORDS = sorted((ROOT / "benchmarks" / "results").glob("losses_*.json"))
 
@@ -61,7 +65,7 @@ def test_the_quick_run_fulfils_the_contract(quick, report):
     assert {"LGLALoss", "LinearLGLALoss", "plain loop", "plain loop, compiled", "paper's formula"} <= columns
     assert {"logits.clone()", "matrix products", "floor"} <= columns
     kinds = {row["shape"].partition(" x 20, ")[2] for row in record["rows"]}
-    assert {"K tensors", "ExpertOutput", "probabilities", "sample weights", "one model"} <= kinds
+    assert {*inputs.KINDS} <= kinds
     assert record["problems"] == record["left_out"] == []
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "against the fastest peer that computes the same loss" in result.stdout
@@ -76,7 +80,45 @@ def test_its_table_holds_its_figures(quick, report):
     assert all(table in printed for table in tables.values())
     rows = [row for row in record["rows"] if row["column"] == "plain loop" and row["phase"] == "forward"]
     text = tables["logits: forward, ms (times plain loop)"]
-    assert all(f"{row['median_ms']:.3g} (1)" in text for row in rows if row["suite"] == "logits")
+    stacked = [row for row in rows if row["suite"] == "logits" and not report.kind_of(row)]
+    assert all(f"{row['median_ms']:.3g} (1)" in text for row in stacked)
+
+
+def test_a_table_sets_every_kind_of_input_beside_stacked_logits(quick, report):
+    record = json.loads(quick[0].read_text())
+    header, _, *lines = report.markdown(record)[
+        "kinds of input: forward + backward, times the plain loop"
+    ].splitlines()
+    assert header == "| input | loss | 16 x 20 |"
+    assert [line.split(" | ")[0] for line in lines] == [
+        f"| {kind}" for kind in ("stacked logits", *inputs.KINDS)
+    ]
+    (focal,) = (
+        row for row in record["rows"] if (row["column"], row["phase"]) == ("FocalLoss", measure.TRAIN)
+    )
+    ratio, low, high = (focal[key] for key in ("ratio_to_plain", "ratio_q1", "ratio_q3"))
+    cell = f"{ratio:.2f} ({low:.2f} to {high:.2f}), {focal['median_ms']:.3g} ms"
+    assert f"| one model: focal | FocalLoss | {cell} |" in lines
+
+
+def test_a_table_of_kinds_leaves_out_what_a_record_lacks(report):
+    like = {"suite": "logits", "dtype": "float32", "phase": "forward", "column": "LGLALoss", "ours": True}
+    like |= {"equal": True, "median_ms": 2.0, "ratio_to_plain": 0.5}
+    rows = [
+        {**like, "shape": "A 8 x 3 x 5"},
+        {**like, "shape": "A 8 x 3 x 5", "dtype": "bfloat16", "ratio_to_plain": 9.0},
+        {**like, "shape": "B 9 x 3 x 7"},
+        {**like, "shape": "A 8 x 3 x 5, K tensors", "median_ms": None, "ratio_to_plain": None},
+        {**like, "shape": "C 8 x 3 x 6, K tensors", "ratio_q1": 0.4, "ratio_q3": 0.6},
+    ]
+    table = report.markdown({"rows": rows})["kinds of input: forward, times the plain loop"]
+    assert table.splitlines()[0] == "| input | loss | 8 x 5 | 8 x 6 |"
+    assert table.splitlines()[2:] == [
+        "| stacked logits | LGLALoss | 0.50, 2 ms |  |",
+        "| K tensors | LGLALoss |  | 0.50 (0.40 to 0.60), 2 ms |",
+    ]
+    assert not any("kinds" in title for title in report.markdown({"rows": rows[:3]}))
+    assert report.rows_to_draw({"rows": rows[3:], "kind": "cpu"}) == []
 
 
 def test_a_page_of_a_record_tells_what_failed_and_what_is_missing(quick, report):
@@ -102,6 +144,7 @@ def test_committed_records_fulfil_the_contract(path, report):
         ({"extra": 1}, "unknown extra"),
         ({"peak_mb": float("nan")}, "not finite"),
         ({"repetitions": 1}, "repetitions"),
+        ({"ratio_q1": 9e9}, "quartiles of the ratio"),
         ({"share_of_limit": 0.0}, "share_of_limit"),
     ],
 )
@@ -145,21 +188,66 @@ def test_all_that_is_compared_by_time_is_the_same_loss(peers, features, dtype):
         torch.testing.assert_close(gradients[name], reference[1], rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("kind", contestants.KINDS)
-def test_every_kind_of_input_has_a_plain_loop_of_the_same_loss(kind):
-    shape = contestants.Shape("test", 40, 1 if kind == "one model" else 3, 30, kind=kind)
-    (batch,) = contestants.make_batches(shape, torch.float64, "cpu")
-    found = []
-    for column in contestants.columns_for(shape, "cpu", compiler="eager"):
-        step = column.make(shape, "cpu")
-        step.train(measure.without_gradients(batch))
-        loss = None if step.forward is None else step.forward(batch)
-        found.append((loss, [leaf.grad for leaf in batch.leaves]))
-    assert len(found) == 3
-    assert found[2][0] is None
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
-    for _, gradients in found[1:]:
-        torch.testing.assert_close(gradients, found[0][1], rtol=1e-5, atol=1e-6)
+KINDS = inputs.shapes_of(contestants.Shape("test", 40, 3, 30))
+
+
+def loss_and_gradients(step, batch):
+    step.train(measure.without_gradients(batch))
+    loss = None if step.forward is None else step.forward(batch)
+    return loss, [leaf.grad for leaf in batch.leaves]
+
+
+@pytest.mark.parametrize("shape", KINDS, ids=lambda shape: shape.kind)
+def test_every_kind_of_input_has_a_plain_loop_of_the_same_loss(shape):
+    (batch,) = inputs.make_batches(shape, torch.float64, "cpu")
+    columns = inputs.columns_for(shape, "cpu", compiler="eager")
+    found = {column.name: loss_and_gradients(column.make(shape, "cpu"), batch) for column in columns}
+    expected = next(found[column.name] for column in columns if column.ours)
+    for column in columns:
+        loss, gradients = found[column.name]
+        if column.equal:
+            torch.testing.assert_close(gradients, expected[1], rtol=1e-5, atol=1e-6, msg=column.name)
+        if column.equal and not column.compiled:
+            torch.testing.assert_close(loss, expected[0], rtol=1e-5, atol=0, msg=column.name)
+
+    plain, compiled = found["plain loop"], found["plain loop, compiled"]
+    assert compiled[0] is None
+    torch.testing.assert_close(compiled[1], plain[1], rtol=1e-5, atol=1e-6)
+    lacking = {column.name: column.note for column in columns if not column.equal}
+    assert lacking == (
+        dict.fromkeys(["plain loop", "plain loop, compiled"], "no AAW")
+        if shape.kind == "probabilities"
+        else {}
+    )
+
+
+def test_the_plain_loop_of_probabilities_lacks_the_hard_sample_weights_alone():
+    (shape,) = (shape for shape in KINDS if shape.kind == "probabilities")
+    (batch,) = inputs.make_batches(shape, torch.float64, "cpu")
+    loss, gradients = loss_and_gradients(
+        contestants.step_of(inputs.KINDS[shape.kind].plain.loss(shape, "cpu")), batch
+    )
+    criterion = LGLALoss(
+        contestants.class_counts(shape), 3, contestants.TAU, scale=contestants.SCALE, aaw=False
+    )
+    (logits,), (probabilities,) = batch.leaves, batch.extras
+    expected = criterion(logits, probabilities)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients, [*torch.autograd.grad(expected, logits)], rtol=1e-5, atol=1e-6)
+
+
+def test_kinds_of_input_are_the_same_in_every_run():
+    for shape in KINDS:
+        first, second = (inputs.make_batches(shape, torch.float32, "cpu", 2) for _ in range(2))
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_a_cpu_measures_every_kind_at_the_sizes_of_the_targets():
+    cells = [cell for job in benchmark.SUITES["cpu"] for cell in job.cells if cell.shape.kind]
+    sizes = {(128, 100), (256, 1000), (256, 8142)}
+    assert {(cell.shape.kind, cell.shape.samples, cell.shape.classes) for cell in cells} == {
+        (kind, *size) for kind in inputs.KINDS for size in sizes
+    }
 
 
 class _Event:
@@ -281,6 +369,18 @@ def test_a_process_measures_on_the_gpu_that_is_named(
     options = SimpleNamespace(device=device, quick=False, rows=tmp_path / "rows.json")
     assert benchmark.work(benchmark.Job([tiny], "uncompiled columns"), options) == 0
     assert (measured, stand_in_gpu) == ([device], [index])
+
+
+def test_a_plain_loop_that_does_less_is_the_yardstick_and_no_rival(stand_in_gpu, tmp_path, report):
+    (shape,) = (shape for shape in KINDS if shape.kind == "probabilities")
+    cell = benchmark.Cell(shape, (torch.float32,), launches=True)
+    found = job_on_stand_in(tmp_path, "uncompiled columns", cell)
+    rows = {(row["column"], row["phase"]): row for row in found.rows}
+    for phase in ("forward + backward", "CUDA graph"):
+        assert not rows["plain loop", phase]["equal"]
+        assert rows["plain loop", phase]["ratio_to_plain"] == 1
+    assert rows["plain loop with AAW", "forward + backward"]["equal"]
+    assert "plain loop with AAW, x" in report.verdict(found.rows, rows["LGLALoss", "forward"])
 
 
 def test_compiled_columns_are_measured_beside_the_plain_loop_that_is_there_already(
@@ -511,12 +611,12 @@ def test_choices_that_are_measured_side_by_side_give_the_same(features):
     shape = contestants.Shape("some", 5, 3, 2500, features)
     columns = contestants.other_choices(shape)
     assert len(columns) == (2 if features is None else 3)
-    fused, linear = contestants.fused, contestants.linear
-    before = fused._AT_ONCE, linear._ADD_AT_ONCE, linear._CHUNK_BYTES
+    autograd, linear = choices.autograd, choices.linear
+    before = autograd._AT_ONCE, linear._ADD_AT_ONCE, linear._CHUNK_BYTES
     gradients = []
     for column in columns:
         (batch,) = contestants.make_batches(shape, torch.float32, "cpu")
         column.make(shape, "cpu").train(batch)
         gradients.append([leaf.grad for leaf in batch.leaves])
     torch.testing.assert_close(gradients[1:], gradients[:1] * (len(columns) - 1))
-    assert before == (fused._AT_ONCE, linear._ADD_AT_ONCE, linear._CHUNK_BYTES)
+    assert before == (autograd._AT_ONCE, linear._ADD_AT_ONCE, linear._CHUNK_BYTES)

@@ -264,7 +264,7 @@ def problems():
 
 
 def test_a_check_that_crashes_or_fails_stops_no_other(tmp_path):
-    for name in ("arguments.py", "gpu_check.py"):
+    for name in ("arguments.py", "choices.py", "gpu_check.py"):
         shutil.copy(ROOT / "benchmarks" / name, tmp_path)
     shutil.copy(ROOT / "benchmarks" / "gpu_problems.py", tmp_path / "gpu_problems_of_the_project.py")
     (tmp_path / "gpu_problems.py").write_text(PROBLEMS)
