@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lgla_losses import functional
 from lgla_losses._checks import (
+    FLOATING,
     WAY_OUT,
     computable_tensor,
     dense_tensor,
@@ -39,6 +40,8 @@ class Batch(NamedTuple):
         features: inputs of the classifiers ``[*B, K, d]``, or None.
         weight: weights of the classifiers ``[K, C, d]``, or None.
         sample_weight: how many times each sample counts ``[*B]``, or None.
+        is_soft: whether the targets are probabilities.
+        is_map: whether the samples have several dimensions.
     """
 
     logits: Sequence[Tensor]
@@ -46,6 +49,8 @@ class Batch(NamedTuple):
     features: Tensor | None = None
     weight: Tensor | None = None
     sample_weight: Tensor | None = None
+    is_soft: bool = False
+    is_map: bool = False
 
     @classmethod
     def of_experts(
@@ -65,7 +70,7 @@ class Batch(NamedTuple):
                 raise ValueError("features, weight: expected none beside an ExpertOutput, which holds them")
             output, features, weight = output
         logits = check_logits(output, table.shape[0], table.shape[1], maps=True)
-        blocks = [logits] if isinstance(logits, Tensor) else [expert.unsqueeze(1) for expert in logits]
+        blocks = (logits,) if isinstance(logits, Tensor) else [expert.unsqueeze(1) for expert in logits]
 
         if (features is None) != (weight is None):
             raise ValueError("features, weight: expected both or neither, got one; Eq. 7 needs both")
@@ -78,14 +83,15 @@ class Batch(NamedTuple):
         cls,
         output: ExpertOutput | ExpertLogits,
         target: Tensor,
-        constant: Tensor | None,
+        num_classes: int | None,
         sample_weight: Tensor | None = None,
+        constant: Tensor | None = None,
     ) -> Batch:
-        """Take the logits of one model or of K experts, of as many classes as the constant has."""
+        """Take the logits of one model or of K experts, for a loss that holds the constant."""
         dims = 1
         if isinstance(target, Tensor):
             dims = target.dim() - int(target.is_floating_point())
-        blocks = expert_blocks(output, None if constant is None else len(constant), dims)
+        blocks = expert_blocks(output, num_classes, dims)
         return cls._arranged(blocks, target, None, None, sample_weight, constant)
 
     @classmethod
@@ -109,7 +115,7 @@ class Batch(NamedTuple):
         same_device(
             features=features, target=target, weight=weight, sample_weight=sample_weight, criterion=table
         )
-        return cls((), target, features, weight, sample_weight)
+        return cls((), target, features, weight, sample_weight, target.is_floating_point())
 
     @classmethod
     def _arranged(
@@ -123,11 +129,14 @@ class Batch(NamedTuple):
     ) -> Batch:
         """Check what comes with logits ``[N, k, C, *S]``, and bring all samples to the front."""
         first = blocks[0]
-        samples = [first.shape[0], *first.shape[3:]]
-        if isinstance(target, Tensor) and target.is_floating_point() and target.dim() == len(samples) + 1:
-            probability_tensor(target, samples, first.shape[2])
-        else:
-            target_tensor(target, samples)
+        samples = first.shape[:1] + first.shape[3:]
+        is_soft, is_map = False, len(samples) > 1
+        if not (isinstance(target, Tensor) and target.dtype == torch.int64 and target.shape == samples):
+            is_soft = isinstance(target, Tensor) and target.is_floating_point()
+            if is_soft and target.dim() == len(samples) + 1:
+                probability_tensor(target, samples, first.shape[2])
+            else:
+                target_tensor(target, samples)
         if sample_weight is not None:
             sample_weight_tensor(sample_weight, samples)
         if features is not None and weight is not None:
@@ -142,41 +151,19 @@ class Batch(NamedTuple):
             criterion=constant,
         )
 
-        if len(samples) > 1:
+        if is_map:
             blocks = [block.movedim((1, 2), (-2, -1)) for block in blocks]
             features = None if features is None else features.movedim((1, 2), (-2, -1))
-            target = target.movedim(1, -1) if target.is_floating_point() else target
-        return cls(blocks, target, features, weight, sample_weight)
-
-    @property
-    def first(self) -> Tensor:
-        """What tells dtype, device and, of logits, the number of classes."""
-        return self.logits[0] if self.logits or self.features is None else self.features
-
-    def tensors(self) -> list[Tensor | None]:
-        """List all that an engine would read."""
-        return [*self.logits, self.target, self.features, self.weight, self.sample_weight]
-
-    @property
-    def is_soft(self) -> bool:
-        """Whether the targets are probabilities."""
-        return self.target.is_floating_point()
-
-    @property
-    def is_map(self) -> bool:
-        """Whether the samples have several dimensions."""
-        return self.target.dim() > (2 if self.is_soft else 1)
-
-    def own_class(self, ignore_index: int) -> Tensor:
-        """Give the class indices; ignored samples have no class, so any stands in, as their weight is 0."""
-        # A launch less than torch.where, which first makes a tensor of the 0.
-        return self.target * (self.target != ignore_index)
+            target = target.movedim(1, -1) if is_soft else target
+        return cls(blocks, target, features, weight, sample_weight, is_soft, is_map)
 
     def weights_of_experts(self, num_experts: int) -> Tensor | None:
         """Give the samples' weights for every expert ``[*B, K]``, or None."""
         if self.sample_weight is None:
             return None
-        weights = self.sample_weight.to(functional.compute_dtype(self.first.dtype))
+        like = self.logits[0] if self.logits else self.features
+        assert like is not None
+        weights = self.sample_weight.to(functional.compute_dtype(like.dtype))
         return weights[..., None].expand(*weights.shape, num_experts)
 
     def angles(self, scale: float | None) -> Angles:
@@ -193,7 +180,7 @@ class Batch(NamedTuple):
                 "a linear head (scale=None) do not give the angles of Eq. 7; pass them as "
                 "criterion(logits, target, features=f, weight=w) or an ExpertOutput, or set aaw=False"
             )
-        return Angles([block.detach() for block in self.logits], scale)
+        return Angles(tuple(map(Tensor.detach, self.logits)), scale)
 
     def check_weights(self) -> None:
         """Raise for weights and probabilities that are wrong, which need not show in the loss; reads them."""
@@ -211,7 +198,7 @@ class Batch(NamedTuple):
         """
         self.check_weights()
         if not self.is_soft:
-            target_values(self.target, num_classes or self.first.shape[-1], ignore_index)
+            target_values(self.target, num_classes or self.logits[0].shape[-1], ignore_index)
         if self.features is not None and self.weight is not None:
             if self.is_soft:
                 finite_tensors(features=self.features, weight=self.weight)
@@ -279,6 +266,10 @@ def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool 
 
     With ``maps`` they may have further dimensions, as ``[N, K, C, H, W]``.
     """
+    # What is usual first, in one look.
+    usual = type(logits) is Tensor and logits.dim() == 3 and logits.shape[1:] == (num_experts, num_classes)
+    if usual and logits.dtype in FLOATING and logits.layout == torch.strided:  # type: ignore[attr-defined]
+        return logits  # type: ignore[return-value]
     if isinstance(logits, Sequence) and not isinstance(logits, str):
         experts = [_expert_tensor(f"logits[{k}]", v, "[N, C]", maps) for k, v in enumerate(logits)]
         got = f"{len(experts)} tensors of shapes {[list(v.shape) for v in experts]}"
@@ -332,6 +323,10 @@ def expert_blocks(
     """
     if isinstance(output, ExpertOutput):
         output = output.logits
+    # What is usual first, in one look.
+    usual = type(output) is Tensor and output.dtype in FLOATING and output.layout == torch.strided
+    if usual and output.dim() == num_samples_dims + 1 == 2 and output.shape[1] == num_classes:
+        return [output.unsqueeze(1)]
     if isinstance(output, Sequence) and not isinstance(output, str):
         if num_classes is None:
             # check_logits has the experts agree with the first.

@@ -45,9 +45,12 @@ class ConstantBuffers(nn.Module):
         Where :func:`torch.func.functional_call` puts a tensor in its place, that tensor.
         """
         buffer: Tensor = self._buffers[name]  # type: ignore[assignment]
-        if buffer is not self._shown[name] or is_exporting():
+        if buffer is not self._shown[name]:
             return buffer
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            if is_exporting():
+                return buffer
+        elif self._assigned or buffer._version != self._writes[name]:
             self._take_from_outside(name)
         exact = self._exact[name]
         if exact.device != buffer.device:  # FSDP moves buffers by itself

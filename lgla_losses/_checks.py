@@ -226,8 +226,18 @@ def sample_weight_values(sample_weight: Tensor) -> None:
 
 def same_device(**tensors: Tensor | None) -> None:
     """All tensors given lie on one device."""
+    first = None
+    for tensor in tensors.values():
+        if tensor is None:
+            continue
+        if first is None:
+            first = tensor.device
+        elif tensor.device != first:
+            break
+    else:
+        return
     devices = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(devices.values())) > 1:
+    if devices:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(
             f"expected all tensors on one device, got {where}; move the inputs with .to(device), "

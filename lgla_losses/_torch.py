@@ -9,36 +9,44 @@ from torch.nn.modules import module
 
 __all__ = [
     "DisableTorchFunctionSubclass",
-    "is_being_traced",
     "is_mapped",
     "is_watched",
     "is_wrapped",
-    "takes_forward_derivatives",
+    "unfit",
     "values_readable",
 ]
 
 _EVERY_MODULES_HOOKS = module._global_forward_hooks, module._global_forward_pre_hooks
 
 
-def is_being_traced() -> bool:
-    """Say whether :func:`torch.jit.trace`, or a mode as that of ``make_fx``, watches every operation."""
-    return torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+def unfit(*inputs: Tensor | None) -> str | None:
+    """Say why no engine takes such tensors, or None: an engine reads memory, and nobody sees it do so."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0:
+        return "operations are being traced"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "it has no forward-mode derivative"
 
-
-def takes_forward_derivatives() -> bool:
-    """Say whether forward-mode derivatives are on."""
-    return torch.autograd.forward_ad._current_level >= 0
+    for tensor in inputs:
+        if tensor is None:
+            continue
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return f"it takes plain tensors, got one of type {type(tensor).__name__}"
+        if _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor):
+            return "it does not run under torch.func transforms"
+        if tensor.is_meta or tensor.is_neg():
+            return "it reads memory, got a tensor without any, or one that is a negated view of it"
+    return None
 
 
 def is_wrapped(tensor: Tensor) -> bool:
     """Say whether a tensor stands for another in a transform of :mod:`torch.func`."""
-    return _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+    return _functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_mapped() -> bool:
     """Say whether :func:`torch.vmap` maps a function over a batch, whose values have no number each."""
-    if _functorch.peek_interpreter_stack() is None:
-        return False
     vmap = _functorch.TransformType.Vmap
     return any(level.key() == vmap for level in _functorch.get_interpreter_stack())
 
@@ -50,7 +58,9 @@ def values_readable(tensor: Tensor, validate_args: bool | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return validate_args is True
-    if validate_args is False or tensor.is_meta or is_mapped():
+    if validate_args is False or tensor.is_meta:
+        return False
+    if _functorch.peek_interpreter_stack() is not None and is_mapped():
         return False
     return validate_args is True or tensor.device.type == "cpu"
 

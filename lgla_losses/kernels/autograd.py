@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lgla_losses import functional
-from lgla_losses._torch import is_being_traced, is_wrapped, takes_forward_derivatives
+from lgla_losses._torch import unfit
 from lgla_losses.kernels import Engine, Rows, chunked, native
 
 logger = logging.getLogger(__name__)
@@ -29,28 +29,17 @@ logger = logging.getLogger(__name__)
 Inputs: TypeAlias = Sequence[Any]
 
 
-def choose_engine(
-    backend: str, device: torch.device, *inputs: Tensor | None, learns: bool = False
-) -> Engine | None:
-    """Choose what computes for a backend; None stands for plain PyTorch.
-
-    Args:
-        backend: by name.
-        device: of the logits.
-        inputs: all that is computed with.
-        learns: whether the constants want a gradient, which no engine gives.
+def choose_engine(backend: str, device: torch.device, unfit: str | None) -> Engine | None:
+    """Choose what computes for a backend, unless the inputs are ``unfit``; None stands for plain PyTorch.
 
     Raises:
         ValueError: an explicit backend cannot run; the message says why.
     """
-    if backend == "reference":
-        return None
-    why = "the adjustments are constant to it, and these want a gradient" if learns else unfit(*inputs)
-    if why is None:
+    if backend == "reference" or unfit is None:
         return engine_for(backend, device)
     if backend != "auto":
-        raise ValueError(f"backend: {backend!r} cannot run, as {why}; 'auto' takes what can")
-    log_once(f"backend 'auto' takes 'reference', as {why}")
+        raise ValueError(f"backend: {backend!r} cannot run, as {unfit}; 'auto' takes what can")
+    log_once(f"backend 'auto' takes 'reference', as {unfit}")
     return None
 
 
@@ -78,26 +67,6 @@ def engine_for(backend: str, device: torch.device) -> Engine | None:
     elif backend == "auto":
         log_once(f"there is no engine for {device.type}; plain PyTorch runs instead")
     return chunked if backend == "fused" else None
-
-
-def unfit(*inputs: Tensor | None) -> str | None:
-    """Say why no engine takes such tensors, or None: an engine reads memory, and nobody sees it do so."""
-    if torch.compiler.is_compiling():
-        return None
-    if is_being_traced():
-        return "operations are being traced"
-    if takes_forward_derivatives():
-        return "it has no forward-mode derivative"
-    for tensor in inputs:
-        if tensor is None:
-            continue
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-            return f"it takes plain tensors, got one of type {type(tensor).__name__}"
-        if is_wrapped(tensor):
-            return "it does not run under torch.func transforms"
-        if tensor.is_meta or tensor.is_neg():
-            return "it reads memory, got a tensor without any, or one that is a negated view of it"
-    return None
 
 
 def triton_missing(device: torch.device | None = None) -> str | None:
@@ -155,7 +124,7 @@ _AT_ONCE = True
 
 def evaluate(problem: Problem, *inputs: Tensor | None) -> Tensor:
     """Compute the loss; its graph, where a gradient can be asked for, holds the gradients themselves."""
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
+    if torch.is_grad_enabled():
         loss: Tensor = _Fused.apply(problem, *inputs)  # type: ignore[no-untyped-call]
         return loss
     return problem.run(inputs, [False] * len(inputs))[0]
@@ -165,13 +134,16 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: Problem, *inputs: Tensor | None) -> Tensor:
         wanted, rows = ctx.needs_input_grad[1:], problem.rows
-        at_once = _AT_ONCE and rows.reduce and not any(map(_is_half, inputs))
+        at_once = _AT_ONCE and rows.reduce and inputs[0].dtype != torch.float16  # type: ignore[union-attr]
         loss, gradients, state = problem.run(inputs, wanted if at_once else [False] * len(inputs))
 
         ctx.problem, ctx.gradients = problem, gradients if at_once else None
         # Saved, so that a change of any before `backward` needs it raises there. What was made in
         # inference mode knows of no changes, and cannot be saved.
-        constants = [v for v in rows if isinstance(v, Tensor) and not v.is_inference()]
+        constants = []
+        for value in rows[:6]:
+            if isinstance(value, Tensor) and not value.is_inference():
+                constants.append(value)
         ctx.save_for_backward(state, *inputs, *constants)
         return loss
 
@@ -192,10 +164,6 @@ class _Fused(torch.autograd.Function):
             if gradient is not None:
                 problem.engine.rescale_(gradient, upstream)
         return None, *gradients
-
-
-def _is_half(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.dtype == torch.float16
 
 
 def _differentiable_gradients(
@@ -239,7 +207,10 @@ class CrossEntropy(NamedTuple):
         self, inputs: Inputs, wanted: Sequence[bool]
     ) -> tuple[Tensor, Sequence[Tensor | None], Tensor | None]:
         """Compute the loss, as in :class:`Problem`."""
-        gradients = [torch.empty_like(v) if w else None for v, w in zip(inputs, wanted, strict=True)]
+        gradients: list[Tensor | None] = [None] * len(inputs)
+        for i, logits in enumerate(inputs):
+            if wanted[i]:
+                gradients[i] = torch.empty_like(logits)
         loss, state = self.engine.forward(inputs, self.rows, gradients)
         return loss, gradients, state
 

@@ -26,7 +26,7 @@ from lgla_losses._checks import (
 )
 from lgla_losses._counts import ArrayLike
 from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size, refuse_data_parallel
-from lgla_losses._torch import is_watched, values_readable
+from lgla_losses._torch import is_watched, unfit, values_readable
 from lgla_losses.grouping import ClassGrouper
 from lgla_losses.kernels import Engine, Rows, Samples, chunked, operators
 from lgla_losses.kernels.autograd import Problem, choose_engine, evaluate, total
@@ -98,47 +98,66 @@ class Loss(nn.Module):
 
     # --- Before a batch is computed with ------------------------------------------------------------------
 
-    def _step(self, batch: Batch, normalizer: float | Tensor | None) -> tuple[Engine | None, Ranks, bool]:
-        """Choose what computes and with whom, and whether values are looked at, later if that is possible.
+    def _step(
+        self, batch: Batch, normalizer: float | Tensor | None, *constants: Tensor | None
+    ) -> tuple[Engine | None, Ranks, bool]:
+        """Choose what computes and with whom, and whether values are looked at.
+
+        Args:
+            batch: what is given.
+            normalizer: divisor of a mean, or None.
+            constants: what the loss reads of its own.
 
         Returns:
             The engine, None for plain PyTorch; the ranks; whether a loss that is not finite is explained.
+
+        Raises:
+            ValueError: values are wrong which need not show in the loss, or cannot be told later.
         """
         target = batch.target
-        normalizer_value(normalizer, self.reduction, self.validate_args, target.device)
-        engine = self._engine(batch, normalizer)
+        if normalizer is not None:
+            normalizer_value(normalizer, self.reduction, self.validate_args, target.device)
+        engine = self._engine(batch, normalizer, *constants)
         readable = values_readable(target, self.validate_args)
         ranks = self._ranks_of_step(target, readable)
+        if not readable:
+            return engine, ranks, False
+
         # Other ranks wait for this one's numbers; and PyTorch has errors of its own.
         first = ranks.number > 1 or engine is None or torch.compiler.is_compiling()
-        if readable and (first or self._explains_first):
-            try:
-                self._explain(batch)
-            except ValueError as problem:
-                if ranks.number == 1:
-                    raise
-                told = self._numbers_summed() if self._communicates(normalizer, ranks) else 0
-                ranks.refuse(problem, told, target.device)
-            readable = False
-        elif readable:
-            batch.check_weights()
-        return engine, ranks, readable
+        if not (first or self._explains_first):
+            if batch.is_soft or batch.sample_weight is not None:
+                batch.check_weights()
+            return engine, ranks, True
+        try:
+            self._explain(batch)
+        except ValueError as problem:
+            if ranks.number == 1:
+                raise
+            told = self._numbers_summed() if self._communicates(normalizer, ranks) else 0
+            ranks.refuse(problem, told, target.device)
+        return engine, ranks, False
 
-    def _engine(self, batch: Batch, normalizer: float | Tensor | None) -> Engine | None:
+    def _engine(
+        self, batch: Batch, normalizer: float | Tensor | None, *constants: Tensor | None
+    ) -> Engine | None:
         """Choose what computes; None stands for plain PyTorch."""
-        first, constants = batch.first, self._constants()
-        if torch.compiler.is_compiling() and self._is_seen_through(batch):
+        device, compiling = batch.target.device, torch.compiler.is_compiling()
+        if self.backend == "reference" or (compiling and self._is_seen_through(batch)):
             return None
-        if any(constant.requires_grad for constant in constants):
-            # torch.func.functional_call puts such a one in the place of a constant.
-            return choose_engine(self.backend, first.device, *constants, learns=True)
+        inputs = batch.logits, batch.target, batch.features, batch.weight, batch.sample_weight
         others = normalizer if isinstance(normalizer, Tensor) else None
-        engine = choose_engine(self.backend, first.device, *batch.tensors(), *constants, others)
+        why = unfit(*inputs[0], *inputs[1:], *constants, others)
+        for constant in constants:
+            # torch.func.functional_call puts such a one in the place of a constant.
+            if constant is not None and constant.requires_grad and not isinstance(constant, nn.Parameter):
+                why = "the adjustments are constant to it, and these want a gradient"
+        engine = choose_engine(self.backend, device, why)
         return Blockwise(engine) if engine is not None and batch.is_map else engine
 
     def _is_seen_through(self, batch: Batch) -> bool:
         """Say whether a compiler had better see PyTorch's own operations."""
-        return batch.is_map or (self.backend == "auto" and batch.first.shape[-1] < WORTH_AN_OPERATOR)
+        return batch.is_map or (self.backend == "auto" and batch.logits[0].shape[-1] < WORTH_AN_OPERATOR)
 
     def _ranks_of_step(self, target: Tensor, readable: bool) -> Ranks:
         """Say whose samples the step is over, and what this rank tells the others.
@@ -177,8 +196,6 @@ class Loss(nn.Module):
 
     def _summed(self, values: Tensor, ranks: Ranks) -> Tensor:
         """Add the parts ``[B, ...]`` of this step's numbers up over the ranks: ``[1, ...]``."""
-        if ranks.number == 1:
-            return values
         values = ranks.sum(values.sum(dim=0, keepdim=True))
         if ranks.digest:  # else nothing is written, which exporters would take for a side effect
             self._compared = True
@@ -202,7 +219,7 @@ class Loss(nn.Module):
         if self.reduction != "mean":
             return None
         if normalizer is not None:
-            return scalar_on(batch.target.device, normalizer, functional.compute_dtype(batch.first.dtype))
+            return scalar_on(batch.target.device, normalizer, functional.widest_dtype(batch.target.device))
         return samples
 
     def _evaluated(
@@ -231,7 +248,8 @@ class Loss(nn.Module):
         elif torch.compiler.is_compiling():
             loss = operator(inputs, rows, self.backend)
         else:
-            loss = evaluate(problem(engine, rows), *_joined(inputs))
+            inputs = _joined(inputs) if len(inputs) > 1 else inputs
+            loss = evaluate(problem(engine, rows), *inputs)
         return total(loss, divisor) if mean and not reduce else loss
 
     def _explain_unless_finite(self, batch: Batch, loss: Tensor) -> None:
@@ -345,7 +363,7 @@ class ExpertLoss(Loss):
     @property
     def num_experts(self) -> int:
         """Number of experts ``K``."""
-        return self.adjuster.num_experts
+        return self.adjuster.constant("table").shape[0]
 
     @property
     def num_classes(self) -> int:
@@ -370,26 +388,23 @@ class ExpertLoss(Loss):
         batch.explain(self.ignore_index, num_classes=self.num_classes)
 
     def _weights(
-        self, engine: Engine | None, batch: Batch, ranks: Ranks
+        self, engine: Engine | None, batch: Batch, ranks: Ranks, group_index: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """Compute Eqs. 7 and 8: the weights ``[*B, K]`` or None, and the number of samples if it is known."""
+        num_experts, compiling = self.num_experts, torch.compiler.is_compiling()
         if not self.aaw:
-            return batch.weights_of_experts(self.num_experts), None
-        grouper, compiling = self.grouper, torch.compiler.is_compiling()
-        group_index = grouper.constant("group_index")
-        samples = Samples(
-            batch.target, group_index, grouper.num_groups, batch.sample_weight, self.ignore_index
-        )
+            return batch.weights_of_experts(num_experts), None
+        samples = Samples(batch.target, group_index, num_experts - 1, batch.sample_weight, self.ignore_index)
         angles = batch.angles(self.scale)
         if compiling and engine is not None and ranks.number == 1 and not batch.is_soft:
-            return operators.angular_weights(angles, samples, self.backend, self.num_experts)
+            return operators.angular_weights(angles, samples, self.backend, num_experts)
         if engine is None or compiling:
             engine = _chunked(batch)
         if batch.is_soft and batch.features is not None:  # whose angles to all classes are many
             engine = Blockwise(engine)
 
         angles, parts = engine.statistics(angles, samples)  # Eq. 7
-        parts = self._summed(parts, ranks)
+        parts = self._summed(parts, ranks) if ranks.number > 1 else parts
         weights, number = engine.weights(angles, samples, parts, ranks.number)  # Eq. 8
         if angles.angles is not None and (
             is_watched(self.weighter) or type(self.weighter) is not AAWWeighter
@@ -415,7 +430,7 @@ def _chunked(batch: Batch) -> Engine:
 def _joined(inputs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """Join logits of K tensors that are few: a copy takes less time than a kernel for each."""
     first = inputs[0]
-    if len(inputs) == 1 or first is None or any(v is None or v.shape != first.shape for v in inputs):
+    if first is None or any(v is None or v.shape != first.shape for v in inputs):
         return inputs
     if len(inputs) * first.numel() >= _WORTH_JOINING.get(first.device.type, 0):
         return inputs

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
+from lgla_losses import functional
 from lgla_losses._batch import Batch
 from lgla_losses._buffers import ConstantBuffers, same_constants, scalar
 from lgla_losses._counts import ArrayLike, as_class_counts, as_class_weight
@@ -44,7 +45,7 @@ class AdjustedLoss(ConstantBuffers, Loss):
 
     Here :math:`q` is 1 for the class of a sample, or its class probabilities, smoothed but for the margin. A
     subclass gives the constants :math:`T` and :math:`w` by :meth:`constants`, the margins :math:`m`, the
-    exponent :math:`\gamma`, and what :math:`a` does to the logits.
+    exponent :math:`\gamma`, and the factors of the logits, :math:`a`.
 
     Args:
         class_counts: training samples per class ``[C]``, positive; None for a loss that needs none.
@@ -104,7 +105,11 @@ class AdjustedLoss(ConstantBuffers, Loss):
             counts = as_class_counts(class_counts).double()
             self._keep_all(self._all_constants(counts, self._numbers))
         if class_weight is not None:
-            self._keep("own_class_weight", as_class_weight(class_weight, self._of_classes()))
+            of_classes = self._exact.get("class_counts")
+            self._keep("own_class_weight", as_class_weight(class_weight, of_classes))
+        first = next(iter(self._exact.values()), None)
+        self._num_classes = None if first is None else len(first)
+        self._divides_by_weights = self.divides_by_weights or list(self._exact)[-1:] == ["own_class_weight"]
 
     def constants(self, counts: Tensor, **numbers: float) -> dict[str, Tensor]:
         """Compute what the loss holds of the class counts.
@@ -114,8 +119,8 @@ class AdjustedLoss(ConstantBuffers, Loss):
             numbers: as the constructor was given.
 
         Returns:
-            ``table`` (:math:`T`) and ``class_weight`` (:math:`w`), float64 ``[C]``, each optional, and
-            further constants of the subclass.
+            ``table`` (:math:`T`), ``class_weight`` (:math:`w`) and ``multiplier`` (the factor of the logits),
+            float64 ``[C]``, each optional, and further constants of the subclass.
         """
         return {}
 
@@ -212,21 +217,25 @@ class AdjustedLoss(ConstantBuffers, Loss):
             sample_weight: as in :meth:`LGLALoss.forward <lgla_losses.LGLALoss.forward>`.
             normalizer: as in :meth:`LGLALoss.forward <lgla_losses.LGLALoss.forward>`.
         """
-        batch = Batch.of_any(output, target, self._of_classes(), sample_weight)
-        engine, ranks, readable = self._step(batch, normalizer)
+        table, class_weight, margin = self._terms()
+        criterion = table if table is not None else class_weight
+        batch = Batch.of_any(output, target, self._num_classes, sample_weight, criterion)
+        engine, ranks, readable = self._step(batch, normalizer, table, class_weight, margin)
 
-        logits = [self._adjusted(block) for block in batch.logits]
-        num_experts = sum(block.shape[-2] for block in logits)
-        table, class_weight = self._optional("table"), self._class_weight()
+        logits = batch.logits
+        if "multiplier" in self._exact:
+            multiplier = self.constant("multiplier").to(functional.compute_dtype(logits[0].dtype))
+            logits = [block * multiplier for block in logits]
+        num_experts = logits[0].shape[-2] if len(logits) == 1 else len(logits)
+        weights = None if batch.sample_weight is None else batch.weights_of_experts(num_experts)
+        counted = class_weight if self._divides_by_weights else None
         rows = Rows(
             batch.target,
             table=None if table is None else table.expand(num_experts, -1),
-            weights=batch.weights_of_experts(num_experts),
-            divisor=self._divisor(
-                engine, batch, ranks, normalizer, None, class_weight if self._divides_by_weights() else None
-            ),
+            weights=weights,
+            divisor=self._divisor(engine, batch, ranks, normalizer, class_weight=counted),
             class_weight=class_weight,
-            margin=self._margin(),
+            margin=margin,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             gamma=self.focusing,
@@ -241,35 +250,17 @@ class AdjustedLoss(ConstantBuffers, Loss):
         # nn.Module declares it as returning Any.
         __call__ = forward
 
-    def _divides_by_weights(self) -> bool:
-        """Say whether ``"mean"`` divides by the sum of the samples' weights, not by their number."""
-        return self.divides_by_weights or (
-            "own_class_weight" in self._exact and "class_weight" not in self._exact
-        )
-
-    def _optional(self, name: str) -> Tensor | None:
-        """A constant, or None for a loss without it."""
-        return self.constant(name) if name in self._exact else None
-
-    def _of_classes(self) -> Tensor | None:
-        """A constant that tells the number of classes, or None."""
-        return self._optional("class_counts" if "class_counts" in self._exact else "own_class_weight")
+    def _terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Give what the loss reads of the classes ``[C]``: adjustments, weights and margins, or None."""
+        table = self.constant("table") if "table" in self._exact else None
+        weight = self.constant("class_weight") if "class_weight" in self._exact else None
+        if "own_class_weight" in self._exact:
+            own = self.constant("own_class_weight")
+            weight = own if weight is None else weight * own
+        return table, weight, None
 
     def _constants(self) -> list[Tensor]:
         return [self.constant(name) for name in self._exact]
-
-    def _adjusted(self, logits: Tensor) -> Tensor:
-        """The logits ``[*B, k, C]`` but for what the table adds."""
-        return logits
-
-    def _margin(self) -> Tensor | None:
-        """What is taken off the logits of targets ``[C]``, or None for zeros."""
-        return None
-
-    def _class_weight(self) -> Tensor | None:
-        """Weights of the classes ``[C]``, or None for ones."""
-        made, own = self._optional("class_weight"), self._optional("own_class_weight")
-        return made * own if made is not None and own is not None else own if made is None else made
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""

@@ -59,12 +59,9 @@ class FocalLoss(AdjustedLoss):
         if alpha is not None:
             options["class_weight"] = _own_weight(alpha, options)
         super().__init__(**options)
-        self._has_alpha = alpha is not None
+        self._divides_by_weights &= alpha is None
         expected = "a finite number >= 0 (class counts are an argument of ClassBalancedLoss)"
         self.focusing = finite_float("gamma", gamma, low=0.0, high=math.inf, expected=expected)
-
-    def _divides_by_weights(self) -> bool:
-        return super()._divides_by_weights() and not self._has_alpha
 
 
 class ClassBalancedLoss(AdjustedLoss):
@@ -222,9 +219,6 @@ class VSLoss(LogitAdjustedLoss):
         """The factors of the logits ``[C]``."""
         return self._read("multiplier")
 
-    def _adjusted(self, logits: Tensor) -> Tensor:
-        return logits * self.constant("multiplier").to(functional.compute_dtype(logits.dtype))
-
 
 class LDAMLoss(AdjustedLoss):
     r"""Label-distribution-aware margin loss, with deferred re-weighting (DRW).
@@ -316,13 +310,12 @@ class LDAMLoss(AdjustedLoss):
             raise ValueError(f"reweighting: expected 0 or 1, got {float(enabled):.4g}")
         return super()._restored(state, state_dict, prefix)
 
-    def _class_weight(self) -> Tensor | None:
-        own = super()._class_weight()
-        # The flag stays on its device: no step waits for it, and a compiled one sees it change.
-        return None if own is None else torch.where(self.constant("reweighting") > 0, own, 1.0)
-
-    def _margin(self) -> Tensor:
-        return self.scale * self.constant("margins")
+    def _terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        table, weight, _ = super()._terms()
+        if weight is not None:
+            # The flag stays on its device: no step waits for it, and a compiled one sees it change.
+            weight = torch.where(self.constant("reweighting") > 0, weight, 1.0)
+        return table, weight, self.scale * self.constant("margins")
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""

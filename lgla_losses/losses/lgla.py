@@ -111,6 +111,7 @@ class LGLALoss(ExpertLoss):
                 of ranks; exact without ``aaw``, whose references are those of each micro-batch.
         """
         table = self.adjuster.constant("table")
+        group_index = self.adjuster.grouper.constant("group_index")
         batch = Batch.of_experts(
             output,
             target,
@@ -120,9 +121,9 @@ class LGLALoss(ExpertLoss):
             sample_weight=sample_weight,
             needs_angles=self.aaw,
         )
-        engine, ranks, readable = self._step(batch, normalizer)
+        engine, ranks, readable = self._step(batch, normalizer, table, group_index)
 
-        weights, samples = self._weights(engine, batch, ranks)  # Eqs. 7 and 8
+        weights, samples = self._weights(engine, batch, ranks, group_index)  # Eqs. 7 and 8
         rows = Rows(
             batch.target,
             table=table,
@@ -135,7 +136,8 @@ class LGLALoss(ExpertLoss):
 
         if readable:
             self._explain_unless_finite(batch, loss)
-        self._look_at_scale(batch)
+        if self.aaw and batch.features is None and values_readable(target, self.validate_args):
+            self._look_at_scale(batch)
         return loss
 
     if TYPE_CHECKING:
@@ -144,19 +146,16 @@ class LGLALoss(ExpertLoss):
 
     def _look_at_scale(self, batch: Batch) -> None:
         """Warn once of logits that are no cosines'; look at every batch whose number is a power of two."""
-        if self.scale is None or not self.aaw or batch.features is not None or torch.compiler.is_compiling():
+        seen = self._batches + 1
+        if self.scale is None or seen == 0 or torch.compiler.is_compiling():
             return
-        if not values_readable(batch.target, self.validate_args):
-            return
-        if self._batches < 0:  # once warned
-            return
-        self._batches += 1
-        if self._batches & (self._batches - 1):
+        self.__dict__["_batches"] = seen  # an attribute of a module takes longer to set
+        if seen & (seen - 1):
             return
         largest = batch.largest_target_logit(self.ignore_index)
         if largest <= 1.05 * self.scale:
             return
-        self._batches = -1
+        self._batches = -1  # once warned
         warnings.warn(
             f"a target logit of {largest:.4g} exceeds scale={self.scale}: these are no "
             "cosine logits, so their angles, and with them the adaptive angular weights, are wrong; with "

@@ -11,9 +11,8 @@ from lgla_losses._batch import Batch
 from lgla_losses._checks import WAY_OUT, finite_tensors, floating_tensor, same_device, target_values
 from lgla_losses._counts import ArrayLike
 from lgla_losses._ranks import Ranks
-from lgla_losses._torch import values_readable
+from lgla_losses._torch import unfit, values_readable
 from lgla_losses.kernels import Engine, Rows, chunked
-from lgla_losses.kernels.autograd import unfit
 from lgla_losses.kernels.linear import LinearCrossEntropy, as_autocast_would
 from lgla_losses.kernels.operators import linear_cross_entropy
 from lgla_losses.losses._base import ExpertLoss
@@ -88,9 +87,10 @@ class LinearLGLALoss(ExpertLoss):
         table = self.adjuster.constant("table")
         batch = Batch.of_features(features, weight, target, table, sample_weight)
         self._check_bias(bias, batch)
-        engine, ranks, _ = self._step(batch, normalizer)
+        group_index = self.adjuster.grouper.constant("group_index")
+        engine, ranks, _ = self._step(batch, normalizer, table, group_index)
 
-        weights, samples = self._weights(engine, batch, ranks)  # Eqs. 7 and 8
+        weights, samples = self._weights(engine, batch, ranks, group_index)  # Eqs. 7 and 8
         rows = Rows(
             target,
             table=table,
@@ -113,9 +113,15 @@ class LinearLGLALoss(ExpertLoss):
         # nn.Module declares it as returning Any.
         __call__ = forward
 
-    def _engine(self, batch: Batch, normalizer: float | Tensor | None) -> Engine | None:
-        engine = super()._engine(batch, normalizer)
-        if engine is None and self.backend == "auto" and unfit(*batch.tensors()) is None:
+    def _engine(
+        self, batch: Batch, normalizer: float | Tensor | None, *constants: Tensor | None
+    ) -> Engine | None:
+        engine = super()._engine(batch, normalizer, *constants)
+        if (
+            engine is None
+            and self.backend == "auto"
+            and unfit(batch.target, batch.features, *constants) is None
+        ):
             engine = chunked  # saves memory where no engine is faster
         return engine
 
