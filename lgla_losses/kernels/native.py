@@ -96,9 +96,7 @@ def statistics(angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
     return (angles if written is None else Angles(angles=written)), parts
 
 
-def weights(
-    angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1
-) -> tuple[Tensor, Tensor]:
+def weights(angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1) -> tuple[Tensor, Tensor]:
     """Eq. 8 and the samples per rank."""
     source, exact, n, k, work = _source(angles, samples)
     result, total = torch.empty((n, k), dtype=exact), torch.empty((), dtype=torch.float64)
@@ -259,9 +257,7 @@ def _target(target: Tensor, n: int, c: int) -> tuple[int, ...]:
     return (*_array("target", target, (n,), _INDEX), 0)
 
 
-def _blocks(
-    logits: Sequence[Tensor], gradients: Sequence[Tensor | None], n: int, c: int
-) -> tuple[int, ...]:
+def _blocks(logits: Sequence[Tensor], gradients: Sequence[Tensor | None], n: int, c: int) -> tuple[int, ...]:
     """Logits of all experts and their gradients, with their number."""
     packed: tuple[int, ...] = (len(logits),)
     for block, gradient in zip(logits, gradients, strict=True):
