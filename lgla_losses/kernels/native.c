@@ -238,18 +238,31 @@ static double angle_of(const Samples *s, const Generation *generation, const Exp
     return s->dtype == F64 ? acos(cosine) : acosf((float)cosine);
 }
 
-/* Memory for the classes of a sample and their probabilities. */
-static double *room_for_classes(const Matrix *target, int64_t C) {
-    return malloc((target->dtype == INDEX ? 1 : C ? C : 1) * (sizeof(double) + sizeof(int64_t)));
+/* The classes that a sample belongs to, and with what probability; none where it is ignored. */
+typedef struct {
+    double *shares; /* NULL without memory */
+    int64_t *classes, count;
+} Membership;
+
+static Membership room_for_membership(const Matrix *target, int64_t C) {
+    const int64_t most = target->dtype == INDEX || !C ? 1 : C;
+    double *shares = malloc(most * (sizeof(double) + sizeof(int64_t)));
+    return (Membership){shares, (int64_t *)(shares + most), 0};
 }
 
-/* The classes that a sample belongs to, none where it is ignored. */
-static int64_t classes_of(const Generation *generation, const Matrix *target, int64_t ignore_index, int64_t n,
-                          int64_t C, int64_t *classes, double *shares) {
-    if (target->dtype != INDEX) return generation->classes_of(target, n, C, classes, shares);
+static void read_membership(Membership *of, const Generation *generation, const Matrix *target,
+                            int64_t ignore_index, int64_t n, int64_t C) {
+    if (target->dtype != INDEX) {
+        of->count = generation->classes_of(target, n, C, of->classes, of->shares);
+        return;
+    }
     const int64_t y = ((const int64_t *)target->at)[n * target->s0];
-    classes[0] = y, shares[0] = 1.0;
-    return y != ignore_index && y >= 0 && y < C;
+    of->classes[0] = y, of->shares[0] = 1.0;
+    of->count = y != ignore_index && y >= 0 && y < C;
+}
+
+static double weight_of(const Vector *weights, int64_t i) {
+    return weights->at ? number(weights->at, weights->dtype, i * weights->s0) : 1.0;
 }
 
 static int64_t group_of(const Samples *s, int64_t y) {
@@ -259,28 +272,26 @@ static int64_t group_of(const Samples *s, int64_t y) {
 /* What the samples from `begin` on add to the sums of their groups. */
 static int add_angles(const Samples *s, const Generation *generation, const Expert *experts, int64_t begin,
                       int64_t end, double *parts) {
-    double *shares = room_for_classes(&s->target, s->C);
-    int64_t *classes = (int64_t *)(shares + (s->target.dtype == INDEX ? 1 : s->C));
-    if (!shares) return OUT_OF_MEMORY;
+    Membership of = room_for_membership(&s->target, s->C);
+    if (!of.shares) return OUT_OF_MEMORY;
     memset(parts, 0, s->G * (s->K + 1) * sizeof(double));
 
     for (int64_t n = begin; n < end; n++) {
-        const int64_t count = classes_of(generation, &s->target, s->ignore_index, n, s->C, classes, shares);
-        const double weight =
-            s->sample_weight.at ? number(s->sample_weight.at, s->sample_weight.dtype, n * s->sample_weight.s0) : 1;
-        for (int64_t k = 0; s->angles && !count && k < s->K; k++) store(s->angles, s->dtype, n * s->K + k, 0);
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t group = group_of(s, classes[i]);
+        const double weight = weight_of(&s->sample_weight, n);
+        read_membership(&of, generation, &s->target, s->ignore_index, n, s->C);
+        for (int64_t k = 0; s->angles && !of.count && k < s->K; k++) store(s->angles, s->dtype, n * s->K + k, 0);
+        for (int64_t i = 0; i < of.count; i++) {
+            const int64_t group = group_of(s, of.classes[i]);
             double *sums = (uint64_t)group < (uint64_t)s->G ? parts + group * (s->K + 1) : NULL;
             for (int64_t k = 0; k < s->K; k++) {
-                const double angle = angle_of(s, generation, experts, n, k, classes[i]);
+                const double angle = angle_of(s, generation, experts, n, k, of.classes[i]);
                 if (s->angles) store(s->angles, s->dtype, n * s->K + k, angle);
-                if (sums) sums[k] += weight * shares[i] * angle;
+                if (sums) sums[k] += weight * of.shares[i] * angle;
             }
-            if (sums) sums[s->K] += weight * shares[i];
+            if (sums) sums[s->K] += weight * of.shares[i];
         }
     }
-    free(shares);
+    free(of.shares);
     return DONE;
 }
 
@@ -315,27 +326,25 @@ static double *references_of(const Samples *s) {
 /* Eq. 8 for the samples from `begin` on. */
 static int weigh(const Samples *s, const Generation *generation, const Expert *experts, const double *means,
                  int64_t begin, int64_t end) {
-    double *shares = room_for_classes(&s->target, s->C);
-    int64_t *classes = (int64_t *)(shares + (s->target.dtype == INDEX ? 1 : s->C));
-    if (!shares) return OUT_OF_MEMORY;
+    Membership of = room_for_membership(&s->target, s->C);
+    if (!of.shares) return OUT_OF_MEMORY;
 
     for (int64_t n = begin; n < end; n++) {
-        const int64_t count = classes_of(generation, &s->target, s->ignore_index, n, s->C, classes, shares);
-        const double weight =
-            s->sample_weight.at ? number(s->sample_weight.at, s->sample_weight.dtype, n * s->sample_weight.s0) : 1;
+        const double weight = weight_of(&s->sample_weight, n);
+        read_membership(&of, generation, &s->target, s->ignore_index, n, s->C);
         for (int64_t k = 0; k < s->K; k++) {
             double sum = 0;
-            for (int64_t i = 0; i < count; i++) {
-                const int64_t group = group_of(s, classes[i]);
+            for (int64_t i = 0; i < of.count; i++) {
+                const int64_t group = group_of(s, of.classes[i]);
                 if ((uint64_t)group >= (uint64_t)s->G) continue;
-                const double angle = angle_of(s, generation, experts, n, k, classes[i]);
+                const double angle = angle_of(s, generation, experts, n, k, of.classes[i]);
                 const double excess = angle - means[group * (s->K + 1) + k];
-                sum += shares[i] * (excess <= 0 ? 1 : 1 + excess); /* a NaN stays one */
+                sum += of.shares[i] * (excess <= 0 ? 1 : 1 + excess); /* a NaN stays one */
             }
             store(s->weights, s->dtype, n * s->K + k, weight * sum);
         }
     }
-    free(shares);
+    free(of.shares);
     return DONE;
 }
 
@@ -367,19 +376,16 @@ typedef struct {
 
 /* The weights of the samples from `begin` on that are not ignored. */
 static int count(const Count *c, const Generation *generation, int64_t begin, int64_t end, double *total) {
-    double *shares = room_for_classes(&c->target, c->C);
-    int64_t *classes = (int64_t *)(shares + (c->target.dtype == INDEX ? 1 : c->C));
-    const Vector s = c->sample_weight, w = c->class_weight;
-    if (!shares) return OUT_OF_MEMORY;
+    Membership of = room_for_membership(&c->target, c->C);
+    if (!of.shares) return OUT_OF_MEMORY;
     *total = 0.0;
     for (int64_t n = begin; n < end; n++) {
-        const int64_t found = classes_of(generation, &c->target, c->ignore_index, n, c->C, classes, shares);
         double sum = 0.0;
-        for (int64_t i = 0; i < found; i++)
-            sum += w.at ? shares[i] * number(w.at, w.dtype, classes[i] * w.s0) : shares[i];
-        *total += s.at && found ? sum * number(s.at, s.dtype, n * s.s0) : sum;
+        read_membership(&of, generation, &c->target, c->ignore_index, n, c->C);
+        for (int64_t i = 0; i < of.count; i++) sum += of.shares[i] * weight_of(&c->class_weight, of.classes[i]);
+        if (of.count) *total += sum * weight_of(&c->sample_weight, n);
     }
-    free(shares);
+    free(of.shares);
     return DONE;
 }
 

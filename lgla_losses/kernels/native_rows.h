@@ -316,7 +316,6 @@ SHARES(double)
             if (gradient) {                                                                             \
                 scale *= share;                                                                         \
                 if (b->gamma != 0) {                                                                    \
-                    double slope;                                                                       \
                     VARIANT(focus)(log(sum) - ((double)own - max), b->gamma, &slope);                   \
                     scale *= slope;                                                                     \
                 }                                                                                       \

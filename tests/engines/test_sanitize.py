@@ -62,7 +62,7 @@ def run(runtime, library, calls, *options):
 
 
 def test_random_calls_read_and_write_nothing_but_their_tensors(runtime, library):
-    """Empty batches, half precision, all strides, targets that are no class."""
+    """Empty batches, half precision, all strides, targets that are no class, probabilities, features."""
     result = run(runtime, library, 1500)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout == "1500 batches, no complaint\n"

@@ -3,14 +3,13 @@
 python tests/helpers/sanitizer_worker.py LIBRARY CALLS [--unchecked]
 """
 
-import contextlib
 import random
 import sys
 
 import torch
 
 from lgla_losses import ExpertOutput, LGLALoss, functional
-from lgla_losses.kernels import native
+from lgla_losses.kernels import Angles, Rows, Samples, native
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 IGNORE = -100
@@ -34,41 +33,60 @@ def labels(num_samples, num_classes):
     return target
 
 
+def probabilities(num_samples, num_classes):
+    """Of two classes or of all, in any dtype, some samples without any."""
+    target = strided((num_samples, num_classes), random.choice(DTYPES)).abs()
+    if random.random() < 0.5:
+        target[torch.rand(num_samples, num_classes) < 0.9] = 0
+    target[torch.rand(num_samples) < 0.2] = 0
+    return target
+
+
+def blocks(num_samples, num_experts, num_classes, dtype):
+    """Logits of all experts in one tensor or in several, each of its own strides."""
+    sizes = []
+    while left := num_experts - sum(sizes):
+        sizes.append(random.randint(1, left))
+    return [strided((num_samples, size, num_classes), dtype) for size in sizes]
+
+
 def call_engine():
     """Every function of the engine once, on one batch."""
     n, k = random.choice([0, 1, 2, 7, 40]), random.randint(1, 5)
     c, g = random.choice([1, 2, 3, 15, 16, 17, 48, 1030]), random.randint(1, 4)
-    dtype = random.choice(DTYPES)
+    dtype, soft = random.choice(DTYPES), random.random() < 0.5
     exact = functional.compute_dtype(dtype)
-    logits, target = strided((n, k, c), dtype), labels(n, c)
-    scale = random.choice([None, 30.0])
-    source = strided((n, k), exact) if scale is None else logits
-    groups = torch.randint(g, (c,))
-    batch, options = (source, target, groups, g), {"ignore_index": IGNORE}
-    with contextlib.suppress(native.BadValuesError):
-        native.weights_of(*batch, scale=scale, **options)
-        angles, parts = native.statistics(*batch, scale=scale, check=random.random() < 0.5, **options)
-        native.weights(angles, target, groups, parts, num_ranks=random.randint(1, 3), **options)
+    logits, target = blocks(n, k, c, dtype), probabilities(n, c) if soft else labels(n, c)
+    sample_weight = random.choice([None, strided((n,), random.choice(DTYPES)).abs()])
+    class_weight = random.choice([None, strided((c,), torch.float64).abs()])
+    d = random.choice([0, 1, 63, 64, 130])
+    features = {
+        "features": strided((n, k, d), random.choice(DTYPES)),
+        "weight": strided((k, c, d), random.choice(DTYPES)),
+    }
+    sources = [Angles(logits, 30.0), Angles(**features), Angles(angles=strided((n, k), exact))]
+    samples = Samples(target, torch.randint(g, (2 * c,))[::2], g, sample_weight, IGNORE)
+    angles, parts = native.statistics(sources[0] if soft else random.choice(sources), samples)
+    weights, count = native.weights(angles, samples, parts, random.randint(1, 3))
+    native.count(target, sample_weight, class_weight if soft or not (target >= c).any() else None, IGNORE)
 
-    table = random.choice([None, strided((k, c), torch.float64)])
-    weights = random.choice([None, strided((n, k), exact)])
-    divisor = random.choice([None, torch.tensor(3.0)])
-    over_logits = logits.clone()
-    place = random.choice([over_logits, strided((n, k, c), dtype), None])
-    options |= {"label_smoothing": random.choice([0.0, 0.1, 1.0])}
-    flags = {"reduce": random.random() < 0.5, "check": random.random() < 0.5}
-    batch = target, table, weights
-    with contextlib.suppress(native.BadValuesError):
-        _, state = native.forward(
-            over_logits if place is over_logits else logits,
-            *batch,
-            divisor,
-            gradient=place,
-            **flags,
-            **options,
-        )
-        gradient = strided((n, k, c), dtype)
-        native.backward(logits, *batch, strided((n,), exact), state, gradient=gradient, **options)
+    rows = Rows(
+        target,
+        random.choice([None, strided((k, c), torch.float64), strided((1, c), torch.float64).expand(k, c)]),
+        random.choice([None, weights, strided((n, 1), exact).expand(n, k)]),
+        random.choice([None, count, torch.tensor(3.0)]),
+        class_weight,
+        random.choice([None, strided((c,), torch.float64)]),
+        IGNORE,
+        label_smoothing=random.choice([0.0, 0.1, 1.0]),
+        gamma=random.choice([0.0, 0.0, 2.0]),
+        reduce=random.random() < 0.5,
+    )
+    over_logits = [block.clone() for block in logits]
+    places = [random.choice([block, strided(block.shape, dtype), None]) for block in over_logits]
+    _, state = native.forward(over_logits, rows, places)
+    gradients = [strided(block.shape, dtype) for block in logits]
+    native.backward(logits, rows, strided((n,), random.choice(DTYPES)), state, gradients)
 
 
 def call_loss():
@@ -93,10 +111,10 @@ def call_loss():
 
 
 def unchecked():
-    """What happened before the wrapper looked: an empty batch whose angles are in half precision."""
-    native._address = lambda name, tensor, *_, **__: tensor.data_ptr()
-    angles, target, groups = torch.zeros(0, 3).bfloat16(), torch.zeros(0).long(), torch.zeros(5).long()
-    native.weights_of(angles, target, groups, 1, scale=None, ignore_index=IGNORE)
+    """What would happen if the wrapper did not look: sums of one group, in float32, for two."""
+    native._array = lambda name, tensor, *_: (tensor.data_ptr(), native._INDEX[torch.int64], *tensor.stride())
+    samples = Samples(torch.zeros(3).long(), torch.zeros(5).long(), 2)
+    native.weights(Angles(angles=torch.zeros(3, 3)), samples, torch.ones(1, 1, 4))
 
 
 if __name__ == "__main__":
