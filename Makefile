@@ -4,6 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 
 .PHONY: demo test test-slow test-torch sanitize lint docs hero bench gpu bench-class-parallel bench-layouts paper-smoke paper-cpu paper-gpu dist clean
+# What says that an extra is installed is kept.
 .SECONDARY:
 
 demo: $(VENV)/.examples    ## train LGLA beside its baselines on long-tailed digits
@@ -108,5 +109,5 @@ PATCH = $(word 3,$(subst ., ,$*))
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-clean:
+clean:                     ## remove what the other targets installed and built, but for runs
 	rm -rf $(VENV) .venv-torch-* build dist *.egg-info lgla_losses/kernels/_native*

@@ -1,3 +1,4 @@
+# Needs: cli.py, files.py.
 """What the TOML files of examples/paper say: recipes, each a cell of a table, and suites of them."""
 
 from __future__ import annotations

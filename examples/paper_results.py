@@ -1,3 +1,4 @@
+# Needs: ../benchmarks/tables.py, cli.py, files.py.
 """Make tables and figures of the records of train_paper.py and sweep_tau.py.
 
 A page says what it shows: between ``<!-- KIND: NAME NAME -->`` and ``<!-- end -->`` goes a table of the

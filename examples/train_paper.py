@@ -1,3 +1,5 @@
+# Needs: augment.py, cli.py, device_augment.py, files.py, graphs.py, paper_recipes.py, recipe.py, resnet32.py,
+# sampling.py, train_images.py, training.py.
 """Run a recipe of examples/paper, a cell of one of the paper's tables, on one or several seeds.
 
 A recipe is a TOML file of options, of which --options lists all. Of several recipes the later ones

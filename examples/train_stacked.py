@@ -1,3 +1,6 @@
+# Needs: augment.py, cli.py, device_augment.py, device_steps.py, files.py, graphs.py, paper_recipes.py,
+# recipe.py, resnet32.py, sampling.py, stacked.py, stacked_kernels.py, stacked_runs.py, train_images.py,
+# train_paper.py, training.py.
 """Train several methods of one seed together: CIFAR-10-LT by the paper's recipe, on the device.
 
 The data, the augmentation and the learning rates lie on the device, and on a GPU a step of all methods is one
