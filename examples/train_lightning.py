@@ -168,6 +168,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     class_counts = count_classes(train.targets, max(train.targets) + 1).tolist()
     model = LongTailedClassifier(class_counts, lr=options.lr)
+    if options.resume:  # Lightning would go on, with what the checkpoint says
+        then = torch.load(last, weights_only=True)["hyper_parameters"]
+        other = [f"{name} differs" for name, value in model.hparams.items() if then.get(name) != value]
+        if other:
+            parser.error(f"--resume: {last} is of another run: {', '.join(other)}; take another --log-dir")
 
     checkpoints = [
         ModelCheckpoint(options.log_dir, "last", enable_version_counter=False),

@@ -112,11 +112,15 @@ def test_wrong_input_is_refused(digits, tmp_path, capsys, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_earlier_run_is_not_overwritten(digits, tmp_path, capsys):
+def test_another_run_is_neither_continued_nor_overwritten(digits, tmp_path, capsys):
     run(digits, tmp_path, "--epochs", "1")
     before = (tmp_path / "last.ckpt").read_bytes()
-    with pytest.raises(SystemExit) as stopped:
-        run(digits, tmp_path)
-    assert stopped.value.code == 2
-    assert "--resume continues it" in capsys.readouterr().err
+    for options, message in (
+        ([], "--resume continues it"),
+        (["--resume", "--lr", "0.5"], "of another run: lr differs; take another --log-dir"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run(digits, tmp_path, *options)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
     assert (tmp_path / "last.ckpt").read_bytes() == before
