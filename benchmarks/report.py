@@ -315,15 +315,15 @@ def _rows_to_draw(record: Record) -> list[Row]:
 def plot(record: Record, path: Path) -> None:
     """Forward + backward beside the plain loop: a panel a suite and dtype, down is faster."""
     import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
     from matplotlib.rcsetup import cycler
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     from lgla_losses.plot.style import COLORS
 
+    mpl.use("agg")
     mpl.rcParams["axes.prop_cycle"] = cycler(color=COLORS)
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     rows = _rows_to_draw(record)
     where = " on the device" if record["kind"] == "cuda" else ""
     panels = list(dict.fromkeys((row["suite"], row["dtype"]) for row in rows))
