@@ -4,6 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 
 .PHONY: demo test test-slow test-torch sanitize lint docs hero bench gpu bench-class-parallel bench-layouts paper-smoke paper-cpu paper-gpu dist clean
+# What says that an extra is installed is kept.
 .SECONDARY:
 
 demo: $(VENV)/.examples    ## train LGLA beside its baselines on long-tailed digits
@@ -45,76 +46,30 @@ bench-class-parallel: $(VENV)/.bench  ## classes spread over ranks: memory, numb
 bench-layouts: $(VENV)/.bench  ## what grouped experts cost against independent ones
 	$(RUN) tests/helpers/torchvision_shim.py benchmarks/expert_layouts.py
 
-# Every method of the paper's ablation in miniature, from the recipe to the page, on scikit-learn's digits.
+# The runs of these three stand in examples/paper/suites.toml, as do the files that TINY and CIFAR10 replace:
+# make paper-cpu TINY=tiny_imagenet_lt.npz CIFAR10=cifar10.npz
+TRAIN_PAPER := tests/helpers/torchvision_shim.py examples/train_paper.py
+PAPER_FILES = --files $(addprefix tiny=,$(TINY)) $(addprefix cifar10=,$(CIFAR10))
+RECORDS := benchmarks/results/paper
+
 SMOKE := runs/smoke
-paper-smoke: $(VENV)/.test  ## the paper's recipes in minutes on a CPU
+paper-smoke: $(VENV)/.test  ## the paper's ablation on scikit-learn's digits, from recipe to page, in minutes on a CPU
 	mkdir -p $(SMOKE)
 	$(RUN) examples/make_data.py digits $(SMOKE)/digits.npz --imbalance 50
-	for method in softmax balms cla balms_aaw lgla; do \
-		$(RUN) tests/helpers/torchvision_shim.py examples/train_paper.py examples/paper/table5_$$method.toml \
-			examples/paper/cpu.toml --set data=$(SMOKE)/digits.npz format=npz imbalance_factor= image_size=8 batch_size=64 \
-			--seeds 0 1 --runs $(SMOKE) --records $(SMOKE)/records || exit 1; \
-	done
-	$(RUN) tests/helpers/torchvision_shim.py examples/paper_results.py --records $(SMOKE)/records --runs $(SMOKE) \
-		--page $(SMOKE)/results.md
+	$(RUN) $(TRAIN_PAPER) --suite smoke --files digits=$(SMOKE)/digits.npz --runs $(SMOKE) --records $(SMOKE)/records
+	$(RUN) examples/paper_results.py --records $(SMOKE)/records --runs $(SMOKE) --page $(SMOKE)/results.md
 	cat $(SMOKE)/results.md
 
-# The paper's ablation on real images at the scale of a CPU, with one thread a run; figures need their test logits.
-# make paper-cpu TINY=tiny_imagenet_lt.npz CIFAR10=cifar10.npz
-TINY ?= data/tiny_imagenet_lt_if100_32x32_jpeg.npz
-CIFAR10 ?= data/cifar10_jpeg.npz
-TABLE5 := table5_softmax table5_balms table5_cla table5_balms_aaw table5_lgla
-TABLE4 := table4_softmax_strong table4_balms_strong table4_lgla_strong
-TABLE1 := table1_cifar10_lt_if100_ic table1_cifar10_lt_if100_gc table1_cifar10_lt_if50_ic table1_cifar10_lt_if50_gc
-RECIPES := examples/paper
-RECORDS := benchmarks/results/paper
-ON_CPU = OMP_NUM_THREADS=1 $(RUN) tests/helpers/torchvision_shim.py examples/train_paper.py --records $(RECORDS)
-TINY_CPU := $(RECIPES)/data/tiny_imagenet_lt.toml $(RECIPES)/cpu.toml --set data=$(TINY) amp=bf16
-CIFAR_CPU := $(RECIPES)/cpu.toml --set data=$(CIFAR10) format=npz amp=bf16
+# With one thread, as the records of docs/results.md were made.
 paper-cpu: $(VENV)/.test   ## what docs/results.md shows, in about six hours
-	for cell in $(TABLE5); do \
-		$(ON_CPU) --seeds 0 1 2 --name cifar10_cpu_$$cell $(RECIPES)/$$cell.toml $(RECIPES)/data/cifar10_lt.toml \
-			$(CIFAR_CPU) || exit 1; \
-		$(ON_CPU) --seeds 0 1 2 --name tiny_cpu_$$cell $(RECIPES)/$$cell.toml $(TINY_CPU) || exit 1; \
-	done
-	for cell in $(TABLE1); do \
-		$(ON_CPU) --seeds 0 1 2 --name cifar10_cpu_$$cell $(RECIPES)/$$cell.toml $(CIFAR_CPU) || exit 1; \
-	done
-	for cell in $(TABLE4); do \
-		$(ON_CPU) --seeds 0 1 2 --name cifar10_cpu_$$cell $(RECIPES)/$$cell.toml $(RECIPES)/data/cifar10_lt.toml \
-			$(CIFAR_CPU) augment=cifar-strong || exit 1; \
-		$(ON_CPU) --seeds 0 1 2 --name tiny_cpu_$$cell $(RECIPES)/$$cell.toml $(TINY_CPU) augment=cifar-strong \
-			|| exit 1; \
-	done
-	for cell in figure7_k2 figure7_k3 figure7_k4 figure7_k5; do \
-		$(ON_CPU) --seeds 0 1 2 --name cifar10_cpu_$$cell $(RECIPES)/$$cell.toml \
-			$(RECIPES)/data/cifar10_lt.toml $(CIFAR_CPU) tau= || exit 1; \
-	done
-	for cell in figure6_four_experts figure3_linear figure8_leaky; do \
-		$(ON_CPU) --seeds 0 1 2 --name tiny_cpu_$$cell $(RECIPES)/$$cell.toml $(TINY_CPU) || exit 1; \
-	done
-	$(ON_CPU) --seeds 0 1 2 --name tiny_cpu_tau_uniform $(RECIPES)/table5_lgla.toml $(TINY_CPU) tau=2.0 \
-		'column="tau = K - 1"' paper=
-	$(ON_CPU) --seeds 0 1 2 --name cifar10_cpu_tau_uniform $(RECIPES)/table5_lgla.toml \
-		$(RECIPES)/data/cifar10_lt.toml $(CIFAR_CPU) tau=2.0 'column="tau = K - 1"' paper=
+	OMP_NUM_THREADS=1 $(RUN) $(TRAIN_PAPER) --suite cpu $(PAPER_FILES) --records $(RECORDS)
 	OMP_NUM_THREADS=1 $(RUN) examples/sweep_tau.py --output benchmarks/results/sweep_tau_digits.json
-	$(RUN) tests/helpers/torchvision_shim.py examples/paper_results.py --runs runs/paper
+	$(RUN) examples/paper_results.py --runs runs/paper
 
-# The paper's ablation and figures on a GPU, whose own PyTorch, torchvision and torchmetrics are used:
+# PYTHON is one with a CUDA build of PyTorch, torchvision and torchmetrics:
 # make paper-gpu PYTHON=python TINY=tiny_imagenet_lt.npz CIFAR10=cifar10.npz
-ABLATION := $(TABLE5) table4_softmax_weak table4_balms_weak table4_lgla_weak figure8_ic figure8_leaky \
-	figure3_linear figure6_four_experts figure7_k2 figure7_k4 figure7_k5 figure7_k6 figure7_k7
 paper-gpu:                 ## the paper's recipes in full, with 3 seeds
-	for cell in $(ABLATION); do \
-		$(PYTHON) examples/train_paper.py examples/paper/$$cell.toml examples/paper/data/tiny_imagenet_lt.toml \
-			examples/paper/gpu.toml --set data=$(TINY) --seeds 0 1 2 --name tiny_gpu_$$cell \
-			--records $(RECORDS) || exit 1; \
-	done
-	for cell in $(TABLE1); do \
-		$(PYTHON) examples/train_paper.py examples/paper/$$cell.toml examples/paper/gpu.toml \
-			--set data=$(CIFAR10) format=npz --seeds 0 1 2 --name gpu_$$cell \
-			--records $(RECORDS) || exit 1; \
-	done
+	$(PYTHON) examples/train_paper.py --suite gpu $(PAPER_FILES) --records $(RECORDS)
 	$(PYTHON) examples/paper_results.py --runs runs/paper
 
 # On a machine with a GPU and no network: PYTHON is one with a CUDA build of PyTorch, and nothing is installed. Each
@@ -154,5 +109,5 @@ PATCH = $(word 3,$(subst ., ,$*))
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-clean:
+clean:                     ## remove what the other targets installed and built, but for runs
 	rm -rf $(VENV) .venv-torch-* build dist *.egg-info lgla_losses/kernels/_native*

@@ -326,21 +326,21 @@ def _text(row: Row, quantity: str) -> str:
     return _percent(row[quantity]) if quantity == "share_of_limit" else _figure(row[quantity])
 
 
-#: Okabe and Ito's colours, told apart by the colour-blind; blue and green are ours.
+#: C0 to C5 are the colours of lgla_losses.plot; its blues and greens are ours.
 _COLOURS = {
-    "LGLALoss": "#0072B2",
-    "LinearLGLALoss": "#0072B2",
-    "LGLALoss, compiled": "#56B4E9",
-    "LinearLGLALoss, compiled": "#56B4E9",
+    "LGLALoss": "C0",
+    "LinearLGLALoss": "C0",
+    "LGLALoss, compiled": "C5",
+    "LinearLGLALoss, compiled": "C5",
     "LGLALoss, plan 0.1": "#8FB8DE",
     "LinearLGLALoss, plan 0.1": "#8FB8DE",
-    "LGLALoss, reference": "#009E73",
-    "head + LGLALoss": "#009E73",
+    "LGLALoss, reference": "C2",
+    "head + LGLALoss": "C2",
     "LGLALoss, fused": "#00614a",
-    "plain loop, compiled": "#E69F00",
-    "paper's formula": "#D55E00",
-    "F.linear_cross_entropy": "#D55E00",
-    "liger-kernel": "#CC79A7",
+    "plain loop, compiled": "C1",
+    "paper's formula": "C3",
+    "F.linear_cross_entropy": "C3",
+    "liger-kernel": "C4",
     "cut-cross-entropy": "#F0E442",
     CLONE: "#999999",
 }
@@ -364,8 +364,12 @@ def rows_to_draw(record: Record) -> list[Row]:
 def plot(record: Record, path: Path) -> None:
     """Forward + backward beside the plain loop: a panel a suite and dtype, down is faster."""
     import matplotlib as mpl
+    from matplotlib.rcsetup import cycler
+
+    from lgla_losses.plot.style import COLORS
 
     mpl.use("agg")
+    mpl.rcParams["axes.prop_cycle"] = cycler(color=COLORS)
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

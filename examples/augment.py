@@ -1,3 +1,4 @@
+# Needs: cli.py.
 """What the paper's recipes do to images: the augmentations by data set, weak and strong."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Needs no other file.
 """How scripts begin, take their options, and refuse what cannot be used."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Needs no other file.
 """The CIFAR recipe's augmentation on the device that trains: a batch at once, no wait, one CUDA graph.
 
 Equal in distribution to `cifar-weak` and `cifar-strong` of ``augment.py`` on tensors. Every operation of the

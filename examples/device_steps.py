@@ -1,3 +1,4 @@
+# Needs: cli.py, resnet32.py, stacked.py, stacked_kernels.py.
 """Steps of training whose data, order and learning rates lie on the device: one CUDA graph, and no wait.
 
 A step reads its number on the device, and from tables there which images it takes and how far it goes. So the

@@ -1,3 +1,4 @@
+# Needs: cli.py.
 """The files of a script: what it reads is a file, and what it writes can be written, whole or not at all."""
 
 from __future__ import annotations

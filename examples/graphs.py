@@ -1,3 +1,4 @@
+# Needs no other file.
 """Training passes as CUDA graphs: launching the kernels of a small network takes longer than they do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Needs: cli.py, files.py, quickstart.py.
 """Make real long-tailed data sets from what a machine has, without downloads.
 
 digits: scikit-learn's handwritten digits. fashion-mnist: the four .gz files of Fashion-MNIST, which Debian
@@ -48,7 +49,7 @@ def digits(options: argparse.Namespace) -> None:
 def long_tailed_digits(imbalance: float, seed: int) -> tuple[npt.NDArray[np.uint8], ...]:
     """Images ``[N, 8, 8]`` and labels ``[N]`` for training, then for validation."""
     quickstart = library("quickstart", "examples")
-    split = quickstart.long_tailed_digits(quickstart.long_tailed_counts(imbalance), seed, "cpu")
+    split = quickstart.long_tailed_digits(imbalance, seed, "cpu")
     train, val = (
         (255 * tensor[:, 0]).round().byte().numpy() for tensor in (split.train_images, split.test_images)
     )

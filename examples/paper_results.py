@@ -1,3 +1,4 @@
+# Needs: ../benchmarks/tables.py, cli.py, files.py.
 """Make tables and figures of the records of train_paper.py and sweep_tau.py.
 
 A page says what it shows: between ``<!-- KIND: NAME NAME -->`` and ``<!-- end -->`` goes a table of the
@@ -11,6 +12,7 @@ import argparse
 import json
 import re
 import statistics
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -42,18 +44,14 @@ with needs("plot", make_parser, __name__):
     from lgla_losses.data import long_tailed_counts, long_tailed_indices
     from lgla_losses.label_shift import estimate_prior, shift_prior
     from lgla_losses.plot import fusion_sweep, plot_fusion_sweep, plot_weight_norms
+    from lgla_losses.plot.style import COLORS
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-COLORS = [
-    "#000000",
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-]  # Okabe and Ito, colour-blind safe
+    sys.path.append(str(ROOT / "benchmarks"))
+    from tables import grid
+
 TABLE = re.compile(r"(<!-- (cells|shift|tau|scripts): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 BARS = re.compile(r"<!-- bars: (.*?) -->\s*!\[(.*?)\]\((.*?)\)")
 SMOOTHING = 3.0  # of the prior that is fitted to a test set
@@ -66,12 +64,6 @@ def cell_text(score: dict[str, float | None] | None) -> str:
         return "-"
     deviation = score["deviation"]
     return f"{score['mean']:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
-
-
-def grid(header: list[str], rows: list[list[object]]) -> str:
-    """A table of Markdown, whose first column is text."""
-    lines: list[list[object]] = [[*header], ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def label(record: dict[str, Any]) -> str:
@@ -132,8 +124,8 @@ def scripts_table(records: list[dict[str, Any]]) -> str:
         cells = [f"{100 * scores[split]:.1f}" for split in ("balanced", "many", "medium", "few")]
         rows.append([f"{run['data']}, {run['method']}", *cells, f"{run['seconds'] / 60:.1f}"])
     torches = {run["versions"]["torch"].partition("+")[0] for run in records[0]["runs"]}
-    ran = f"Run on: {records[0]['device']}, torch {', '.join(sorted(torches))}.\n"
-    return f"{grid(['run', *SPLITS, 'minutes'], rows)}\n{ran}"
+    ran = f"Run on: {records[0]['device']}, torch {', '.join(sorted(torches))}."
+    return f"{grid(['run', *SPLITS, 'minutes'], rows)}\n\n{ran}"
 
 
 TABLES = {"cells": cells_table, "shift": shift_table, "tau": tau_table, "scripts": scripts_table}
@@ -157,7 +149,7 @@ def fill(page: str, folder: Path) -> str:
     """The page with every table made anew."""
 
     def make(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{TABLES[found[2]](read_records(found[3], folder))}\n{found[4]}"
+        return f"{found[1]}\n{TABLES[found[2]](read_records(found[3], folder))}\n\n{found[4]}"
 
     return TABLE.sub(make, page)
 
@@ -270,7 +262,7 @@ def draw_cells(records: list[dict[str, Any]], title: str, path: Path) -> None:
         place = np.arange(len(records)) + 0.2 * i - 0.3
         heights = [score["mean"] if score else 0.0 for score in scores]
         deviations = [score["deviation"] or 0.0 if score else 0.0 for score in scores]
-        axes.bar(place, heights, 0.2, yerr=deviations, color=COLORS[i], label=name, capsize=2)
+        axes.bar(place, heights, 0.2, yerr=deviations, color=["black", *COLORS][i], label=name, capsize=2)
     axes.set_xticks(np.arange(len(records)), [label(record) for record in records])
     axes.set(title=title, ylabel="accuracy (%)")
     figure.legend(loc="outside right upper")

@@ -1,3 +1,4 @@
+# Needs no other file.
 """Train LGLA beside its baselines on real long-tailed images: scikit-learn's handwritten digits.
 
 Prints a table and draws a picture. Run it with --help for what can be changed.
@@ -6,47 +7,47 @@ Prints a table and draws a picture. Run it with --help for what can be changed.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cli import InputError, Parser, check_device, needs, number, start
-from files import check_output, write_whole
 from torch import Tensor, nn
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add(
-        "--imbalance",
-        type=number(float, 1),
-        default=50.0,
-        help="largest over smallest class (default 50)",
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add("--seeds", type=number(int, 1), default=5, help="number of seeds (default 5)")
-    add("--epochs", type=number(int, 1), default=50, help="epochs a run (default 50)")
-    add("--device", default="cpu", help="cpu (default), cuda, ...")
+    add = parser.add_argument
+    add("--imbalance", type=float, default=50.0, help="largest over smallest class")
+    add("--seeds", type=int, default=5, help="number of seeds")
+    add("--epochs", type=int, default=50, help="epochs a run")
+    add("--device", default="cpu", help="cpu, cuda, ...")
     add("--output", type=Path, default=Path("quickstart.png"), help="the picture")
     return parser
 
 
-with needs("examples", make_parser, __name__):
-    import matplotlib as mpl
+try:
     import numpy as np
-    from make_data import long_tail
+    from matplotlib.figure import Figure
     from rich.console import Console
     from rich.table import Table
     from sklearn.datasets import load_digits
     from tqdm import tqdm
 
     from lgla_losses import ClassGrouper, ExpertOutput, GroupConvExperts, LGLALoss
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    from lgla_losses.data import long_tailed_counts
+    from lgla_losses.plot.style import COLORS
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    parser = make_parser()
+    parser.parse_known_args()  # which answers --help
+    parser.exit(2, f'{parser.prog}: error: {error}: pip install "lgla-losses[examples]"\n')
 
 NUM_CLASSES = 10
 LARGEST_CLASS = 150
@@ -61,7 +62,6 @@ METHODS: dict[str, tuple[int, dict[str, Any]]] = {
     "CLA": (3, {"adjustment": "lgla", "aaw": False}),
     "LGLA": (3, {"adjustment": "lgla", "aaw": True}),
 }
-COLORS = ["#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00"]  # Okabe and Ito, colour-blind safe
 
 
 class Split(NamedTuple):
@@ -106,19 +106,20 @@ class DigitsStage(nn.Module):
         return torch.relu(self.body(shared) + self.shortcut(shared))
 
 
-def long_tailed_counts(imbalance: float) -> list[int]:
+def digit_counts(imbalance: float) -> list[int]:
     """Exponentially falling counts: digit 0 is the most frequent."""
-    return long_tail(LARGEST_CLASS, imbalance, NUM_CLASSES)
+    counts: list[int] = long_tailed_counts(LARGEST_CLASS, NUM_CLASSES, imbalance).tolist()
+    return counts
 
 
-def long_tailed_digits(class_counts: list[int], seed: int, device: str) -> Split:
+def long_tailed_digits(imbalance: float, seed: int, device: str) -> Split:
     """Draw a balanced test set, then as many training images of every class as it is allowed."""
     digits = load_digits()
     images = torch.tensor(digits.images[:, None] / 16, dtype=torch.float32)
     labels = torch.tensor(digits.target)
     generator = np.random.default_rng(seed)
     train, test = [], []
-    for digit, count in enumerate(class_counts):
+    for digit, count in enumerate(digit_counts(imbalance)):
         index = generator.permutation(np.flatnonzero(digits.target == digit))
         test.append(index[:TEST_PER_CLASS])
         train.append(index[TEST_PER_CLASS : TEST_PER_CLASS + count])
@@ -140,6 +141,7 @@ def fit(
     criterion = LGLALoss(class_counts, num_experts, scale=SCALE, **arguments).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+
     for _ in range(epochs):
         model.train()
         for batch in torch.randperm(len(split.train_labels), device=device).split(64):
@@ -148,6 +150,7 @@ def fit(
             optimizer.step()
         schedule.step()
         on_epoch()
+
     return model.eval()
 
 
@@ -197,19 +200,22 @@ def draw(accuracy: dict[str, Tensor], class_counts: list[int], path: Path) -> No
     """Class frequencies by group, accuracy by method, and what each expert is good at."""
     group = ClassGrouper(class_counts, num_groups=2).group_index
     digits = np.arange(NUM_CLASSES)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    colors = ("black", *COLORS)
+
     for g, name in enumerate(("head group", "tail group")):
         mass = int(torch.tensor(class_counts)[group == g].sum())
         own = digits[group == g]
-        bars = left.bar(own, np.array(class_counts)[own], color=COLORS[1 + g], label=f"{name}, {mass} images")
+        bars = left.bar(own, np.array(class_counts)[own], color=COLORS[g], label=f"{name}, {mass} images")
         left.bar_label(bars)
     left.set(title="Training images", ylabel="images", yscale="log", ylim=(1, 2 * class_counts[0]))
-    for (method, per_class), color in zip(accuracy.items(), COLORS, strict=True):
+    for (method, per_class), color in zip(accuracy.items(), colors, strict=False):
         mean = 100 * per_class[:, 0].mean(0)
         middle.plot(digits, mean, "o-", color=color, label=method, markersize=4)
     middle.set(title="Accuracy of each method", ylabel="accuracy (%)")
     experts = ("ensemble", "local expert, head group", "local expert, tail group", "global expert")
-    for k, (name, color) in enumerate(zip(experts, COLORS, strict=False)):
+    for k, (name, color) in enumerate(zip(experts, colors, strict=False)):
         mean = 100 * accuracy["LGLA"][:, k].mean(0)
         right.plot(digits, mean, "o-", color=color, label=name, markersize=4, linewidth=3 if k == 0 else 1.5)
     right.set(title="LGLA: what each expert is good at", ylabel="accuracy (%)")
@@ -217,32 +223,41 @@ def draw(accuracy: dict[str, Tensor], class_counts: list[int], path: Path) -> No
         axes.set_xticks(digits, [f"{j}" for j in digits])
         axes.set_xlabel("digit, from the most to the least frequent")
         axes.legend()
-    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=120))
-    plt.close(figure)
+    figure.savefig(path, dpi=120)
+
+
+def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse what could not be trained or written, before any training."""
+    for name in ("imbalance", "seeds", "epochs"):
+        if not 1 <= getattr(options, name) < math.inf:
+            parser.error(f"--{name}: expected a number from 1 on, got {getattr(options, name)}")
+    if options.output.suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--output: expected a .png, .pdf or .svg file, got {options.output}")
+    if not options.output.parent.is_dir():
+        parser.error(f"--output: there is no folder {options.output.parent}")
+    try:
+        torch.zeros(1, device=options.device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {options.device}: {error}".partition("\n")[0])
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train every method on every seed and report the last epoch."""
     parser = make_parser()
     options = parser.parse_args(arguments)
-    check_device(parser, options.device)
-    if options.output.suffix not in (".png", ".pdf", ".svg"):
-        parser.error(f"--output: expected a .png, .pdf or .svg file, got {options.output}")
-    try:
-        check_output("--output", options.output)
-    except InputError as error:
-        parser.error(str(error))
+    check(options, parser)
 
-    class_counts = long_tailed_counts(options.imbalance)
+    class_counts = digit_counts(options.imbalance)
     accuracy: dict[str, list[Tensor]] = {method: [] for method in METHODS}
     steps = options.seeds * len(METHODS) * options.epochs
     with tqdm(total=steps, unit="epoch", mininterval=0.1 if sys.stderr.isatty() else 10.0) as bar:
         for seed in range(options.seeds):
-            split = long_tailed_digits(class_counts, seed, options.device)
+            split = long_tailed_digits(options.imbalance, seed, options.device)
             for method, results in accuracy.items():
                 torch.manual_seed(seed)
                 bar.set_description(f"{method}, seed {seed}")
                 results.append(train(method, split, class_counts, options.epochs, bar.update))
+
     stacked = {method: torch.stack(results) for method, results in accuracy.items()}
     title = (
         f"Accuracy (%) on long-tailed digits, {class_counts[0]} to {class_counts[-1]} images a class, "
@@ -254,4 +269,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    start(main)
+    main()

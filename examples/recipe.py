@@ -1,3 +1,4 @@
+# Needs: cli.py, sampling.py.
 """What is trained, and how: network, loss, optimizer and learning rates."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Needs no other file.
 """The paper's ResNet-32 for CIFAR: one trunk, K experts, three ways to lay them out.
 
 The stem and the first stage are shared, the second and third belong to each expert at full width.

@@ -1,3 +1,4 @@
+# Needs no other file.
 """Order and augmentation of training samples as functions of seed, epoch and sample.
 
 So neither the number of workers nor an interruption changes a result.

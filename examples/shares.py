@@ -1,3 +1,4 @@
+# Needs: cli.py, quickstart.py, sampling.py.
 """Every rank's share of a data set in memory: what train_ddp.py trains on."""
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def read_data(path: Path | None) -> tuple[Images, Images]:
     """Training and validation images of a file; without one long-tailed digits."""
     if path is None:
         quickstart = library("quickstart", "examples")
-        digits = quickstart.long_tailed_digits(quickstart.long_tailed_counts(50.0), 0, "cpu")
+        digits = quickstart.long_tailed_digits(50.0, 0, "cpu")
         train, val = digits.train_images.expand(-1, 3, -1, -1), digits.test_images.expand(-1, 3, -1, -1)
         return Images(train, digits.train_labels), Images(val, digits.test_labels)
     try:

@@ -1,3 +1,4 @@
+# Needs: cli.py, resnet32.py, stacked_kernels.py.
 """Several runs of the paper's ResNet-32 as one network: what R runs of K experts compute, computed together.
 
 The methods of one seed share the order and the augmentation of their images, so their networks lie side by

@@ -1,3 +1,4 @@
+# Needs no other file.
 """Triton kernels that train stacked networks: batch norms with what follows them, and grouped convolutions.
 
 Maps are in channels-last memory, ``[P, C]`` of ``P = N * H * W`` pixels. Libraries compute some passes of a

@@ -1,3 +1,5 @@
+# Needs: cli.py, device_augment.py, device_steps.py, files.py, graphs.py, recipe.py, resnet32.py, sampling.py,
+# stacked.py, stacked_kernels.py, training.py.
 """The methods of one seed as one training: how to compute it is measured, and it can be interrupted."""
 
 from __future__ import annotations

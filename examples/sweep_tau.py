@@ -1,3 +1,4 @@
+# Needs: cli.py, files.py, quickstart.py.
 """Which tau makes the ensemble best? Sweeps it for K = 2 to 7 on small long-tailed images.
 
 The mean of K experts carries the prior n_j ** ((K - 1 - tau) / K): uniform at tau = K - 1. Prints accuracy
@@ -40,13 +41,14 @@ def make_parser() -> argparse.ArgumentParser:
 with needs("examples", make_parser, __name__):
     import matplotlib as mpl
     import numpy as np
-    from quickstart import COLORS, NUM_CLASSES, Split, fit, long_tailed_counts, long_tailed_digits
+    from quickstart import NUM_CLASSES, Split, fit, long_tailed_digits
     from rich.console import Console
     from rich.table import Table
     from tqdm import tqdm
 
     from lgla_losses import count_classes
     from lgla_losses.data import read_npz
+    from lgla_losses.plot.style import COLORS
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
@@ -96,7 +98,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         "slope": "lean to the head (slope over log n)",
     }
     for axes, (column, title) in zip(panels, titles.items(), strict=True):
-        for num_experts, color in zip(record["experts"], [*COLORS, "#CC79A7"], strict=False):
+        for num_experts, color in zip(record["experts"], ["black", *COLORS], strict=False):
             cells = [cell for cell in record["cells"] if cell["experts"] == num_experts]
             ratios = [cell["ratio"] for cell in cells]
             means = [statistics.mean(cell[column]) for cell in cells]
@@ -134,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
         (k, ratio, seed) for seed in range(options.seeds) for k in options.experts for ratio in options.ratios
     ]
     for num_experts, ratio, seed in tqdm(runs, mininterval=0.1 if sys.stderr.isatty() else 30.0):
-        split = given or long_tailed_digits(long_tailed_counts(50.0), seed, "cpu")
+        split = given or long_tailed_digits(50.0, seed, "cpu")
         torch.manual_seed(seed)
         results = measure(num_experts, ratio * (num_experts - 1), split, options.epochs)
         cell = cells.setdefault((num_experts, ratio), {column: [] for column in results})

@@ -1,3 +1,4 @@
+# Needs: cli.py.
 """Train a classifier whose classes are spread over the ranks: torchrun --nproc-per-node 4 [this script].
 
 Every rank holds the weights of its own classes, and so their gradients and the optimizer's state. With

@@ -1,3 +1,4 @@
+# Needs: cli.py, files.py, graphs.py, quickstart.py, recipe.py, sampling.py, shares.py, training.py.
 """Train LGLA on several GPUs, or processes of a CPU, by DistributedDataParallel or FSDP2 (--fsdp).
 
 torchrun --nproc-per-node 2 examples/train_ddp.py [FILE.npz]: arrays as train_images.py takes them, or without

@@ -1,3 +1,4 @@
+# Needs no other file.
 """Train LGLA with the Trainer of transformers on a CSV file of texts and labels.
 
 What is LGLA's own is the model's two parts, compute_loss and a callback, which shows on TensorBoard what the
@@ -8,41 +9,36 @@ one of word pieces of the training texts.
 from __future__ import annotations
 
 import argparse
-import math
-import reprlib
+import csv
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from cli import InputError, Parser, needs, number, start
-from files import check_output
 from torch import Tensor, nn
 
 
 def make_parser(**keywords: Any) -> argparse.ArgumentParser:
     """The options beside those of TrainingArguments."""
-    parser = Parser(description=__doc__, **keywords)
+    parser = argparse.ArgumentParser(description=__doc__, **keywords)
     add = parser.add_argument
     add("data", type=Path, metavar="FILE.csv", help="texts and labels")
     add("--text_column", default="text", help="its name")
     add("--label_column", default="label", help="its name")
-    add("--val_fraction", type=number(float, 0.01, 0.99), default=0.2, help="held out, of every label")
-    add("--num_experts", type=number(int, 2), default=3, help="the paper's K")
-    add("--max_length", type=number(int, 3, 512), default=32, help="tokens of a text; the rest is cut off")
-    add("--vocabulary", type=number(int, 100, 10**7), default=8000, help="word pieces")
+    add("--num_experts", type=int, default=3, help="the paper's K")
+    add("--max_length", type=int, default=32, help="tokens of a text; the rest is cut off")
+    add("--vocabulary", type=int, default=8000, help="word pieces")
     return parser
 
 
-with needs("text", make_parser, __name__):
+try:
     import accelerate  # type: ignore[import-untyped]  # noqa: F401  (Trainer asks for it late)
     from torch.utils.tensorboard import SummaryWriter
-    from train_text import SMALL_BERT, Row, TextSet, hold_out, middle_layer, new_tokenizer, read_rows
-    from training import print_scores
     from transformers import (
         AutoModel,
         BertConfig,
+        BertTokenizer,
         EvalPrediction,
         HfArgumentParser,
         Trainer,
@@ -56,6 +52,14 @@ with needs("text", make_parser, __name__):
     from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss, count_classes, split_backbone
     from lgla_losses.metrics import ShotAccuracy
     from lgla_losses.monitor import LossMonitor
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    parser = make_parser()
+    parser.parse_known_args()  # which answers --help
+    parser.exit(2, f'{parser.prog}: error: {error}: pip install "lgla-losses[text]"\n')
+
+SMALL_BERT = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
 
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/train_hf_trainer",
@@ -76,8 +80,8 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-class OptionParser(Parser, HfArgumentParser):
-    """The parser of transformers, whose errors are one line."""
+#: A text and its label.
+Row = tuple[str, str]
 
 
 @dataclass
@@ -95,7 +99,7 @@ class TextExperts(nn.Module):
     def __init__(self, config: BertConfig, num_classes: int, num_experts: int = 3) -> None:
         super().__init__()
         encoder = AutoModel.from_config(config)
-        at = middle_layer(encoder, config.num_hidden_layers)
+        at = f"encoder.layer.{config.num_hidden_layers // 2}"
         self.trunk, _ = split_backbone(encoder, at)
         self.experts = GroupConvExperts(
             # New weights for each; pretrained ones are kept by GroupConvExperts(stage, ..., reset=False).
@@ -156,50 +160,60 @@ class LogLoss(TrainerCallback):
         self.monitor.close()
 
 
-def samples(rows: list[Row], names: list[str], encode: Any) -> Any:
-    """A data set whose samples Trainer's own collator pads."""
-    texts = TextSet(rows, names, encode)
-    return [{"input_ids": ids, "labels": label} for ids, label in zip(texts.ids, texts.labels, strict=True)]
+def read_rows(path: Path, text_column: str, label_column: str) -> list[Row]:
+    """The texts and labels of a CSV file."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return [(row[text_column], row[label_column]) for row in csv.DictReader(file)]
 
 
-def check_numbers(args: TrainingArguments) -> None:
-    """Refuse numbers of TrainingArguments with which nothing could be trained."""
-    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
-        raise InputError(f"--num_train_epochs: expected a number above 0, got {args.num_train_epochs}")
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        value = getattr(args, name)
-        if not 1 <= value < 2**63:
-            raise InputError(f"--{name}: expected a number from 1 to 2 ** 63, got {reprlib.repr(value)}")
+def hold_out(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Training and validation rows: of every label each fifth row is held out."""
+    train, val = [], []
+    for name in sorted({label for _, label in rows}):
+        own = [row for row in rows if row[1] == name]
+        val += own[4::5]
+        train += [row for i, row in enumerate(own) if i % 5 != 4]
+    if not val:
+        raise ValueError(
+            f"expected a label with 5 rows or more, to hold one out, got {len(rows)} rows in all"
+        )
+    return train, val
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train; --help lists the options."""
     parents = [make_parser(add_help=False)]
-    parser = OptionParser(TrainingArguments, description=__doc__, parents=parents)  # type: ignore[arg-type]
+    parser = HfArgumentParser(TrainingArguments, description=__doc__, parents=parents)  # type: ignore[arg-type]
     parser.set_defaults(**DEFAULTS)
     try:
         args, options = parser.parse_args_into_dataclasses(arguments)
-        options.seed = args.seed
-        check_numbers(args)
-        check_output("--output_dir", Path(args.output_dir), folder=True)
-        train, val = hold_out(read_rows(options.data, options), options)
+        train, val = hold_out(read_rows(options.data, options.text_column, options.label_column))
         names = sorted({label for _, label in train})
         class_counts = count_classes([names.index(label) for _, label in train], len(names))
         criterion = LGLALoss(class_counts, options.num_experts).to(args.device)
-    except ValueError as error:
+    except KeyError as error:
+        parser.error(
+            f"{options.data}: there is no column {error}; --text_column and --label_column name others"
+        )
+    except (OSError, ValueError, csv.Error) as error:
         parser.error(str(error))
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint is not None and not Path(checkpoint, "trainer_state.json").is_file():
-        parser.error(f"--resume_from_checkpoint: expected a checkpoint, got {checkpoint}")
     if args.n_gpu > 1:
         parser.error(f"expected one GPU a process, got {args.n_gpu}; start it by torchrun --nproc-per-node")
 
     set_seed(args.seed)
-    tokenizer = new_tokenizer([text for text, _ in train], options.vocabulary)
-    encode = partial(tokenizer, truncation=True, max_length=options.max_length)
-    vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    config = BertConfig.from_dict(SMALL_BERT | vocabulary)
-    train_set, val_set = samples(train, names, encode), samples(val, names, encode)
+    texts = [text for text, _ in train]
+    tokenizer = BertTokenizer().train_new_from_iterator(texts, options.vocabulary, show_progress=False)
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    config = BertConfig.from_dict(SMALL_BERT | sizes)
+
+    def samples(rows: list[Row]) -> Any:  # which Trainer's own collator pads
+        ids = tokenizer([text for text, _ in rows], truncation=True, max_length=options.max_length)[
+            "input_ids"
+        ]
+        labels = [names.index(label) for _, label in rows]
+        return [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)]
+
+    train_set, val_set = samples(train), samples(val)
     trainer = Trainer(
         TextExperts(config, len(names), options.num_experts),
         args,
@@ -214,12 +228,14 @@ def main(arguments: list[str] | None = None) -> None:
         writer = SummaryWriter(args.output_dir)
         trainer.add_callback(TensorBoardCallback(writer))
         trainer.add_callback(LogLoss(LossMonitor(criterion), writer))
-    trainer.train(resume_from_checkpoint=checkpoint)
+
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     scores = trainer.predict(val_set, metric_key_prefix="").metrics or {}
     if trainer.is_world_process_zero():
-        columns = {name: scores.get(f"_{name}") for name in ("all", "many", "medium", "few")}
-        print_scores({"ensemble": columns}, f"Accuracy (%) after step {trainer.state.global_step}")
+        means = {name: scores.get(f"_{name}") for name in ("all", "many", "medium", "few")}
+        shown = [f"{name} {100 * mean:.1f}" for name, mean in means.items() if mean is not None]
+        print(f"accuracy (%) after step {trainer.state.global_step}: {', '.join(shown)}")
 
 
 if __name__ == "__main__":
-    start(main)
+    main()

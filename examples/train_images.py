@@ -1,3 +1,4 @@
+# Needs: cli.py, files.py, graphs.py, recipe.py, sampling.py, training.py.
 """Train LGLA on a folder of images, or on an .npz file of them, with a network of torchvision or timm.
 
 A folder has train/ and val/ (or test/) with one folder a class; a file has the arrays train_images,

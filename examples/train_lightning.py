@@ -1,3 +1,4 @@
+# Needs no other file.
 """Train LGLA in Lightning, with what the loss does on TensorBoard.
 
 What is LGLA's own is the model's last two lines of layers, the loss, and a callback; checkpoints, resuming,
@@ -12,40 +13,52 @@ from typing import Any
 
 import numpy as np
 import torch
-from cli import InputError, Parser, needs, number, start
-from files import check_log_dir, load_plain
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 
+def positive(text: str) -> int:
+    """An integer from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {number}")
+    return number
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
-    add("data", nargs="?", type=Path, metavar="FILE.npz", help="as train_images.py takes it; None is digits")
-    add("--epochs", type=number(int, 1), default=30, help="passes over the training data")
-    add("--batch-size", type=number(int, 1), default=64, help="samples of a step and device")
-    add("--lr", type=number(float, 0), default=0.1, help="highest learning rate")
+    add("data", type=Path, metavar="FILE.npz", help="images and labels, as make_data.py digits writes them")
+    add("--epochs", type=positive, default=30, help="passes over the training data")
+    add("--batch-size", type=positive, default=64, help="samples of a step and device")
+    add("--lr", type=float, default=0.1, help="highest learning rate")
     add("--devices", default="auto", help="Lightning's: how many, or auto")
     add("--strategy", default="auto", help="Lightning's, ddp say")
-    add("--log-every", type=number(int, 1), default=5, help="steps from one log to the next")
+    add("--log-every", type=positive, default=5, help="steps from one log to the next")
     add("--log-dir", type=Path, default=Path("runs/train_lightning"), help="checkpoints and curves")
     add("--resume", action="store_true", help="continue the run in --log-dir")
     return parser
 
 
-with needs("lightning", make_parser, __name__):
+try:
     from lightning import Callback, LightningModule, Trainer, seed_everything
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers import TensorBoardLogger
-    from make_data import long_tailed_digits
-    from training import differing_tensors, print_scores
 
     from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss, count_classes
     from lgla_losses.data import ImageData, read_npz
     from lgla_losses.metrics import ShotAccuracy
     from lgla_losses.monitor import LossMonitor
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    parser = make_parser()
+    parser.parse_known_args()  # which answers --help
+    parser.exit(2, f'{parser.prog}: error: {error}: pip install "lgla-losses[lightning]"\n')
 
 
 class LongTailedClassifier(LightningModule):
@@ -128,35 +141,12 @@ class LogLoss(Callback):
         self.monitor.close()
 
 
-def read_images(path: Path | None) -> tuple[ImageData, ImageData]:
+def read_images(path: Path) -> tuple[ImageData, ImageData]:
     """Training and validation images."""
-    if path is None:
-        train, train_labels, val, val_labels = long_tailed_digits(imbalance=50.0, seed=0)
-        data = {"train": ImageData(train, train_labels), "val": ImageData(val, val_labels)}
-    else:
-        data = read_npz(path)
+    data = read_npz(path)
     for half in data.values():
         half.transform = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     return data["train"], data["val"]
-
-
-def check_checkpoint(path: Path, model: LongTailedClassifier, epochs: int) -> None:
-    """Refuse what Lightning could not go on from, or would go on from as another run."""
-    checkpoint = load_plain(path)
-    if (
-        not isinstance(checkpoint, dict)
-        or not {"state_dict", "hyper_parameters", "epoch"} <= checkpoint.keys()
-    ):
-        raise InputError(f"--resume: expected a checkpoint of this script, got another file as {path}")
-    then, now = dict(checkpoint["hyper_parameters"]), dict(model.hparams)
-    other = [
-        f"{name} {then.get(name)}, now {value}" for name, value in now.items() if then.get(name) != value
-    ]
-    if checkpoint["epoch"] >= epochs:
-        other.append(f"{checkpoint['epoch'] + 1} epochs done, now {epochs}")
-    problem = "; ".join(other) or differing_tensors(model.state_dict(), checkpoint["state_dict"])
-    if problem:
-        raise InputError(f"--resume: {path} is of another run: {problem}; take another --log-dir")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -164,20 +154,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
     last = options.log_dir / "last.ckpt"
+    if options.resume and not last.is_file():
+        parser.error(f"--resume: there is no {last}; leave --resume out to begin a run")
+    if last.exists() and not options.resume:
+        parser.error(
+            f"--log-dir: {last} is of an earlier run; --resume continues it, another folder begins one"
+        )
+
     seed_everything(0)
+    try:
+        train, val = read_images(options.data)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    class_counts = count_classes(train.targets, max(train.targets) + 1).tolist()
+    model = LongTailedClassifier(class_counts, lr=options.lr)
+    if options.resume:  # Lightning would go on, with what the checkpoint says
+        then = torch.load(last, weights_only=True)["hyper_parameters"]
+        other = [f"{name} differs" for name, value in model.hparams.items() if then.get(name) != value]
+        if other:
+            parser.error(f"--resume: {last} is of another run: {', '.join(other)}; take another --log-dir")
+
     checkpoints = [
         ModelCheckpoint(options.log_dir, "last", enable_version_counter=False),
         ModelCheckpoint(options.log_dir, "best", "accuracy/all", mode="max", enable_version_counter=False),
     ]
-    try:
-        train, val = read_images(options.data)
-        class_counts = count_classes(train.targets, max(train.targets) + 1).tolist()
-        model = LongTailedClassifier(class_counts, lr=options.lr)
-        check_log_dir(options.log_dir, last.name, options.resume)
-        if options.resume:
-            check_checkpoint(last, model, options.epochs)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
     try:
         trainer = Trainer(
             devices=options.devices,
@@ -189,13 +189,11 @@ def main(arguments: list[str] | None = None) -> None:
         )
     except (ValueError, TypeError, OverflowError, MisconfigurationException) as error:
         parser.error(f"--devices {options.devices:.20} --strategy {options.strategy:.20}: {error}")
+
     loaders = DataLoader(train, options.batch_size, shuffle=True), DataLoader(val, options.batch_size)
     trainer.fit(model, *loaders, ckpt_path=last if options.resume else None)
-    (scores,) = trainer.validate(model, loaders[1], verbose=False)
-    if trainer.is_global_zero:
-        columns: dict[str, float | None] = {name.partition("/")[2]: mean for name, mean in scores.items()}
-        print_scores({"ensemble": columns}, f"Accuracy (%) after the last epoch, {options.epochs}")
+    trainer.validate(model, loaders[1])
 
 
 if __name__ == "__main__":
-    start(main)
+    main()

@@ -1,26 +1,27 @@
+# Needs: augment.py, cli.py, device_augment.py, files.py, graphs.py, paper_recipes.py, recipe.py, resnet32.py,
+# sampling.py, train_images.py, training.py.
 """Run a recipe of examples/paper, a cell of one of the paper's tables, on one or several seeds.
 
 A recipe is a TOML file of options, of which --options lists all. Of several recipes the later ones
 override, then --set. Runs that were made before are not made again, and those cut short go on.
+--suite runs the cells of a suite of examples/paper/suites.toml one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import reprlib
 import shlex
 import statistics
 import subprocess
 import sys
-import tomllib
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from cli import InputError, Parser, add_options, library, needs, number, parse_options, shortened, start
-from files import check_log_dir, check_output, kind_of, make_folder, write_whole
+from files import check_log_dir, check_output, make_folder, write_whole
+from paper_recipes import ABOUT, as_arguments, parse_setting, read_recipe, suite_commands
 from torch import nn
 
 #: Networks for small images, and their blocks a stage.
@@ -29,16 +30,20 @@ SMALL_NETWORKS = {"resnet32": 5, "resnet20": 3, "resnet8": 1}
 #: Of training images: by data set, weak or strong.
 AUGMENTATIONS = ("cifar-weak", "cifar-strong", "imagenet-weak", "imagenet-strong", "places")
 
-#: What a recipe says beside options: the files it builds on, its cell, and what the paper reports there.
-ABOUT = ("base", "dataset", "table", "row", "column", "paper", "protocol")
-
 
 def command_parser() -> argparse.ArgumentParser:
     """The options of the command itself."""
     parser = Parser(description=__doc__)
     parser.add_argument("recipes", type=Path, nargs="*", metavar="RECIPE", help="TOML files")
+    parser.add_argument(
+        "--suite", metavar="NAME", help="cells of examples/paper/suites.toml, instead of recipes"
+    )
+    parser.add_argument(
+        "--files", nargs="*", default=[], metavar="NAME=PATH", help="of a suite's data: cifar10=cifar10.npz"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of a suite, and stop")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0], help="(default 0)")
+    parser.add_argument("--seeds", type=number(int, 0), nargs="+", help="by default 0, or those of the suite")
     parser.add_argument("--name", help="of the cell; by default the recipes' names")
     parser.add_argument("--runs", type=Path, default=Path("runs", "paper"), help="checkpoints and curves")
     parser.add_argument("--records", type=Path, default=Path("runs", "paper"), help="where NAME.json goes")
@@ -101,6 +106,18 @@ with needs("vision", command_parser, __name__):
     )
 
 
+class Cell(NamedTuple):
+    """What a command runs: the arguments of a run but for the seed, and where its files go."""
+
+    name: str
+    settings: dict[str, Any]
+    arguments: list[str]
+    seeds: list[int]
+    folder: Path
+    record: Path
+    command: str
+
+
 class PaperImages(torch.utils.data.Dataset[Any]):
     """Images as the loop takes them: inputs in a tuple."""
 
@@ -127,81 +144,6 @@ class RawImages(torch.utils.data.Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.images)
-
-
-def read_recipe(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """What a file says over what the files of its ``base`` say; ``readers`` are those whose base it is."""
-    got = kind_of(path)
-    if got == "nothing":
-        others = get_close_matches(path.name, [file.name for file in path.parent.glob("*.toml")])
-        raise InputError(f"{path}: there is no such recipe; close names: {', '.join(others) or 'none'}")
-    if got != "a file":
-        raise InputError(f"{path}: expected a file of TOML, got {got}")
-    chain = (*readers, path.resolve())
-    if chain[-1] in readers:
-        names = " -> ".join(file.name for file in chain[chain.index(chain[-1]) :])
-        raise InputError(f"{path}: expected a base that ends somewhere, got the circle {names}")
-    try:
-        said = parse_toml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected TOML in UTF-8, got {error}") from error
-    settings: dict[str, Any] = {}
-    bases = said.pop("base", [])
-    bases = bases if isinstance(bases, list) else [bases]
-    if not all(isinstance(base, str) for base in bases):
-        raise InputError(f"{path}: expected base to be the name of a recipe, or a list of names, got {bases}")
-    for base in bases:
-        settings |= read_recipe(path.parent / base, chain)
-    return settings | said
-
-
-def parse_toml(text: str) -> dict[str, Any]:
-    """What TOML says; a ValueError where it is none."""
-    try:
-        return tomllib.loads(text)
-    except RecursionError as error:
-        raise ValueError("lists or tables too deep in each other") from error
-
-
-def parse_setting(text: str) -> tuple[str, Any]:
-    """``key=value``: a value of TOML, or else a string."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"--set: expected key=value, got {text!r}")
-    try:
-        return key.replace("-", "_"), parse_toml(f"value = {value}")["value"]
-    except ValueError:
-        return key.replace("-", "_"), value
-
-
-def as_arguments(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> list[str]:
-    """Settings as a command line, which checks their values."""
-    not_settings = ("help", "resume", "seed", "log_dir")  # --seeds and --runs say these
-    actions = {action.dest: action for action in parser._actions if action.dest not in not_settings}
-    has_tau = settings.get("adjustment", "lgla") in ("lgla", "logit")
-    arguments = []
-    for key, value in settings.items():
-        if key in ABOUT or value == "":  # nothing: the option's default
-            continue
-        if key == "tau" and not has_tau:  # of a data set's recipe, for the methods that have one
-            continue
-        if key not in actions:
-            close = ", ".join(get_close_matches(key, actions)) or "none"
-            raise InputError(f"{key}: there is no such option; close names: {close}; all: --options")
-        flag = f"--{key.replace('_', '-')}"
-        if isinstance(value, bool):
-            negative = f"--no-{key.replace('_', '-')}"
-            if actions[key].nargs != 0:
-                raise InputError(f"{key}: expected a value, got {str(value).lower()}")
-            if value or negative in actions[key].option_strings:
-                arguments.append(flag if value else negative)
-        elif isinstance(value, list):
-            if actions[key].nargs != "+":
-                raise InputError(f"{key}: expected one value, got the list {reprlib.repr(value)}")
-            arguments += [flag, *map(str, value)]
-        else:
-            arguments.append(f"{flag}={value}")
-    return arguments
 
 
 def read_data(options: argparse.Namespace) -> tuple[ImageData, ImageData]:
@@ -296,7 +238,7 @@ def augment_on_device(options: argparse.Namespace) -> DeviceAugment | None:
         raise InputError(f"augment_on device: image_{error}; augment_on loader takes smaller ones") from error
 
 
-def run_seed(arguments: list[str], seed: int, folder: Path, command: str) -> dict[str, Any]:
+def run_seed(arguments: list[str], seed: int, folder: Path, to_go_on: str) -> dict[str, Any]:
     """The record of a run, made now or before."""
     record, outputs = folder / "result.json", folder / "outputs.npz"
     resume = ["--resume"] if (folder / "last.pt").exists() else []
@@ -306,7 +248,7 @@ def run_seed(arguments: list[str], seed: int, folder: Path, command: str) -> dic
     else:
         check_log_dir(folder, "last.pt", options.resume)
         torch.manual_seed(seed)
-        trainer = Trainer(prepare(options), options, command)  # which goes on by itself
+        trainer = Trainer(prepare(options), options, to_go_on)  # which goes on by itself
         if resume:
             trainer.resume()
         trainer.fit()
@@ -391,59 +333,101 @@ def commit() -> str:
         return ""
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run a recipe on every seed, and write the record of its cell."""
-    parser = command_parser()
+def read_cell(parser: argparse.ArgumentParser, arguments: list[str]) -> Cell:
+    """Check what a command says, as far as it goes without data."""
     options = parser.parse_args(arguments)
-    if options.options:
-        make_parser().print_help()
-        return
-    if not options.recipes:
-        parser.error("expected at least one recipe; ls examples/paper")
-    if len(set(options.seeds)) < len(options.seeds):
-        parser.error(f"--seeds: expected each but once, got {shortened(options.seeds)}")
-    name = options.name or "-".join(path.stem for path in options.recipes)
-    path: Path = options.records / f"{name}.json"
-    arguments = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", sys.argv[0], *arguments])
+    seeds = options.seeds or [0]
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds: expected each but once, got {shortened(seeds)}")
+
     settings: dict[str, Any] = {}
+    for recipe in options.recipes:
+        settings |= read_recipe(recipe)
+    settings |= dict(map(parse_setting, options.set))
+    run_arguments = as_arguments(make_parser(), settings)
+
+    name = options.name or "-".join(path.stem for path in options.recipes)
+    record: Path = options.records / f"{name}.json"
+    check_output("--runs", options.runs, folder=True)
+    check_output("--records", record.parent, folder=True)
+    if record.parent.is_dir():
+        check_output("--records", record)
+    return Cell(name, settings, run_arguments, seeds, options.runs / name, record, command_line(arguments))
+
+
+def command_line(arguments: list[str]) -> str:
+    """What one types to run this script with these arguments."""
+    return shlex.join(["python", sys.argv[0], *arguments])
+
+
+def run_cell(cell: Cell, to_go_on: str) -> None:
+    """Run a recipe on every seed, and write the record of its cell; ``to_go_on`` is what resumes it."""
     runs = []
-    try:
-        for recipe in options.recipes:
-            settings |= read_recipe(recipe)
-        settings |= dict(map(parse_setting, options.set))
-        run_arguments = as_arguments(make_parser(), settings)
-        check_output("--runs", options.runs, folder=True)
-        check_output("--records", path.parent, folder=True)
-        if path.parent.is_dir():
-            check_output("--records", path)
-        for seed in options.seeds:
-            folder: Path = options.runs / name / f"seed{seed}"
-            print(f"{name}, seed {seed}: {folder}", flush=True)
-            runs.append(run_seed(run_arguments, seed, folder, command))
-    except InputError as error:
-        parser.error(str(error))
-    scores = summary(runs)
+    for seed in cell.seeds:
+        folder = cell.folder / f"seed{seed}"
+        print(f"{cell.name}, seed {seed}: {folder}", flush=True)
+        runs.append(run_seed(cell.arguments, seed, folder, to_go_on))
+
     configuration = {
         key: value for key, value in runs[0]["configuration"].items() if key not in ("seed", "log_dir")
     }
+    scores = summary(runs)
     record = {
-        "name": name,
-        **{key: settings.get(key) or None for key in ABOUT[1:]},
-        "command": command,
+        "name": cell.name,
+        **{key: cell.settings.get(key) or None for key in ABOUT[1:]},
+        "command": cell.command,
         "commit": commit(),
-        "settings": {key: value for key, value in settings.items() if key not in ABOUT},
+        "settings": {key: value for key, value in cell.settings.items() if key not in ABOUT},
         "configuration": configuration,
         "summary": scores,
         "runs": [shortened_run(run) for run in runs],
     }
-    make_folder("--records", path.parent)
+    make_folder("--records", cell.record.parent)
     content = json.dumps(record, indent=1, default=str) + "\n"  # dates, of TOML, as texts
-    write_whole(path, lambda file: file.write(content.encode()))
+    write_whole(cell.record, lambda file: file.write(content.encode()))
+
     for column, score in scores["final"].items():
         deviation = "" if score["deviation"] is None else f" ± {score['deviation']:.1f}"
         print(f"{column:>9} {score['mean']:.1f}{deviation}")
-    print(f"record: {path}")
+    print(f"record: {cell.record}", flush=True)
+
+
+def expand(options: argparse.Namespace) -> list[list[str]]:
+    """The arguments of every cell of a suite, with what the command says for all of them."""
+    if options.recipes or options.name:
+        raise InputError("--suite: expected no recipes and no --name, which the suite says, got them")
+    files = {name: path for name, _, path in (text.partition("=") for text in options.files)}
+    if empty := [name for name, path in files.items() if not path]:
+        raise InputError(f"--files: expected NAME=PATH, got {', '.join(empty)}")
+
+    given = ["--runs", str(options.runs), "--records", str(options.records)]
+    given += ["--set", *options.set] if options.set else []
+    given += ["--seeds", *map(str, options.seeds)] if options.seeds else []
+    return [[*command, *given] for command in suite_commands(options.suite, files)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a recipe, or all of a suite."""
+    parser = command_parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(arguments)
+    if options.options:
+        make_parser().print_help()
+        return
+    if not options.recipes and options.suite is None:
+        parser.error("expected at least one recipe, ls examples/paper, or a --suite")
+    if options.files and options.suite is None:
+        parser.error("--files: expected a --suite, whose data it names; --set data=PATH is a recipe's")
+    try:
+        commands = [arguments] if options.suite is None else expand(options)
+        if options.dry_run:
+            print(*map(command_line, commands), sep="\n")
+            return
+        cells = [read_cell(parser, command) for command in commands]  # all, before the first is trained
+        for cell in cells:
+            run_cell(cell, command_line(arguments))
+    except InputError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -1,3 +1,6 @@
+# Needs: augment.py, cli.py, device_augment.py, device_steps.py, files.py, graphs.py, paper_recipes.py,
+# recipe.py, resnet32.py, sampling.py, stacked.py, stacked_kernels.py, stacked_runs.py, train_images.py,
+# train_paper.py, training.py.
 """Train several methods of one seed together: CIFAR-10-LT by the paper's recipe, on the device.
 
 The data, the augmentation and the learning rates lie on the device, and on a GPU a step of all methods is one
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 from cli import InputError, Parser, check_device, needs, number, parse_options, shortened, start
 from files import check_output, make_folder, write_whole
+from paper_recipes import ABOUT, RECIPES, as_arguments, read_recipe
 from torch import Tensor
 
 #: A run's options by method, over those of the recipe.
@@ -108,11 +112,10 @@ def _first(targets: list[int], target: int) -> Any:
 
 def make_run(method: str, epochs: int, counts: Tensor, options: argparse.Namespace) -> Run:
     """What a method of the paper's recipe is."""
-    recipes = Path(__file__).parent / "paper"
     said = dict(METHODS[method])
     settings = {
-        **train_paper.read_recipe(recipes / "data" / "cifar.toml"),
-        **train_paper.read_recipe(recipes / "methods" / f"{said.pop('recipe')}.toml"),
+        **read_recipe(RECIPES / "data" / "cifar.toml"),
+        **read_recipe(RECIPES / "methods" / f"{said.pop('recipe')}.toml"),
         "dataset": options.dataset,
         "column": "accuracy",
         "format": "npz",
@@ -129,7 +132,7 @@ def make_run(method: str, epochs: int, counts: Tensor, options: argparse.Namespa
         **said,
     }
     parser = train_paper.make_parser()
-    run_options = parse_options(parser, train_paper.as_arguments(parser, settings))
+    run_options = parse_options(parser, as_arguments(parser, settings))
     blocks = train_paper.SMALL_NETWORKS[run_options.backbone]
     return Run(method, settings, run_options, blocks, build_criterion(counts, run_options))
 
@@ -147,10 +150,10 @@ def write_records(stacks: list[Stack], options: argparse.Namespace, command: str
         settings = stacks[0].runs[index].settings
         record = {
             "name": name,
-            **{key: settings.get(key) for key in train_paper.ABOUT[1:]},
+            **{key: settings.get(key) for key in ABOUT[1:]},
             "command": command,
             "commit": train_paper.commit(),
-            "settings": {key: value for key, value in settings.items() if key not in train_paper.ABOUT},
+            "settings": {key: value for key, value in settings.items() if key not in ABOUT},
             "configuration": {
                 k: v for k, v in runs[0]["configuration"].items() if k not in ("seed", "log_dir")
             },

@@ -1,3 +1,4 @@
+# Needs: cli.py, files.py, graphs.py, recipe.py, sampling.py, training.py.
 """Train LGLA on a CSV file of texts and labels, with a text encoder of transformers from local files.
 
 Without --checkpoint or --config the encoder is a small BERT that begins with new weights; without

@@ -1,3 +1,4 @@
+# Needs: cli.py, files.py, graphs.py, recipe.py, sampling.py.
 """The loop of train_images.py and train_text.py: steps, evaluation, checkpoints and the record."""
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import cli
 import files
 import pytest
 import torch
+from needed import needed_files
 from scripts import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -28,6 +29,8 @@ EXTRAS = {
     "paper_results": "plot",
 }
 MADE_OF_NOTHING = ("make_data",)  # but of torch and numpy
+#: Short ones, to be copied as they are.
+ALONE = ("quickstart", "plain_loop", "train_lightning", "train_hf_trainer")
 
 #: Runs a script where nothing but torch and numpy is installed.
 IN_A_CORE_INSTALL = """
@@ -75,9 +78,38 @@ def test_all_scripts_are_tried_here():
     assert programs == {*EXTRAS, *MADE_OF_NOTHING}
 
 
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_the_top_of_a_script_says_which_files_go_with_it(script):
+    files = needed_files(script)
+    top = script.read_text().partition('"""')[0].replace("\n# ", " ")
+    assert top == (f"# Needs: {', '.join(files)}.\n" if files else "# Needs no other file.\n")
+
+
+def test_the_shortest_scripts_can_be_copied_alone():
+    assert [needed_files(EXAMPLES / f"{name}.py") for name in ALONE] == [[]] * len(ALONE)
+
+
+def test_the_plain_loop_learns_the_rare_digits(tmp_path):
+    """Copied to a folder of its own."""
+    copy = tmp_path / "loop.py"
+    copy.write_text((EXAMPLES / "plain_loop.py").read_text().replace("range(50)", "range(20)"))
+    done = subprocess.run(
+        [sys.executable, copy],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    every, rare = map(float, re.findall(r": (\S+) %", done.stdout.splitlines()[-1]))
+    assert every > 75
+    assert rare > 50
+    assert re.findall(r"^ +9 +3 +\S+$", done.stdout, re.MULTILINE)
+
+
 @pytest.mark.parametrize(("name", "extra"), EXTRAS.items())
 def test_a_core_install_shows_the_options_and_says_what_to_install(name, extra):
-    takes_data = name in ("train_images", "train_text", "train_hf_trainer")
+    takes_data = name in ("train_images", "train_text", "train_lightning", "train_hf_trainer")
     done = run(name, *["data"] * takes_data, code=IN_A_CORE_INSTALL)
     assert done.stdout.startswith(f"usage: {name}.py")
     assert re.findall("exit code (.*)", done.stdout) == ["0", "2"]
@@ -126,14 +158,14 @@ def test_numbers_of_hundreds_of_digits_are_refused_with_the_options_name(kind, t
 
 def test_control_c_ends_a_script_by_a_line(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, EXAMPLES / "quickstart.py", "--seeds", "1", "--output", tmp_path / "picture.png"],
+        [sys.executable, EXAMPLES / "sweep_tau.py", "--seeds", "1", "--output", tmp_path / "sweep.json"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     read = ""
-    while "epoch" not in read and process.poll() is None:
+    while "it" not in read and process.poll() is None:
         read += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]

@@ -45,8 +45,8 @@ def test_it_learns_and_logs_what_the_loss_does(digits, tmp_path, capsys):
         assert len(logged[name]) == len(steps), name
     printed = capsys.readouterr().out
     assert all(column in printed for column in ("all", "many", "medium", "few"))
-    row = next(line for line in printed.splitlines() if line.startswith("│ ensemble "))
-    assert f" {100 * logged['accuracy/all'][-1][1]:.1f} " in row
+    row = next(line for line in printed.splitlines() if " accuracy/all " in line)
+    assert f"{logged['accuracy/all'][-1][1]:.4f}"[:5] in row
 
 
 def test_the_monitor_changes_nothing_that_is_trained(digits, tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ def test_a_checkpoint_is_a_whole_model(digits, tmp_path):
         (["--devices", "many"], "--devices many"),
         (["--devices", "1" + 400 * "0"], "--devices 1000"),
         (["--resume"], "--resume: there is no "),
-        (["--epochs", "0"], "--epochs: expected a number from 1 to inf, got 0"),
+        (["--epochs", "0"], "--epochs: expected a number from 1 on, got 0"),
     ],
 )
 def test_wrong_input_is_refused(digits, tmp_path, capsys, arguments, message):
@@ -112,41 +112,15 @@ def test_wrong_input_is_refused(digits, tmp_path, capsys, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_the_default_data(tmp_path):
-    train, val = train_lightning.read_images(None)
-    assert max(train.targets) == 9
-    assert train[0][0].shape == (3, 8, 8)
-    assert 0 <= train[0][0].min() < train[0][0].max() <= 1
-    assert len(val) == 240
-
-
 def test_another_run_is_neither_continued_nor_overwritten(digits, tmp_path, capsys):
-    run(digits, tmp_path, "--epochs", "2")
+    run(digits, tmp_path, "--epochs", "1")
     before = (tmp_path / "last.ckpt").read_bytes()
-    for data, options, message in (
-        ("nowhere.npz", [], "nowhere.npz: expected an .npz file"),
-        (digits, [], "--resume continues it"),
-        (
-            digits,
-            ["--resume", "--epochs", "1"],
-            "of another run: 2 epochs done, now 1; take another --log-dir",
-        ),
-        (digits, ["--resume", "--lr", "0.5"], "of another run: lr 0.1, now 0.5; take another --log-dir"),
+    for options, message in (
+        ([], "--resume continues it"),
+        (["--resume", "--lr", "0.5"], "of another run: lr differs; take another --log-dir"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            train_lightning.main([str(data), "--log-dir", str(tmp_path), *options])
+            run(digits, tmp_path, *options)
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
     assert (tmp_path / "last.ckpt").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    "content", [{"epoch": 0}, {"state_dict": {}, "hyper_parameters": {}, "epoch": 0}, "text"]
-)
-def test_what_is_no_checkpoint_of_this_script_is_refused(digits, tmp_path, capsys, content):
-    torch.save(content, tmp_path / "last.ckpt")
-    with pytest.raises(SystemExit) as stopped:
-        train_lightning.main([str(digits), "--log-dir", str(tmp_path), "--resume"])
-    assert stopped.value.code == 2
-    assert f"{tmp_path}/last.ckpt" in capsys.readouterr().err.splitlines()[-1]

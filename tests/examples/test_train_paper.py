@@ -11,6 +11,7 @@ from argparse import Namespace
 
 import make_data
 import numpy as np
+import paper_recipes
 import paper_results
 import pytest
 import recipe
@@ -47,10 +48,10 @@ def digits(tmp_path):
 def options_of(*settings, files=()):
     said = {}
     for file in files:
-        said |= train_paper.read_recipe(RECIPES / file)
-    said |= dict(map(train_paper.parse_setting, settings))
+        said |= paper_recipes.read_recipe(RECIPES / file)
+    said |= dict(map(paper_recipes.parse_setting, settings))
     parser = train_paper.make_parser()
-    return parse_options(parser, train_paper.as_arguments(parser, said))
+    return parse_options(parser, paper_recipes.as_arguments(parser, said))
 
 
 def run(tmp_path, digits, *arguments, recipes=("table5_lgla.toml",), settings=()):
@@ -76,7 +77,7 @@ def run(tmp_path, digits, *arguments, recipes=("table5_lgla.toml",), settings=()
 @pytest.mark.parametrize("path", CELLS, ids=lambda path: path.stem)
 def test_every_recipe_is_one(path):
     options = options_of(files=[path.name])
-    said = train_paper.read_recipe(path)
+    said = paper_recipes.read_recipe(path)
     assert {"dataset", "table", "row", "column"} <= said.keys()
     assert ("paper" in said) == ("protocol" in said)
     assert options.adjustment in ("lgla", "balanced", "softmax")
@@ -617,7 +618,7 @@ def test_a_recipe_may_be_the_base_of_two(tmp_path):
     ):
         (tmp_path / f"{name}.toml").write_text(text)
     (tmp_path / "d.toml").write_text("epochs = 3")
-    assert train_paper.read_recipe(tmp_path / "a.toml") == {"epochs": 3}
+    assert paper_recipes.read_recipe(tmp_path / "a.toml") == {"epochs": 3}
 
 
 def test_a_first_try_of_one_epoch_trains(tmp_path, digits, capsys):
