@@ -15,9 +15,10 @@ from rich.console import Console
 
 import lgla_losses
 from lgla_losses.grouping import ClassGrouper
+from lgla_losses.inspection._entries import SourceError
 from lgla_losses.inspection.picture import draw_groups
 from lgla_losses.inspection.report import Inspection, inspect_counts
-from lgla_losses.inspection.sources import ClassCounts, Kind, SourceError, read_class_counts
+from lgla_losses.inspection.sources import ClassCounts, Kind, read_class_counts
 from lgla_losses.inspection.table import print_inspection
 
 #: Of the JSON that --json writes; a key that changes its meaning or goes raises it.
