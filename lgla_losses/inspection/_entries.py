@@ -23,7 +23,7 @@ SEPARATED = re.compile(r"\d{1,3}([,.' \u00a0\u2009\u202f]\d{3})+|0\d+")
 
 
 class SourceError(ValueError):
-    """What was given as class counts cannot be read as such; the message says where and why."""
+    """Say where and why what was given as class counts cannot be read as such."""
 
 
 def text_lines(path: Path) -> list[str]:
