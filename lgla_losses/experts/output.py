@@ -16,7 +16,7 @@ ExpertLogits: TypeAlias = Tensor | Sequence[Tensor]
 
 
 class ExpertOutput(NamedTuple):
-    """The output of K experts on a batch; what :class:`LGLALoss` takes.
+    """Hold the output of K experts on a batch; what :class:`LGLALoss` takes.
 
     Attributes:
         logits: unadjusted logits ``[N, K, C]``, of maps ``[N, K, C, H, W]``.
@@ -51,6 +51,7 @@ class ExpertOutput(NamedTuple):
             )
         if fusion is None:
             return self.logits.mean(dim=1)
+
         dtype, device = compute_dtype(self.logits.dtype), self.logits.device
         weights = normalized_fusion(fusion, self.logits.shape[1], device).to(device, dtype)
         weights = weights.view(-1, *[1] * (self.logits.dim() - 2))
@@ -62,7 +63,7 @@ class ExpertOutput(NamedTuple):
 def normalized_fusion(
     fusion: Tensor | Sequence[float] | None, num_experts: int, device: torch.device | None = None
 ) -> Tensor:
-    """The fusion weights ``[K]`` divided by their sum; equal ones for None.
+    """Divide the fusion weights ``[K]`` by their sum; equal ones for None.
 
     Args:
         fusion: the weights.
@@ -71,10 +72,12 @@ def normalized_fusion(
     """
     if fusion is None:
         return torch.full((num_experts,), 1.0 / num_experts, dtype=torch.float64)
+
     try:
         weights = fusion if isinstance(fusion, Tensor) else torch.as_tensor(fusion, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"fusion: expected {num_experts} real numbers, got {describe(fusion)}") from error
+
     if weights.is_complex():
         raise TypeError(f"fusion: expected {num_experts} real numbers, got {weights.dtype}")
     if dense_tensor("fusion", weights).shape != (num_experts,):
@@ -84,6 +87,7 @@ def normalized_fusion(
         )
     if weights.is_meta and (device is None or device.type != "meta"):
         raise ValueError(f"fusion: expected weights that have values, got {describe(weights)}")
+
     weights = weights.to(widest_dtype(weights.device))
     if values_readable(weights, None) and not (
         weights.isfinite().all() and (weights >= 0).all() and (weights > 0).any()
@@ -92,11 +96,12 @@ def normalized_fusion(
             "fusion: expected finite, non-negative weights of which one is positive, "
             f"got {weights.tolist()}; softmax(weights) makes such ones"
         )
+
     return weights / weights.sum()
 
 
 def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool = False) -> ExpertLogits:
-    """``logits`` if they are floating-point ``[N, K, C]`` or K tensors ``[N, C]``.
+    """Check that ``logits`` are floating-point ``[N, K, C]`` or K tensors ``[N, C]``.
 
     With ``maps`` they may have further dimensions, as ``[N, K, C, H, W]``.
     """
@@ -114,6 +119,7 @@ def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool 
                 f"one an expert, got {got}; num_experts and class_counts fix their number and width"
             )
         return experts
+
     shape = f"[N, {num_experts}, {num_classes}]"
     if not isinstance(logits, Tensor):
         raise TypeError(
@@ -125,6 +131,7 @@ def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool 
             f"logits: expected shape [N, K, C], got {list(logits.shape)}; experts lie on dimension 1, "
             "so those of one model are logits[:, None], and K heads are stacked by torch.stack(heads, dim=1)"
         )
+
     _expert_tensor("logits", logits, "[N, K, C]", maps)
     if logits.shape[1:3] != (num_experts, num_classes):
         raise ValueError(
@@ -141,15 +148,17 @@ def _expert_tensor(name: str, value: object, shape: str, maps: bool) -> Tensor:
 
 
 def expert_blocks(output: ExpertOutput | ExpertLogits, num_classes: int | None) -> list[Tensor]:
-    """The logits as tensors ``[N, k, C]`` whose experts together are all; views, not copies."""
+    """Divide the logits into tensors ``[N, k, C]`` whose experts together are all; views, not copies."""
     if isinstance(output, ExpertOutput):
         output = output.logits
+
     if isinstance(output, Sequence) and not isinstance(output, str):
         if num_classes is None:
             # check_logits has the experts agree with the first.
             num_classes = output[0].shape[-1] if output and isinstance(output[0], Tensor) else 1
         experts = check_logits(output, max(1, len(output)), num_classes)
         return [expert.unsqueeze(1) for expert in experts]
+
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise TypeError(
             "logits: expected an ExpertOutput, a floating-point tensor [N, C] or [N, K, C], or K tensors "
@@ -166,4 +175,5 @@ def expert_blocks(output: ExpertOutput | ExpertLogits, num_classes: int | None) 
             f"logits: expected shape [N, {width}] or [N, K, {width}], got {list(output.shape)}; class_counts "
             "fixes the number of classes, and experts lie on dimension 1"
         )
+
     return [output if output.dim() == 3 else output.unsqueeze(1)]
