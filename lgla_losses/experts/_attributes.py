@@ -195,7 +195,7 @@ class CopiesAttributes:
             self._note()
 
     def _layers(self) -> list[nn.Module]:
-        """List the layers that exchange attributes: all, but not PyTorch's own while compiling, to save time."""
+        """List the layers that exchange attributes: all, or all but PyTorch's own while compiling, for speed."""
         layers = list(self.stacked.modules())
         if torch.compiler.is_compiling():
             layers = [layer for layer in layers if not type(layer).__module__.startswith("torch.nn.")]

@@ -78,7 +78,12 @@ class Table:
 def read_csv(
     path: Path, *, count_column: str | None, name_column: str | None, label_column: str | None
 ) -> Found:
-    """Read class counts from a row a class, or count the labels of a row a sample."""
+    """Read class counts from a row a class, or count the labels of a row a sample.
+
+    Raises:
+        OSError: the file cannot be read.
+        SourceError: it is no such table, or leaves open which column is meant.
+    """
     asked = [name for name in (count_column, name_column) if name is not None]
     if label_column is None:
         return _read_classes(_read_table(path, asked), count_column, name_column)

@@ -27,7 +27,7 @@ class SourceError(ValueError):
 
 
 def text_lines(path: Path) -> list[str]:
-    """Read the lines of a text file."""
+    """Read the lines of a text file; what is none is a :class:`SourceError`."""
     try:
         return read_lines(path)
     except ValueError as error:
@@ -110,7 +110,7 @@ def class_order(cells: Sequence[str]) -> list[int]:
 
 
 def check_unique(path: Path, names: Sequence[str], where: Callable[[int], str], way_out: str) -> None:
-    """Refuse a class that is named twice."""
+    """Raise a :class:`SourceError` where a class is named twice."""
     first: dict[str, int] = {}
     for entry, name in enumerate(names):
         if first.setdefault(name, entry) != entry:

@@ -97,7 +97,6 @@ def read_class_counts(
     path = Path(source)
     if kind is not None:
         kind = one_of("kind", kind, [str(one) for one in Kind])
-
     columns = {"count_column": count_column, "name_column": name_column, "label_column": label_column}
 
     try:
@@ -170,6 +169,7 @@ def _read_text(path: Path) -> Found:
     cells = {line: content for line, content in enumerate(contents, start=1) if content}
     if not cells:
         raise SourceError(f"{path}: expected class counts, one a line, got an empty file")
+
     counts = entries.whole_numbers(
         path,
         list(cells.values()),
@@ -299,10 +299,9 @@ def _class_folders(folder: Path) -> list[Path]:
 
 def _count_images(folder: str | Path) -> int:
     """Count the images of a folder and of those in it."""
-    with os.scandir(folder) as entries:
+    with os.scandir(folder) as inside:
         return sum(
-            _count_images(one.path) if one.is_dir(follow_symlinks=False) else _is_image(one)
-            for one in entries
+            _count_images(one.path) if one.is_dir(follow_symlinks=False) else _is_image(one) for one in inside
         )
 
 
