@@ -195,7 +195,7 @@ class CopiesAttributes:
             self._note()
 
     def _layers(self) -> list[nn.Module]:
-        """List the layers that exchange attributes: all, or all but PyTorch's own while compiling, for speed."""
+        """List the layers that exchange attributes; while compiling PyTorch's own do not, to save time."""
         layers = list(self.stacked.modules())
         if torch.compiler.is_compiling():
             layers = [layer for layer in layers if not type(layer).__module__.startswith("torch.nn.")]

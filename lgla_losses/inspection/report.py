@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from lgla_losses._checks import finite_float, positive_int
-from lgla_losses._counts import ArrayLike, integer_array, to_numpy
+from lgla_losses._checks import positive_int
+from lgla_losses._counts import ArrayLike, integer_array, shot_splits, to_numpy
 from lgla_losses.adjustment import CLALogitAdjuster
 from lgla_losses.grouping import ClassGrouper
 
@@ -154,9 +155,6 @@ def inspect_counts(
         )
     if names is not None and len(names) != len(array):
         raise ValueError(f"names: expected one for each of {len(array)} classes, got {len(names)}")
-
-    many = finite_float("many", many, low=0, high=float("inf"), expected="a finite number >= 0")
-    few = finite_float("few", few, low=0, high=many, expected=f"a number in 0..many={many:g}")
     batch_size = positive_int("batch_size", batch_size, "give the samples of a batch")
 
     def info(number: int) -> ClassInfo:
@@ -164,6 +162,7 @@ def inspect_counts(
 
     present = np.flatnonzero(array)
     kept = array[present]
+    splits = shot_splits(torch.from_numpy(kept), many, few).numpy()
     infos = [info(int(number)) for number in present]
 
     groupings = []
@@ -180,9 +179,9 @@ def inspect_counts(
         smallest=infos[int(kept.argmin())],
         imbalance_factor=int(kept.max()) / int(kept.min()),
         gini=gini_coefficient(kept),
-        many=many,
-        few=few,
-        shots=_shots(kept, many, few),
+        many=float(many),
+        few=float(few),
+        shots=_shots(kept, splits),
         batch_size=batch_size,
         groupings=groupings,
         zero_count_classes=absent,
@@ -207,9 +206,7 @@ def gini_coefficient(counts: ArrayLike) -> float:
     return float(((2 * ranks - num_classes - 1) * ascending).sum() / (num_classes * ascending.sum()))
 
 
-def _shots(counts: np.ndarray[Any, np.dtype[np.int64]], many: float, few: float) -> list[Shot]:
-    is_many, is_few = counts > many, counts < few
-    splits = {"many": is_many, "medium": ~(is_many | is_few), "few": is_few}
+def _shots(counts: npt.NDArray[np.int64], splits: npt.NDArray[np.bool_]) -> list[Shot]:
     total = int(counts.sum())
     return [
         Shot(
@@ -219,7 +216,7 @@ def _shots(counts: np.ndarray[Any, np.dtype[np.int64]], many: float, few: float)
             num_samples=int(counts[split].sum()),
             sample_share=int(counts[split].sum()) / total,
         )
-        for name, split in splits.items()
+        for name, split in zip(("many", "medium", "few"), splits, strict=True)
     ]
 
 
