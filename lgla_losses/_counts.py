@@ -72,7 +72,8 @@ def shot_splits(class_counts: Tensor, many: float, few: float) -> Tensor:
     """Split off many-, medium- and few-shot classes, bool ``[3, C]``; ``many`` and ``few`` are medium."""
     many = finite_float("many", many, low=0, high=math.inf, expected="a finite number >= 0")
     few = finite_float("few", few, low=0, high=many, expected=f"a number in 0..many={many:g}")
-    is_many, is_few = class_counts > many, class_counts < few
+    counts = class_counts.double()  # PyTorch compares integers with a float in float32
+    is_many, is_few = counts > many, counts < few
     return torch.stack([is_many, ~(is_many | is_few), is_few])
 
 

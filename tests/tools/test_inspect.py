@@ -303,6 +303,11 @@ def test_it_reads_well_at_80_columns(tmp_path):
     assert f"criterion = LGLALoss(read_class_counts({str(path)!r})" in code
 
 
+def test_counts_beyond_float32_are_split_exactly():
+    shots = inspect_counts([2**24 + 1, 2**24, 2**24 - 1], many=2**24, few=2**24).shots
+    assert [shot.num_classes for shot in shots] == [1, 1, 1]
+
+
 def test_number_ranges():
     assert number_ranges([4]) == "4"
     assert number_ranges([0, 2, 4]) == "0, 2, 4"
