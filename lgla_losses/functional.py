@@ -29,6 +29,8 @@ __all__ = [
     "cla_table",
     "compute_dtype",
     "expert_logits",
+    "focal",
+    "focal_slope",
     "implied_prior",
     "lgla_loss",
     "log_prior_table",
@@ -371,6 +373,30 @@ def soft_cross_entropy(adjusted: Tensor, probabilities: Tensor, label_smoothing:
     smoothed = smoothed_probabilities(probabilities.to(adjusted.dtype), label_smoothing, dim)
     log_softmax = torch.log_softmax(adjusted, dim=dim)
     return -(torch.where(smoothed == 0, 0.0, log_softmax) * smoothed).sum(dim=dim)
+
+
+def focal(losses: Tensor, gamma: float) -> Tensor:
+    r"""Focus cross entropies on what is hard: :math:`(1 - p)^\gamma L`, where :math:`p = e^{-L}`.
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, Eq. 4.
+
+    Args:
+        losses: cross entropies of any shape.
+        gamma: focusing parameter, at least 0; 0 leaves them as they are.
+    """
+    return losses if gamma == 0 else _missing(losses) ** gamma * losses
+
+
+def focal_slope(losses: Tensor, gamma: float) -> Tensor:
+    r"""Differentiate :func:`focal`: :math:`(1 - p)^\gamma + \gamma (1 - p)^{\gamma - 1} p L`."""
+    missing = _missing(losses)
+    return missing**gamma + gamma * missing ** (gamma - 1) * torch.exp(-losses) * losses
+
+
+def _missing(losses: Tensor) -> Tensor:
+    # expm1 keeps the digits of 1 - p near 0. Its power has no derivative at 0 for gamma < 1, and there the
+    # product's is 0: that of a constant.
+    return (-torch.expm1(-losses)).clamp(min=torch.finfo(losses.dtype).tiny)
 
 
 def smoothed_probabilities(probabilities: Tensor, label_smoothing: float, dim: int) -> Tensor:

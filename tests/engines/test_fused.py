@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_engines import ENGINES, GPU, NAN
+from engines import GPU, NAN
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -21,17 +21,6 @@ except ImportError:
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 COUNTS = [90, 40, 9, 5, 2, 1]
 TARGET = torch.tensor([0, 3, 1, -100, 5, 2, 0])
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request, monkeypatch):
-    """What every backend but "reference" then runs on, and Triton interpreted where there is no GPU."""
-    engine = {"native": native, "chunked": chunked, "triton": triton}[request.param]
-    if engine is None:
-        pytest.skip("needs Triton")
-    monkeypatch.setattr(autograd, "engine_for", lambda backend, _: None if backend == "reference" else engine)
-    with torch.device("cpu" if engine is native else GPU):
-        yield engine
 
 
 def batch(dtype=torch.float64, num_classes=6):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fused import engine  # noqa: F401
 
 from lgla_losses import LGLALoss
 

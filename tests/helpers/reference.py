@@ -46,9 +46,9 @@ def margin(counts, groups, tau, k, y, j):
 
 
 def angle(feature, centre):
-    """Eq. 7."""
+    """Eq. 7; a vector of length 0 is at right angles to all."""
     dot = sum(a * b for a, b in zip(feature, centre, strict=True))
-    cosine = dot / (math.hypot(*feature) * math.hypot(*centre))
+    cosine = dot / (math.hypot(*feature) * math.hypot(*centre) or math.inf)
     return math.acos(max(-1.0, min(1.0, cosine)))
 
 
@@ -84,6 +84,35 @@ def losses(logits, target, table, sample_weights, label_smoothing=0.0, ignore_in
         )
         for i, y in enumerate(target)
     ]  # fmt: skip
+
+
+def loss_of_row(adjusted, shares, gamma=0.0):
+    """Of adjusted logits: the sum of the classes' focal losses by their shares, and its gradient."""
+    peak = max(adjusted)
+    log_sum = math.log(math.fsum(math.exp(v - peak) for v in adjusted))
+    loss, softmax, slopes = 0.0, [], []
+    for v, share in zip(adjusted, shares, strict=True):
+        entropy = max(0.0, peak - v + log_sum)
+        p, missing = math.exp(-entropy), -math.expm1(-entropy)
+        softmax.append(p)
+        if share == 0:
+            slopes.append(0.0)
+            continue
+        loss += share * missing**gamma * entropy
+        # (1 - p)^(gamma - 1) L goes to 0 with 1 - p, as L does.
+        focus = gamma * missing ** (gamma - 1) * p * entropy if gamma and missing else 0.0
+        slopes.append(share * (missing**gamma + focus))
+    total = math.fsum(slopes)
+    return loss, [p * total - h for p, h in zip(softmax, slopes, strict=True)]
+
+
+def shares(probabilities, class_weight=None, label_smoothing=0.0):
+    """How much every class counts: its smoothed probability times its weight."""
+    spread = label_smoothing * math.fsum(probabilities) / len(probabilities)
+    class_weight = class_weight or [1.0] * len(probabilities)
+    return [
+        w * ((1 - label_smoothing) * q + spread) for w, q in zip(class_weight, probabilities, strict=True)
+    ]
 
 
 def logit_gradient(adjusted, y):
