@@ -206,14 +206,15 @@ def _soft_statistics(
     sums = tl.zeros([groups, block], tl.float64)
     for n in range(tl.program_id(0).to(tl.int64), num_samples, tl.num_programs(0)):
         own = source + n * stride_n + (k.to(tl.int64) * stride_k)[None, :]
+        counts = tl.full((), 1.0, tl.float64)
+        if sample_weight is not None:
+            counts = tl.load(sample_weight + n * sample_n).to(tl.float64)
         for first in range(0, num_classes, rows):
             j = first + tl.arange(0, rows).to(tl.int64)
             share = tl.load(target + n * target_n + j * target_c, mask=j < num_classes, other=0.0)
             used = share != 0.0
+            share = share.to(tl.float64) * counts
             if tl.max(used.to(tl.int32), axis=0) > 0:
-                share = share.to(tl.float64)
-                if sample_weight is not None:
-                    share *= tl.load(sample_weight + n * sample_n).to(tl.float64)
                 group = _group_of(group_index, j, used, num_classes)
                 read = used[:, None] & (k < num_experts)[None, :]
                 values = _angles(own + (j * stride_c)[:, None], read, scale)

@@ -114,9 +114,21 @@ class Tile(NamedTuple):
 # belong to.
 
 
-def forward_tile(num_classes: int, dtype: torch.dtype) -> Tile:
-    """Whole rows up to 16,384 classes (4,096 in float64), else blocks."""
-    return _forward_tile(num_classes, dtype, _plan)
+def forward_tile(num_classes: int, dtype: torch.dtype, shared: bool = False) -> Tile:
+    """Whole rows up to 16,384 classes (4,096 in float64), else blocks.
+
+    Of rows of which every class may have a share, whole ones up to 8,192 classes (4,096 in float64).
+    """
+    return _shared_tile(num_classes, dtype) if shared else _forward_tile(num_classes, dtype, _plan)
+
+
+@lru_cache(maxsize=256)
+def _shared_tile(num_classes: int, dtype: torch.dtype) -> Tile:
+    wide = 2 if dtype == torch.float64 else 1
+    block = _power_of_two(num_classes, least=16)
+    if wide * block > 8192:
+        return Tile(1, 4096 // wide, 16)
+    return Tile(max(1, 1024 // (wide * block)), block, max(4, min(32, wide * block // 256)))
 
 
 @lru_cache(maxsize=256)
@@ -134,16 +146,6 @@ def _forward_tile(num_classes: int, dtype: torch.dtype, plan: str) -> Tile:
     num_warps = max(4, block // 512)
     # Small tiles take few registers, or leave the compiler no choice.
     return Tile(rows, block, num_warps, 64 if num_warps > 4 else None, plan == "ahead" and num_warps > 4)
-
-
-@lru_cache(maxsize=256)
-def shared_tile(num_classes: int, dtype: torch.dtype) -> Tile:
-    """Of rows of which every class may have a share: whole ones up to 8,192 classes (half in float64)."""
-    wide = 2 if dtype == torch.float64 else 1
-    block = _power_of_two(num_classes, least=16)
-    if wide * block > 8192:
-        return Tile(1, 4096 // wide, 16)
-    return Tile(max(1, 1024 // (wide * block)), block, max(4, min(32, wide * block // 256)))
 
 
 @lru_cache(maxsize=256)
@@ -383,7 +385,7 @@ def forward(
         return torch.zeros(() if rows.reduce else 0, dtype=dtype, device=like.device), state
 
     shared = _is_shared(rows)
-    tile = shared_tile(num_classes, dtype) if shared else forward_tile(num_classes, dtype)
+    tile = forward_tile(num_classes, dtype, shared)
     programs = [_programs(v, num_samples, v.shape[1], tile) for v in logits]
     if rows.reduce:
         losses = _empty(like, (sum(programs),), torch.float64)
@@ -429,7 +431,7 @@ def backward(
     # With gamma a class's gradient asks for the target's logit, which in memory of the logits may be gone:
     # there a program takes whole rows.
     shared = _is_shared(rows) or rows.gamma != 0
-    tile = shared_tile(num_classes, state.dtype) if shared else backward_tile(num_classes, state.dtype)
+    tile = forward_tile(num_classes, state.dtype, True) if shared else backward_tile(num_classes, state.dtype)
     constants = _Constants(rows, num_experts, num_classes)
     compiled: dict[str, Any] = {
         "num_classes": num_classes,
