@@ -162,41 +162,6 @@ def _shared_tile(num_classes: int, dtype: torch.dtype, form: str) -> Tile:
 
 
 @lru_cache(maxsize=256)
-def _forward_tile(num_classes: int, dtype: torch.dtype, plan: str) -> Tile:
-    wide = 2 if dtype == torch.float64 else 1
-    block = _power_of_two(num_classes, least=16)
-    whole = wide**2 * block <= 16384
-    rows = max(1, 1024 // (wide * block))
-    if plan == "0.1" or wide == 2:
-        if not whole:
-            return Tile(4, 1024, 8) if wide == 1 else Tile(1, 2048, 8)
-        return Tile(rows, block, max(4, min(16, wide * block // 512)))
-    if not whole:
-        return Tile(1, 2048, 16, 64) if plan == "paired" else Tile(1, 4096, 32, 64)
-    num_warps = max(4, block // 512)
-    # Small tiles take few registers, or leave the compiler no choice.
-    return Tile(rows, block, num_warps, 64 if num_warps > 4 else None, plan == "ahead" and num_warps > 4)
-
-
-@lru_cache(maxsize=256)
-def _own_tile(num_classes: int) -> Tile:
-    block = _power_of_two(num_classes, least=16)
-    if block > 8192:
-        return Tile(1, 2048, 32, 64)
-    num_warps = max(4, block // 256)
-    return Tile(max(1, 1024 // block), block, num_warps, 64 if num_warps > 4 else None)
-
-
-@lru_cache(maxsize=256)
-def _shared_tile(num_classes: int, dtype: torch.dtype) -> Tile:
-    wide = 2 if dtype == torch.float64 else 1
-    block = _power_of_two(num_classes, least=16)
-    if wide * block > 8192:
-        return Tile(1, 4096 // wide, 16, 128)  # without a limit the compiler takes fewer, and spills
-    return Tile(max(1, 1024 // (wide * block)), block, max(4, min(32, wide * block // 256)))
-
-
-@lru_cache(maxsize=256)
 def backward_tile(num_classes: int, dtype: torch.dtype) -> Tile:
     """Blocks of up to 2,048 classes (half in float64), as nothing is summed over a row."""
     elements = 1024 if dtype == torch.float64 else 2048
