@@ -440,9 +440,10 @@ def _focal(entropy, gamma: tl.constexpr):
         p = tl.exp(-entropy)
         # 1 - p loses its digits near 0; there it is the series x (1 - x/2 (1 - x/3 (...))).
         series = tl.full(entropy.shape, 1.0, entropy.dtype)
-        for i in tl.static_range(14, 1, -1):
+        terms: tl.constexpr = 12 if entropy.dtype == tl.float64 else 7
+        for i in tl.static_range(terms, 1, -1):
             series = 1.0 - entropy * (1.0 / i) * series
-        missing = tl.where(entropy < 0.5, entropy * series, 1.0 - p)
+        missing = tl.where(entropy < 0.25, entropy * series, 1.0 - p)
         # Its power has no derivative at 0 for gamma < 1, and there the product's is that of a constant.
         tiny: tl.constexpr = (
             2.2250738585072014e-308 if entropy.dtype == tl.float64 else 1.1754943508222875e-38
