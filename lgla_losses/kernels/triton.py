@@ -147,7 +147,7 @@ def _forward_tile(num_classes: int, dtype: torch.dtype, plan: str) -> Tile:
 def _own_tile(num_classes: int) -> Tile:
     block = _power_of_two(num_classes, least=16)
     if block > 8192:
-        return Tile(1, 2048, 32, 64)
+        return Tile(1, 2048, 16, 128)
     num_warps = max(4, block // 256)
     return Tile(max(1, 1024 // block), block, num_warps, 64 if num_warps > 4 else None)
 
