@@ -42,9 +42,9 @@ TARGETS = {
 NUM_CLASSES = (2, 100, 1000, 8142, 16384, 100_000)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 #: What a step is given: ``"usual"`` is class indices, table, weights and label smoothing; ``"plain"`` nothing
-#: that may be left out; ``"focal"`` class weights, margins, gamma, features and weights of samples; and
-#: ``"probabilities"`` those instead of class indices.
-FORMS = ("usual", "plain", "focal", "probabilities")
+#: that may be left out; ``"focal"`` class weights, margins, gamma, features and weights of samples;
+#: ``"probabilities"`` those instead of class indices; and ``"all"`` everything that probabilities go with.
+FORMS = ("usual", "plain", "focal", "probabilities", "all")
 #: Triton's names of the types.
 TYPES = {
     torch.float64: "fp64",
@@ -89,7 +89,8 @@ def loss_launches(
     weights, scalar = empty(num_samples, 3, dtype=accurate), empty(dtype=torch.float64)
     of_samples = empty(num_samples, dtype=accurate)
     target = empty(num_samples, dtype=torch.int64)
-    if form == "probabilities":
+    soft = form in ("probabilities", "all")
+    if soft:
         target = empty(num_samples, num_classes, dtype=accurate)
     samples = Samples(target, empty(num_classes, dtype=torch.int64), 2)
     angles = Angles(cosines=logits, scale=30.0)
@@ -103,13 +104,15 @@ def loss_launches(
 
     rows = Rows(target, empty(3, num_classes, dtype=torch.float64), weights, scalar)
     rows = rows._replace(label_smoothing=smoothing, reduce=True)
-    if form == "focal":
+    if form in ("focal", "all"):
         of_classes = empty(num_classes, dtype=torch.float64)
-        rows = rows._replace(class_weight=of_classes, margin=of_classes, label_smoothing=0.0, gamma=2.0)
-        angles = Angles(features=empty(num_samples, 3, 64), weight=empty(3, num_classes, 64))
+        rows = rows._replace(class_weight=of_classes, margin=of_classes, gamma=2.0)
         samples = samples._replace(sample_weight=of_samples)
+    if form == "focal":
+        rows = rows._replace(label_smoothing=0.0)
+        angles = Angles(features=empty(num_samples, 3, 64), weight=empty(3, num_classes, 64))
     yield from recorded(kernels.statistics, angles, samples)
-    given = angles if form == "probabilities" else Angles(angles=weights)
+    given = angles if soft else Angles(angles=weights)
     yield from recorded(kernels.weights, given, samples, empty(2, 2, 4, dtype=torch.float64))
     yield from recorded(kernels.count, target, samples.sample_weight, rows.class_weight, -100)
     yield from recorded(kernels.forward, logits, rows, logits)

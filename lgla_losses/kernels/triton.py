@@ -114,21 +114,16 @@ class Tile(NamedTuple):
 # belong to.
 
 
-def forward_tile(num_classes: int, dtype: torch.dtype, shared: bool = False) -> Tile:
+def forward_tile(num_classes: int, dtype: torch.dtype, form: str = "plain") -> Tile:
     """Whole rows up to 16,384 classes (4,096 in float64), else blocks.
 
-    Of rows of which every class may have a share, whole ones up to 8,192 classes (4,096 in float64).
+    Of other rows than plain ones (:func:`_form_of`) whole ones up to 8,192: they take more registers.
     """
-    return _shared_tile(num_classes, dtype) if shared else _forward_tile(num_classes, dtype, _plan)
-
-
-@lru_cache(maxsize=256)
-def _shared_tile(num_classes: int, dtype: torch.dtype) -> Tile:
-    wide = 2 if dtype == torch.float64 else 1
-    block = _power_of_two(num_classes, least=16)
-    if wide * block > 8192:
-        return Tile(1, 4096 // wide, 16)
-    return Tile(max(1, 1024 // (wide * block)), block, max(4, min(32, wide * block // 256)))
+    if form in SHARED:
+        return _shared_tile(num_classes, dtype, form)
+    if form == "own" and _plan != "0.1" and dtype != torch.float64:
+        return _own_tile(num_classes)
+    return _forward_tile(num_classes, dtype, _plan)
 
 
 @lru_cache(maxsize=256)
@@ -146,6 +141,24 @@ def _forward_tile(num_classes: int, dtype: torch.dtype, plan: str) -> Tile:
     num_warps = max(4, block // 512)
     # Small tiles take few registers, or leave the compiler no choice.
     return Tile(rows, block, num_warps, 64 if num_warps > 4 else None, plan == "ahead" and num_warps > 4)
+
+
+@lru_cache(maxsize=256)
+def _own_tile(num_classes: int) -> Tile:
+    block = _power_of_two(num_classes, least=16)
+    if block > 8192:
+        return Tile(1, 2048, 16, 128)
+    num_warps = max(4, block // 256)
+    return Tile(max(1, 1024 // block), block, num_warps, 64 if num_warps > 4 else None)
+
+
+@lru_cache(maxsize=256)
+def _shared_tile(num_classes: int, dtype: torch.dtype, form: str) -> Tile:
+    wide = (2 if dtype == torch.float64 else 1) * (2 if form == "shared focal" else 1)
+    block = _power_of_two(num_classes, least=16)
+    if wide * block > 8192:
+        return Tile(1, 4096 // wide, 16, 128)  # without a limit the compiler takes fewer, and spills
+    return Tile(max(1, 1024 // (wide * block)), block, max(4, min(32, wide * block // 256)))
 
 
 @lru_cache(maxsize=256)
@@ -179,8 +192,11 @@ def class_tile(num_experts: int, num_classes: int) -> Tile:
     """Classes of a sample, and the experts with a column that counts."""
     block = _power_of_two(num_experts + 1)
     rows = min(_power_of_two(num_classes, least=16), max(16, 2048 // block))
-    return Tile(rows, block, max(4, min(8, rows * block // 256)))
+    return Tile(rows, block, max(4, min(8, rows * block // 256)), 128)
 
+
+#: Forms of rows of which every class may have a share; see :func:`_form_of`.
+SHARED = ("shared", "shared focal")
 
 #: Elements that a program sums, or rescales, at a time.
 FLAT_TILE = Tile(1, 1024, 4)
@@ -384,8 +400,8 @@ def forward(
     if num_samples == 0:
         return torch.zeros(() if rows.reduce else 0, dtype=dtype, device=like.device), state
 
-    shared = _is_shared(rows)
-    tile = forward_tile(num_classes, dtype, shared)
+    form = _form_of(rows)
+    shared, tile = form in SHARED, forward_tile(num_classes, dtype, form)
     programs = [_programs(v, num_samples, v.shape[1], tile) for v in logits]
     if rows.reduce:
         losses = _empty(like, (sum(programs),), torch.float64)
@@ -430,8 +446,10 @@ def backward(
         return
     # With gamma a class's gradient asks for the target's logit, which in memory of the logits may be gone:
     # there a program takes whole rows.
-    shared = _is_shared(rows) or rows.gamma != 0
-    tile = forward_tile(num_classes, state.dtype, True) if shared else backward_tile(num_classes, state.dtype)
+    form = SHARED[1] if rows.gamma != 0 else _form_of(rows)
+    shared, tile = form in SHARED, backward_tile(num_classes, state.dtype)
+    if shared:
+        tile = forward_tile(num_classes, state.dtype, form)
     constants = _Constants(rows, num_experts, num_classes)
     compiled: dict[str, Any] = {
         "num_classes": num_classes,
@@ -473,12 +491,19 @@ def rescale_(gradient: Tensor, factor: Tensor) -> None:
     _launch(kernels._rescale, programs, FLAT_TILE, gradient, factor, number, block=FLAT_TILE.block)
 
 
-def _is_shared(rows: Rows) -> bool:
-    """Whether several classes of a row have a share in its loss, and not as in plain label smoothing."""
-    if rows.target.dim() == 2:
-        return True
-    plain = rows.class_weight is None and rows.margin is None and rows.gamma == 0
-    return rows.label_smoothing != 0 and not plain
+def _form_of(rows: Rows) -> str:
+    """What the losses of rows ask for.
+
+    ``"plain"``: nothing but class indices, table, weights and label smoothing. ``"own"``: without label
+    smoothing, class weights, margins or gamma, which concern the target's class alone. :data:`SHARED`: every
+    class may have a share, without gamma or with it.
+    """
+    if rows.target.dim() == 1:
+        if rows.class_weight is None and rows.margin is None and rows.gamma == 0:
+            return "plain"
+        if rows.label_smoothing == 0:
+            return "own"
+    return SHARED[rows.gamma != 0]
 
 
 def _target_c(rows: Rows) -> int:

@@ -429,21 +429,23 @@ def compile_kernels(directory, *options):
     return json.loads(output.read_text())["rows"]
 
 
-def test_kernels_compile_for_a_gpu(tmp_path):
-    rows = compile_kernels(
-        tmp_path, "--targets", "sm_90", "--dtypes", "bfloat16", "--classes", "100", "100000"
-    )
-    names = {row["kernel"] for row in rows}
-    assert names == {
-        "_statistics", "_weights", "_count", "_forward", "_forward_streamed", "_backward", "_total",
-        "_rescale",
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    ("form", "names"),
+    [
+        ("usual", {"_statistics", "_weights", "_forward", "_forward_streamed", "_backward"}),
+        ("all", {"_soft_statistics", "_soft_weights", "_shared"}),
+    ],
+)
+def test_kernels_compile_for_a_gpu(form, names, tmp_path):
+    classes = ["--classes", "100", "100000"]
+    rows = compile_kernels(tmp_path, "--targets", "sm_90", "--dtypes", "bfloat16", *classes, "--form", form)
+    assert {row["kernel"] for row in rows} == names | {"_count", "_total", "_rescale"}
     assert all(row["spill_bytes"] == 0 for row in rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("form", ["usual", "plain", "focal", "probabilities"])
+@pytest.mark.parametrize("form", ["usual", "plain", "focal", "probabilities", "all"])
 def test_kernels_compile_for_every_gpu(tmp_path, target, form):
     rows = compile_kernels(tmp_path, "--targets", target, "--form", form)
     assert all(row["spill_bytes"] == 0 for row in rows if row["configuration"]["dtype"] != "float64")
