@@ -162,11 +162,12 @@ def check_communication(rank, world_size):
             volumes[num_classes, validate_args] = sizes[:]
             sizes.clear()
     n, k, d = features.shape
-    angles, gradient = ("sum", n * (k + 1)), ("sum", n * k * d)
-    assert volumes[20, False] == volumes[2000, False] == [angles, *[("gather", 2 * n)] * k, gradient]
-    # Checks take a number a rank, and three a sample and expert.
-    checked = [("sum", world_size), angles, *[("gather", 5 * n)] * k, gradient]
-    assert volumes[20, None] == volumes[2000, None] == checked
+    # Angles by expert and group, with samples, and weights; sums of exponentials and the target's logit.
+    step = [("sum", (k - 1) * (k + 1)), ("sum", n * k), *[("gather", 2 * n)] * k, ("sum", n * k * d)]
+    assert volumes[20, False] == volumes[2000, False] == step
+    # Checks take a number a rank, two a sample, and two a sample and expert.
+    checks = [("sum", world_size), ("gather", 2 * n * (k + 1))]
+    assert volumes[20, None] == volumes[2000, None] == checks + step
 
 
 def check_bad_input(rank, world_size):
