@@ -64,6 +64,33 @@ class Ranks(NamedTuple):
             self._explain(packed[-1] >= _BAD, values)
         return packed[:-1].view_as(values)
 
+    def add_(self, values: Tensor) -> Tensor:
+        """Add the values up over the ranks in their memory, and tell nothing beside them."""
+        if self.number > 1:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Give the values of all ranks ``[R, ...]``."""
+        if self.number == 1:
+            return values[None]
+        every = values.new_empty(self.number, *values.shape)
+        dist.all_gather(list(every), values, group=self.group)
+        return every
+
+    def gather_number(self, number: int, like: Tensor) -> list[int]:
+        """Give a number of every rank, by way of the device of ``like``."""
+        if self.number == 1:
+            return [number]
+        numbers = torch.zeros(self.number, dtype=torch.int64, device=like.device)
+        numbers[dist.get_rank(self.group)] = number
+        found: list[int] = self.add_(numbers).tolist()
+        return found
+
+    def global_ranks(self) -> list[int]:
+        """Give the numbers of these ranks among all of the job."""
+        return dist.get_process_group_ranks(self.group) if self.number > 1 else [0]
+
     def refuse(self, problem: ValueError, numbers: int, device: torch.device) -> NoReturn:
         """Raise for bad values of this rank, after the others were told, which wait for so many numbers.
 
@@ -79,13 +106,13 @@ class Ranks(NamedTuple):
             packed = torch.zeros(numbers + 1, dtype=dtype, device=device)
             packed[-1] = _BAD
             dist.all_reduce(packed, group=self.group)
-            gather_number(-1, self.number, self.group, packed)
-        raise ValueError(f"rank {dist.get_rank()}: {problem}") from problem
+            self.gather_number(-1, packed)
+        who = f"rank {dist.get_rank()}: "
+        raise ValueError(who + str(problem).removeprefix(who)) from problem
 
     def _explain(self, bad: bool | Tensor, like: Tensor) -> NoReturn:
         """Raise on a rank that has no bad values itself; on all such ranks alike."""
-        digests = gather_number(self.digest, self.number, self.group, like)
-        ranks = dist.get_process_group_ranks(self.group)
+        digests, ranks = self.gather_number(self.digest, like), self.global_ranks()
         if bad:
             named = [rank for rank, value in zip(ranks, digests, strict=True) if value < 0]
             raise ValueError(
@@ -120,15 +147,6 @@ def group_size(process_group: ProcessGroup | None) -> int:
             "give every rank the group it trains in, or sync=False"
         )
     return num_ranks
-
-
-def gather_number(number: int, num_ranks: int, process_group: ProcessGroup | None, like: Tensor) -> list[int]:
-    """A number of every rank of the group, on the device of ``like``."""
-    numbers = torch.zeros(num_ranks, dtype=torch.int64, device=like.device)
-    numbers[dist.get_rank(process_group)] = number
-    dist.all_reduce(numbers, group=process_group)
-    found: list[int] = numbers.tolist()
-    return found
 
 
 def refuse_data_parallel(module: torch.nn.Module) -> NoReturn:

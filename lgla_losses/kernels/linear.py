@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -78,91 +78,113 @@ class LinearCrossEntropy(NamedTuple):
         self, inputs: Inputs, wanted: Sequence[bool], weights: Tensor | None, divisor: Tensor | None
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The losses ``[N]``, and the gradients of their sum over the divisor."""
-        features, weight, _ = inputs
-        losses = features.new_zeros(len(features), dtype=functional.compute_dtype(features.dtype))
-        chunks = chunks_of(features, num_classes=weight.shape[1])
-        # Without samples no chunk fills them.
-        new = torch.empty_like if chunks else torch.zeros_like
-        gradients = [
-            new(v, memory_format=torch.contiguous_format) if w else None
-            for v, w in zip(inputs, wanted, strict=True)
-        ]
-        if not chunks:
-            return losses, gradients
-
-        # One memory for all chunks, which is warm from the second on.
-        buffer = logits_memory(features, chunks[0].stop, weight.shape[1])
+        table, bias = self.rows.table, inputs[2]
+        if bias is not None:
+            table = bias.double() if table is None else table + bias
         # As engines want an expert's weights: copied here for all of them, or there for every chunk.
         columns = None if weights is None else weights.T.contiguous()[:, :, None]
-        with torch.autocast(features.device.type, enabled=False):
-            for k in range(features.shape[1]):
-                column = None if columns is None else columns[k]
-                self._expert(k, inputs, gradients, losses, column, divisor, chunks, buffer)
+        constants = self.rows._replace(divisor=divisor, reduce=False)
+
+        def cross_entropy(k: int, rows: slice, logits: Tensor, gradient: Tensor | None) -> Tensor:
+            here = constants._replace(
+                target=constants.target[rows],
+                table=None if table is None else table[k : k + 1],
+                weights=None if columns is None else columns[k][rows],
+            )
+            return self.engine.forward([logits], here, [gradient])[0]
+
+        return sum_over_experts(inputs, wanted, self.scale, inputs[1].shape[1], cross_entropy)
+
+
+#: Computes the losses ``[n]`` from the logits ``[n, 1, C]`` of expert k and a slice of the samples. Their
+#: gradient goes where it is wanted, which is where the logits are.
+OfChunk: TypeAlias = Callable[[int, slice, Tensor, Tensor | None], Tensor]
+
+
+def sum_over_experts(
+    inputs: Inputs, wanted: Sequence[bool], scale: float | None, num_classes: int, of_chunk: OfChunk
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Make the logits of classifiers, a chunk at a time, and carry their gradients back to the inputs.
+
+    Args:
+        inputs: features ``[N, K, d]``, weights ``[K, C, d]`` and a bias ``[K, C]`` or None, which does not
+            enter the logits.
+        wanted: which of their gradients.
+        scale: factor of cosine classifiers; None for linear ones.
+        num_classes: by which the samples are cut into chunks.
+        of_chunk: computes a chunk.
+
+    Returns:
+        The losses ``[N]``, and the gradients that are wanted.
+    """
+    features, weight, _ = inputs
+    losses = features.new_zeros(len(features), dtype=functional.compute_dtype(features.dtype))
+    chunks = chunks_of(features, num_classes)
+    # Without samples no chunk fills them.
+    new = torch.empty_like if chunks else torch.zeros_like
+    gradients = [
+        new(v, memory_format=torch.contiguous_format) if w else None
+        for v, w in zip(inputs, wanted, strict=True)
+    ]
+    if not chunks:
         return losses, gradients
 
-    def _expert(
-        self,
-        k: int,
-        inputs: Inputs,
-        gradients: Sequence[Tensor | None],
-        losses: Tensor,
-        weights: Tensor | None,
-        divisor: Tensor | None,
-        chunks: Sequence[slice],
-        buffer: Tensor,
-    ) -> None:
-        """Add expert k to the losses, and fill its part of the gradients."""
-        features, weight = inputs[0][:, k], inputs[1][k]
-        bias = None if inputs[2] is None else inputs[2][k]
-        for_features = None if gradients[0] is None else gradients[0][:, k]
-        for_weight, for_bias = (None if v is None else v[k] for v in gradients[1:])
-        exact = losses.dtype
-        table = None if self.rows.table is None else self.rows.table[k : k + 1]
-        if bias is not None:
-            table = bias.double()[None] if table is None else table + bias
+    # One memory for all chunks, which is warm from the second on.
+    buffer = logits_memory(features, chunks[0].stop, weight.shape[1])
+    with torch.autocast(features.device.type, enabled=False):
+        for k in range(features.shape[1]):
+            _add_expert(k, inputs, gradients, losses, scale, chunks, buffer, of_chunk)
+    return losses, gradients
 
-        rows_of, centres = features, weight
-        if self.scale is not None:
-            rows_of = (self.scale * directions(features, exact)).to(features.dtype)
-            centres = rounded_directions(weight, exact)
-        weight_sum = for_weight
-        if (
-            for_weight is not None
-            and for_weight.dtype != exact
-            and (len(chunks) > 1 or self.scale is not None)
-        ):
-            weight_sum = torch.empty_like(for_weight, dtype=exact)
-        bias_sum = None if for_bias is None else torch.zeros_like(for_bias, dtype=exact)
-        wanted = any(v is not None for v in gradients)
-        constants = self.rows._replace(table=table, divisor=divisor, reduce=False)
 
-        for rows in chunks:
-            some = rows_of[rows]
-            block = buffer[: len(some)]
-            logits = torch.mm(some, centres.T, out=block[:, 0])
-            # From here on the gradient of the logits lies where they were.
-            here = constants._replace(
-                target=constants.target[rows], weights=None if weights is None else weights[rows]
-            )
-            loss, _ = self.engine.forward([block], here, [block if wanted else None])
-            losses[rows].add_(loss)
-            if for_features is not None:
-                torch.mm(logits, centres, out=for_features[rows])
-            if weight_sum is not None:
-                add_product(weight_sum, logits.T, some, first=rows.start == 0)
-            if bias_sum is not None:
-                bias_sum += logits.sum(dim=0, dtype=exact)
+def _add_expert(
+    k: int,
+    inputs: Inputs,
+    gradients: Sequence[Tensor | None],
+    losses: Tensor,
+    scale: float | None,
+    chunks: Sequence[slice],
+    buffer: Tensor,
+    of_chunk: OfChunk,
+) -> None:
+    """Add expert k to the losses, and fill its part of the gradients."""
+    features, weight = inputs[0][:, k], inputs[1][k]
+    for_features = None if gradients[0] is None else gradients[0][:, k]
+    for_weight, for_bias = (None if v is None else v[k] for v in gradients[1:])
+    exact, wanted = losses.dtype, any(v is not None for v in gradients)
 
-        if self.scale is not None and for_features is not None:
-            wide = for_features.to(exact) * self.scale
-            for_features.copy_(through_directions_(wide, features.to(exact)))
-        if self.scale is not None and weight_sum is not None:
-            for some in widened_at_a_time(weight):
-                through_directions_(weight_sum[some], weight[some].to(exact))
-        if for_weight is not None and weight_sum is not None and weight_sum is not for_weight:
-            for_weight.copy_(weight_sum)
-        if for_bias is not None and bias_sum is not None:
-            for_bias.copy_(bias_sum)
+    rows_of, centres = features, weight
+    if scale is not None:
+        rows_of = (scale * directions(features, exact)).to(features.dtype)
+        centres = rounded_directions(weight, exact)
+    weight_sum = for_weight
+    if for_weight is not None and for_weight.dtype != exact and (len(chunks) > 1 or scale is not None):
+        weight_sum = torch.empty_like(for_weight, dtype=exact)
+    bias_sum = None if for_bias is None else torch.zeros_like(for_bias, dtype=exact)
+
+    for rows in chunks:
+        some = rows_of[rows]
+        block = buffer[: len(some)]
+        logits = torch.mm(some, centres.T, out=block[:, 0])
+        # From here on the gradient of the logits lies where they were.
+        losses[rows].add_(of_chunk(k, rows, block, block if wanted else None))
+        if for_features is not None:
+            torch.mm(logits, centres, out=for_features[rows])
+        if weight_sum is not None:
+            add_product(weight_sum, logits.T, some, first=rows.start == 0)
+        if bias_sum is not None:
+            bias_sum += logits.sum(dim=0, dtype=exact)
+
+    if scale is not None and for_features is not None:
+        wide = for_features.to(exact) * scale
+        for_features.copy_(through_directions_(wide, features.to(exact)))
+    if scale is not None and weight_sum is not None:
+        for some in widened_at_a_time(weight):
+            through_directions_(weight_sum[some], weight[some].to(exact))
+    if for_weight is not None and weight_sum is not None and weight_sum is not for_weight:
+        for_weight.copy_(weight_sum)
+    if for_bias is not None and bias_sum is not None:
+        for_bias.copy_(bias_sum)
 
 
 def chunks_of(features: Tensor, num_classes: int) -> list[slice]:

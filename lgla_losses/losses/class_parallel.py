@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, Unpack
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from lgla_losses import functional
+from lgla_losses._batch import Batch, check_features
 from lgla_losses._buffers import moved
 from lgla_losses._checks import (
-    WAY_OUT,
     finite_tensors,
     floating_tensor,
     integer,
-    normalizer_value,
     positive_int,
+    probability_tensor,
     same_device,
+    sample_weight_tensor,
     target_tensor,
-    target_values,
 )
 from lgla_losses._counts import ArrayLike
-from lgla_losses._ranks import (
-    Ranks,
-    RanksOf,
-    digest_of,
-    gather_number,
-    group_size,
-    refuse_data_parallel,
-)
+from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size
 from lgla_losses._torch import values_readable
 from lgla_losses.adjustment import strength
 from lgla_losses.grouping import ClassGrouper, same_classes
-from lgla_losses.kernels import autograd
-from lgla_losses.kernels.linear import (
-    add_product,
-    as_autocast_would,
-    chunks_of,
-    directions,
-    through_directions_,
-)
-from lgla_losses.losses._base import ExpertLoss, scalar_on
+from lgla_losses.kernels import Engine, Rows, Samples, chunked
+from lgla_losses.kernels.blockwise import Blockwise
+from lgla_losses.kernels.class_parallel import ClassParallelCrossEntropy, evaluate
+from lgla_losses.kernels.linear import as_autocast_would
+from lgla_losses.losses._base import ExpertLoss, Loss
 from lgla_losses.losses._config import ExpertLossOptions, make_adjuster, refuse_unknown
+from lgla_losses.losses.linear import check_bias, same_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -56,6 +46,10 @@ _SAME_SAMPLES = (
 
 #: How far the sketches of the same features may be apart, in their lengths: ranks may round otherwise.
 _SAME_FEATURES = 0.02
+#: And those of the same targets and sample weights.
+_SAME_TARGETS = 1e-3
+#: Target of samples of other ranks' classes, and of ignored ones.
+_ELSEWHERE = -1
 
 __all__ = ["ClassParallelLGLALoss", "class_shard"]
 
@@ -85,7 +79,7 @@ def class_shard(num_classes: int, rank: int, num_ranks: int) -> slice:
     return slice(min(rank * size, num_classes), min((rank + 1) * size, num_classes))
 
 
-class ClassParallelLGLALoss(nn.Module):
+class ClassParallelLGLALoss(Loss):
     r"""The LGLA loss of classifiers whose classes are spread over ranks.
 
     Equal to :class:`~lgla_losses.LinearLGLALoss` in one process, in loss and gradients. Features and
@@ -145,6 +139,8 @@ class ClassParallelLGLALoss(nn.Module):
         >>> criterion(features, weight, torch.arange(8) % 3).backward()
     """
 
+    _explains_first = True
+
     class_counts: Tensor
     group_index: Tensor
     table: Tensor
@@ -168,12 +164,19 @@ class ClassParallelLGLALoss(nn.Module):
                 'a device mesh they are mesh["classes"].get_group() and mesh["data"].get_group()'
             )
         whole = ExpertLoss(class_counts, num_experts, tau, scale=scale, **options)
-        self._ranks, self._data_ranks = RanksOf(process_group), RanksOf(data_group)
+        self._take_options(
+            whole.reduction,
+            whole.ignore_index,
+            whole.label_smoothing,
+            whole.sync,
+            process_group,
+            whole.validate_args,
+            backend="auto",
+        )
+        self._data_ranks = RanksOf(data_group)
         self.num_classes, self.num_experts = whole.num_classes, whole.num_experts
         self.num_groups = whole.grouper.num_groups
-        self.scale, self.aaw, self.reduction = whole.scale, whole.aaw, whole.reduction
-        self.ignore_index, self.label_smoothing = whole.ignore_index, whole.label_smoothing
-        self.sync, self.validate_args = whole.sync, whole.validate_args
+        self.scale, self.aaw = whole.scale, whole.aaw
         self.num_ranks, self.rank = self._place()
         self.classes = class_shard(whole.num_classes, self.rank, self.num_ranks)
         self.adjustment = whole.adjustment
@@ -255,68 +258,67 @@ class ClassParallelLGLALoss(nn.Module):
         target: Tensor,
         bias: Tensor | None = None,
         *,
+        sample_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
-        """Eq. 9 of a batch.
+        """Compute Eq. 9 of a batch.
 
         Args:
             features: inputs of the classifiers ``[N, K, d]``, the same on all ranks of the group.
             weight: weights of the classifiers of this rank's classes ``[K, C_r, d]``.
-            target: class indices ``[N]``, the same on all ranks of the group.
+            target: class indices ``[N]`` or probabilities of all classes ``[N, C]``, the same on all ranks of
+                the group.
             bias: of the classifiers of this rank's classes ``[K, C_r]``; -inf masks a class.
+            sample_weight: as in :meth:`LGLALoss.forward <lgla_losses.LGLALoss.forward>`, the same on all
+                ranks of the group.
             normalizer: as in :meth:`LGLALoss.forward <lgla_losses.LGLALoss.forward>`.
         """
         weight = self._own_part("weight", weight)
         bias = None if bias is None else self._own_part("bias", bias)
-        self._check_inputs(features, weight, target, bias)
-        normalizer_value(normalizer, self.reduction, self.validate_args, target.device)
+        batch = self._batch(features, weight, target, bias, sample_weight)
         if isinstance(normalizer, Tensor) and normalizer.requires_grad:
             raise ValueError(
                 "normalizer: expected a number without gradient, got one that wants it; detach it"
             )
-        readable = values_readable(features, self.validate_args)
-        shared = self.data_group is not None and self.sync and torch.is_grad_enabled()
-        num_data_ranks = group_size(self.data_group) if shared else 1
-        counts = self.reduction == "mean" and normalizer is None
-        # What the ranks that share the batch wait for.
-        numbers = self.num_groups * (self.num_experts + 1) if self.aaw else int(counts)
-        if readable:
-            self._agree(features, target, numbers if num_data_ranks > 1 else 0, num_data_ranks)
-        note = self._compare_once(target, readable)
+        compares = self._compares(target)
+        engine, ranks, _ = self._step(batch, normalizer, self.table, self.group_index)
+        assert engine is not None
+        if compares:
+            self._class_ranks()._replace(digest=self._digest, read=True).sum(target.new_zeros(1))
 
-        place, size = target - self.classes.start, len(self.class_counts)
-        own = _Own(place.clamp(0, max(size - 1, 0)), (place >= 0) & (place < size))
-        weights = samples = None
-        if self.aaw:
-            angles, group = self._angles(features, weight, target, own)
-            local = functional.aaw_statistics(angles, group, self.num_groups)
-            statistics = note._replace(number=num_data_ranks, group=self.data_group).sum(local)
-            weights, samples = functional.aaw_weights(angles, group, statistics), statistics[:, -1].sum()
-        elif counts:
-            count = (target != self.ignore_index).sum().to(functional.widest_dtype(target.device))
-            samples = note._replace(number=num_data_ranks, group=self.data_group).sum(count)
-        self._compared |= note.digest > 0  # by all ranks, now that the sums are done
-        features, weight, bias = as_autocast_would(features, weight, bias)
-        if weight.dtype != features.dtype:
-            raise ValueError(
-                f"weight: expected the features' dtype {features.dtype}, got {weight.dtype}; convert one of "
-                "them, or train under torch.autocast, which leaves float64 as it is"
-            )
-        divisor, dtype = None, functional.compute_dtype(features.dtype)
-        if normalizer is not None:
-            divisor = scalar_on(target.device, normalizer, dtype)
-        elif counts and samples is not None:
-            divisor = (samples.clamp(min=1) / num_data_ranks).to(dtype)
-        problem = _ClassParallel(self, target, own, weights, divisor, readable)
-        inputs = features, weight, bias
-        if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
-            loss: Tensor = _Differentiable.apply(problem, *inputs)  # type: ignore[no-untyped-call]
-            return loss
-        return problem.reduced(problem.run(inputs, (False, False, False))[0])
+        mine = self._mine(batch)
+        weights, samples = self._weights(engine, mine, ranks)  # Eqs. 7 and 8
+        rows = Rows(
+            mine.target,
+            table=self.table,
+            weights=weights,
+            divisor=self._divisor(engine, batch, ranks, normalizer, samples),
+            ignore_index=_ELSEWHERE,
+            label_smoothing=self.label_smoothing,
+            reduce=self.reduction != "none",
+        )
+        self._compared |= compares  # by all ranks, now that the sums are done
+
+        if self.num_ranks > 1 and torch.is_grad_enabled():
+            features = _Shared.apply(features, self._class_ranks())  # type: ignore[no-untyped-call]
+        inputs = as_autocast_would(features, weight, bias)
+        same_dtype(*inputs[:2])
+        problem = ClassParallelCrossEntropy(
+            engine,
+            rows,
+            scale=self.scale,
+            ranks=self._class_ranks(),
+            num_classes=self.num_classes,
+            kept=self._kept(batch, inputs[0]),
+            reads=values_readable(target, self.validate_args),
+        )
+        return evaluate(problem, inputs)  # Eq. 9
 
     if TYPE_CHECKING:
         # nn.Module declares it as returning Any.
         __call__ = forward
+    else:  # ranks wait for each other here, which a compiler cannot see through
+        forward = torch.compiler.disable(forward)
 
     def _own_part(self, name: str, tensor: Tensor) -> Tensor:
         """A ``DTensor``'s part on this rank, or the tensor itself."""
@@ -330,101 +332,131 @@ class ClassParallelLGLALoss(nn.Module):
             )
         return tensor.to_local()
 
-    def _check_inputs(self, features: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
-        floating_tensor("features", features, "[N, K, d]")
-        floating_tensor("weight", weight, "[K, C_r, d]")
-        n, k, d = features.shape
-        expected = [self.num_experts, len(self.class_counts), d]
-        if k != self.num_experts or list(weight.shape) != expected:
+    def _batch(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        sample_weight: Tensor | None,
+    ) -> Batch:
+        """Check what is given, where weights and bias are those of this rank's classes."""
+        samples = floating_tensor("features", features, "[N, K, d]").shape[:1]
+        try:
+            check_features(features, weight, samples, self.num_experts, len(self.class_counts))
+        except ValueError as problem:
             raise ValueError(
-                f"features, weight: expected shapes [N, {self.num_experts}, d] and {expected}, the "
-                f"{expected[1]} of {self.num_classes} classes from {self.classes.start} on for rank "
-                f"{self.rank} of {self.num_ranks}, as torch.chunk cuts them, got {[n, k, d]} and "
-                f"{list(weight.shape)}"
-            )
-        target_tensor(target, [n])
-        if bias is not None:
-            floating_tensor("bias", bias, "[K, C_r]")
-            if list(bias.shape) != expected[:2]:
-                raise ValueError(f"bias: expected shape {expected[:2]}, got {list(bias.shape)}")
-            if self.scale is not None:
-                raise ValueError(f"bias: expected None with scale={self.scale}: cosine classifiers have none")
-        same_device(features=features, target=target, weight=weight, bias=bias, criterion=self.table)
+                f"{problem}; rank {self.rank} of {self.num_ranks} has {len(self.class_counts)} of "
+                f"{self.num_classes} classes from {self.classes.start} on, as torch.chunk cuts them"
+            ) from None
+        is_soft = isinstance(target, Tensor) and target.is_floating_point() and target.dim() == 2
+        if is_soft:
+            probability_tensor(target, samples, self.num_classes)
+        else:
+            target_tensor(target, samples)
+
+        if sample_weight is not None:
+            sample_weight_tensor(sample_weight, samples)
+        check_bias(bias, weight, self.scale, "[K, C_r]")
+        same_device(
+            features=features,
+            target=target,
+            weight=weight,
+            bias=bias,
+            sample_weight=sample_weight,
+            criterion=self.table,
+        )
         if self._place() != (self.num_ranks, self.rank):
             raise ValueError(
                 f"process_group: expected this to be rank {self.rank} of {self.num_ranks}, as when the loss "
                 f"was constructed, got rank {self._place()[1]} of {self._place()[0]}; construct it after "
                 "init_process_group"
             )
+        return Batch((), target, features, weight, sample_weight, is_soft)
 
-    def _compare_once(self, target: Tensor, readable: bool) -> Ranks:
-        """In the first step: the ranks have the same constants.
+    def _mine(self, batch: Batch) -> Batch:
+        """Give the batch as this rank has it: samples of other ranks' classes are ignored ones."""
+        if batch.is_soft:
+            return batch._replace(target=batch.target[:, self.classes])
+        place = batch.target - self.classes.start
+        is_mine = (place >= 0) & (place < len(self.class_counts)) & (batch.target != self.ignore_index)
+        return batch._replace(target=torch.where(is_mine, place, _ELSEWHERE))
 
-        Returns:
-            What goes to the data-parallel ranks with the step's own numbers.
-        """
-        recorded = target.is_cuda and torch.cuda.is_current_stream_capturing()
-        if self._compared or recorded or self.validate_args is False:
-            return Ranks(read=readable)
-        note = Ranks(self.num_ranks, self.process_group, self._digest, read=True)
-        if self.num_ranks > 1:
-            note.sum(target.new_zeros(1))
-        return note
+    def _kept(self, batch: Batch, features: Tensor) -> Tensor:
+        """Give the sum of each sample's probabilities ``[N]``: 1, or 0 for an ignored one."""
+        dtype = functional.compute_dtype(features.dtype)
+        if batch.is_soft:
+            return batch.target.sum(dim=1, dtype=dtype)
+        return (batch.target != self.ignore_index).to(dtype)
 
-    def _agree(self, features: Tensor, target: Tensor, numbers: int, num_data_ranks: int) -> None:
-        """Raise on all ranks that share the classes if one has bad values, or another number of samples.
+    def _class_ranks(self) -> Ranks:
+        """Give the ranks that share the classes."""
+        return Ranks(self.num_ranks, self.process_group)
 
-        And on those that share the batch, which wait for so many numbers.
-        """
+    def _ranks_of_step(self, target: Tensor, readable: bool) -> Ranks:
+        """Give the ranks that share the batch."""
+        shared = self.data_group is not None and self.sync and torch.is_grad_enabled()
+        number = group_size(self.data_group) if shared else 1
+        if number == 1 or not self._compares(target):
+            return Ranks(number, self.data_group, read=readable)
+        return Ranks(number, self.data_group, self._digest, read=True)
+
+    def _engine(self, batch: Batch, normalizer: float | Tensor | None, *constants: Tensor | None) -> Engine:
+        return super()._engine(batch, normalizer, *constants) or chunked
+
+    def _numbers_summed(self) -> int:
+        return self.num_groups * (self.num_experts + 1) if self.aaw else 1
+
+    def _communicates(self, normalizer: float | Tensor | None, ranks: Ranks) -> bool:
+        return self.aaw or super()._communicates(normalizer, ranks)
+
+    def _explain(self, batch: Batch) -> None:
+        """Raise, on all ranks that share the classes, for bad values of one or a batch of its own."""
+        assert batch.features is not None
+        ranks, who = self._class_ranks(), f"rank {dist.get_rank()}: " if self.num_ranks > 1 else ""
         problem = None
         try:
-            target_values(target, self.num_classes, self.ignore_index)
-            finite_tensors(features=features)
+            batch._replace(weight=None).explain(self.ignore_index, self.num_classes)
+            finite_tensors(features=batch.features)
         except ValueError as error:
             problem = error
-        found = [-1 if problem else len(target)]
-        if self.num_ranks > 1:
-            found = gather_number(found[0], self.num_ranks, self.process_group, target)
-        if problem is None and min(found) < 0:
-            bad = [rank for rank, number in zip(self._global_ranks(), found, strict=True) if number < 0]
-            problem = ValueError(
-                "features, target: expected finite features and valid targets on all ranks, got others on "
-                f"rank {', '.join(map(str, bad))}, whose own error says which"
+
+        found = ranks.gather_number(-1 if problem else len(batch.target), batch.target)
+        if problem is not None:
+            raise ValueError(f"{who}{problem}") from problem
+        if min(found) < 0:
+            bad = [rank for rank, number in zip(ranks.global_ranks(), found, strict=True) if number < 0]
+            raise ValueError(
+                f"{who}features, target: expected finite features and valid targets on all ranks, got others "
+                f"on rank {', '.join(map(str, bad))}, whose own error says which"
             )
-        elif problem is None and len(set(found)) > 1:
-            problem = ValueError(
-                "features, target: expected the same samples on all ranks that share the classes, got "
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"{who}features, target: expected the same samples on all ranks that share the classes, got "
                 f"{found} samples on its ranks; {_SAME_SAMPLES}"
             )
-        if problem is not None and numbers:
-            Ranks(num_data_ranks, self.data_group).refuse(problem, numbers, target.device)
-        if problem is not None and self.num_ranks > 1:
-            raise ValueError(f"rank {dist.get_rank()}: {problem}") from problem
-        if problem is not None:
-            raise problem
+        others = _found_apart(ranks.gather(_marks(batch, batch.features))) if ranks.number > 1 else []
+        if others:
+            raise ValueError(
+                f"{who}features, target: expected the same on all ranks that share the classes, got other "
+                f"{' and '.join(others)} on some; {_SAME_SAMPLES}"
+            )
 
-    def _global_ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self.process_group) if self.num_ranks > 1 else [0]
+    def _weights(self, engine: Engine, batch: Batch, ranks: Ranks) -> tuple[Tensor | None, Tensor | None]:
+        """Compute Eqs. 7 and 8, each rank for its own classes: as :meth:`ExpertLoss._weights`."""
+        if not self.aaw:
+            return batch.weights_of_experts(self.num_experts), None
+        group_index, of_classes = self.group_index, self._class_ranks()
+        if not len(group_index):
+            batch, group_index = _with_a_class(batch), group_index.new_zeros(1)
+        if batch.is_soft:  # whose angles to all classes are many
+            engine = Blockwise(engine)
 
-    def _angles(self, features: Tensor, weight: Tensor, target: Tensor, own: _Own) -> tuple[Tensor, Tensor]:
-        """The angles of Eq. 7 ``[N, K]``, and the groups of the samples ``[N]``, -1 for ignored ones.
-
-        One rank knows those of a sample.
-        """
-        dtype = functional.compute_dtype(torch.promote_types(features.dtype, weight.dtype))
-        known = features.new_zeros((len(target), self.num_experts + 1), dtype=dtype)
-        if len(self.class_counts):
-            angles = functional.angles_from_features(features, weight, own.place)
-            known = torch.cat([angles, self.group_index[own.place, None].to(dtype)], dim=1)
-            known = torch.where(own.mask[:, None], known, 0.0)
-        if self.num_ranks > 1:
-            dist.all_reduce(known, group=self.process_group)
-        # Where targets differ between ranks a sample may have two groups; `_check_exchanged` tells.
-        group = known[:, -1].long().clamp(max=self.num_groups - 1)
-        return known[:, :-1], torch.where(target == self.ignore_index, -1, group)
-
-    def _replicate_for_data_parallel(self) -> NoReturn:
-        refuse_data_parallel(self)
+        samples = Samples(batch.target, group_index, self.num_groups, batch.sample_weight, _ELSEWHERE)
+        angles, parts = engine.statistics(batch.angles(self.scale), samples)  # Eq. 7
+        parts = self._summed(of_classes.add_(parts.sum(dim=0, keepdim=True)), ranks)
+        weights, number = engine.weights(angles, samples, parts, ranks.number)  # Eq. 8
+        return of_classes.add_(weights), number
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""
@@ -434,204 +466,55 @@ class ClassParallelLGLALoss(nn.Module):
         )
 
 
-class _Own(NamedTuple):
-    """Which samples' classes are this rank's, ``mask [N]``, and where these lie among them, ``place [N]``."""
-
-    place: Tensor
-    mask: Tensor
-
-
-class _ClassParallel(NamedTuple):
-    """Eq. 9 from this rank's classes and what the ranks tell each other."""
-
-    loss: ClassParallelLGLALoss
-    target: Tensor
-    own: _Own
-    weights: Tensor | None
-    divisor: Tensor | None
-    readable: bool
-
-    def run(
-        self,
-        inputs: Sequence[Any],
-        wanted: Sequence[bool],
-        upstream: Tensor | None = None,
-        log_sums: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """The losses ``[N]``, logarithms of the sums of exponentials over all classes ``[N, K]``, gradients.
-
-        Args:
-            inputs: features ``[N, K, d]``, weights ``[K, C_r, d]``, a bias ``[K, C_r]`` or None.
-            wanted: which of their gradients; those of the features are only this rank's part.
-            upstream: gradient of every sample's loss ``[N]``; None for that of their sum over the divisor.
-            log_sums: from an earlier run, which spares the ranks to communicate.
-        """
-        features, weight, bias = inputs
-        loss, scale = self.loss, self.loss.scale
-        exact = functional.compute_dtype(features.dtype)
-        factor = self._factor(upstream, features, exact)
-        losses = features.new_zeros(len(features), dtype=exact)
-        known = log_sums is not None
-        if log_sums is None:
-            log_sums = features.new_empty(features.shape[:2], dtype=exact)
-        sums = [
-            torch.zeros_like(v, dtype=exact, memory_format=torch.contiguous_format) if w else None
-            for v, w in zip(inputs, wanted, strict=True)
-        ]
-        # As many samples at a time as if this rank had all classes, so that all ranks have as many chunks.
-        chunks = chunks_of(features, num_classes=loss.num_classes)
-        # One memory for all of them, which is warm from the second on.
-        buffer = features.new_empty((chunks[0].stop if chunks else 0, weight.shape[1]))
-        with torch.autocast(features.device.type, enabled=False):
-            for k in range(loss.num_experts):
-                rows_of, centres = features[:, k], weight[k]
-                if scale is not None:
-                    rows_of = (scale * directions(rows_of, exact)).to(features.dtype)
-                    centres = directions(centres, exact).to(weight.dtype)
-                table = loss.table[k].to(exact) + (0.0 if bias is None else bias[k].to(exact))
-                of_features, of_weight, of_bias = (
-                    None if v is None else v[:, k] if v is sums[0] else v[k] for v in sums
-                )
-                for rows in chunks:
-                    own = _Own(self.own.place[rows], self.own.mask[rows])
-                    some = rows_of[rows]
-                    logits = torch.mm(some, centres.T, out=buffer[: len(some)]).to(exact).add_(table)
-                    if known:
-                        shares = logits.sub_(log_sums[rows, k, None]).exp_()
-                    else:
-                        shares, log_sums[rows, k], entropy = self._exchange(
-                            logits, own, self.target[rows], features[rows, k]
-                        )
-                        losses[rows] += entropy if self.weights is None else self.weights[rows, k] * entropy
-                    if not any(wanted):
-                        continue
-                    gradient = self._logit_gradient(shares, own, factor[rows, k, None]).to(features.dtype)
-                    if of_features is not None:
-                        of_features[rows] = gradient @ centres
-                    if of_weight is not None:
-                        add_product(of_weight, gradient.T, some, first=rows.start == 0)
-                    if of_bias is not None:
-                        of_bias += gradient.sum(dim=0, dtype=exact)
-        if scale is not None and sums[0] is not None:
-            through_directions_(sums[0].mul_(scale), features.to(exact))
-        if scale is not None and sums[1] is not None:
-            through_directions_(sums[1], weight.to(exact))
-        return losses.masked_fill(self.target == loss.ignore_index, 0.0), log_sums, sums
-
-    def _factor(self, upstream: Tensor | None, features: Tensor, exact: torch.dtype) -> Tensor:
-        """The gradient of the result by every row's cross entropy ``[N, K]``."""
-        factor = features.new_ones(features.shape[:2], dtype=exact)
-        if self.weights is not None:
-            factor = self.weights.to(exact)
-        if upstream is not None:
-            factor = factor * upstream[:, None].to(exact)
-        elif self.divisor is not None:
-            factor = factor / self.divisor
-        return factor.masked_fill((self.target == self.loss.ignore_index)[:, None], 0.0)
-
-    def _exchange(
-        self, logits: Tensor, own: _Own, target: Tensor, features: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one expert's logits ``[n, C_r]`` the probabilities, in the logits' memory.
-
-        And ``[n]`` each, over all classes: the logarithms of the sums of exponentials, the cross entropies.
-        """
-        loss, smoothing = self.loss, self.loss.label_smoothing
-        own_logit = logits.new_zeros(len(logits))
-        peak = logits.new_zeros((len(logits), 1))
-        if len(loss.class_counts):
-            found = logits.gather(1, own.place[:, None])[:, 0]
-            own_logit = torch.where(own.mask, found, 0.0)
-            peak = logits.amax(dim=1, keepdim=True)
-            peak = torch.where(peak == -torch.inf, 0.0, peak)
-        told = [logits.sum(dim=1)] if smoothing else []
-        if self.readable:
-            told += [target.to(logits.dtype), *_sketch(features)]
-        shares = logits.sub_(peak).exp_()
-        log_sum = peak[:, 0] + shares.sum(dim=1).log()
-        mine = torch.stack([log_sum, own_logit, *told])
-        every = mine[None]
-        if loss.num_ranks > 1:
-            every = mine.new_empty(loss.num_ranks, *mine.shape)
-            dist.all_gather(list(every), mine, group=loss.process_group)
-        if self.readable:
-            self._check_exchanged(every, target)
-        log_sum, own_logit = every[:, 0].logsumexp(dim=0), every[:, 1].sum(dim=0)
-        entropy = (1 - smoothing) * (log_sum - own_logit)
-        if smoothing:
-            entropy = entropy + smoothing * (log_sum - every[:, 2].sum(dim=0) / loss.num_classes)
-        return shares.mul_((peak - log_sum[:, None]).exp()), log_sum, entropy
-
-    def _check_exchanged(self, every: Tensor, target: Tensor) -> None:
-        targets, sketches, lengths = every[:, -3], every[:, -2], every[:, -1]
-        others = (sketches - sketches[0]).abs() > _SAME_FEATURES * lengths.amax(dim=0)
-        if (targets != targets[0]).any() or others.any():
-            raise ValueError(
-                "features, target: expected the same on all ranks that share the classes, got other "
-                f"{'features' if others.any() else 'targets'} on some; {_SAME_SAMPLES}"
-            )
-        kept = target != self.loss.ignore_index
-        log_sum, own_logit = every[:, 0, kept], every[:, 1, kept]
-        bad = (log_sum.isnan() | (log_sum == torch.inf) | ~own_logit.isfinite()).any(dim=1)
-        if bad.any():
-            named = [str(r) for r, b in zip(self.loss._global_ranks(), bad.tolist(), strict=True) if b]
-            raise ValueError(
-                "weight, bias: expected finite logits on the targets, no NaN or +inf elsewhere, got others "
-                f"on rank {', '.join(named)}; {WAY_OUT}"
-            )
-
-    def reduced(self, losses: Tensor) -> Tensor:
-        """The losses ``[N]`` as ``reduction`` says."""
-        return losses if self.loss.reduction == "none" else autograd.total(losses, self.divisor)
-
-    def _logit_gradient(self, shares: Tensor, own: _Own, factor: Tensor) -> Tensor:
-        """That of one expert's logits ``[n, C_r]``, in the memory of its probabilities."""
-        smoothing = self.loss.label_smoothing
-        if not len(self.loss.class_counts):
-            return shares
-        if smoothing:
-            shares -= smoothing / self.loss.num_classes
-        at_own = shares.gather(1, own.place[:, None])
-        at_own = torch.where(own.mask[:, None], at_own - (1 - smoothing), at_own) * factor
-        return shares.mul_(factor).scatter_(1, own.place[:, None], at_own)
+def _with_a_class(batch: Batch) -> Batch:
+    """Give a rank without classes one that no sample belongs to, as engines want one."""
+    assert batch.features is not None
+    target = batch.target.new_zeros((len(batch.target), 1)) if batch.is_soft else batch.target
+    shape = batch.features.shape[1], 1, batch.features.shape[2]
+    return batch._replace(target=target, weight=batch.features.new_zeros(shape))
 
 
-def _sketch(features: Tensor) -> tuple[Tensor, Tensor]:
-    """A number of features ``[n, d]`` by which ranks tell whether theirs are the same, and their length."""
-    exact = features.to(functional.compute_dtype(features.dtype))
-    direction = torch.arange(exact.shape[1], dtype=exact.dtype, device=exact.device).cos()
-    return exact @ direction, torch.linalg.vector_norm(exact, dim=1)
+def _marks(batch: Batch, features: Tensor) -> Tensor:
+    """Give numbers by which ranks tell whether their batches are the same ``[N, 2 + 2 K]``.
+
+    Of the target, of the sample's weight, of every expert's features, and the features' lengths.
+    """
+    dtype = functional.compute_dtype(features.dtype)
+    target = _sketch(batch.target.to(dtype)) if batch.is_soft else batch.target.to(dtype)
+    weight = torch.ones_like(target) if batch.sample_weight is None else batch.sample_weight.to(dtype)
+    features = features.detach().to(dtype)
+    lengths = torch.linalg.vector_norm(features, dim=-1)
+    return torch.cat([target[:, None], weight[:, None], _sketch(features), lengths], dim=1)
 
 
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, problem: _ClassParallel, *inputs: Tensor | None) -> Tensor:
-        wanted, reduction = ctx.needs_input_grad[1:], problem.loss.reduction
-        at_once = reduction != "none" and not any(v is not None and v.dtype == torch.float16 for v in inputs)
-        losses, log_sums, gradients = problem.run(inputs, [w and at_once for w in wanted])
-        ctx.problem, ctx.gradients = problem, gradients if at_once else None
-        # Saved, so that a change of any before backward raises there.
-        ctx.save_for_backward(log_sums, problem.target, problem.weights, problem.divisor, *inputs)
-        return problem.reduced(losses)
+def _sketch(vectors: Tensor) -> Tensor:
+    """Give one number of each vector ``[..., d]``, which differs, in all likelihood, where they do."""
+    return vectors @ torch.arange(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device).cos()
+
+
+def _found_apart(marks: Tensor) -> list[str]:
+    """Name what differs between the ranks, by their marks ``[R, N, 2 + 2 K]``."""
+    apart = (marks - marks[0]).abs()
+    num_experts = marks.shape[2] // 2 - 1
+    lengths = marks[..., 2 + num_experts :].amax(dim=0)
+    differs = {
+        "features": apart[..., 2 : 2 + num_experts] > _SAME_FEATURES * lengths,
+        "targets": apart[..., 0] > _SAME_TARGETS,
+        "sample weights": apart[..., 1] > _SAME_TARGETS,
+    }
+    return [name for name, found in differs.items() if found.any()]
+
+
+class _Shared(torch.autograd.Function):
+    """Features that every rank of a group reads: their gradient is the sum of all ranks' parts."""
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "ClassParallelLGLALoss has no second derivative: expected backward without create_graph; "
-                "LinearLGLALoss has one"
-            )
-        problem, wanted = ctx.problem, ctx.needs_input_grad[1:]
-        log_sums, _, _, _, *inputs = ctx.saved_tensors
-        # From now on they are the caller's; a second backward computes its own.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is not None:
-            gradients = [v if v is None else v.mul_(upstream.to(v.dtype)) for v in gradients]
-        else:
-            if problem.loss.reduction != "none":
-                upstream = upstream if problem.divisor is None else upstream / problem.divisor
-                upstream = upstream.expand(len(problem.target))
-            gradients = problem.run(inputs, wanted, upstream, log_sums)[2]
-        if gradients[0] is not None and problem.loss.num_ranks > 1:
-            dist.all_reduce(gradients[0], group=problem.loss.process_group)
-        return None, *(v if v is None else v.to(i.dtype) for v, i in zip(gradients, inputs, strict=True))
+    def forward(ctx: Any, features: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # A sum of its own, which is rounded once.
+        wide = gradient.new_empty(gradient.shape, dtype=functional.compute_dtype(gradient.dtype))
+        return ctx.ranks.add_(wide.copy_(gradient)).to(gradient.dtype), None

@@ -88,7 +88,7 @@ class LinearLGLALoss(ExpertLoss):
         """
         table = self.adjuster.constant("table")
         batch = Batch.of_features(features, weight, target, table, sample_weight)
-        self._check_bias(bias, batch)
+        check_bias(bias, weight, self.scale, "[K, C]")
         group_index = self.adjuster.grouper.constant("group_index")
         engine, ranks, _ = self._step(batch, normalizer, table, group_index)
 
@@ -154,15 +154,17 @@ class LinearLGLALoss(ExpertLoss):
                 raise
             ranks.refuse(problem, 0, loss.device)
 
-    def _check_bias(self, bias: Tensor | None, batch: Batch) -> None:
-        if bias is None or batch.weight is None:
-            return
-        floating_tensor("bias", bias, "[K, C]")
-        if bias.shape != batch.weight.shape[:2]:
-            raise ValueError(f"bias: expected shape {list(batch.weight.shape[:2])}, got {list(bias.shape)}")
-        if self.scale is not None:
-            raise ValueError(f"bias: expected None with scale={self.scale}: cosine classifiers have none")
-        same_device(features=batch.features, bias=bias)
+
+def check_bias(bias: Tensor | None, weight: Tensor, scale: float | None, shape: str) -> None:
+    """Hold a bias of a shape to weights ``[K, C, d]`` and the factor of cosine classifiers, or None."""
+    if bias is None:
+        return
+    floating_tensor("bias", bias, shape)
+    if bias.shape != weight.shape[:2]:
+        raise ValueError(f"bias: expected shape {list(weight.shape[:2])}, got {list(bias.shape)}")
+    if scale is not None:
+        raise ValueError(f"bias: expected None with scale={scale}: cosine classifiers have none")
+    same_device(weight=weight, bias=bias)
 
 
 def same_dtype(features: Tensor, weight: Tensor) -> None:

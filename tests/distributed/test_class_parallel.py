@@ -7,6 +7,7 @@ from reference import assert_raises
 
 from lgla_losses import LinearLGLALoss
 from lgla_losses.distributed import ClassParallelLGLALoss
+from lgla_losses.kernels import class_parallel
 
 COUNTS = [40, 9, 5, 1]
 FEATURES, WEIGHT, TARGET = torch.zeros(2, 3, 5), torch.zeros(3, 4, 5), torch.tensor([0, 3])
@@ -20,13 +21,17 @@ def test_ranks_equal_one_process(world_size, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"scale": 20.0}, {"aaw": False, "label_smoothing": 0.1}])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_alone_it_has_all_classes(options, reduction):
+@pytest.mark.parametrize("is_soft", [False, True])
+def test_alone_it_has_all_classes(options, reduction, is_soft):
+    """Class indices, or probabilities with sample weights."""
     results = []
     for make in (LinearLGLALoss, ClassParallelLGLALoss):
         torch.manual_seed(0)
         features, weight = (torch.randn(size).double().requires_grad_() for size in ((6, 3, 5), (3, 4, 5)))
-        target = torch.tensor([0, 1, 2, 3, -100, 0])
-        loss = make(COUNTS, reduction=reduction, **options)(features, weight, target)
+        target, inputs = torch.tensor([0, 1, 2, 3, -100, 0]), {}
+        if is_soft:
+            target, inputs = torch.rand(6, 4).softmax(dim=1), {"sample_weight": torch.rand(6)}
+        loss = make(COUNTS, reduction=reduction, **options)(features, weight, target, **inputs)
         loss.backward(torch.linspace(1, 2, loss.numel(), dtype=torch.float64).view(loss.shape))
         results.append((loss.detach(), features.grad, weight.grad))
     for one, other in zip(*results, strict=True):
@@ -67,6 +72,20 @@ def test_second_derivatives_are_refused():
         torch.autograd.grad(loss, features, create_graph=True)
 
 
+def test_validation_computes_no_gradient(monkeypatch):
+    """Though the weights of classifiers ask for one."""
+    asked, compute = [], class_parallel.sum_over_experts
+
+    def watched(inputs, wanted, *others):
+        asked.append(any(wanted))
+        return compute(inputs, wanted, *others)
+
+    monkeypatch.setattr(class_parallel, "sum_over_experts", watched)
+    with torch.no_grad():
+        ClassParallelLGLALoss(COUNTS)(FEATURES, WEIGHT.clone().requires_grad_(), TARGET)
+    assert asked == [False]
+
+
 def test_it_runs_beside_compiled_code():
     criterion = ClassParallelLGLALoss(COUNTS)
     compiled = torch.compile(lambda f, w: criterion(2 * f, w, TARGET), backend="aot_eager")
@@ -85,10 +104,14 @@ def test_it_runs_beside_compiled_code():
     (lambda: ClassParallelLGLALoss(COUNTS, backend="fused"), TypeError, "backend", "leave it out"),
     (lambda: ClassParallelLGLALoss(COUNTS, data_group=object()), ValueError, "process_group", "None", "mesh"),
     (lambda: ClassParallelLGLALoss(), TypeError, "class_counts"),
-    (lambda: ClassParallelLGLALoss(COUNTS)(FEATURES, WEIGHT[:, :2], TARGET), ValueError, "[3, 4, 5]", "rank 0 of 1", "torch.chunk", "[3, 2, 5]"),
-    (lambda: ClassParallelLGLALoss(COUNTS)(FEATURES[:, :2], WEIGHT, TARGET), ValueError, "features", "[N, 3, d]", "[2, 2, 5]"),
+    (lambda: ClassParallelLGLALoss(COUNTS)(FEATURES, WEIGHT[:, :2], TARGET), ValueError, "weight", "[3, 4, d]", "[3, 2, 5]", "rank 0 of 1", "torch.chunk"),
+    (lambda: ClassParallelLGLALoss(COUNTS)(FEATURES[:, :2], WEIGHT, TARGET), ValueError, "features", "[2, 3, d]", "[2, 2, 5]"),
     (lambda: ClassParallelLGLALoss(COUNTS)(FEATURES, WEIGHT, TARGET[:1]), ValueError, "target", "[2]", "[1]"),
     (lambda: ClassParallelLGLALoss(COUNTS)(FEATURES, WEIGHT, TARGET + 1), ValueError, "target", "0..3", "got 4"),
+    (lambda: ClassParallelLGLALoss(COUNTS)(FEATURES, WEIGHT, torch.ones(2, 3) / 3), ValueError, "target", "[2, 4]", "[2, 3]"),
+    (lambda: ClassParallelLGLALoss(COUNTS)(FEATURES, WEIGHT, torch.ones(2, 4)), ValueError, "target", "sum to 1", "4 to 4", "softmax"),
+    (lambda: ClassParallelLGLALoss(COUNTS)(FEATURES, WEIGHT, TARGET, sample_weight=torch.ones(3)), ValueError, "sample_weight", "[2]", "[3]"),
+    (lambda: ClassParallelLGLALoss(COUNTS)(FEATURES, WEIGHT, TARGET, sample_weight=-torch.ones(2)), ValueError, "sample_weight", ">= 0"),
     (lambda: ClassParallelLGLALoss(COUNTS)(FEATURES * torch.nan, WEIGHT, TARGET), ValueError, "features", "NaN"),
     (lambda: ClassParallelLGLALoss(COUNTS, aaw=False)(FEATURES, WEIGHT * torch.nan, TARGET), ValueError, "weight, bias", "rank 0"),
     (lambda: ClassParallelLGLALoss(COUNTS)(FEATURES, WEIGHT, TARGET, torch.zeros(4)), ValueError, "bias", "[K, C_r]", "[4]"),

@@ -69,6 +69,40 @@ def check_one_process(rank, world_size):
                     torch.testing.assert_close(got[3], expected[3][:, mine], **CLOSE)
 
 
+def check_other_targets(rank, world_size):
+    """Probabilities, sample weights, an ignored class, masked classes, and a rank without classes."""
+    for counts, options in (
+        (COUNTS, {}),
+        (COUNTS, {"scale": 20.0, "reduction": "none"}),
+        (COUNTS, {"aaw": False, "label_smoothing": 0.1, "reduction": "sum"}),
+        (COUNTS, {"aaw": False, "ignore_index": 2}),
+        (COUNTS, {"ignore_index": 2, "label_smoothing": 0.1}),
+        ([4], {"num_experts": 2}),
+    ):
+        features, weight, target, bias = batch(counts, options.get("num_experts", 3))
+        target[-1] = options.get("ignore_index", -100)
+        q = torch.rand(len(target), len(counts), dtype=torch.float64).softmax(dim=1)
+        q[-1], q[:, 1:2] = 0.0, 0.0  # an ignored sample, and a class that no sample is of
+        q = q / q.sum(dim=1, keepdim=True).clamp(min=1e-9)
+        if "label_smoothing" not in options and len(counts) > 1:
+            bias[:, 1], target = -torch.inf, torch.where(target == 1, 0, target)
+        bias = None if "scale" in options else bias
+        sample_weight = torch.rand(len(target), dtype=torch.float64)
+        mine = class_shard(len(counts), rank, world_size)
+        for y, s in ((q, None), (q.float(), sample_weight), (target, sample_weight), (target, None)):
+            expected = gradients(
+                LinearLGLALoss(counts, sync=False, **options), features, weight, y, bias, sample_weight=s
+            )
+            own = weight[:, mine], y, None if bias is None else bias[:, mine]
+            criterion = ClassParallelLGLALoss(counts, **options)
+            got = gradients(criterion, features, *own, sample_weight=s)
+            for one, other in zip(got[:2], expected[:2], strict=True):
+                torch.testing.assert_close(one, other, **CLOSE)
+            for one, other in zip(got[2:], expected[2:], strict=True):
+                assert (one is None) == (other is None)
+                torch.testing.assert_close(one, other if one is None else other[:, mine], **CLOSE)
+
+
 def check_shards(rank, world_size):
     """Cut as torch.chunk and DTensor cut."""
     for num_classes in range(1, 12):
@@ -95,13 +129,13 @@ def check_dtensor(rank, world_size):
 
 def check_mesh(rank, world_size):
     """Classes and data on a mesh of two dimensions; DDP for what precedes the classifier."""
-    if world_size != 4:
-        return
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
+    mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("data", "classes"))
     of_data, of_classes = mesh["data"].get_local_rank(), mesh["classes"].get_local_rank()
     groups = {"process_group": mesh["classes"].get_group(), "data_group": mesh["data"].get_group()}
-    for options in ({}, {"aaw": False}, {"scale": 20.0}):
+    for options, is_soft in (({}, False), ({}, True), ({"aaw": False}, False), ({"scale": 20.0}, False)):
         features, weight, target, _ = batch()
+        sample_weight = torch.rand(len(target), dtype=torch.float64) if is_soft else None
+        target = torch.rand(len(target), len(COUNTS)).softmax(dim=1) if is_soft else target
         whole = torch.nn.Linear(5, 5).double()
         single = torch.nn.Linear(5, 5).double()
         single.load_state_dict(whole.state_dict())
@@ -111,13 +145,20 @@ def check_mesh(rank, world_size):
                 for parameter in module.parameters():
                     parameter.copy_(torch.randn(parameter.shape))
         expected = weight.clone().requires_grad_()
-        loss = LinearLGLALoss(COUNTS, sync=False, **options)(single(features), expected, target)
+        loss = LinearLGLALoss(COUNTS, sync=False, **options)(
+            single(features), expected, target, sample_weight=sample_weight
+        )
         loss.backward()
-        mine = class_shard(len(COUNTS), of_classes, 2)
+        mine = class_shard(len(COUNTS), of_classes, world_size // 2)
         shard = torch.nn.Parameter(weight[:, mine].clone())
         trunk = DistributedDataParallel(whole)
         rows = [slice(0, 3), slice(3, 11)][of_data]
-        own = ClassParallelLGLALoss(COUNTS, **groups, **options)(trunk(features[rows]), shard, target[rows])
+        own = ClassParallelLGLALoss(COUNTS, **groups, **options)(
+            trunk(features[rows]),
+            shard,
+            target[rows],
+            sample_weight=None if sample_weight is None else sample_weight[rows],
+        )
         own.backward()
         dist.all_reduce(shard.grad, group=groups["data_group"])  # the mean, as DDP would take it
         torch.testing.assert_close(shard.grad / 2, expected.grad[:, mine], **CLOSE)
@@ -128,7 +169,8 @@ def check_mesh(rank, world_size):
         torch.testing.assert_close(total / 2, loss.detach(), **CLOSE)
         criterion = ClassParallelLGLALoss(COUNTS, **groups, **options)
         bad = features[rows] * (float("nan") if of_data else 1.0)
-        with pytest.raises(ValueError, match=r"rank [23]"):
+        told = f"^rank {rank}: features" if of_data else f"on rank {rank + world_size // 2}, whose own error"
+        with pytest.raises(ValueError, match=told):
             criterion(bad, weight[:, mine], target[rows])
         assert criterion(features[rows], weight[:, mine], target[rows]).isfinite()
 
@@ -162,11 +204,12 @@ def check_communication(rank, world_size):
             volumes[num_classes, validate_args] = sizes[:]
             sizes.clear()
     n, k, d = features.shape
-    angles, gradient = ("sum", n * (k + 1)), ("sum", n * k * d)
-    assert volumes[20, False] == volumes[2000, False] == [angles, *[("gather", 2 * n)] * k, gradient]
-    # Checks take a number a rank, and three a sample and expert.
-    checked = [("sum", world_size), angles, *[("gather", 5 * n)] * k, gradient]
-    assert volumes[20, None] == volumes[2000, None] == checked
+    # Angles by expert and group, with samples, and weights; sums of exponentials and the target's logit.
+    step = [("sum", (k - 1) * (k + 1)), ("sum", n * k), *[("gather", 2 * n)] * k, ("sum", n * k * d)]
+    assert volumes[20, False] == volumes[2000, False] == step
+    # Checks take a number a rank, two a sample, and two a sample and expert.
+    checks = [("sum", world_size), ("gather", 2 * n * (k + 1))]
+    assert volumes[20, None] == volumes[2000, None] == checks + step
 
 
 def check_bad_input(rank, world_size):
@@ -186,6 +229,17 @@ def check_bad_input(rank, world_size):
         for other in (ignored, of_the_same_rank):
             with pytest.raises(ValueError, match="got other targets on some"):
                 ClassParallelLGLALoss(COUNTS, aaw=aaw)(features, weight[:, mine], other)
+        mixed = torch.full((len(target), len(COUNTS)), 1 / len(COUNTS))
+        if last:
+            mixed[3, :2] = torch.tensor([2, 0]) / len(COUNTS)
+        with pytest.raises(ValueError, match="got other targets on some"):
+            ClassParallelLGLALoss(COUNTS, aaw=aaw)(features, weight[:, mine], mixed)
+        counted = torch.ones(len(target)).index_fill(0, torch.tensor([2]), 1.0 + last)
+        for sample_weight in (counted, counted if last else None):
+            with pytest.raises(ValueError, match="got other sample weights on some"):
+                ClassParallelLGLALoss(COUNTS, aaw=aaw)(
+                    features, weight[:, mine], target, sample_weight=sample_weight
+                )
         dropped = torch.nn.functional.dropout(features, 0.1 * last)
         with pytest.raises(ValueError, match="got other features on some"):
             ClassParallelLGLALoss(COUNTS, aaw=aaw)(dropped, weight[:, mine], target)
@@ -280,6 +334,7 @@ def check_place(rank, world_size):
 CHECKS = [
     check_shards,
     check_one_process,
+    check_other_targets,
     check_dtensor,
     check_mesh,
     check_communication,

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from ranks import serve
 from torch.nn.parallel import DistributedDataParallel
 
 from lgla_losses import AAWWeighter, ClassGrouper, GroupConvExperts, LGLALoss
-from lgla_losses.baselines import LDAMLoss, LogitAdjustedLoss
+from lgla_losses.baselines import BalancedSoftmaxLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss
 
 COUNTS = [40, 9, 5, 1]
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -90,19 +91,59 @@ def check_collectives(rank, world_size):
 def check_other_targets(rank, world_size):
     """Probabilities, weights of samples and maps; the samples of a rank are any, in any proportion."""
     logits, target, sizes = shares(world_size)
-    q = torch.rand(len(target), 4, dtype=torch.float64).softmax(dim=1)
-    q[target == -100] = 0.0
-    sample_weight = torch.rand(len(target), dtype=torch.float64)
+    q, sample_weight = mixed(target), torch.rand(len(target), dtype=torch.float64)
     maps = 60 * torch.rand(len(target), 3, 4, 5, dtype=torch.float64) - 30
     of_maps = torch.randint(0, 4, (len(target), 5))
-    for v, y, s in ((logits, q, sample_weight), (logits, target, sample_weight), (maps, of_maps, None)):
+    for v, y, s in (
+        (logits, q, None),
+        (logits, q, sample_weight),
+        (logits, target, sample_weight),
+        (maps, of_maps, None),
+    ):
         for aaw in (True, False):
-            whole = v.clone().requires_grad_()
-            LGLALoss(COUNTS, aaw=aaw, sync=False)(whole, y, sample_weight=s).backward()
-            mine = v.split(sizes)[rank].clone().requires_grad_()
-            weights = None if s is None else s.split(sizes)[rank]
-            LGLALoss(COUNTS, aaw=aaw)(mine, y.split(sizes)[rank], sample_weight=weights).backward()
-            torch.testing.assert_close(mine.grad / world_size, whole.grad.split(sizes)[rank], **CLOSE)
+            compare_shares(partial(LGLALoss, COUNTS, aaw=aaw), v, y, s, sizes, rank)
+
+
+def check_baselines(rank, world_size):
+    """Means over samples and over their weights, one model and K, with the targets of check_other_targets."""
+    logits, target, sizes = shares(world_size)
+    q, sample_weight = mixed(target), torch.rand(len(target), dtype=torch.float64)
+    weighted = partial(LogitAdjustedLoss, COUNTS, class_weight=[1.0, 2.0, 3.0, 5.0])
+    for make in (
+        partial(BalancedSoftmaxLoss, COUNTS),
+        reweighted,
+        partial(FocalLoss, alpha=[1, 2, 1, 4]),
+        weighted,
+    ):
+        for v, y, s in ((logits[:, 0], target, None), (logits[:, 0], q, sample_weight), (logits, q, None)):
+            compare_shares(make, v, y, s, sizes, rank)
+
+
+def mixed(target):
+    """Probabilities of all classes, and of none for ignored samples."""
+    q = torch.rand(len(target), 4, dtype=torch.float64).softmax(dim=1)
+    return q.masked_fill((target == -100)[:, None], 0.0)
+
+
+def reweighted(**options):
+    criterion = LDAMLoss(COUNTS, **options)
+    criterion.reweight()
+    return criterion
+
+
+def compare_shares(make, logits, target, sample_weight, sizes, rank):
+    """Of a loss the share of a rank: what DDP makes of all is the gradient of one process, and its loss."""
+    whole = logits.clone().requires_grad_()
+    expected = make(sync=False)(whole, target, sample_weight=sample_weight)
+    expected.backward()
+    mine = logits.split(sizes)[rank].clone().requires_grad_()
+    weights = None if sample_weight is None else sample_weight.split(sizes)[rank]
+    loss = make()(mine, target.split(sizes)[rank], sample_weight=weights)
+    loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    torch.testing.assert_close(total / len(sizes), expected.detach(), **CLOSE)
+    torch.testing.assert_close(mine.grad / len(sizes), whole.grad.split(sizes)[rank], **CLOSE)
 
 
 def check_bad_values(rank, world_size):
@@ -250,6 +291,7 @@ def main(rank, world_size):
     check_ddp(rank, world_size)
     check_collectives(rank, world_size)
     check_other_targets(rank, world_size)
+    check_baselines(rank, world_size)
     check_bad_values(rank, world_size)
     check_mismatched_constants(rank, world_size)
     check_changed_adjustment(rank, world_size)
