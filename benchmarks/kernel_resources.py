@@ -29,6 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lgla_losses.kernels import Angles, Rows, Samples
 from lgla_losses.kernels import triton as kernels
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,6 +41,10 @@ TARGETS = {
 }
 NUM_CLASSES = (2, 100, 1000, 8142, 16384, 100_000)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+#: What a step is given: ``"usual"`` is class indices, table, weights and label smoothing; ``"plain"`` nothing
+#: that may be left out; ``"focal"`` class weights, margins, gamma, features and weights of samples; and
+#: ``"probabilities"`` those instead of class indices.
+FORMS = ("usual", "plain", "focal", "probabilities")
 #: Triton's names of the types.
 TYPES = {
     torch.float64: "fp64",
@@ -72,43 +77,44 @@ def recorded(call: Any, *arguments: Any, **options: Any) -> list[Launch]:
 
 
 def loss_launches(
-    num_classes: int, dtype: torch.dtype, num_samples: int = 1024, smoothing: float = 0.0, plain: bool = False
+    num_classes: int, dtype: torch.dtype, num_samples: int = 1024, smoothing: float = 0.0, form: str = "usual"
 ) -> Iterator[Launch]:
-    """All kernels of a training step of three experts; ``plain`` without all that may be left out."""
-    like = {"device": "meta", "dtype": dtype}
-    logits = torch.empty(num_samples, 3, num_classes, **like)  # type: ignore[call-overload]
+    """All kernels of a training step of three experts; see :data:`FORMS`."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
     accurate = torch.promote_types(dtype, torch.float32)
-    target = torch.empty(num_samples, dtype=torch.int64, device="meta")
-    group_index = torch.empty(num_classes, dtype=torch.int64, device="meta")
-    table = torch.empty(3, num_classes, dtype=torch.float64, device="meta")
-    partial = torch.empty(2, 2, 4, dtype=torch.float64, device="meta")
-    weights = torch.empty(num_samples, 3, dtype=accurate, device="meta")
-    state = torch.empty(num_samples, 3, 2, dtype=accurate, device="meta")
-    scalar = torch.empty((), dtype=accurate, device="meta")
-    samples = {"ignore_index": -100}
-    loss = {"ignore_index": -100, "label_smoothing": smoothing}
-    gradient = torch.empty_like(logits)
-    if plain:
-        loss["label_smoothing"] = 0.0
-        yield from recorded(kernels.statistics, weights, target, group_index, 2, scale=None, **samples)
-        yield from recorded(kernels.weights_of, weights, target, group_index, 2, scale=None, **samples)
-        yield from recorded(
-            kernels.forward, logits, target, None, None, None, reduce=False, gradient=None, **loss
-        )
-        yield from recorded(
-            kernels.backward, logits, target, None, None, weights[:, 0], state, gradient=gradient, **loss
-        )
+    logits, state = [empty(num_samples, 3, num_classes)], empty(num_samples, 3, 2, dtype=accurate)
+    weights, scalar = empty(num_samples, 3, dtype=accurate), empty(dtype=torch.float64)
+    of_samples = empty(num_samples, dtype=accurate)
+    target = empty(num_samples, dtype=torch.int64)
+    if form == "probabilities":
+        target = empty(num_samples, num_classes, dtype=accurate)
+    samples = Samples(target, empty(num_classes, dtype=torch.int64), 2)
+    angles = Angles(cosines=logits, scale=30.0)
+
+    if form == "plain":
+        rows = Rows(target)
+        yield from recorded(kernels.statistics, Angles(angles=weights), samples)
+        yield from recorded(kernels.forward, logits, rows, [None])
+        yield from recorded(kernels.backward, logits, rows, of_samples, state, logits)
         return
-    yield from recorded(kernels.statistics, logits, target, group_index, 2, scale=30.0, **samples)
-    yield from recorded(kernels.weights, weights, target, group_index, partial, num_ranks=1, **samples)
-    yield from recorded(kernels.weights_of, logits, target, group_index, 2, scale=30.0, **samples)
-    yield from recorded(
-        kernels.forward, logits, target, table, weights, scalar, reduce=True, gradient=gradient, **loss
-    )
-    yield from recorded(
-        kernels.backward, logits, target, table, weights, weights[:, 0], state, gradient=gradient, **loss
-    )
-    yield from recorded(kernels.rescale_, logits, scalar)
+
+    rows = Rows(target, empty(3, num_classes, dtype=torch.float64), weights, scalar)
+    rows = rows._replace(label_smoothing=smoothing, reduce=True)
+    if form == "focal":
+        of_classes = empty(num_classes, dtype=torch.float64)
+        rows = rows._replace(class_weight=of_classes, margin=of_classes, label_smoothing=0.0, gamma=2.0)
+        angles = Angles(features=empty(num_samples, 3, 64), weight=empty(3, num_classes, 64))
+        samples = samples._replace(sample_weight=of_samples)
+    yield from recorded(kernels.statistics, angles, samples)
+    given = angles if form == "probabilities" else Angles(angles=weights)
+    yield from recorded(kernels.weights, given, samples, empty(2, 2, 4, dtype=torch.float64))
+    yield from recorded(kernels.count, target, samples.sample_weight, rows.class_weight, -100)
+    yield from recorded(kernels.forward, logits, rows, logits)
+    yield from recorded(kernels.backward, logits, rows, of_samples, state, logits)
+    yield from recorded(kernels.rescale_, logits[0], scalar)
 
 
 def architecture(target: GPUTarget) -> int | None:
@@ -202,7 +208,7 @@ def report(plan: str, options: argparse.Namespace, *, whole: bool) -> list[dict[
     rows = []
     before = kernels.use(plan)
     for dtype, num_classes in itertools.product(options.dtypes, options.classes):
-        launches = loss_launches(num_classes, DTYPES[dtype], smoothing=options.smoothing, plain=options.plain)
+        launches = loss_launches(num_classes, DTYPES[dtype], smoothing=options.smoothing, form=options.form)
         for launch in launches:
             if whole or launch.kernel.__name__.startswith("_forward"):
                 own = rows_of(launch, num_classes, dtype, options.targets)
@@ -223,7 +229,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--classes", nargs="+", type=positive, default=list(NUM_CLASSES))
     parser.add_argument("--smoothing", type=float, default=0.1)
-    parser.add_argument("--plain", action="store_true", help="without table, weights, smoothing and gradient")
+    parser.add_argument("--form", choices=FORMS, default="usual", help="what the step is given")
     parser.add_argument(
         "--other-plans", nargs="*", choices=kernels.PLANS, default=[],
         help="compile the forward kernels of these plans, too, to compare them with those in use",
@@ -237,6 +243,7 @@ def main() -> None:
         "what": "what the Triton kernels of a training step of 3 experts need, compiled without a GPU",
         "triton": triton.__version__,
         "date": datetime.date.today().isoformat(),
+        "form": options.form,
         "label_smoothing": options.smoothing,
         "rows": rows,
         "rows_of_other_plans": others,

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lgla_losses import functional
+from lgla_losses.kernels import Angles, Rows, Samples
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 from lgla_losses.kernels import triton as kernels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
-OPTIONS = {"ignore_index": -100, "label_smoothing": 0.0}
 
 
 def batch(num_samples, num_classes, dtype=torch.float64):
@@ -24,13 +25,12 @@ def batch(num_samples, num_classes, dtype=torch.float64):
     return logits, torch.randint(num_classes, (num_samples,), device=DEVICE)
 
 
-@pytest.mark.cuda
-def test_a_target_that_is_no_class_gives_nan():
-    """Where values are not checked, reading beyond the logits would be worse."""
-    logits, _ = batch(3, 5)
-    target = torch.tensor([1, 5, -7], device=DEVICE)
-    losses, _ = kernels.forward(logits, target, None, None, None, reduce=False, gradient=None, **OPTIONS)
-    assert losses.isnan().tolist() == [False, True, True]
+def mixed(target, num_classes):
+    """Probabilities of two classes a sample; 0 for targets below 0."""
+    pairs = torch.stack([target, target.flip(0)], dim=1)
+    shares = torch.tensor([0.7, 0.3], device=target.device).expand(len(target), 2)
+    probabilities = torch.zeros(len(target), num_classes, device=target.device)
+    return probabilities.scatter_add_(1, pairs.clamp(min=0), shares * (target >= 0)[:, None])
 
 
 @pytest.mark.cuda
@@ -38,40 +38,176 @@ def test_weights_of_several_blocks(monkeypatch, close):
     monkeypatch.setattr(kernels, "sample_tile", lambda *_: kernels.Tile(4, 4, 4))
     logits, target = batch(70, 6)
     target[[1, 8, 9, 10, 11]] = -100
-    group_index = torch.randint(2, (6,), device=DEVICE)
-    angles, parts = kernels.statistics(logits, target, group_index, 2, scale=30.0, ignore_index=-100)
+    samples = Samples(target, torch.randint(2, (6,), device=DEVICE), 2)
+    given, parts = kernels.statistics(Angles(cosines=[logits], scale=30.0), samples)
     assert len(parts) == 18
-    weights, _ = kernels.weights(angles, target, group_index, parts, ignore_index=-100, num_ranks=1)
-    group = functional.target_groups(target, group_index, -100)
-    close(weights, functional.aaw_weights(angles, group, functional.aaw_statistics(angles, group, 2)))
+    weights, _ = kernels.weights(given, samples, parts)
+    group = functional.target_groups(target, samples.group_index, -100)
+    statistics = functional.aaw_statistics(given.angles, group, 2)
+    close(weights, functional.aaw_weights(given.angles, group, statistics))
 
 
-def test_one_launch_up_to_a_thousand_samples():
-    assert kernels.fits_one_block(1024, 3)
-    assert not kernels.fits_one_block(1025, 3)
+@pytest.mark.cuda
+@pytest.mark.parametrize("tensors", [1, 3])
+def test_weights_of_probabilities_in_blocks_of_classes(tensors, monkeypatch, close):
+    """Several samples a program, and blocks of classes that none of a sample's is in."""
+    monkeypatch.setattr(kernels, "class_tile", lambda *_: kernels.Tile(16, 4, 4))
+    monkeypatch.setattr(kernels, "_resident_programs", lambda *_: 5)
+    logits, target = batch(19, 70)
+    target[3] = -100
+    logits[3] = float("nan")
+    probabilities, factor = mixed(target, 70), torch.rand(19, device=DEVICE)
+    probabilities[3] = 0.0
+    samples = Samples(probabilities, torch.randint(2, (70,), device=DEVICE), 2, sample_weight=factor)
+    source = Angles(cosines=logits.split(3 // tensors, dim=1), scale=30.0)
+
+    radians = functional.angles_of(logits.nan_to_num(), 30.0)
+    expected = functional.soft_aaw_statistics(radians, probabilities.double(), samples.group_index, 2, factor)
+    given, parts = kernels.statistics(source, samples)
+    assert parts.shape == (5, 2, 4)
+    close(parts.sum(dim=0), expected)
+    weights, number = kernels.weights(given, samples, parts, num_ranks=2)
+    close(
+        weights,
+        factor[:, None]
+        * functional.soft_aaw_weights(radians, probabilities.double(), samples.group_index, expected),
+    )
+    close(number, expected[:, -1].sum() / 2)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("depth", [16, 64])
+def test_angles_of_features_in_blocks(depth, monkeypatch, close):
+    monkeypatch.setattr(kernels, "DEPTH", depth)
+    features = torch.randn(19, 3, 40, dtype=torch.float64, device=DEVICE)
+    weight = torch.randn(3, 6, 40, dtype=torch.float64, device=DEVICE)
+    target = torch.randint(6, (19,), device=DEVICE)
+    samples = Samples(target, torch.randint(2, (6,), device=DEVICE), 2)
+    given, parts = kernels.statistics(Angles(features=features, weight=weight), samples)
+    expected = functional.angles_from_features(features, weight, target)
+    close(given.angles, expected)
+    group = functional.target_groups(target, samples.group_index, -100)
+    close(parts.sum(dim=0), functional.aaw_statistics(expected, group, 2))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_a_count_of_several_programs(kind, monkeypatch, close):
+    monkeypatch.setattr(kernels, "COUNTED_AT_ONCE", 1000)
+    target = torch.randint(-1, 3, (2500,), device=DEVICE)
+    factor, class_weight = torch.rand(2500, device=DEVICE), torch.rand(3, device=DEVICE).double()
+    probabilities = mixed(target, 3).double()
+    expected = (factor.double() * (probabilities * class_weight).sum(dim=1)).sum()
+    if kind == "indices":
+        expected = (factor.double() * torch.where(target < 0, 0.0, class_weight[target])).sum()
+    given = target if kind == "indices" else probabilities
+    close(kernels.count(given, factor, class_weight, -1), expected)
+
+
+class Launches(TorchDispatchMode):
+    """Notes kernels instead of running them, and PyTorch's operations, but not memory and views."""
+
+    FREE = ("empty", "empty_like", "expand", "promote_types", "slice", "unsqueeze", "view")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names = []
+        monkeypatch.setattr(kernels, "_launch", lambda kernel, *_, **__: self.names.append(kernel.__name__))
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.overloadpacket.__name__ not in self.FREE:
+            self.names.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+def step(rows, samples, angles, logits):
+    """Loss and gradient of a batch on one rank; with angles weighted by AAW."""
+    if angles is None:
+        class_weight = rows.class_weight
+        number = kernels.count(samples.target, samples.sample_weight, class_weight, -100)
+        weights = samples.sample_weight
+        weights = None if weights is None else weights[:, None].expand(logits.shape[:2])
+    else:
+        given, parts = kernels.statistics(angles, samples)
+        weights, number = kernels.weights(given, samples, parts)
+    gradient = torch.empty_like(logits)
+    total, _ = kernels.forward(
+        [logits], rows._replace(weights=weights, divisor=number, reduce=True), [gradient]
+    )
+    kernels.rescale_(gradient, number)
+    return total, gradient
+
+
+@pytest.mark.parametrize("target", ["indices", "probabilities"])
+@pytest.mark.parametrize(("angles", "number"), [(None, 4), ("logits", 5), ("features", 5)])
+@pytest.mark.parametrize("more", [False, True])
+def test_launches_of_a_step(target, angles, number, more, monkeypatch):
+    """Nothing else runs on the device, whatever the input is."""
+    if angles == "features" and target == "probabilities":
+        pytest.skip("their angles come from logits")
+    logits, indices = batch(128, 100, torch.float32)
+    given = indices[::2].repeat_interleave(2) if target == "indices" else mixed(indices, 100)
+    samples = Samples(given, torch.randint(2, (100,), device=DEVICE), 2)
+    rows = Rows(given, table=torch.zeros(1, 100, dtype=torch.float64, device=DEVICE).expand(3, 100))
+    if more:
+        of_classes = torch.ones(100, dtype=torch.float64, device=DEVICE)
+        rows = rows._replace(class_weight=of_classes, margin=of_classes, gamma=2.0, label_smoothing=0.1)
+        samples = samples._replace(sample_weight=torch.ones(128, device=DEVICE))
+    source = {
+        None: None,
+        "logits": Angles(cosines=[logits], scale=30.0),
+        "features": Angles(features=logits, weight=torch.ones(3, 100, 100, device=DEVICE)),
+    }[angles]
+    with Launches(monkeypatch) as launches:
+        step(rows, samples, source, logits)
+    assert len(launches.names) == number
+    assert all(name.startswith("_") for name in launches.names)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_tensors_of_experts_are_as_one(kind, gamma):
+    logits, target = batch(9, 20, torch.float32)
+    given = target if kind == "indices" else mixed(target, 20)
+    rows = Rows(
+        given,
+        table=-torch.rand(3, 20, dtype=torch.float64, device=DEVICE),
+        weights=torch.rand(9, 3, device=DEVICE),
+        gamma=gamma,
+    )
+    apart = [logits[:, :1].clone(), logits[:, 1:].transpose(0, 1).contiguous().transpose(0, 1)]
+    losses, state = kernels.forward([logits], rows, [None])
+    others, other_state = kernels.forward(apart, rows, [None, None])
+    assert torch.equal(losses, others)
+    assert torch.equal(state, other_state)
+
+    gradient, gradients = torch.empty_like(logits), [torch.empty_like(v) for v in apart]
+    total, _ = kernels.forward([logits], rows._replace(reduce=True), [gradient])
+    other_total, _ = kernels.forward(apart, rows._replace(reduce=True), gradients)
+    assert torch.equal(torch.cat(gradients, dim=1), gradient)
+    torch.testing.assert_close(other_total, total, rtol=1e-6, atol=0)
+
+    upstream = torch.randn(9, device=DEVICE)
+    kernels.backward([logits], rows, upstream, state, [gradient])
+    kernels.backward(apart, rows, upstream, state, [None, gradients[1]])
+    assert torch.equal(gradients[1], gradient[:, 1:])
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-def test_a_step_can_be_captured_in_a_graph():
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_a_step_can_be_captured_in_a_graph(kind):
     logits, target = batch(8, 100, torch.float32)
-    group_index = torch.randint(2, (100,), device=DEVICE)
-    table = -torch.rand(3, 100, dtype=torch.float64, device=DEVICE)
-    out = torch.empty_like(logits)
+    given = target if kind == "indices" else mixed(target, 100)
+    samples = Samples(given, torch.randint(2, (100,), device=DEVICE), 2)
+    rows = Rows(given, table=-torch.rand(3, 100, dtype=torch.float64, device=DEVICE))
+    batch_of_step = rows, samples, Angles(cosines=[logits], scale=30.0), logits
 
-    def step():
-        weights, divisor = kernels.weights_of(logits, target, group_index, 2, scale=30.0, ignore_index=-100)
-        total, _ = kernels.forward(
-            logits, target, table, weights, divisor, reduce=True, gradient=out, **OPTIONS
-        )
-        kernels.rescale_(out, divisor)
-        return total
-
-    eager = step()
-    gradient = out.clone()
+    eager, gradient = step(*batch_of_step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        total = step()
+        total, out = step(*batch_of_step)
     out.zero_()
     graph.replay()
     assert torch.equal(total, eager)
@@ -90,10 +226,8 @@ def loss_and_gradient(logits, target, table, weights, smoothing):
     """The sum of the losses over 3, and its gradient."""
     gradient = torch.full_like(logits, float("nan"))
     divisor = torch.tensor(3.0, dtype=functional.compute_dtype(logits.dtype), device=DEVICE)
-    options = {"ignore_index": -100, "label_smoothing": smoothing}
-    total, _ = kernels.forward(
-        logits, target, table, weights, divisor, reduce=True, gradient=gradient, **options
-    )
+    rows = Rows(target, table, weights, divisor, label_smoothing=smoothing, reduce=True)
+    total, _ = kernels.forward([logits], rows, [gradient])
     return total, gradient
 
 
@@ -157,15 +291,13 @@ class TestRowsOfSeveralBlocks:
         """Masks are made with it. A row of it alone has as many classes as any."""
         logits = torch.full((1, 1, 40), torch.finfo(dtype).min, dtype=dtype, device=DEVICE)
         target = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-        losses, _ = kernels.forward(logits, target, None, None, None, reduce=False, gradient=None, **OPTIONS)
+        losses, _ = kernels.forward([logits], Rows(target), [None])
         assert losses.item() == pytest.approx(torch.tensor(40.0).log().item(), rel=1e-6)
 
     def test_a_row_of_minus_infinity_is_not_a_number(self):
         logits, target = batch(3, 40, torch.float32)
         logits[1] = -float("inf")
-        losses, state = kernels.forward(
-            logits, target, None, None, None, reduce=False, gradient=None, **OPTIONS
-        )
+        losses, state = kernels.forward([logits], Rows(target), [None])
         assert losses.isnan().tolist() == [False, True, False]
         assert (state[1, :, 0] == -float("inf")).all()
 
@@ -175,9 +307,7 @@ class TestRowsOfSeveralBlocks:
         target[:] = 20
         logits[1, :, column] = float("nan")
         gradient = torch.empty_like(logits)
-        losses, _ = kernels.forward(
-            logits, target, None, None, None, reduce=False, gradient=gradient, **OPTIONS
-        )
+        losses, _ = kernels.forward([logits], Rows(target), [gradient])
         assert losses.isnan().tolist() == [False, True, False]
         assert gradient[1].isnan().all()
         assert not gradient[[0, 2]].isnan().any()
@@ -188,8 +318,7 @@ class TestRowsOfSeveralBlocks:
         logits, target = batch(2, 40, torch.float32)
         logits += 1e4
         logits[0, :, target[0]] += far
-        options = {"ignore_index": -100, "label_smoothing": 0.9}
-        losses, _ = kernels.forward(logits, target, None, None, None, reduce=False, gradient=None, **options)
+        losses, _ = kernels.forward([logits], Rows(target, label_smoothing=0.9), [None])
         table = torch.zeros(3, 40, dtype=torch.float64, device=DEVICE)
         close(losses, functional.lgla_loss(logits.double(), target, table, label_smoothing=0.9))
 
@@ -197,10 +326,8 @@ class TestRowsOfSeveralBlocks:
         logits, target = batch(3, 40, torch.float32)
         _, expected = loss_and_gradient(logits, target, None, None, 0.1)
         divisor = torch.tensor(3.0, device=DEVICE)
-        kernels.forward(
-            logits, target, None, None, divisor,
-            ignore_index=-100, label_smoothing=0.1, reduce=True, gradient=logits,
-        )  # fmt: skip
+        rows = Rows(target, divisor=divisor, label_smoothing=0.1, reduce=True)
+        kernels.forward([logits], rows, [logits])
         assert torch.equal(logits, expected)
 
     def test_a_table_written_into_counts_at_the_next_step(self):
@@ -240,7 +367,7 @@ def test_rows_loaded_ahead_are_those_of_the_next_turn(rows, in_place, monkeypatc
     expected.backward()
 
     gradient = logits if in_place else torch.full_like(logits, float("nan"))
-    total, _ = kernels.forward(logits, target, table, None, None, reduce=True, gradient=gradient, **OPTIONS)
+    total, _ = kernels.forward([logits], Rows(target, table, reduce=True), [gradient])
     close(total, expected)
     close(gradient, leaf.grad)
 
@@ -308,14 +435,15 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     )
     names = {row["kernel"] for row in rows}
     assert names == {
-        "_statistics", "_weights", "_forward", "_forward_streamed", "_backward", "_total", "_rescale"
+        "_statistics", "_weights", "_count", "_forward", "_forward_streamed", "_backward", "_total",
+        "_rescale",
     }  # fmt: skip
     assert all(row["spill_bytes"] == 0 for row in rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("options", [[], ["--plain", "--dtypes", "float32"]], ids=["all", "plain"])
-def test_kernels_compile_for_every_gpu(tmp_path, target, options):
-    rows = compile_kernels(tmp_path, "--targets", target, *options)
+@pytest.mark.parametrize("form", ["usual", "plain", "focal", "probabilities"])
+def test_kernels_compile_for_every_gpu(tmp_path, target, form):
+    rows = compile_kernels(tmp_path, "--targets", target, "--form", form)
     assert all(row["spill_bytes"] == 0 for row in rows if row["configuration"]["dtype"] != "float64")
