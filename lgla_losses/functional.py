@@ -47,12 +47,12 @@ __all__ = [
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The arithmetic for inputs of ``dtype``: float64 for float64, else float32."""
+    """Choose the arithmetic for inputs of ``dtype``: float64 for float64, else float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on Apple's MPS, which has no other."""
+    """Choose float64, or float32 on Apple's MPS, which has no other."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -77,16 +77,19 @@ def partition_classes(class_counts: Tensor, num_groups: int) -> Tensor:
 
 
 def log_prior_table(class_counts: Tensor, num_experts: int, tau: float = 1.0) -> Tensor:
-    r"""The same :math:`\tau \log(n_j / n_{max})` for every expert: float64 ``[K, C]``.
+    r"""Compute the adjustments :math:`T(j) = \tau \log(n_j / n_{max})` of Eq. 2, the same for every expert.
 
     ``tau=1`` is balanced softmax (Ren et al., 2020), other values logit adjustment (Menon et
-    al., 2021), ``tau=0`` plain softmax.
+    al., 2021), ``tau=0`` plain softmax, Eq. 1.
+
+    Returns:
+        float64 ``[K, C]`` with maximum 0 in every row.
     """
     return (tau * _log_prior(class_counts)).repeat(num_experts, 1)
 
 
 def cla_table(class_counts: Tensor, group_index: Tensor, tau: float) -> Tensor:
-    r"""The adjustments :math:`T(k, j)` of Eq. 4, shifted by a constant per expert.
+    r"""Compute the adjustments :math:`T(k, j)` of Eq. 4, shifted by a constant per expert.
 
     :math:`\log(n_j / n_{max})` for the classes of group k and 0 for the others, for the local
     experts; :math:`\tau \log(n_j / n_{max})` for the global one. Softmax cannot see the shift.
@@ -112,7 +115,7 @@ def _log_prior(class_counts: Tensor) -> Tensor:
 
 
 def cla_margin(table: Tensor, target: Tensor) -> Tensor:
-    r"""The margins :math:`M(y_i, j, k) = T(k, j) - T(k, y_i)` of Eq. 6.
+    r"""Compute the margins :math:`M(y_i, j, k) = T(k, j) - T(k, y_i)` of Eq. 6.
 
     Args:
         table: adjustments ``[K, C]``.
@@ -126,7 +129,7 @@ def cla_margin(table: Tensor, target: Tensor) -> Tensor:
 
 
 def implied_prior(table: Tensor, class_counts: Tensor, fusion: Tensor) -> Tensor:
-    r"""The class prior under which fused logits are log-likelihood plus log prior.
+    r"""Compute the class prior under which fused logits are log-likelihood plus log prior.
 
     Expert k learns :math:`v_k = \log p(x|j) + \log n_j - T(k, j)` up to a constant, so logits fused
     with weights :math:`f_k` carry the prior
@@ -145,7 +148,7 @@ def implied_prior(table: Tensor, class_counts: Tensor, fusion: Tensor) -> Tensor
 
 
 def angles_from_features(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    r"""The angles :math:`\theta_k^{y_i}` of Eq. 7 between features and their class centres.
+    r"""Compute the angles :math:`\theta_k^{y_i}` of Eq. 7 between features and their class centres.
 
     Args:
         features: inputs of the classifiers ``[N, K, d]``.
@@ -178,13 +181,13 @@ def class_cosines(features: Tensor, weight: Tensor) -> Tensor:
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:
-    """The vectors divided by their lengths; zero, with zero gradient, where the length rounds to 0."""
+    """Divide vectors by their lengths; zero, with zero gradient, where the length rounds to 0."""
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / torch.where(length == 0, torch.inf, length)
 
 
 def angles_from_logits(logits: Tensor | Sequence[Tensor], target: Tensor, scale: float) -> Tensor:
-    r"""The angles of Eq. 7 read off cosine logits, :math:`v = s \cos\theta`.
+    r"""Read the angles of Eq. 7 off cosine logits, :math:`v = s \cos\theta`.
 
     Args:
         logits: ``[N, K, C]``, or ``K`` tensors ``[N, C]``.
@@ -200,18 +203,18 @@ def angles_from_logits(logits: Tensor | Sequence[Tensor], target: Tensor, scale:
 
 
 def angles_of(cosine_logits: Tensor, scale: float) -> Tensor:
-    """The angles of cosine logits of any shape, in radians, as in :func:`angles_from_logits`."""
+    """Read the angles off cosine logits of any shape, in radians, as :func:`angles_from_logits`."""
     dtype = compute_dtype(cosine_logits.dtype)
     return (cosine_logits.to(dtype) / scale).clamp(-1.0, 1.0).acos()
 
 
 def expert_logits(logits: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
-    """The logits as ``K`` tensors ``[N, C]``: views of a stacked tensor."""
+    """Split logits into ``K`` tensors ``[N, C]``: views of a stacked tensor."""
     return logits.unbind(1) if isinstance(logits, Tensor) else logits
 
 
 def target_groups(target: Tensor, group_index: Tensor, ignore_index: int) -> Tensor:
-    """Group of every sample's label ``[N]``; -1 for ignored samples."""
+    """Look up the group of every sample's label ``[N]``; -1 for ignored samples."""
     ignored = target == ignore_index
     return torch.where(ignored, -1, group_index[torch.where(ignored, 0, target)])
 
@@ -219,7 +222,7 @@ def target_groups(target: Tensor, group_index: Tensor, ignore_index: int) -> Ten
 def aaw_statistics(
     angles: Tensor, group: Tensor, num_groups: int, sample_weight: Tensor | None = None
 ) -> Tensor:
-    r"""What a batch contributes to the reference angles of section 3.3.
+    r"""Sum what a batch contributes to the reference angles of section 3.3.
 
     Sums over batches or ranks may be added before they are divided.
 
@@ -245,7 +248,7 @@ def aaw_statistics(
 
 
 def aaw_weights(angles: Tensor, group: Tensor, statistics: Tensor) -> Tensor:
-    r"""The weights :math:`g(\theta, \theta^{ref}) = 1 + \max(0, \theta - \theta^{ref})` of Eq. 8.
+    r"""Compute the weights :math:`g(\theta, \theta^{ref}) = 1 + \max(0, \theta - \theta^{ref})` of Eq. 8.
 
     The reference of a sample is, for every expert, the mean angle over the samples whose label
     lies in the same group as its own.
@@ -264,10 +267,13 @@ def aaw_weights(angles: Tensor, group: Tensor, statistics: Tensor) -> Tensor:
 
 
 def aaw_references(statistics: Tensor) -> Tensor:
-    r"""The reference angles :math:`\theta^{ref}` ``[G, K]`` of section 3.3; 0 for a group without samples.
+    r"""Compute the reference angles :math:`\theta^{ref}` of section 3.3.
 
     Args:
         statistics: from :func:`aaw_statistics` or :func:`soft_aaw_statistics`, ``[G, K + 1]``.
+
+    Returns:
+        ``[G, K]``; 0 for a group without samples.
     """
     samples = statistics[:, -1:]
     return statistics[:, :-1] / torch.where(samples > 0, samples, 1.0)
@@ -280,7 +286,7 @@ def soft_aaw_statistics(
     num_groups: int,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""As :func:`aaw_statistics`, where a sample belongs to every class by its probability.
+    r"""Sum as :func:`aaw_statistics`, where a sample belongs to every class by its probability.
 
     .. math::
         \theta_{gk}^{ref} = \frac{\sum_i \sum_{y \in g} q_{iy} \theta_{ik}^y}{\sum_i \sum_{y \in g} q_{iy}}
@@ -309,7 +315,7 @@ def soft_aaw_statistics(
 def soft_aaw_weights(
     angles: Tensor, probabilities: Tensor, group_index: Tensor, statistics: Tensor
 ) -> Tensor:
-    r"""As :func:`aaw_weights`, averaged over the classes a sample belongs to.
+    r"""Average :func:`aaw_weights` over the classes that a sample belongs to.
 
     .. math:: \sum_y q_{iy} (1 + \max(0, \theta_{ik}^y - \theta_{g(y)k}^{ref}))
 
@@ -335,20 +341,42 @@ def lgla_loss(
     *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    margin: Tensor | None = None,
+    gamma: float = 0.0,
 ) -> Tensor:
-    r"""Eq. 9 for every sample: weighted adjusted cross entropy, summed over the experts.
+    r"""Compute Eq. 9 for every sample: weighted adjusted cross entropy, summed over the experts.
 
-    .. math:: -\sum_k w_{ik} \log \frac{\exp(v_{ik}^{y_i} + T(k, y_i))}{\sum_j \exp(v_{ik}^j + T(k, j))}
+    .. math::
+        -\sum_k w_{ik} \log p(x_i, k), \qquad
+        p(x_i, k) = \frac{\exp(v_{ik}^{y_i} + T(k, y_i))}{\sum_j \exp(v_{ik}^j + T(k, j))}
+
+    :math:`p` is Eq. 3; Eq. 2, logit adjustment, where all rows of the table are the same; Eq. 1, softmax,
+    where they are 0. Class weights :math:`c`, margins :math:`m`, the focal exponent :math:`\gamma`, label
+    smoothing :math:`\epsilon` and targets that are probabilities :math:`q` (else one-hot) make it
+
+    .. math::
+        \sum_k w_{ik} \sum_j r_{ij} (1 - p_{ik}^j)^\gamma (-\log p_{ik}^j), \qquad
+        p_{ik} = \mathrm{softmax}_j(v_{ik}^j + T(k, j) - m_j q_{ij}), \qquad
+        r_{ij} = c_j \Big((1 - \epsilon) q_{ij} + \frac{\epsilon}{C} \sum_l q_{il}\Big)
 
     Plain differentiable PyTorch: the yardstick for every other backend.
 
+    Sources beside the paper: :math:`c` and :math:`\epsilon` as in :func:`torch.nn.functional.cross_entropy`;
+    :math:`m` Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS
+    2019, Eq. 12; :math:`\gamma` as in :func:`focal`.
+
     Args:
         logits: ``[N, K, C]``, or ``K`` tensors ``[N, C]``; maps have further dimensions ``[N, K, C, ...]``.
-        target: class indices ``[N, ...]``, or probabilities ``[N, C, ...]``.
+        target: class indices ``[N, ...]``, or probabilities ``[N, C, ...]``, all 0 for a sample
+            that counts nothing.
         table: adjustments ``[K, C]``.
         weights: constants ``[N, ..., K]``, or None for ones.
-        ignore_index: target of samples that count nothing.
-        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`, of ``v + T``.
+        ignore_index: class index of samples that count nothing.
+        label_smoothing: share :math:`\epsilon` of the probability that is spread over all classes.
+        class_weight: weights of the classes ``[C]``, or None for ones.
+        margin: what the target's logit must win by ``[C]``, or None for zeros.
+        gamma: focusing parameter, at least 0; 0 is cross entropy.
 
     Returns:
         ``[N, ...]`` in float32, or float64 for float64 logits; 0 for ignored samples.
@@ -356,25 +384,58 @@ def lgla_loss(
     losses = []
     for expert, adjustment in zip(expert_logits(logits), table, strict=True):
         dtype = compute_dtype(expert.dtype)
-        adjusted = expert.to(dtype) + adjustment.to(dtype).view(-1, *[1] * (expert.dim() - 2))
-        if target.is_floating_point():
-            losses.append(soft_cross_entropy(adjusted, target, label_smoothing, dim=1))
-            continue
-        losses.append(
-            F.cross_entropy(
+        # The logits of Eq. 3.
+        adjusted = expert.to(dtype) + _along_classes(adjustment, expert, dim=1)
+        if margin is not None:
+            probabilities = _probabilities(target, adjusted, ignore_index)
+            adjusted = adjusted - _along_classes(margin, adjusted, dim=1) * probabilities
+
+        if gamma > 0 or target.is_floating_point():
+            probabilities = _probabilities(target, adjusted, ignore_index)
+            loss = soft_cross_entropy(
+                adjusted, probabilities, label_smoothing, dim=1, class_weight=class_weight, gamma=gamma
+            )
+        else:
+            loss = F.cross_entropy(
                 adjusted,
                 target,
+                weight=None if class_weight is None else class_weight.to(dtype),
                 ignore_index=ignore_index,
                 reduction="none",
                 label_smoothing=label_smoothing,
             )
-        )
+        losses.append(loss)
+
     loss = torch.stack(losses, dim=-1)
     return (loss if weights is None else weights.to(loss.dtype) * loss).sum(dim=-1)
 
 
-def soft_cross_entropy(adjusted: Tensor, probabilities: Tensor, label_smoothing: float, dim: int) -> Tensor:
-    r"""Cross entropy with class probabilities, :math:`-\sum_j q_j \log p_j`.
+def _probabilities(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
+    """Spell targets of logits ``[N, C, ...]`` out as probabilities, 0 for ignored samples."""
+    if target.is_floating_point():
+        return target.to(logits.dtype)
+    kept = (target != ignore_index).unsqueeze(1)
+    own = target.unsqueeze(1) * kept
+    return torch.zeros_like(logits).scatter(1, own, kept.to(logits.dtype))
+
+
+def _along_classes(values: Tensor, logits: Tensor, dim: int) -> Tensor:
+    """View values ``[C]`` so that they go with logits, in these' arithmetic."""
+    shape = [1] * logits.dim()
+    shape[dim] = -1
+    return values.to(compute_dtype(logits.dtype)).view(shape)
+
+
+def soft_cross_entropy(
+    adjusted: Tensor,
+    probabilities: Tensor,
+    label_smoothing: float,
+    dim: int,
+    *,
+    class_weight: Tensor | None = None,
+    gamma: float = 0.0,
+) -> Tensor:
+    r"""Compute cross entropy with class probabilities, :math:`-\sum_j q_j \log p_j`.
 
     Unlike :func:`torch.nn.functional.cross_entropy` no NaN where a class of probability 0 is masked by -inf.
 
@@ -383,41 +444,60 @@ def soft_cross_entropy(adjusted: Tensor, probabilities: Tensor, label_smoothing:
         probabilities: of the same shape; 0 everywhere for a sample that counts nothing.
         label_smoothing: share of the probability that is spread over all classes.
         dim: of the classes.
+        class_weight: weights of the classes ``[C]``, or None for ones.
+        gamma: focusing parameter as in :func:`focal`, of every class; 0 is cross entropy.
 
     Returns:
         The shape without ``dim``.
     """
-    smoothed = smoothed_probabilities(probabilities.to(adjusted.dtype), label_smoothing, dim)
-    log_softmax = torch.log_softmax(adjusted, dim=dim)
-    return -(torch.where(smoothed == 0, 0.0, log_softmax) * smoothed).sum(dim=dim)
+    shares = smoothed_probabilities(probabilities.to(adjusted.dtype), label_smoothing, dim)
+    if class_weight is not None:
+        shares = shares * _along_classes(class_weight, adjusted, dim)
+    # What stands in for a class without a share adds nothing. All derivatives of the focal loss are finite at
+    # 1; at 0 they are not.
+    stand_in = 1.0 if gamma > 0 else 0.0
+    entropies = torch.where(shares == 0, stand_in, -torch.log_softmax(adjusted, dim=dim))
+    return (focal(entropies, gamma) * shares).sum(dim=dim)
 
 
 def focal(losses: Tensor, gamma: float) -> Tensor:
-    r"""Focus cross entropies on what is hard: :math:`(1 - p)^\gamma L`, where :math:`p = e^{-L}`.
+    r"""Focus cross entropies on hard samples: :math:`(1 - p)^\gamma L`, where :math:`p = e^{-L}`.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, Eq. 4.
 
     Args:
-        losses: cross entropies of any shape.
+        losses: cross entropies :math:`L` of any shape.
         gamma: focusing parameter, at least 0; 0 leaves them as they are.
+
+    Returns:
+        The same shape.
     """
-    return losses if gamma == 0 else _missing(losses) ** gamma * losses
+    return losses if gamma == 0 else _missing_probability(losses) ** gamma * losses
 
 
 def focal_slope(losses: Tensor, gamma: float) -> Tensor:
-    r"""Differentiate :func:`focal`: :math:`(1 - p)^\gamma + \gamma (1 - p)^{\gamma - 1} p L`."""
-    missing = _missing(losses)
+    r"""Differentiate :func:`focal`: :math:`(1 - p)^\gamma + \gamma (1 - p)^{\gamma - 1} p L`.
+
+    Args:
+        losses: cross entropies :math:`L` of any shape.
+        gamma: focusing parameter, at least 0.
+
+    Returns:
+        The same shape.
+    """
+    missing = _missing_probability(losses)
     return missing**gamma + gamma * missing ** (gamma - 1) * torch.exp(-losses) * losses
 
 
-def _missing(losses: Tensor) -> Tensor:
-    # expm1 keeps the digits of 1 - p near 0. Its power has no derivative at 0 for gamma < 1, and there the
-    # product's is 0: that of a constant.
+def _missing_probability(losses: Tensor) -> Tensor:
+    """Compute ``1 - p`` of cross entropies."""
+    # expm1 keeps the digits near 0. The power of 0 has no derivative for gamma < 1, and there the product's
+    # is 0: that of a constant.
     return (-torch.expm1(-losses)).clamp(min=torch.finfo(losses.dtype).tiny)
 
 
 def smoothed_probabilities(probabilities: Tensor, label_smoothing: float, dim: int) -> Tensor:
-    """A share of the probability spread over all classes, of which ``dim`` is the dimension."""
+    """Spread a share of the probability over all classes, of which ``dim`` is the dimension."""
     if not label_smoothing:
         return probabilities
     spread = probabilities.sum(dim=dim, keepdim=True) * (label_smoothing / probabilities.shape[dim])
