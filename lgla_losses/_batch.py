@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -131,7 +131,7 @@ class Batch(NamedTuple):
         first = blocks[0]
         samples = first.shape[:1] + first.shape[3:]
         is_soft, is_map = False, len(samples) > 1
-        if not (isinstance(target, Tensor) and target.dtype == torch.int64 and target.shape == samples):
+        if not is_usual(target, len(samples), (torch.int64,)) or target.shape != samples:
             is_soft = isinstance(target, Tensor) and target.is_floating_point()
             if is_soft and target.dim() == len(samples) + 1:
                 probability_tensor(target, samples, first.shape[2])
@@ -261,15 +261,25 @@ def check_features(
         )
 
 
+def is_usual(value: object, dims: int, dtypes: Sequence[torch.dtype] = FLOATING) -> TypeGuard[Tensor]:
+    """Say whether it is a plain tensor of so many dimensions that the losses compute with."""
+    return (
+        type(value) is Tensor
+        and value.dim() == dims
+        and value.dtype in dtypes
+        and value.layout == torch.strided
+        and not value.is_nested
+    )
+
+
 def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool = False) -> ExpertLogits:
     """``logits`` if they are floating-point ``[N, K, C]`` or K tensors ``[N, C]``.
 
     With ``maps`` they may have further dimensions, as ``[N, K, C, H, W]``.
     """
     # What is usual first, in one look.
-    usual = type(logits) is Tensor and logits.dim() == 3 and logits.shape[1:] == (num_experts, num_classes)
-    if usual and logits.dtype in FLOATING and logits.layout == torch.strided:  # type: ignore[attr-defined]
-        return logits  # type: ignore[return-value]
+    if is_usual(logits, 3) and logits.shape[1:] == (num_experts, num_classes):
+        return logits
     if isinstance(logits, Sequence) and not isinstance(logits, str):
         experts = [_expert_tensor(f"logits[{k}]", v, "[N, C]", maps) for k, v in enumerate(logits)]
         got = f"{len(experts)} tensors of shapes {[list(v.shape) for v in experts]}"
@@ -324,8 +334,7 @@ def expert_blocks(
     if isinstance(output, ExpertOutput):
         output = output.logits
     # What is usual first, in one look.
-    usual = type(output) is Tensor and output.dtype in FLOATING and output.layout == torch.strided
-    if usual and output.dim() == num_samples_dims + 1 == 2 and output.shape[1] == num_classes:
+    if num_samples_dims == 1 and is_usual(output, 2) and output.shape[1] == num_classes:
         return [output.unsqueeze(1)]
     if isinstance(output, Sequence) and not isinstance(output, str):
         if num_classes is None:

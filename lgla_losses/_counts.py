@@ -16,7 +16,7 @@ from lgla_losses._checks import finite_float
 
 
 class Column(Protocol):
-    """A column of a table, such as a pandas ``Series``."""
+    """Describe a column of a table, such as a pandas ``Series``."""
 
     def to_numpy(self) -> npt.NDArray[Any]:
         """Give its values."""
@@ -29,13 +29,14 @@ ArrayLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any] | Mapping[int, 
 
 
 def as_class_counts(class_counts: ArrayLike) -> Tensor:
-    """``class_counts`` as a new CPU tensor ``[C]``, int64 or float64, positive and finite."""
+    """Convert ``class_counts`` to a new CPU tensor ``[C]``, int64 or float64, positive and finite."""
     array = to_numpy("class_counts", class_counts)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(
             "class_counts: expected a non-empty 1-D vector [C] of samples per class, "
             f"got shape {list(array.shape)}; count_classes(labels, num_classes) makes one"
         )
+
     if np.issubdtype(array.dtype, np.integer):
         exact = array.astype(np.int64)
         if (exact != array).any():
@@ -47,6 +48,7 @@ def as_class_counts(class_counts: ArrayLike) -> Tensor:
             f"class_counts: expected integers or floats, got {array.dtype}; "
             "count_classes(labels, num_classes) counts labels"
         )
+
     wrong = ~(np.isfinite(exact) & (exact > 0))
     if wrong.any():
         j = int(np.flatnonzero(wrong)[0])
@@ -55,12 +57,14 @@ def as_class_counts(class_counts: ArrayLike) -> Tensor:
             f"({int(wrong.sum())} such of {exact.size}); leave classes without samples out of the label "
             "space, or give them a small positive count"
         )
+
     total = sum(exact.tolist())
     if not math.isfinite(total) or (exact.dtype == np.int64 and total >= 2**63):
         raise ValueError(
             f"class_counts: expected counts whose sum fits {exact.dtype}, got a sum of {total:.3g}; "
             "divide all counts by the same number"
         )
+
     return torch.from_numpy(exact)
 
 
@@ -92,20 +96,21 @@ def as_class_weight(class_weight: ArrayLike, of_classes: Tensor | None = None) -
 
 
 def shot_splits(class_counts: Tensor, many: float, few: float) -> Tensor:
-    """Many-, medium- and few-shot classes, bool ``[3, C]``; counts of ``many`` and ``few`` are medium."""
+    """Split off many-, medium- and few-shot classes, bool ``[3, C]``; ``many`` and ``few`` are medium."""
     many = finite_float("many", many, low=0, high=math.inf, expected="a finite number >= 0")
     few = finite_float("few", few, low=0, high=many, expected=f"a number in 0..many={many:g}")
-    is_many, is_few = class_counts > many, class_counts < few
+    counts = class_counts.double()  # PyTorch compares integers with a float in float32
+    is_many, is_few = counts > many, counts < few
     return torch.stack([is_many, ~(is_many | is_few), is_few])
 
 
 def to_numpy(name: str, values: Any) -> npt.NDArray[Any]:
-    """A vector by class as an array, in class order."""
+    """Convert a vector by class to an array, in class order."""
     return as_array(name, in_class_order(name, values))
 
 
 def in_class_order(name: str, values: Any) -> Any:
-    """The values of a mapping or of a pandas ``Series`` in the order of their keys; others as they are."""
+    """Sort the values of a mapping or of a pandas ``Series`` by their keys; others stay as they are."""
     if isinstance(values, Mapping):
         keys, entries = list(values), list(values.values())
     elif _is_series(values):
@@ -131,13 +136,13 @@ def in_class_order(name: str, values: Any) -> Any:
 
 
 def _is_series(values: Any) -> bool:
-    """Whether it is a pandas ``Series``, or alike: one value for each entry of an index."""
+    """Tell whether it is a pandas ``Series``, or alike: one value for each entry of an index."""
     has_index = hasattr(values, "to_numpy") and hasattr(getattr(values, "index", None), "__iter__")
     return has_index and getattr(values, "ndim", 1) == 1
 
 
 def as_array(name: str, values: Any) -> npt.NDArray[Any]:
-    """``values`` as an array, from a list, an array, a column of a table or a tensor on any device."""
+    """Convert a list, an array, a column of a table or a tensor on any device to an array."""
     if isinstance(values, Tensor):
         return _tensor_array(name, values)
     try:
@@ -161,7 +166,7 @@ def _tensor_array(name: str, values: Tensor) -> npt.NDArray[Any]:
 def integer_array(
     name: str, values: ArrayLike, way_out: str, *, by_class: bool = False
 ) -> npt.NDArray[np.int64]:
-    """``values`` as a vector of integers, one for each class or in an order of their own; may be empty."""
+    """Convert ``values`` to a vector of integers, by class or in an order of their own; may be empty."""
     array = to_numpy(name, values) if by_class else as_array(name, values)
     if array.ndim != 1:
         raise ValueError(f"{name}: expected a 1-D vector, got shape {list(array.shape)}; flatten it")

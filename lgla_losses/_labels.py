@@ -85,11 +85,12 @@ def count_classes(labels: ArrayLike | Iterable[Any], num_classes: int, *, iterat
 
 
 def label_array(labels: Any, *, iterate: bool = False) -> npt.NDArray[Any]:
-    """``labels`` as an array, from a vector or from the data set that keeps them."""
+    """Convert ``labels`` to an array, from a vector or from the data set that keeps them."""
     if isinstance(labels, DataLoader):
         return label_array(labels.dataset, iterate=iterate)
     if iterate:
         return as_array("labels", _iterated(labels))
+
     if isinstance(labels, Subset | ConcatDataset) and not _changes_labels(labels):
         if isinstance(labels, Subset):
             return _taken(label_array(labels.dataset), labels.indices)
@@ -99,12 +100,14 @@ def label_array(labels: Any, *, iterate: bool = False) -> npt.NDArray[Any]:
             "labels: expected one label a sample, got a mapping; counts by class need no counting, the "
             "losses take them as they are"
         )
+
     # Vectors first: a column of a table may have rows that are called targets.
     if not isinstance(labels, Dataset) and hasattr(labels, "__array__"):
         return as_array("labels", labels)
     kept = _kept_labels(labels)
     if kept is not None:
         return _checked(labels, *kept)
+
     if isinstance(labels, Dataset) or not isinstance(labels, Sequence):
         raise TypeError(
             f"labels: expected labels, or a data set that keeps them as targets or labels, got "
@@ -114,14 +117,14 @@ def label_array(labels: Any, *, iterate: bool = False) -> npt.NDArray[Any]:
 
 
 def _changes_labels(part: Subset[Any] | ConcatDataset[Any]) -> bool:
-    """Whether a class of the user's own may give other labels than the data sets that it is made of."""
+    """Tell whether a user's own class may give other labels than the data sets that it is made of."""
     kind = Subset if isinstance(part, Subset) else ConcatDataset
     own = hasattr(part, "target_transform") or any(hasattr(part, name) for name in LABELS)
     return own or type(part).__getitem__ is not kind.__getitem__
 
 
 def _kept_labels(dataset: Any) -> tuple[str, Any] | None:
-    """Where a data set keeps its labels, and what is there."""
+    """Find where a data set keeps its labels, and what is there."""
     columns = getattr(dataset, "column_names", None)
     if isinstance(columns, list):
         return _column(dataset, columns)
@@ -144,7 +147,7 @@ def _kept_labels(dataset: Any) -> tuple[str, Any] | None:
 
 
 def _column(dataset: Any, columns: list[str]) -> tuple[str, Any] | None:
-    """The labels of a Hugging Face data set."""
+    """Read the labels of a Hugging Face data set."""
     for name in ("label", "labels"):
         if name in columns and hasattr(dataset, "__len__"):
             if dataset.format["type"] == "custom":
@@ -159,7 +162,7 @@ def _column(dataset: Any, columns: list[str]) -> tuple[str, Any] | None:
 
 
 def _checked(dataset: Any, place: str, labels: Any) -> npt.NDArray[Any]:
-    """The labels that a data set keeps, one a sample, as it transforms them."""
+    """Check the labels that a data set keeps, one a sample, and transform them as it does."""
     array = as_array("labels", labels)
     if hasattr(dataset, "__len__") and array.shape[:1] != (len(dataset),):
         raise ValueError(
@@ -181,7 +184,7 @@ def _checked(dataset: Any, place: str, labels: Any) -> npt.NDArray[Any]:
 
 
 def _target_transform(dataset: Any) -> Callable[[Any], Any] | None:
-    """What a data set makes of its labels."""
+    """Find what a data set makes of its labels."""
     own: Callable[[Any], Any] | None = getattr(dataset, "target_transform", None)
     vision = getattr(sys.modules.get("torchvision.datasets"), "VisionDataset", None)
     joint = getattr(dataset, "transforms", None) if vision and isinstance(dataset, vision) else None
@@ -201,7 +204,7 @@ def _taken(array: npt.NDArray[Any], indices: Any) -> npt.NDArray[Any]:
 
 
 def _iterated(dataset: Any) -> list[Any]:
-    """The label of every sample of a data set."""
+    """Read the label of every sample of a data set."""
     by_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if by_index and not isinstance(dataset, IterableDataset):
         # A loop over the data set itself would not end where no IndexError is raised.

@@ -35,7 +35,7 @@ def estimate_prior(
     max_steps: int = 1000,
     tolerance: float = 1e-6,
 ) -> Tensor:
-    r"""The class prior under which the samples are most likely, by expectation maximisation.
+    r"""Estimate the class prior under which the samples are most likely, by expectation maximisation.
 
     From :math:`p = p_{prior}` on, repeats
 
@@ -76,21 +76,24 @@ def estimate_prior(
         raise ValueError("logits: expected at least one sample [N, C], got none; leave empty test sets out")
     if not logits.isfinite().all():
         raise ValueError("logits: expected finite values, got NaN or infinity; leave masked classes out")
+
     p = _check_prior("prior", prior, num_classes, logits)
     log_likelihood = logits.to(p.dtype) - p.log()
     # Every sample's likelihoods are divided by their largest, which the posterior does not see.
     likelihood = (log_likelihood - log_likelihood.amax(dim=1, keepdim=True)).exp()
+
     for _ in range(max_steps):
         evidence = likelihood @ p
         before, p = p, p * (evidence.reciprocal() @ likelihood) / len(logits) + smoothing / num_classes
         p = p / p.sum()
         if (p - before).abs().max() <= tolerance:
             break
+
     return p
 
 
 def shift_prior(logits: Tensor, prior: ArrayLike, new_prior: ArrayLike) -> Tensor:
-    r"""Logits under another class prior: :math:`v + \log p_{new} - \log p_{prior}`.
+    r"""Shift logits to another class prior: :math:`v + \log p_{new} - \log p_{prior}`.
 
     See the module for when it is sound.
 
@@ -133,7 +136,7 @@ def _check_logits(logits: Tensor) -> int:
 def _check_prior(
     name: str, prior: ArrayLike, num_classes: int, logits: Tensor, zeros: bool = False
 ) -> Tensor:
-    """``prior`` as probabilities in the widest dtype on the logits' device."""
+    """Convert ``prior`` to probabilities in the widest dtype on the logits' device."""
     array = to_numpy(name, prior)
     if not any(np.issubdtype(array.dtype, kind) for kind in (np.integer, np.floating)):
         raise TypeError(f"{name}: expected {num_classes} real numbers, got {array.dtype}")

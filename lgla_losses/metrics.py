@@ -36,7 +36,7 @@ SPLITS = ("many", "medium", "few")
 
 
 class ShotAccuracy(Metric):
-    """Mean per-class recall over all classes, and over many-, medium- and few-shot classes.
+    """Compute the mean per-class recall over all classes, and over many-, medium- and few-shot classes.
 
     The splits go by training samples: more than ``many``, fewer than ``few``, and between, both
     inclusive. Classes without test samples take no part, so on a balanced test set the means are
@@ -129,13 +129,13 @@ class ShotAccuracy(Metric):
         return pred
 
     def compute(self) -> dict[str, Tensor]:
-        """The mean recalls ``all``, ``many``, ``medium``, ``few``."""
+        """Give the mean recalls ``all``, ``many``, ``medium``, ``few``."""
         recall = self.correct / self.total
         means = {name: recall[split].nanmean() for name, split in zip(SPLITS, self.splits, strict=True)}
         return {"all": recall.nanmean(), **means}
 
     def per_class(self) -> Tensor:
-        """The recall of every class ``[C]`` over all ranks; NaN without test samples.
+        """Give the recall of every class ``[C]`` over all ranks; NaN without test samples.
 
         A collective where there are several ranks: all of them call it.
         """

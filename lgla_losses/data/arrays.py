@@ -26,7 +26,7 @@ HEADERS = {
 
 
 def array_names(path: Path) -> list[str] | None:
-    """The arrays of an ``.npz`` file; None for an ``.npy`` file, which has one without a name.
+    """List the arrays of an ``.npz`` file; None for an ``.npy`` file, which has one without a name.
 
     Raises:
         OSError: the file cannot be opened.
@@ -41,7 +41,7 @@ def array_names(path: Path) -> list[str] | None:
 
 
 def read_array(path: Path, name: str | None = None) -> npt.NDArray[Any]:
-    """An array of an ``.npz`` file, or that of an ``.npy`` file.
+    """Read an array of an ``.npz`` file, or that of an ``.npy`` file.
 
     Raises:
         OSError: the file cannot be opened.

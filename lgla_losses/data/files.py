@@ -32,7 +32,7 @@ IMAGE_SOURCES = (
 
 
 def read_npz(path: str | os.PathLike[str]) -> dict[str, ImageData]:
-    """Training and validation images of an ``.npz`` file.
+    """Read the training and validation images of an ``.npz`` file.
 
     It has the arrays ``train_images``, uint8 ``[N, H, W, 3]`` or ``[N, H, W]``, and ``train_labels``,
     integers ``[N]``, and ``val_images`` and ``val_labels`` alike; or encoded images: ``train_jpg``, the files
@@ -52,6 +52,7 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, ImageData]:
             f"{path}: expected an .npz file with the arrays {', '.join(ARRAYS)} (or {', '.join(PACK)}), got "
             "none; put one there, or for CIFAR let torchvision download it: read_cifar(..., download=True)"
         )
+
     try:
         there = array_names(path)
         if there is None:
@@ -59,6 +60,7 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, ImageData]:
         arrays = {name: read_array(path, name) for name in (*ARRAYS, *PACK) if name in there}
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: expected an .npz file of plain arrays, got another ({error})") from error
+
     encoded = any(name in arrays for name in PACK)
     names, others = (PACK, ARRAYS) if encoded else (ARRAYS, PACK)
     missing = [name for name in names if name not in arrays]
@@ -67,9 +69,11 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, ImageData]:
             f"{path}: expected the arrays {', '.join(names)} (or {', '.join(others)}), "
             f"got no {', '.join(missing)}"
         )
+
     halves = {"train": "train", "val": "test" if encoded else "val"}
     images = {half: _npz_images(path, arrays, name) for half, name in halves.items()}
     labels = {half: name + ("_y" if encoded else "_labels") for half, name in halves.items()}
+
     for half, name in labels.items():
         found = arrays[name]
         if found.shape != (len(images[half]),) or not np.issubdtype(found.dtype, np.integer):
@@ -77,6 +81,7 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, ImageData]:
                 f"{path}: expected {name} integers [{len(images[half])}], "
                 f"got {found.dtype} {list(found.shape)}"
             )
+
     targets = {half: arrays[name].astype(np.int64) for half, name in labels.items()}
     num_classes = int(targets["train"].max()) + 1
     met = np.union1d(targets["train"], targets["val"])
@@ -85,12 +90,14 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, ImageData]:
         raise ValueError(
             f"{path}: expected labels 0..{num_classes - 1} as in {labels['train']}, got {_first(wrong)}"
         )
+
     absent = _absent(targets["train"].tolist())
     if absent:
         raise ValueError(
             f"{path}: expected {labels['train']} of every class 0..{num_classes - 1}, "
             f"got none of {_first(absent)}"
         )
+
     classes = [str(j) for j in range(num_classes)]
     return {half: ImageData(images[half], targets[half], classes=classes) for half in halves}
 
@@ -121,7 +128,7 @@ def _npz_images(
 def read_cifar(
     root: str | os.PathLike[str], num_classes: int, train: bool = True, download: bool = False
 ) -> ImageData:
-    """CIFAR-10 or CIFAR-100 as torchvision keeps them.
+    """Read CIFAR-10 or CIFAR-100 as torchvision keeps them.
 
     Args:
         root: the folder that has ``cifar-10-batches-py`` or ``cifar-100-python`` in it.
@@ -153,7 +160,7 @@ def read_cifar(
 def read_list(
     list_file: str | os.PathLike[str], root: str | os.PathLike[str], num_classes: int | None = None
 ) -> ImageData:
-    """The images of a list file, as it is published for ImageNet-LT and Places-LT, or made for others.
+    """Read the images of a list file, as published for ImageNet-LT and Places-LT, or made for others.
 
     A line is a path and a class index; the path may contain spaces, empty lines are skipped. Images are
     not opened, but the first must exist.
@@ -177,12 +184,14 @@ def read_list(
     list_file, root = Path(list_file), Path(root)
     if num_classes is not None:
         num_classes = positive_int("num_classes", num_classes, "give the number of classes, or None")
+
     if not list_file.is_file():
         raise FileNotFoundError(
             f"{list_file}: expected a list file of lines 'path label', got none; put there those of "
             "https://github.com/zhmiao/OpenLongTailRecognition-OLTR (ImageNet-LT, Places-LT), or your own; "
             f"{IMAGE_SOURCES}"
         )
+
     paths, labels, largest = [], [], (-1, 0)
     for number, line in enumerate(read_lines(list_file), start=1):
         if line.isspace():
@@ -197,23 +206,26 @@ def read_list(
         paths.append(fields[0])
         labels.append(int(fields[1]))
         largest = max(largest, (labels[-1], number))
+
     if not paths:
         raise ValueError(f"{list_file}: expected lines 'path label', got none")
     if num_classes is not None and largest[0] >= num_classes:
         raise ValueError(
             f"{list_file}, line {largest[1]}: expected a class index 0..{num_classes - 1}, got {largest[0]}"
         )
+
     absent = _absent(labels) if num_classes is None else []
     if absent:
         raise ValueError(
             f"{list_file}: expected every class 0..{largest[0]} (line {largest[1]}), got none of "
             f"{_first(absent)}; number the classes without gaps from 0"
         )
+
     return ImageData(_under(root, paths), labels)
 
 
 def read_inaturalist(json_file: str | os.PathLike[str], root: str | os.PathLike[str]) -> ImageData:
-    """The images of iNaturalist 2018's ``train2018.json`` or ``val2018.json``.
+    """Read the images of iNaturalist 2018's ``train2018.json`` or ``val2018.json``.
 
     Classes are numbered in the order of their category ids. Images are not opened, but the first must
     exist.
@@ -236,6 +248,7 @@ def read_inaturalist(json_file: str | os.PathLike[str], root: str | os.PathLike[
             f"{json_file}: expected iNaturalist's train2018.json or val2018.json, got none; put it "
             f"there from https://github.com/visipedia/inat_comp/tree/master/2018; {IMAGE_SOURCES}"
         )
+
     try:
         content = json.loads(json_file.read_bytes())
         files = {image["id"]: image["file_name"] for image in content["images"]}
@@ -252,9 +265,11 @@ def read_inaturalist(json_file: str | os.PathLike[str], root: str | os.PathLike[
         ) from error
     except (RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{json_file}: expected iNaturalist's JSON, got another file ({error})") from error
+
     if unknown or not pairs:
         got = f"image {unknown[0][0]} of category {unknown[0][1]}" if unknown else "none"
         raise ValueError(f"{json_file}: expected annotations of its images and categories, got {got}")
+
     label_of = {category: label for label, category in enumerate(categories)}
     return ImageData(
         _under(root, [files[image] for image, _ in pairs]),
@@ -264,7 +279,7 @@ def read_inaturalist(json_file: str | os.PathLike[str], root: str | os.PathLike[
 
 
 def _under(root: Path, paths: Sequence[str]) -> list[str]:
-    """The paths below ``root``, of which the first is there."""
+    """Join paths to ``root``; the first must be there."""
     whole = [os.path.join(root, path) for path in paths]
     if not os.path.isfile(whole[0]):
         what = "its images" if root.is_dir() else "the folder of the images"
@@ -276,7 +291,7 @@ def _under(root: Path, paths: Sequence[str]) -> list[str]:
 
 
 def _absent(labels: Sequence[int]) -> list[int]:
-    """Classes of ``0..max`` without a label: no more than are shown, as a wrong label may be huge."""
+    """Find classes of ``0..max`` without a label: no more than are shown, as a wrong label may be huge."""
     present = set(labels)
     return list(islice((j for j in range(max(present) + 1) if j not in present), 6))
 

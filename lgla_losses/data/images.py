@@ -20,7 +20,7 @@ Image: TypeAlias = bytes | str | os.PathLike[str] | npt.NDArray[np.uint8]
 
 
 class ImageData(Dataset[tuple[Any, int]]):
-    """Images and their classes; an image is decoded when it is asked for.
+    """Hold images and their classes; an image is decoded when it is asked for.
 
     Args:
         images: uint8 ``[N, H, W, 3]`` or ``[N, H, W]``, or a sequence of encoded images (``bytes``),
@@ -54,11 +54,13 @@ class ImageData(Dataset[tuple[Any, int]]):
                 f"images: expected an array, or a sequence of bytes or paths, got {describe(images)}; "
                 "list(images) makes one"
             )
+
         array = integer_array("targets", targets, "map names to indices first, for example with np.unique")
         if len(array) != len(images):
             raise ValueError(
                 f"targets: expected one class index for each of {len(images)} images, got {len(array)}"
             )
+
         most = len(classes) if classes else np.inf
         wrong = array[(array < 0) | (array >= most)]
         if wrong.size:
@@ -66,6 +68,7 @@ class ImageData(Dataset[tuple[Any, int]]):
                 f"targets: expected class indices from 0 to less than {most}, the number of classes, "
                 f"got {wrong[0]}"
             )
+
         self.images = images
         self.targets: list[int] = array.tolist()
         self.transform = transform
@@ -79,7 +82,7 @@ class ImageData(Dataset[tuple[Any, int]]):
         return len(self.targets)
 
     def subset(self, indices: ArrayLike) -> ImageData:
-        """Some of the samples, in the order of ``indices`` ``[M]``; the images are shared, not copied.
+        """Take some of the samples, in the order of ``indices`` ``[M]``; the images are shared, not copied.
 
         Raises:
             TypeError: the indices are not integers.
@@ -95,7 +98,7 @@ class ImageData(Dataset[tuple[Any, int]]):
 
 
 def read_image(image: Image) -> Any:
-    """An image in RGB.
+    """Read an image in RGB.
 
     Args:
         image: encoded as ``bytes``, a path, or uint8 ``[H, W, 3]`` or ``[H, W]``. Of 16 bits the
@@ -115,9 +118,11 @@ def read_image(image: Image) -> Any:
         return pil.fromarray(image).convert("RGB")
     if not isinstance(image, bytes | str | os.PathLike):
         raise TypeError(f"image: expected bytes, a path or a uint8 array, got {describe(image)}")
+
     # Opening a pipe would wait for somebody to write into it.
     if not isinstance(image, bytes) and not os.path.isfile(image) and os.path.exists(image):
         raise ValueError(f"image: expected an image file, got a folder, pipe or device: {os.fspath(image)}")
+
     try:
         with pil.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             if opened.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
@@ -132,7 +137,7 @@ def read_image(image: Image) -> Any:
 
 
 def check_image_array(name: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """``images`` if they are an array of images."""
+    """Check that ``images`` are an array of images."""
     grey_or_rgb = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
     if not grey_or_rgb or images.dtype != np.uint8 or 0 in images.shape:
         raise ValueError(
@@ -142,7 +147,7 @@ def check_image_array(name: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uin
 
 
 def vision_library(name: str) -> Any:
-    """A module of the extra ``vision``."""
+    """Import a module of the extra ``vision``."""
     try:
         return import_module(name)
     except ImportError as error:

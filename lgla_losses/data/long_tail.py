@@ -16,7 +16,7 @@ from lgla_losses._labels import count_classes, label_array
 
 
 def long_tailed_counts(n_max: int, num_classes: int, imbalance_factor: float, kind: str = "exp") -> Tensor:
-    r"""Samples per class of a long-tailed data set; class 0 is the largest.
+    r"""Give the samples per class of a long-tailed data set; class 0 is the largest.
 
     ``"exp"``: :math:`n_j = \lfloor n_{max} \, IF^{-j / (C - 1)} \rfloor`. ``"step"``: the first half of
     the classes keeps :math:`n_{max}`, the second :math:`\lfloor n_{max} / IF \rfloor`. At least 1 each.
@@ -55,7 +55,7 @@ def long_tailed_counts(n_max: int, num_classes: int, imbalance_factor: float, ki
 
 
 def long_tailed_indices(labels: ArrayLike | Dataset[Any], counts: ArrayLike, seed: int = 0) -> Tensor:
-    """The samples of a long-tailed subset: for equal seeds those of the conventional CIFAR-LT.
+    """Draw the samples of a long-tailed subset: for equal seeds those of the conventional CIFAR-LT.
 
     One legacy NumPy generator shuffles the samples of class 0, of class 1, and so on; of each class the
     first are taken. The global NumPy generator is left alone.
@@ -84,6 +84,7 @@ def long_tailed_indices(labels: ArrayLike | Dataset[Any], counts: ArrayLike, see
         raise ValueError(f"seed: expected an integer 0..2**32 - 1, got {seed}")
     if len(wanted) == 0 or wanted.min() < 1:
         raise ValueError(f"counts: expected at least 1 of every class [C], got {describe(wanted.tolist())}")
+
     array = label_array(labels)
     held = count_classes(array, len(wanted)).numpy()
     short = np.flatnonzero(held < wanted)
@@ -93,6 +94,7 @@ def long_tailed_indices(labels: ArrayLike | Dataset[Any], counts: ArrayLike, see
             f"counts: expected at most as many as there are, got {wanted[j]} for class {j}, "
             f"which has {held[j]} ({len(short)} such of {len(wanted)}); lower n_max of long_tailed_counts"
         )
+
     generator = np.random.RandomState(seed)
     chosen = []
     for j, count in enumerate(wanted.tolist()):

@@ -10,7 +10,7 @@ LARGEST = 1 << 28
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text in UTF-8, with or without a byte-order mark.
+    """Read the lines of a text in UTF-8, with or without a byte-order mark.
 
     Raises:
         OSError: the file cannot be read.

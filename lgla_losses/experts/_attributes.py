@@ -25,12 +25,12 @@ Attributes = dict[nn.Module, dict[str, Any]]
 
 
 def own_attributes(layer: nn.Module) -> dict[str, Any]:
-    """Attributes of a layer that not every module has."""
+    """Take the attributes of a layer that not every module has."""
     return {name: v for name, v in vars(layer).items() if name not in MODULE_INTERNALS and name != KEY}
 
 
 def read(layers: Sequence[nn.Module]) -> Attributes:
-    """The attributes of layers that copies exchange."""
+    """Read the attributes of layers that copies exchange."""
     return {
         layer: {name: value for name, value in vars(layer).items() if name not in NOT_EXCHANGED}
         for layer in layers
@@ -47,7 +47,7 @@ def write(attributes: Attributes) -> None:
 
 
 def replaced(attributes: Attributes, memo: dict[int, Any]) -> Attributes:
-    """The same attributes in containers of their own; for ``memo`` see :func:`copied`."""
+    """Put the same attributes into containers of their own; for ``memo`` see :func:`copied`."""
     return {
         layer: {name: copied(value, memo) for name, value in values.items()}
         for layer, values in attributes.items()
@@ -55,7 +55,7 @@ def replaced(attributes: Attributes, memo: dict[int, Any]) -> Attributes:
 
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:
-    """The same in new containers; what is no container stays itself.
+    """Copy containers, and those in them; what is no container stays itself.
 
     Args:
         value: of any type.
@@ -81,7 +81,7 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Whether two containers hold the same objects."""
+    """Tell whether two containers hold the same objects."""
     if value is other or type(value) is not type(other) or not isinstance(value, CONTAINERS):
         return value is other
     if isinstance(value, dict):
@@ -99,7 +99,7 @@ def _only(attributes: Attributes, names: Mapping[nn.Module, set[str]]) -> Attrib
 
 
 class CopiesAttributes:
-    """The attributes of K copies that share the layers of a stack.
+    """Keep the attributes of K copies that share the layers of a stack.
 
     Between two calls the layers have those of the last copy, or, where the copies ran together, stacks of
     all. What changes there in the meantime, as a cache that ``train()`` clears, changes for every copy.
@@ -134,7 +134,7 @@ class CopiesAttributes:
         return vars(self) | {"copies": copies, "left": _only(self.left, differing)}
 
     def memo(self, old: Sequence[Tensor] = (), new: Sequence[Tensor] = ()) -> dict[int, Any]:
-        """For :func:`copied`: other tensors, and the containers that copies share, which stay."""
+        """Make a memo for :func:`copied`: other tensors, and the containers that copies share, which stay."""
         kept = {id(value): value for value in self.shared}
         return kept | {id(before): after for before, after in zip(old, new, strict=True)}
 
@@ -149,6 +149,7 @@ class CopiesAttributes:
                 self.memo([stack for stack, _ in stacks], [entries[k] for _, entries in stacks])
                 for k in range(len(self.copies))
             ]
+
         for layer, (changed, gone) in differences.items():
             for attributes, memo in zip(self.copies, memos, strict=True):
                 own = attributes.setdefault(layer, {})
@@ -158,10 +159,11 @@ class CopiesAttributes:
                 is_last = attributes is self.copies[-1] and not stacks
                 new = changed if is_last else {name: copied(v, memo) for name, v in changed.items()}
                 attributes[layer] = kept | new
+
         self.stacks = []
 
     def _note(self) -> dict[nn.Module, tuple[dict[str, Any], set[str]]]:
-        """What has changed in layers, and which attributes are gone, since the last time."""
+        """Find what has changed in layers, and which attributes are gone, since the last time."""
         differences = {}
         for layer, values in read(self._layers()).items():
             left = self.left.setdefault(layer, {})
@@ -193,7 +195,7 @@ class CopiesAttributes:
             self._note()
 
     def _layers(self) -> list[nn.Module]:
-        """Layers whose attributes are exchanged: all, but PyTorch's own while compiling, which takes long."""
+        """List the layers that exchange attributes; while compiling PyTorch's own do not, to save time."""
         layers = list(self.stacked.modules())
         if torch.compiler.is_compiling():
             layers = [layer for layer in layers if not type(layer).__module__.startswith("torch.nn.")]
@@ -207,12 +209,15 @@ class CopiesAttributes:
         """
         if not self.left:  # they have not run one by one
             return self.stacks
+
         self.follow()
+
         stacks: dict[int, Tensor] = {}
         for path, layer in self.stacked.named_modules():
             sets = [attributes[layer] for attributes in self.copies]
             for name in dict.fromkeys(name for values in sets for name in values):
                 flat = [pytree.tree_flatten(values.get(name, KEY)) for values in sets]
+
                 for entries in zip(*(leaves for leaves, _ in flat), strict=False):
                     if all(entry is entries[0] for entry in entries):
                         continue
@@ -222,12 +227,14 @@ class CopiesAttributes:
                     elif tensors or any(entry != entries[0] for entry in entries):
                         flat = []
                         break
+
                 if not flat or any(structure != flat[0][1] for _, structure in flat):
                     raise ValueError(
                         f"experts.together: expected copies that keep what can be stacked, got {name!r} "
                         f"of layer {path!r}, type {type(layer).__name__}, which differs; let the experts run "
                         "one by one (experts.together = False), or use layout='independent'"
                     )
+
         write(replaced(self.copies[-1], self.memo() | stacks))
         self.stacks = list(stacks.values())
         self.copies, self.left = [{} for _ in self.copies], {}
@@ -241,7 +248,7 @@ def hand_on(kept: CopiesAttributes | None, stacked: nn.Module) -> None:
 
 
 def attributes_of(stacked: nn.Module, num_experts: int) -> CopiesAttributes:
-    """Those of the copies in a stack."""
+    """Give the attributes of the copies in a stack."""
     if KEY not in vars(stacked):
         vars(stacked)[KEY] = CopiesAttributes(stacked, num_experts)
     kept: CopiesAttributes = vars(stacked)[KEY]

@@ -12,7 +12,7 @@ from lgla_losses.functional import compute_dtype, unit_vectors
 
 
 class ExpertClassifiers(nn.Module):
-    r"""The last layer :math:`W_k` of every expert (section 3.1).
+    r"""Hold the last layer :math:`W_k` of every expert (section 3.1).
 
     Cosine: :math:`v_k^j = s \cos(W_k^j, f_k)`, without bias, as in the authors' code. Linear:
     :math:`v_k^j = W_k^j \cdot f_k + b_k^j`.
@@ -45,7 +45,7 @@ class ExpertClassifiers(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Linear: as :class:`torch.nn.Linear`. Cosine: centres of length 1, uniform directions."""
+        """Draw weights: linear as :class:`torch.nn.Linear`, cosine of length 1 and uniform directions."""
         with torch.no_grad():
             if self.bias is None:
                 self.weight.copy_(unit_vectors(self.weight.normal_()))
@@ -55,7 +55,7 @@ class ExpertClassifiers(nn.Module):
                 self.bias.uniform_(-bound, bound)
 
     def only(self, expert: int) -> ExpertClassifiers:
-        """The classifier of one expert, ``K = 1``; a new module."""
+        """Take the classifier of one expert, ``K = 1``; a new module."""
         _, num_classes, num_features = self.weight.shape
         single = ExpertClassifiers(1, num_features, num_classes, self.scale, like=self.weight)
         one = slice(expert, expert + 1)
@@ -70,7 +70,7 @@ class ExpertClassifiers(nn.Module):
             """Give logits, as :meth:`forward`."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits of every expert from its own features."""
+        """Compute the logits of every expert from its own features."""
         weight: Tensor = self.weight
         if self.scale is not None:
             features, weight = self.scale * _directions(features), _directions(weight)
@@ -80,7 +80,7 @@ class ExpertClassifiers(nn.Module):
         return torch.baddbmm(self.bias[:, None], rows, columns).transpose(0, 1)
 
     def extra_repr(self) -> str:
-        """Configuration shown by ``repr``."""
+        """Describe the configuration, as ``repr`` shows it."""
         num_experts, num_classes, num_features = self.weight.shape
         kind = "linear" if self.scale is None else f"cosine, scale={self.scale}"
         return f"{num_experts} x {num_features} -> {num_classes}, {kind}"

@@ -65,7 +65,7 @@ ENTRIES: MutableMapping[Tensor, tuple[Tensor, ...]] = WeakTensorKeyDictionary()
 
 
 def _path(layers: Sequence[nn.Module], slot: Slot) -> str:
-    """The path of a parameter or buffer."""
+    """Give the path of a parameter or buffer."""
     paths = [path for path, _ in layers[0].named_modules()]
     return f"{paths[slot[0] // 2]}.{slot[1]}".removeprefix(".")
 
@@ -115,7 +115,7 @@ def run_separately(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]
 
 
 def _entries(buffer: Tensor) -> Sequence[Tensor]:
-    """A buffer of every copy, in the memory of the stack.
+    """Give a buffer of every copy, in the memory of the stack.
 
     Autograd counts the writes into each by itself, from one call to the next: of plain views it would refuse
     what a copy saved for backward as soon as the next one writes into its own.
@@ -130,13 +130,13 @@ def _entries(buffer: Tensor) -> Sequence[Tensor]:
 
 
 def _is_in_memory(tensor: Tensor) -> bool:
-    """Whether a tensor lies somewhere; none does that a compiler, an exporter or torch.func looks at."""
+    """Tell whether a tensor has memory; none has that a compiler, an exporter or torch.func looks at."""
     seen = torch.compiler.is_compiling() or is_tracing() or type(tensor) not in (Tensor, nn.Parameter)
     return not seen and not is_wrapped(tensor)
 
 
 def is_tracing() -> bool:
-    """Whether :func:`torch.jit.trace` looks on, as for TensorBoard's graphs; it cannot see into vmap."""
+    """Tell whether :func:`torch.jit.trace` looks on, as for TensorBoard; it cannot see into vmap."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
@@ -156,7 +156,7 @@ def _replace(layers: Sequence[nn.Module], slot: Slot, entries: Sequence[Tensor |
 def _run_copy(
     layers: Sequence[nn.Module], tensors: dict[Tensor, Tensor], inputs: tuple[Any, ...]
 ) -> tuple[Any, dict[Slot, Tensor]]:
-    """Output of one copy, and the new tensors that its forward pass put in the place of buffers.
+    """Run one copy: its output, and the new tensors that it put in the place of buffers.
 
     Not by :func:`torch.func.functional_call`: it exchanges the tensors of a layer with two paths twice, which
     leaves them exchanged, and it refuses to be traced.
@@ -236,8 +236,10 @@ def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) 
             f"stage: layer {path!r} of type {type(layer).__name__} cannot run grouped ({error}); "
             "let the experts run one by one (experts.together = False), or use layout='independent'"
         ) from error
+
     for slot, entries in zip(slots, buffers, strict=True):
         _replace(layers, slot, entries.unbind())
+
     if copies is not None:
         # What a container that copies share kept under vmap is of no use outside.
         useless = set(map(id, under_vmap))
@@ -248,14 +250,14 @@ def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) 
 
 
 def _collections(layer: nn.Module) -> dict[str, Any]:
-    """Attributes that may hold tensors."""
+    """Take the attributes that may hold tensors."""
     return {
         name: v for name, v in own_attributes(layer).items() if isinstance(v, Tensor | list | tuple | dict)
     }
 
 
 def _kept_tensors(layers: Sequence[nn.Module]) -> list[Tensor]:
-    """Tensors in the layers' attributes, where they keep something of a batch; compilers do not look."""
+    """Find tensors in the layers' attributes, kept of a batch; compilers do not look."""
     if torch.compiler.is_compiling():
         return []
     leaves = (leaf for layer in layers for leaf in pytree.tree_leaves(_collections(layer)))
@@ -263,7 +265,7 @@ def _kept_tensors(layers: Sequence[nn.Module]) -> list[Tensor]:
 
 
 class _UnderVmap(TorchFunctionMode):
-    """What vmap does badly: batch norms, fills, values that are read, and the casts of autocast.
+    """Do what vmap does badly: batch norms, fills, values that are read, and the casts of autocast.
 
     New tensors become one a copy, so that each fills its own. A Python value of a tensor is that of all
     copies, such as the number of batches that a norm has seen. Convolutions and matrix products take low
@@ -291,12 +293,14 @@ class _UnderVmap(TorchFunctionMode):
         if func is F.group_norm:  # it asks for the memory format, which vmap refuses to tell
             inputs, *rest = args or (kwargs.pop("input"),)
             args = (inputs.contiguous(), *rest)
+
         if func in FACTORIES:
             new = func(*args, **kwargs)
             return new + self.zero.to(new.device, new.dtype)
         if func in READERS:
             value, *rest = args
             return func(_Agreed.apply(value), *rest)  # type: ignore[no-untyped-call]
+
         if self.dtype is not None and func in MATRIX_PRODUCTS:
             args = tuple(_cast(value, self.dtype) for value in args)
             kwargs = {name: _cast(value, self.dtype) for name, value in kwargs.items()}
@@ -307,7 +311,7 @@ class _UnderVmap(TorchFunctionMode):
 
 
 class _BatchNorm(torch.autograd.Function):
-    """K batch norms as one with K times the channels.
+    """Run K batch norms as one with K times the channels.
 
     vmap's own rule applies weight and bias in passes of their own and fixes the batch size. Autograd
     records what the rule below calls; there is no other way into this function.
@@ -339,7 +343,7 @@ class _BatchNorm(torch.autograd.Function):
 
 
 class _Agreed(torch.autograd.Function):
-    """The tensor in which all copies agree; outside of vmap the tensor itself.
+    """Give the tensor in which all copies agree; outside of vmap the tensor itself.
 
     Not differentiable: it is read.
     """
@@ -361,7 +365,7 @@ class _Agreed(torch.autograd.Function):
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors, but no float64, which autocast leaves alone, in ``dtype``."""
+    """Cast floating-point tensors to ``dtype``, but no float64, which autocast leaves alone."""
     is_castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
     return value.to(dtype) if is_castable else value
 
@@ -369,7 +373,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 def _runs_alone(
     stacked: nn.Module, tensors: Sequence[Tensor], stacks: Sequence[Tensor], inputs: tuple[Any, ...]
 ) -> bool:
-    """Whether a single copy takes these inputs, so that an error came from running K at once."""
+    """Tell whether a single copy takes these inputs, so that an error came from running K at once."""
     layers = list(stacked.modules())
     attributes = read(layers)
     write(replaced(attributes, {id(stack): stack[0] for stack in stacks}))
@@ -384,7 +388,7 @@ def _runs_alone(
 
 
 def _innermost_layer(root: nn.Module, traceback: TracebackType | None) -> tuple[str, nn.Module]:
-    """Path and module of the deepest layer of ``root`` that an exception passed through."""
+    """Find the path and module of the deepest layer of ``root`` that an exception passed through."""
     paths = {id(module): path for path, module in root.named_modules()}
     found: tuple[str, nn.Module] = ("", root)
     while traceback is not None:

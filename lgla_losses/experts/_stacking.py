@@ -39,13 +39,14 @@ Slot = tuple[int, str]
 
 
 def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:
-    """The first copy, which takes the parameters and buffers of all, stacked on a new first dimension.
+    """Stack the parameters and buffers of all copies on a new first dimension, in the first copy.
 
     Raises:
         ValueError: the copies differ in more than the values of their tensors, or a layer reads a
             parameter from elsewhere than where it is registered.
     """
     _check_exchangeable(copies[0])
+
     for same in zip(*(e.named_modules(remove_duplicate=False) for e in copies), strict=False):
         configurations = [_configuration(layer) for _, layer in same]
         names = dict.fromkeys(name for configuration in configurations for name in configuration)
@@ -58,21 +59,26 @@ def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:
                     f"{type(layer).__name__} that differ in {name!r}; register a constant as a buffer, "
                     "delete what is of a batch only, or use layout='independent'"
                 )
+
     if len({tuple(named_tensors(expert)) for expert in copies}) > 1:
         raise ValueError(
             "stage: expected experts that are alike, got parameters tied in some and not in others; "
             "use layout='independent'"
         )
+
     tensors = zip(*(named_tensors(expert).values() for expert in copies), strict=True)
     stacks = {t[0]: _like(t[0], torch.stack([entry.detach() for entry in t])) for t in tensors}
+
     stacked = copies[0]
     layers = list(stacked.modules())
     attributes = CopiesAttributes(stacked, len(copies), _shared_containers(copies))
     vars(stacked)[KEY] = attributes
+
     stores = stores_of(layers)
     fill(stores, exchanged(slots_of(stores), stacks))
     for layer in recurrent_layers(layers):
         layer._flat_weights = [None if t is None else stacks[t] for t in layer._flat_weights]
+
     attributes.follow()
     return stacked
 
@@ -89,12 +95,14 @@ def _check_exchangeable(module: nn.Module) -> None:
                 f"{memory[pointer]!r} and {path!r}, two tensors in one place of memory; register one tensor "
                 "twice, or use layout='independent'"
             )
+
     for path, layer in module.named_modules():
         if isinstance(layer, torch.jit.ScriptModule):
             raise ValueError(
                 f"stage: expected layers of Python, got {path!r}, which is compiled; compile the whole "
                 "network, or use layout='independent'"
             )
+
     seen = {id(layer) for layer in module.modules()}
     for path, layer in module.named_modules():
         hooks = {name: getattr(layer, name) for name in HOOKS}
@@ -110,7 +118,7 @@ def _check_exchangeable(module: nn.Module) -> None:
 
 
 def _reachable(root: object, seen: set[int]) -> list[Tensor]:
-    """Tensors that an object holds in whatever way, but by objects with the ids in ``seen``, which grows."""
+    """Find tensors that an object holds in any way, but by objects with ids in ``seen``, which grows."""
     tensors, queue, most = [], deque([root]), len(seen) + MOST_OBJECTS
     while queue and len(seen) < most:
         value = queue.popleft()
@@ -127,7 +135,7 @@ def _reachable(root: object, seen: set[int]) -> list[Tensor]:
 
 
 def _shared_containers(copies: Sequence[nn.Module]) -> list[Any]:
-    """Containers in attributes that are the same object in all copies, as one that a factory's user reads."""
+    """Find containers in attributes that all copies share, as one that a factory's user reads."""
     held = [
         {id(v): v for layer in expert.modules() for v in own_attributes(layer).values()} for expert in copies
     ]
@@ -136,7 +144,7 @@ def _shared_containers(copies: Sequence[nn.Module]) -> list[Any]:
 
 
 def _configuration(layer: nn.Module) -> dict[str, object]:
-    """What must agree between copies for one of them to stand for all."""
+    """Tell what must agree between copies for one of them to stand for all."""
     options = {name: _option(value) for name, value in own_attributes(layer).items()}
     for hook in layer._forward_pre_hooks.values():  # those of pruning and of the old weight norm
         options.pop(getattr(hook, "name", getattr(hook, "_tensor_name", "")), None)
@@ -150,7 +158,7 @@ def _configuration(layer: nn.Module) -> dict[str, object]:
 
 
 def _option(value: object) -> object:
-    """Something to compare by; objects of unknown kinds by their type alone."""
+    """Give something to compare by; objects of unknown kinds by their type alone."""
     if type(value) is Tensor and value.is_leaf and value.layout == torch.strided and not value.is_meta:
         return value.dtype, value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes(), value.shape
     if isinstance(value, np.ndarray) and value.dtype != object:
@@ -165,7 +173,7 @@ def _option(value: object) -> object:
 
 
 def unstack_module(stacked: nn.Module, num_experts: int) -> list[nn.Module]:
-    """New modules, one for every entry of the first dimension; nothing is shared."""
+    """Make new modules, one for every entry of the first dimension; nothing is shared."""
     tensors, modules = named_tensors(stacked).values(), []
     attributes = attributes_of(stacked, num_experts)
     attributes.follow()
@@ -179,7 +187,7 @@ def unstack_module(stacked: nn.Module, num_experts: int) -> list[nn.Module]:
 
 
 def copy_module(module: Module, memo: dict[int, object] | None = None) -> Module:
-    """A deep copy, also of modules that :func:`copy.deepcopy` refuses.
+    """Copy a module deeply, also one that :func:`copy.deepcopy` refuses.
 
     What a layer keeps of a batch loses its graph. Hooks of others, as a recorder's, are shared.
 
@@ -188,6 +196,7 @@ def copy_module(module: Module, memo: dict[int, object] | None = None) -> Module
         memo: by the ``id`` of an object what takes its place.
     """
     memo = {id(hook): hook for hook in _hooks_from_outside(module)} | (memo or {})
+
     for layer in module.modules():
         copies = vars(layer).get(KEY)
         held = [own_attributes(layer), *(copies.copies if copies and id(copies) not in memo else ())]
@@ -198,7 +207,7 @@ def copy_module(module: Module, memo: dict[int, object] | None = None) -> Module
 
 
 def _hooks_from_outside(module: nn.Module) -> list[object]:
-    """Hooks of all layers but those that belong to a layer, as its methods do."""
+    """List the hooks of all layers but those that belong to a layer, as its methods do."""
     layers = list(module.modules())
     own = {id(value) for layer in layers for value in (layer, *own_attributes(layer).values())}
     hooks = [hook for layer in layers for kind in HOOKS for hook in getattr(layer, kind).values()]
@@ -208,7 +217,7 @@ def _hooks_from_outside(module: nn.Module) -> list[object]:
 
 
 def _belongs(hook: object, own: set[int]) -> bool:
-    """Whether a hook is one of these objects, by their ids, a method of one, or a partial with one."""
+    """Tell whether a hook is one of these objects, by their ids, a method of one, or a partial with one."""
     if isinstance(hook, functools.partial):
         parts = (hook.func, *hook.args, *hook.keywords.values())
         return any(callable(part) and _belongs(part, own) for part in parts)
@@ -216,7 +225,7 @@ def _belongs(hook: object, own: set[int]) -> bool:
 
 
 def apply_per_copy(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """``fn`` of a stacked tensor, as :meth:`torch.nn.Module.to` applies it.
+    """Apply ``fn`` to a stacked tensor, as :meth:`torch.nn.Module.to` does.
 
     A stack of 4-D weights is 5-D and has no channels_last format, though each copy has.
     """
@@ -229,28 +238,28 @@ def apply_per_copy(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of the tree by its path, tied ones once, in a fixed order."""
+    """Name every parameter and buffer of the tree by its path, tied ones once, in a fixed order."""
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def _like(tensor: Tensor, converted: Tensor) -> Tensor:
-    """``converted`` as a parameter where ``tensor`` is one."""
+    """Make ``converted`` a parameter where ``tensor`` is one."""
     is_parameter = isinstance(tensor, nn.Parameter)
     return nn.Parameter(converted, tensor.requires_grad) if is_parameter else converted
 
 
 def recurrent_layers(layers: Sequence[nn.Module]) -> list[nn.RNNBase]:
-    """Layers that list their weights once more, in ``_flat_weights``."""
+    """Find layers that list their weights once more, in ``_flat_weights``."""
     return [layer for layer in layers if isinstance(layer, nn.RNNBase)]
 
 
 def stores_of(layers: Sequence[nn.Module]) -> list[Store]:
-    """Where the layers keep parameters and buffers."""
+    """List the stores in which the layers keep parameters and buffers."""
     return [store for layer in layers for store in (layer._parameters, layer._buffers)]
 
 
 def slots_of(stores: list[Store]) -> dict[Slot, Tensor | None]:
-    """What stands in the stores."""
+    """Read what stands in the stores."""
     return {(i, name): tensor for i, store in enumerate(stores) for name, tensor in store.items()}
 
 
@@ -261,5 +270,5 @@ def fill(stores: list[Store], slots: dict[Slot, Tensor | None]) -> None:
 
 
 def exchanged(slots: dict[Slot, Tensor | None], tensors: dict[Tensor, Tensor]) -> dict[Slot, Tensor | None]:
-    """Slots with other tensors in the places of the stacked ones; ties stay ties."""
+    """Put other tensors in the places of the stacked ones; ties stay ties."""
     return {slot: None if tensor is None else tensors[tensor] for slot, tensor in slots.items()}

@@ -36,11 +36,11 @@ FOLLOWING_CALLS = {
 
 
 class BackbonePart(fx.GraphModule):
-    """The trunk or the stage of a network: modules of its own, called as its own code calls them."""
+    """Run the trunk or the stage of a network: its own modules, called as its own code calls them."""
 
     @property
     def num_features(self) -> int | None:
-        """Features that a stage gives after pooling; None where that is unknown."""
+        """Give the number of features of a stage after pooling; None where that is unknown."""
         width: int | None = self.meta.get("num_features")
         return width
 
@@ -107,19 +107,24 @@ def split_backbone(
         raise ValueError(
             f"model: expected a plain network, got a {type(model).__name__}; split it before compiling"
         )
+
     if _is_transformers_model(model):
         return _split_text_encoder(model, at, head)
+
     _check_path("at", model, at)
     if head is not None and head != "auto":
         _check_path("head", model, head)
+
     if head is None or getattr(model, "num_classes", None) == 0:  # timm's sign of a network without one
         root, graph = _trace(model, _ancestors(at))
         return _divide(graph, root, at, _output(graph), getattr(model, "num_features", None))
+
     if head == "auto":
         root, graph, classifier = _find_classifier(model, at)
     else:
         root, graph = _trace(model, _ancestors(at) | {p for p in _ancestors(head) if not _is_below(p, at)})
         classifier = _call_of(graph, "head", head)
+
     width = getattr(root.get_submodule(str(classifier.target)), "in_features", None)
     return _divide(graph, root, at, classifier.all_input_nodes[0], width)
 
@@ -130,7 +135,7 @@ def _is_transformers_model(model: nn.Module) -> bool:
 
 
 def _split_text_encoder(model: Any, at: str, head: str | None) -> tuple[BackbonePart, BackbonePart]:
-    """Of a transformers model the encoder below its heads, with mask-aware pooling."""
+    """Split the encoder of a transformers model, without its heads, with mask-aware pooling."""
     encoder = model.base_model
     if encoder.main_input_name != "input_ids" or encoder.config.is_encoder_decoder:
         raise ValueError(
@@ -146,40 +151,43 @@ def _split_text_encoder(model: Any, at: str, head: str | None) -> tuple[Backbone
             "head: expected 'auto' or None where the model is of transformers, whose encoder is taken "
             f"without its heads, got {head!r}"
         )
+
     if isinstance(at, str) and encoder is not model:
         at = at.removeprefix(f"{model.base_model_prefix}.")
     _check_path("at", encoder, at)
+
     opened = _ancestors(at)
     files = {type(encoder.get_submodule(path)).__module__ for path in opened}
     # Its functions, which build masks and the like, become calls as its modules do.
     leaves = [sys.modules[name] for name in sorted(files) if name.startswith("transformers.")]
+
     root, graph = _trace(encoder, opened, leaves, TextEncoder)
     return _divide(graph, root, at, _output(graph), encoder.config.hidden_size)
 
 
 class Network(nn.Module):
-    """Calls a network with its one input; optional ones keep their defaults."""
+    """Call a network with its one input; optional ones keep their defaults."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Any:
-        """What the network returns."""
+        """Return what the network returns."""
         return self.model(images)
 
 
 class TextEncoder(Network):
-    """An encoder of transformers whose tokens are averaged."""
+    """Call an encoder of transformers and average its tokens."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Features ``[N, d]`` of token ids ``[N, L]`` and a mask ``[N, L]`` that is 0 at padding."""
+        """Give features ``[N, d]`` of token ids ``[N, L]`` and a mask ``[N, L]`` that is 0 at padding."""
         output = self.model(input_ids=input_ids, attention_mask=attention_mask)
         return mean_of_tokens(output.last_hidden_state, attention_mask)
 
 
 def mean_of_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean ``[N, d]`` of the tokens ``[N, L, d]`` that a mask ``[N, L]`` keeps; 0 where it keeps none."""
+    """Average the tokens ``[N, L, d]`` that a mask ``[N, L]`` keeps to ``[N, d]``; 0 where it keeps none."""
     if mask is None:
         return tokens.mean(dim=1)
     kept = mask.to(tokens.dtype)[..., None]
@@ -207,7 +215,7 @@ def _check_path(name: str, model: nn.Module, path: str) -> None:
 
 
 def _ancestors(path: str | None) -> set[str]:
-    """``{"", "a", "a.b"}`` for ``"a.b.c"``."""
+    """Give ``{"", "a", "a.b"}`` for ``"a.b.c"``."""
     parts = (path or "").split(".")
     return {".".join(parts[:i]) for i in range(len(parts))}
 
@@ -217,7 +225,7 @@ def _is_below(path: str, other: str) -> bool:
 
 
 class _Value(nn.Module):
-    """Gives a graph an object that the network's code holds, such as a configuration."""
+    """Give a graph an object that the network's code holds, such as a configuration."""
 
     def __init__(self, value: object) -> None:
         super().__init__()
@@ -228,7 +236,7 @@ class _Value(nn.Module):
 
 
 class _Mode(nn.Module):
-    """Gives a graph ``self.training`` as it is when run, not as it was when traced."""
+    """Give a graph ``self.training`` as it is when run, not as it was when traced."""
 
     def forward(self) -> bool:
         return self.training
@@ -239,7 +247,7 @@ def _context() -> tuple[bool, ...]:
 
 
 class _Tracer(fx.Tracer):
-    """Opens the given modules and no others."""
+    """Open the given modules and no others."""
 
     def __init__(self, opened: Iterable[str] = (), leaves: Iterable[ModuleType] = ()) -> None:
         super().__init__(autowrap_modules=(math, *leaves))  # type: ignore[arg-type]
@@ -269,9 +277,10 @@ def _trace(
     leaves: Iterable[ModuleType] = (),
     wrap: type[Network] = Network,
 ) -> tuple[Network, fx.Graph]:
-    """The calls of a network, with ``self.training`` left open, and what they refer to."""
+    """Trace the calls of a network, with ``self.training`` left open, and what they refer to."""
     modules = {f"model.{path}".rstrip("."): model.get_submodule(path) for path in sorted(opened)}
     traces = []
+
     for training in (True, False):
         root, random_state = wrap(model), _random_state()
         try:
@@ -286,6 +295,7 @@ def _trace(
                 f"the classifier ({names}), got {type(error).__name__}: {error}; split elsewhere, or write "
                 "trunk and stage as modules of your own"
             ) from error
+
     (root, graph), (other_root, other_graph) = traces
     _leave_mode_open(root, graph, other_root, other_graph)
     root.add_module("_mode", _Mode())
@@ -313,13 +323,15 @@ def _in_mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
 
 
 def _leave_mode_open(root: Network, train: fx.Graph, other: Network, evaluation: fx.Graph) -> None:
-    """Where the graphs of the two modes differ by True and False, let the first read the mode when run."""
+    """Let the first graph read the mode when run, where those of the two modes differ by True and False."""
     twins = list(evaluation.nodes)
     same_length = len(train.nodes) == len(twins)
     mode: fx.Node | None = None
+
     for node, twin in zip(list(train.nodes), twins, strict=False):
         values, spec = pytree.tree_flatten((node.args, node.kwargs))
         others, other_spec = pytree.tree_flatten((twin.args, twin.kwargs))
+
         reads_mode = [pair == (True, False) for pair in zip(values, others, strict=False)]
         alike = all(r or str(v) == str(o) for r, v, o in zip(reads_mode, values, others, strict=False))
         if alike and node.op == twin.op == "get_attr":
@@ -327,12 +339,14 @@ def _leave_mode_open(root: Network, train: fx.Graph, other: Network, evaluation:
                 operator.attrgetter(str(n.target))(r) for n, r in ((node, root), (twin, other))
             )
             alike = value is twins_value or torch.equal(value, twins_value)
+
         if not same_length or not alike or (node.op, node.target, spec) != (twin.op, twin.target, other_spec):
             raise ValueError(
                 "model: expected the same calls in train and in eval mode around the split point and the "
                 f"classifier, got others from {node.name!r} on, as of an auxiliary classifier; switch that "
                 "off, or write trunk and stage as modules of your own"
             )
+
         if any(reads_mode):
             if mode is None:
                 with train.inserting_before(next(iter(train.nodes))):
@@ -351,7 +365,7 @@ def _see_through_wrappers(graph: fx.Graph) -> None:
 
 
 def _output(graph: fx.Graph) -> fx.Node:
-    """What gives the network's output."""
+    """Find what gives the network's output."""
     node = next(iter(reversed(graph.nodes))).args[0]
     if not isinstance(node, fx.Node):
         raise ValueError(
@@ -362,7 +376,7 @@ def _output(graph: fx.Graph) -> fx.Node:
 
 
 def _call_of(graph: fx.Graph, name: str, path: str) -> fx.Node:
-    """The first call of a module."""
+    """Find the first call of a module."""
     target = f"model.{path}"
     calls: list[fx.Node] = [n for n in graph.nodes if n.op == "call_module" and n.target == target]
     if not calls:
@@ -383,7 +397,7 @@ def _called(node: fx.Node, root: Network) -> nn.Module | None:
 
 
 def _find_classifier(model: nn.Module, at: str) -> tuple[Network, fx.Graph, fx.Node]:
-    """A trace, and in it the call of the linear layer that gives the output."""
+    """Trace a network, and find the call of the linear layer that gives its output."""
     opened = _ancestors(at)
     while True:
         root, graph = _trace(model, opened)
@@ -392,6 +406,7 @@ def _find_classifier(model: nn.Module, at: str) -> tuple[Network, fx.Graph, fx.N
         while isinstance(module, FOLLOWING_MODULES) or node.target in FOLLOWING_CALLS:
             node = node.all_input_nodes[0]
             module = _called(node, root)
+
         if isinstance(module, nn.Linear):
             return root, graph, node
         path = str(node.target).removeprefix("model.")
@@ -401,6 +416,7 @@ def _find_classifier(model: nn.Module, at: str) -> tuple[Network, fx.Graph, fx.N
                 f"where it is that of {node.name.removeprefix('model_')!r}; pass the classifier's path as "
                 "head=, or head=None if there is none, or remove it first (timm: model.reset_classifier(0))"
             )
+
         opened = opened | {path}
 
 
@@ -413,19 +429,24 @@ def _divide(
     for node in reversed(graph.nodes):
         if node in alive or node.op == "placeholder" or node.target is torch._assert:
             alive.update((node, *node.all_input_nodes))
+
     nodes = [node for node in graph.nodes if node in alive]
     stage = {start}
     stage.update(node for node in nodes if not stage.isdisjoint(node.all_input_nodes))
+
     if features not in stage:
         raise ValueError(
             f"at: expected a module before the classifier, got {at!r}, on which the features do not depend; "
             "for classifiers alone on shared features pass GroupConvExperts stage=None"
         )
+
     # Parameters that the stage alone reads go with it; the mode and configurations are read by either part.
     sources = [node for node in nodes if not node.all_input_nodes and node.op != "placeholder"]
     stage.update(node for node in sources if stage.issuperset(alive.intersection(node.users)))
     either = {node for node in sources if node.op == "call_module"}
+
     _check_replay(list(graph.nodes), root, alive, stage)
+
     crossing = dict.fromkeys(
         value
         for node in (start, *nodes)
@@ -433,6 +454,7 @@ def _divide(
         for value in node.all_input_nodes
         if value not in stage | either
     )
+
     trunk = _part(root, [], [node for node in nodes if node not in stage], list(crossing))
     experts = _part(root, list(crossing), [node for node in nodes if node in stage | either], [features])
     experts.meta["num_features"] = num_features
@@ -450,6 +472,7 @@ def _check_replay(nodes: list[fx.Node], root: Network, alive: set[fx.Node], stag
             or node.kwargs.get("inplace")
             or (node.op == "call_method" and str(node.target).rstrip("_") + "_" == node.target)
         )
+
         # The result is not read, but what was written into is.
         lost = writes and node not in alive and not alive.isdisjoint(node.all_input_nodes)
         # The trunk runs it first, though the network ran the start of the stage before it.
@@ -457,12 +480,14 @@ def _check_replay(nodes: list[fx.Node], root: Network, alive: set[fx.Node], stag
         writes = writes or any(getattr(layer, "inplace", False) for layer in layers)
         read = any(user in stage for value in node.all_input_nodes for user in value.users)
         early = writes and begun and node in alive and node not in stage and read
+
         if lost or early:
             raise ValueError(
                 f"model: expected code around the split point that assigns what it computes, got "
                 f"{node.name!r}, which writes into a value that is read elsewhere; write x = f(x) without "
                 "inplace=True, or split elsewhere"
             )
+
     for target in {node.target for node in stage & alive if node.op == "call_module"}:
         module = root.get_submodule(str(target))
         has_state = next(iter((*module.parameters(), *module.buffers())), None) is not None
@@ -474,10 +499,11 @@ def _check_replay(nodes: list[fx.Node], root: Network, alive: set[fx.Node], stag
 
 
 def _part(root: Network, inputs: list[fx.Node], nodes: list[fx.Node], outputs: list[fx.Node]) -> BackbonePart:
-    """A module of some nodes of a graph, its paths those of the network."""
+    """Make a module of some nodes of a graph, its paths those of the network."""
     graph = fx.Graph(tracer_cls=_Tracer)
     copies = {node: graph.placeholder(node.name) for node in inputs}
     attributes: dict[str, Any] = {}
+
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].type = None  # annotations that are strings cannot be pickled
@@ -485,14 +511,17 @@ def _part(root: Network, inputs: list[fx.Node], nodes: list[fx.Node], outputs: l
             path = str(node.target).removeprefix("model.")
             attributes[path] = _Mode() if path == "_mode" else operator.attrgetter(str(node.target))(root)
             copies[node].target = path
+
     values = tuple(copies[node] for node in outputs)
     graph.output(values[0] if len(values) == 1 else values)
     part = BackbonePart(attributes, graph)
+
     saved = {name.removeprefix("model.") for name in root.state_dict()}
     for path in part.state_dict().keys() - saved:
         owner, _, name = path.rpartition(".")
         module = part.get_submodule(owner)
         module.register_buffer(name, module.get_buffer(name), persistent=False)
+
     modes = {path: module.training for path, module in root.model.named_modules()}
     for path, module in part.named_modules():
         module.training = modes.get(path, root.model.training)

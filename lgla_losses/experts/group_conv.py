@@ -35,7 +35,7 @@ LOCKS: MutableMapping[nn.Module, AbstractContextManager[Any]] = WeakKeyDictionar
 
 
 class GroupConvExperts(nn.Module):
-    """K copies of a network's last stage with a classifier each, on shared features.
+    """Run K copies of a network's last stage with a classifier each, on shared features.
 
     ``layout="grouped"`` stacks the parameters of the copies, which run together under
     ``torch.func.vmap``, with K-fold grouped convolutions, or one by one where that is faster;
@@ -117,6 +117,7 @@ class GroupConvExperts(nn.Module):
         copies = _make_copies(stage, self.num_experts, boolean("reset", reset), init_fn)
         if num_features is None:
             num_features = _features_of(copies)
+
         self.stage: nn.Module | None = _arrange(copies, self.layout)
         self._attributes = None if self.stage is None else vars(self.stage).get(KEY)
         self.together: bool | None = None
@@ -134,7 +135,7 @@ class GroupConvExperts(nn.Module):
             """Give logits, features and class centres of every expert, as :meth:`forward`."""
 
     def forward(self, shared: Tensor | tuple[Any, ...]) -> ExpertOutput:
-        """Logits, features and class centres of every expert."""
+        """Give logits, features and class centres of every expert."""
         inputs = shared if isinstance(shared, tuple) else (shared,)
         tensors = [value for value in inputs if isinstance(value, Tensor)]
         if not tensors or (self.stage is None and len(inputs) > 1):
@@ -142,12 +143,14 @@ class GroupConvExperts(nn.Module):
                 "shared: expected a tensor [N, ...] of shared features, or a tuple of what the stage takes, "
                 f"got {describe(shared)}"
             )
+
         weight: Tensor = self.classifiers.weight
         if any(tensor.is_meta for tensor in tensors) and not weight.is_meta:
             raise ValueError(
                 f"shared: expected tensors with values, as the experts' on {weight.device}, got one on meta; "
                 "move the experts to meta as well, or give values"
             )
+
         versions = [_version(tensor) for tensor in tensors]
         features = self._features(inputs, tensors[0].device.type)
         if [_version(tensor) for tensor in tensors] != versions:
@@ -155,18 +158,20 @@ class GroupConvExperts(nn.Module):
                 "stage: expected a stage that leaves its input, which the experts share, alone, got one that "
                 "wrote into it; set inplace=False on its first layer, or make it the trunk's last"
             )
+
         if not is_tracing() and features.shape[-1] != weight.shape[-1]:
             raise ValueError(
                 f"num_features: expected the width of the stage's output, {features.shape[-1]}, "
                 f"got {weight.shape[-1]}; pass num_features={features.shape[-1]}"
             )
+
         if torch.is_grad_enabled() and not is_tracing():  # which runs with and without gradients and compares
             # A view: FSDP2 hooks what a module gives, and on the parameter hooks of all steps would add up.
             weight = weight.view_as(weight)
         return ExpertOutput(self.classifiers(features), features, weight)
 
     def _features(self, inputs: tuple[Any, ...], device_type: str) -> Tensor:
-        """Pooled outputs of the stages ``[N, K, d]``."""
+        """Pool the outputs of the stages to ``[N, K, d]``."""
         if self.stage is None:
             pooled = _pool(inputs[0], "shared: expected features")
             return pooled[:, None].expand(-1, self.num_experts, -1)
@@ -198,15 +203,15 @@ class GroupConvExperts(nn.Module):
         refuse_data_parallel(self)  # it would put the copies' class weights one after the other
 
     def to_independent(self) -> GroupConvExperts:
-        """The same function as K independent modules; new ones that share nothing with these."""
+        """Give the same function as K independent modules; new ones that share nothing with these."""
         return self._converted("independent")
 
     def to_grouped(self) -> GroupConvExperts:
-        """The same function as one stacked module; a new one that shares nothing with these."""
+        """Give the same function as one stacked module; a new one that shares nothing with these."""
         return self._converted("grouped")
 
     def extract(self, expert: int) -> Expert:
-        """One expert as a module by itself; a new one that shares nothing with these.
+        """Take one expert as a module by itself; a new one that shares nothing with these.
 
         Args:
             expert: which, 0 to K-1; the global one is K-1.
@@ -220,6 +225,7 @@ class GroupConvExperts(nn.Module):
             raise ValueError(
                 f"expert: expected 0 to {self.num_experts - 1}, got {index}; the last is the global one"
             )
+
         independent = self.to_independent()
         stage = independent.stage[index] if isinstance(independent.stage, nn.ModuleList) else None
         single = Expert(stage, independent.classifiers.only(index))
@@ -232,6 +238,7 @@ class GroupConvExperts(nn.Module):
         twin = copy_module(self)
         if twin.layout == "grouped" and twin.stage is not None:
             hand_on(twin._attributes, twin.stage)
+
         if twin.layout != layout:
             twin.layout = layout
             if isinstance(twin.stage, nn.ModuleList):
@@ -242,17 +249,17 @@ class GroupConvExperts(nn.Module):
         return twin
 
     def extra_repr(self) -> str:
-        """Configuration shown by ``repr``."""
+        """Describe the configuration, as ``repr`` shows it."""
         return f"num_experts={self.num_experts}, layout={self.layout!r}"
 
 
 def _lock_of(stage: nn.Module) -> AbstractContextManager[Any]:
-    """The lock of a stack, which stays out of copies and pickles; a thread may take it again."""
+    """Give the lock of a stack, which stays out of copies and pickles; a thread may take it again."""
     return LOCKS.setdefault(stage, RLock())
 
 
 class Expert(nn.Module):
-    """One expert by itself: shared features to its logits ``[N, C]``."""
+    """Run one expert by itself: shared features to its logits ``[N, C]``."""
 
     def __init__(self, stage: nn.Module | None, classifier: ExpertClassifiers) -> None:
         super().__init__()
@@ -265,7 +272,7 @@ class Expert(nn.Module):
             """Give logits, as :meth:`forward`."""
 
     def forward(self, shared: Tensor | tuple[Any, ...]) -> Tensor:
-        """Logits of what the trunk gives."""
+        """Give the logits of what the trunk gives."""
         inputs = shared if isinstance(shared, tuple) else (shared,)
         if self.stage is None:
             features = _pool(inputs[0], "shared: expected features")
@@ -290,6 +297,7 @@ def _make_copies(
         raise TypeError(f"stage: expected a module, a factory of modules or None, got {describe(stage)}")
     if init_fn is not None and not reset:
         raise ValueError("init_fn: expected None with reset=False, which keeps the weights, got a function")
+
     _check_copies(copies)
     for expert in copies:
         marked = isinstance(stage, nn.Module) and reset
@@ -319,7 +327,7 @@ def _check_copies(copies: list[nn.Module]) -> None:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Where a tensor lies; one without memory by its identity."""
+    """Tell where a tensor lies; one without memory by its identity."""
     return (0 if tensor.is_meta else tensor.untyped_storage().data_ptr()) or id(tensor)
 
 
@@ -345,7 +353,7 @@ def _check_initialised(module: nn.Module) -> None:
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts writes into a tensor; compilers and inference mode do not count them."""
+    """Count writes into a tensor; compilers and inference mode do not count them."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
@@ -356,7 +364,7 @@ def _arrange(copies: list[nn.Module], layout: str) -> nn.Module | None:
 
 
 def _features_of(copies: list[nn.Module]) -> int:
-    """Width that the stage says, or else the last layer that says one."""
+    """Find the width that the stage says, or else the last layer that says one."""
     stage_width = getattr(copies[0], "num_features", None) if copies else None
     if isinstance(stage_width, int):
         return stage_width
@@ -372,7 +380,7 @@ def _features_of(copies: list[nn.Module]) -> int:
 
 
 def _pool(features: Tensor, expected: str = "stage: expected an output", leading: int = 1) -> Tensor:
-    """``[N, d]`` of ``[N, d]``, ``[N, d, H, W]`` or ``[N, d, D, H, W]``, behind ``leading`` dimensions."""
+    """Pool ``[N, d, H, W]`` or ``[N, d, D, H, W]`` to ``[N, d]``, behind ``leading`` dimensions."""
     if not isinstance(features, Tensor):
         raise TypeError(f"{expected} [N, d] or [N, d, H, W], got {type(features).__name__}")
     if features.is_nested or features.layout != torch.strided:

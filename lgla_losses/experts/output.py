@@ -17,7 +17,7 @@ ExpertLogits: TypeAlias = Tensor | Sequence[Tensor]
 
 
 class ExpertOutput(NamedTuple):
-    """The output of K experts on a batch; what :class:`LGLALoss` takes.
+    """Hold the output of K experts on a batch; what :class:`LGLALoss` takes.
 
     Attributes:
         logits: unadjusted logits ``[N, K, C]``, of maps ``[N, K, C, H, W]``.
@@ -52,6 +52,7 @@ class ExpertOutput(NamedTuple):
             )
         if fusion is None:
             return self.logits.mean(dim=1)
+
         dtype, device = compute_dtype(self.logits.dtype), self.logits.device
         weights = normalized_fusion(fusion, self.logits.shape[1], device).to(device, dtype)
         weights = weights.view(-1, *[1] * (self.logits.dim() - 2))
@@ -63,7 +64,7 @@ class ExpertOutput(NamedTuple):
 def normalized_fusion(
     fusion: Tensor | Sequence[float] | None, num_experts: int, device: torch.device | None = None
 ) -> Tensor:
-    """The fusion weights ``[K]`` divided by their sum; equal ones for None.
+    """Divide the fusion weights ``[K]`` by their sum; equal ones for None.
 
     Args:
         fusion: the weights.
@@ -72,10 +73,12 @@ def normalized_fusion(
     """
     if fusion is None:
         return torch.full((num_experts,), 1.0 / num_experts, dtype=torch.float64)
+
     try:
         weights = fusion if isinstance(fusion, Tensor) else torch.as_tensor(fusion, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"fusion: expected {num_experts} real numbers, got {describe(fusion)}") from error
+
     if weights.is_complex():
         raise TypeError(f"fusion: expected {num_experts} real numbers, got {weights.dtype}")
     if dense_tensor("fusion", weights).shape != (num_experts,):
@@ -85,6 +88,7 @@ def normalized_fusion(
         )
     if weights.is_meta and (device is None or device.type != "meta"):
         raise ValueError(f"fusion: expected weights that have values, got {describe(weights)}")
+
     weights = weights.to(widest_dtype(weights.device))
     if values_readable(weights, None) and not (
         weights.isfinite().all() and (weights >= 0).all() and (weights > 0).any()
@@ -93,4 +97,5 @@ def normalized_fusion(
             "fusion: expected finite, non-negative weights of which one is positive, "
             f"got {weights.tolist()}; softmax(weights) makes such ones"
         )
+
     return weights / weights.sum()

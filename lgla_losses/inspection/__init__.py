@@ -4,6 +4,7 @@
 which needs PyTorch and NumPy only.
 """
 
+from lgla_losses.inspection._entries import SourceError
 from lgla_losses.inspection.report import (
     ClassInfo,
     Group,
@@ -16,7 +17,7 @@ from lgla_losses.inspection.report import (
     gini_coefficient,
     inspect_counts,
 )
-from lgla_losses.inspection.sources import ClassCounts, Kind, SourceError, read_class_counts
+from lgla_losses.inspection.sources import ClassCounts, Kind, read_class_counts
 
 __all__ = [
     "ClassCounts",

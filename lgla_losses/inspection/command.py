@@ -15,9 +15,10 @@ from rich.console import Console
 
 import lgla_losses
 from lgla_losses.grouping import ClassGrouper
+from lgla_losses.inspection._entries import SourceError
 from lgla_losses.inspection.picture import draw_groups
 from lgla_losses.inspection.report import Inspection, inspect_counts
-from lgla_losses.inspection.sources import ClassCounts, Kind, SourceError, read_class_counts
+from lgla_losses.inspection.sources import ClassCounts, Kind, read_class_counts
 from lgla_losses.inspection.table import print_inspection
 
 #: Of the JSON that --json writes; a key that changes its meaning or goes raises it.
@@ -104,10 +105,12 @@ def inspect(
         "name_column": name_column,
         "label_column": label_column,
     }
+
     try:
         found = read_class_counts(source, kind, **options)
     except SourceError as error:
         _refuse(str(error))
+
     given = {"kind": kind and str(kind), **options}
     arguments = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
     inspection = inspect_counts(
@@ -118,13 +121,16 @@ def inspect(
         batch_size=batch_size,
         expression=f"read_class_counts({str(source)!r}{arguments}).positive",
     )
+
     if png is not None:
         _write_picture(png, source, found, inspection)
+
     if as_json:
         described = {"path": str(source), "kind": str(found.kind), "description": found.description}
         record = {"schema": SCHEMA_VERSION, "source": described, **asdict(inspection), "imports": IMPORTS}
         typer.echo(json.dumps(record, allow_nan=False))
         return
+
     if hasattr(sys.stdout, "reconfigure"):
         # A class name may hold letters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="replace")
@@ -139,6 +145,7 @@ def _write_picture(png: Path, source: Path, found: ClassCounts, inspection: Insp
     grouper = ClassGrouper(found.positive, num_experts - 1)
     numbers = [number for number, count in enumerate(found.counts) if count]
     title = f"{source.name}: groups of {num_experts} experts"
+
     try:
         figure = draw_groups(grouper, numbers, inspection.many, inspection.few, title)
         drawn = io.BytesIO()

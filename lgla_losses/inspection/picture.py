@@ -11,7 +11,7 @@ from lgla_losses.grouping import ClassGrouper
 def draw_groups(
     grouper: ClassGrouper, class_numbers: Sequence[int], many: float, few: float, title: str
 ) -> Any:
-    """The groups over the class frequencies, and the shot split as lines.
+    """Draw the groups over the class frequencies, and the shot split as lines.
 
     Few classes are called by their numbers in the source, which may have others without samples.
 
@@ -26,13 +26,16 @@ def draw_groups(
     from lgla_losses.plot.style import ink, legend
 
     axes = plot_groups(grouper)
+
     if grouper.num_classes <= FEW_CLASSES:
         indices = [int(text.get_text()) for text in axes.get_xticklabels()]
         axes.set_xticks(axes.get_xticks(), [str(class_numbers[j]) for j in indices])
+
     bottom, top = axes.get_ylim()
     for label, threshold, line in (("many-shot: above", many, "--"), ("few-shot: below", few, ":")):
         if bottom < threshold < top:
             axes.axhline(threshold, color=ink(axes), linestyle=line, label=f"{label} {threshold:g}")
+
     legend(axes)
     # A dollar sign in a file name is no mathematics.
     axes.set_title(title.replace("$", r"\$"))

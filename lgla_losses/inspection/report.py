@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from lgla_losses._checks import finite_float, positive_int
-from lgla_losses._counts import ArrayLike, integer_array, to_numpy
+from lgla_losses._checks import positive_int
+from lgla_losses._counts import ArrayLike, integer_array, shot_splits, to_numpy
 from lgla_losses.adjustment import CLALogitAdjuster
 from lgla_losses.grouping import ClassGrouper
 
@@ -27,7 +28,7 @@ OFTEN_MISSED = 0.01
 
 @dataclass(frozen=True)
 class ClassInfo:
-    """A class by its number in the source."""
+    """Name a class by its number in the source."""
 
     number: int
     name: str | None
@@ -36,7 +37,7 @@ class ClassInfo:
 
 @dataclass(frozen=True)
 class Shot:
-    """Many-, medium- or few-shot classes."""
+    """Count the many-, medium- or few-shot classes and their samples."""
 
     name: str
     num_classes: int
@@ -47,7 +48,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Group:
-    """The classes of one local expert; ``index`` 0 is the head."""
+    """Describe the classes of one local expert; ``index`` 0 is the head."""
 
     index: int
     classes: list[int]
@@ -61,7 +62,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Margin:
-    r"""An expert's largest margin of Eq. 6: by how much ``target``'s logit must exceed ``rival``'s.
+    r"""Give an expert's largest margin of Eq. 6: by how much ``target``'s logit must exceed ``rival``'s.
 
     Several rivals may share it, the most frequent is given; both are None where the expert has no margins.
     """
@@ -75,7 +76,7 @@ class Margin:
 
 @dataclass(frozen=True)
 class Grouping:
-    """What K experts make of the classes, at the default ``tau``."""
+    """Show what K experts make of the classes, at the default ``tau``."""
 
     num_experts: int
     tau: float
@@ -85,7 +86,7 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something to know before training: a code that stays, a sentence, and indices of what it is about."""
+    """Warn before training: a code that stays, a sentence, and indices of what it is about."""
 
     code: str
     message: str
@@ -94,7 +95,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Where to start."""
+    """Suggest where to start."""
 
     num_experts: int
     tau: float
@@ -105,7 +106,7 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All of it; classes without samples enter ``zero_count_classes`` and nothing else."""
+    """Hold all figures; classes without samples enter ``zero_count_classes`` and nothing else."""
 
     num_classes: int
     num_samples: int
@@ -154,8 +155,6 @@ def inspect_counts(
         )
     if names is not None and len(names) != len(array):
         raise ValueError(f"names: expected one for each of {len(array)} classes, got {len(names)}")
-    many = finite_float("many", many, low=0, high=float("inf"), expected="a finite number >= 0")
-    few = finite_float("few", few, low=0, high=many, expected=f"a number in 0..many={many:g}")
     batch_size = positive_int("batch_size", batch_size, "give the samples of a batch")
 
     def info(number: int) -> ClassInfo:
@@ -163,12 +162,15 @@ def inspect_counts(
 
     present = np.flatnonzero(array)
     kept = array[present]
+    splits = shot_splits(torch.from_numpy(kept), many, few).numpy()
     infos = [info(int(number)) for number in present]
+
     groupings = []
     for num_experts in EXPERTS:
         if num_experts <= len(kept) + 1:
             grouper = ClassGrouper(kept, num_experts - 1)
             groupings.append(_grouping(CLALogitAdjuster(grouper), infos, batch_size))
+
     absent = [info(int(number)) for number in np.flatnonzero(array == 0)]
     return Inspection(
         num_classes=len(kept),
@@ -177,9 +179,9 @@ def inspect_counts(
         smallest=infos[int(kept.argmin())],
         imbalance_factor=int(kept.max()) / int(kept.min()),
         gini=gini_coefficient(kept),
-        many=many,
-        few=few,
-        shots=_shots(kept, many, few),
+        many=float(many),
+        few=float(few),
+        shots=_shots(kept, splits),
         batch_size=batch_size,
         groupings=groupings,
         zero_count_classes=absent,
@@ -189,7 +191,7 @@ def inspect_counts(
 
 
 def gini_coefficient(counts: ArrayLike) -> float:
-    r"""How unequal counts are: 0 for equal ones, towards 1 where one class has nearly all samples.
+    r"""Measure how unequal counts are: 0 for equal ones, near 1 where one class has nearly all samples.
 
     The mean difference of two counts over twice their mean,
     :math:`\sum_{i,j} |n_i - n_j| \,/\, 2 C \sum_j n_j`.
@@ -204,9 +206,7 @@ def gini_coefficient(counts: ArrayLike) -> float:
     return float(((2 * ranks - num_classes - 1) * ascending).sum() / (num_classes * ascending.sum()))
 
 
-def _shots(counts: np.ndarray[Any, np.dtype[np.int64]], many: float, few: float) -> list[Shot]:
-    is_many, is_few = counts > many, counts < few
-    splits = {"many": is_many, "medium": ~(is_many | is_few), "few": is_few}
+def _shots(counts: npt.NDArray[np.int64], splits: npt.NDArray[np.bool_]) -> list[Shot]:
     total = int(counts.sum())
     return [
         Shot(
@@ -216,7 +216,7 @@ def _shots(counts: np.ndarray[Any, np.dtype[np.int64]], many: float, few: float)
             num_samples=int(counts[split].sum()),
             sample_share=int(counts[split].sum()) / total,
         )
-        for name, split in splits.items()
+        for name, split in zip(("many", "medium", "few"), splits, strict=True)
     ]
 
 
@@ -225,6 +225,7 @@ def _grouping(adjuster: CLALogitAdjuster, infos: Sequence[ClassInfo], batch_size
     counts, index = grouper.class_counts.numpy(), grouper.group_index.numpy()
     numbers = np.array([one.number for one in infos])
     total = int(grouper.group_masses.sum())
+
     groups = []
     for group, mass in enumerate(grouper.group_masses.tolist()):
         inside = index == group
@@ -240,13 +241,14 @@ def _grouping(adjuster: CLALogitAdjuster, infos: Sequence[ClassInfo], batch_size
                 miss_probability=(1 - mass / total) ** batch_size,
             )
         )
+
     margins = [_largest_margin(adjuster, expert, infos) for expert in range(adjuster.num_experts)]
     tau = 0.0 if adjuster.tau is None else float(adjuster.tau)
     return Grouping(adjuster.num_experts, tau, groups, margins)
 
 
 def _largest_margin(adjuster: CLALogitAdjuster, expert: int, infos: Sequence[ClassInfo]) -> Margin:
-    """M(y, j, k) = T(k, j) - T(k, y) is largest from the least to the greatest T."""
+    """Find the largest M(y, j, k) = T(k, j) - T(k, y): from the least to the greatest T."""
     target = int(adjuster.table[expert].argmin())
     margins = adjuster.margin(torch.tensor([target]))[0, expert]
     margin = float(margins.max())
@@ -271,6 +273,7 @@ def _warnings(
             "Class numbers here are the source's; the losses want labels 0..C-1 without the classes left out."
         )
         notices.append(Notice("zero_count_classes", message, cases))
+
     if len(infos) == 1:
         notices.append(Notice("one_class", "There is one class only: nothing to classify.", []))
     elif len({one.count for one in infos}) == 1:
@@ -278,6 +281,7 @@ def _warnings(
             "All classes have the same count: every margin is 0 and LGLA is plain cross entropy of K experts."
         )
         notices.append(Notice("balanced", message, []))
+
     alone = [
         {"num_experts": grouping.num_experts, "group": group.index, "class": group.classes[0]}
         for grouping in groupings
@@ -290,6 +294,7 @@ def _warnings(
             "alone, and none at all where it is the largest."
         )
         notices.append(Notice("single_class_groups", message, alone))
+
     missed = [
         {"num_experts": grouping.num_experts, "group": group.index, "probability": group.miss_probability}
         for grouping in groupings
@@ -303,11 +308,12 @@ def _warnings(
             f"at worst {worst:.0%}. It then has no reference angle: take larger batches or fewer experts."
         )
         notices.append(Notice("missed_groups", message, missed))
+
     return notices
 
 
 def _by_experts(cases: Sequence[dict[str, Any]]) -> str:
-    """The groups of every K, as in ``K = 3: group 1; K = 4: groups 1, 2``."""
+    """List the groups of every K, as in ``K = 3: group 1; K = 4: groups 1, 2``."""
     groups: dict[int, list[str]] = {}
     for case in cases:
         groups.setdefault(case["num_experts"], []).append(str(case["group"] + 1))
@@ -319,6 +325,7 @@ def _by_experts(cases: Sequence[dict[str, Any]]) -> str:
 def _suggestion(groupings: Sequence[Grouping], batch_size: int, expression: str) -> Suggestion:
     by_experts = {grouping.num_experts: grouping for grouping in groupings}
     chosen, problem = by_experts[min(by_experts)], ""
+
     paper = by_experts.get(PAPER_EXPERTS)
     if paper is None:
         why = "K = 2, as one class makes one group."
@@ -340,22 +347,25 @@ def _suggestion(groupings: Sequence[Grouping], batch_size: int, expression: str)
                 f"K = 3 as in the paper: its groups have {sizes[0]} and {sizes[1]} classes, and batches of "
                 f"{batch_size} seldom miss one."
             )
+
     if not any(margin.margin for margin in chosen.margins):
         why = (
             f"No class is rarer than another: nothing to adjust, plain cross entropy does as well. Else {why}"
         )
+
     num_experts, uniform = chosen.num_experts, float(chosen.num_experts - 1)
     reason = (
         f"{why} tau = 1.25 (K - 1) = {chosen.tau:g}, the default, leans to the tail; at tau = K - 1 = "
         f"{uniform:g} the ensemble carries a uniform prior. Neither was best on all data (docs/results.md): "
         "try both."
     )
+
     line = f"criterion = LGLALoss({expression}, num_experts={num_experts}, tau={chosen.tau:g})"
     return Suggestion(num_experts, chosen.tau, uniform, reason, line)
 
 
 def class_label(one: ClassInfo) -> str:
-    """A class for people: its number, and its name where that says more."""
+    """Name a class for people: its number, and its name where that says more."""
     return f"{one.number}" if one.name in (None, str(one.number)) else f"{one.number} ({one.name})"
 
 

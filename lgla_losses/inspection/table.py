@@ -28,10 +28,12 @@ def print_inspection(console: Console, inspection: Inspection, title: str, impor
     """
     console.print(Text(printable(title), style="bold"))
     console.print(_overview(inspection))
+
     suggested = next(
         one for one in inspection.groupings if one.num_experts == inspection.suggestion.num_experts
     )
     margins = f"Largest margins of the logits, at K = {suggested.num_experts} and tau = {suggested.tau:g}"
+
     for heading, table in (
         ("Shot split", _shots(inspection)),
         (
@@ -43,10 +45,12 @@ def print_inspection(console: Console, inspection: Inspection, title: str, impor
         # A title of the table itself would be broken at the table's width.
         console.print(Text(heading, style="bold"))
         console.print(table)
+
     for notice in inspection.warnings:
         console.print(Text.assemble(("Warning:", "bold yellow"), " ", printable(notice.message)), end="\n\n")
     reason = inspection.suggestion.reason
     console.print(Text.assemble(("Suggested start:", "bold green"), " ", printable(reason)), end="\n\n")
+
     # Whole lines, to be copied.
     for line in (*imports, inspection.suggestion.python):
         console.print(Text(line), soft_wrap=True)
@@ -69,7 +73,7 @@ def _overview(inspection: Inspection) -> Padding:
 
 
 def _table(*columns: tuple[str, bool], last: str | None = None) -> Table:
-    """A table whose columns are a heading each, and whether numbers stand below it.
+    """Begin a table; a column is a heading, and whether numbers stand below it.
 
     The column ``last`` has what room the others leave.
     """
@@ -139,7 +143,7 @@ def _counted(one: ClassInfo) -> str:
 
 
 def number_ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers with runs drawn together, as in ``0-3, 7, 9-12``, and dots after a few.
+    """Draw runs of ascending numbers together, as in ``0-3, 7, 9-12``, and dots after a few.
 
     Example:
         >>> number_ranges([0, 1, 2, 5, 8, 9])
@@ -156,5 +160,5 @@ def number_ranges(numbers: Sequence[int]) -> str:
 
 
 def printable(text: str) -> str:
-    """Text of a file without what would move the cursor or colour the terminal."""
+    """Replace what would move the cursor or colour the terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -17,7 +17,7 @@ from lgla_losses.plot.style import Numbers, expert_names, ink, legend, line_styl
 
 
 def plot_table(adjuster: CLALogitAdjuster, *, ax: Axes | None = None) -> Axes:
-    r"""The adjustments :math:`T(k, j)` that every expert's logits get in training: a line an expert.
+    r"""Plot the adjustments :math:`T(k, j)` that every expert's logits get in training: a line an expert.
 
     A local expert's line falls with the frequency inside its own group and is 0 outside; the global
     expert's falls everywhere, by ``tau`` times as much.
@@ -56,7 +56,7 @@ def plot_table(adjuster: CLALogitAdjuster, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_margins(adjuster: CLALogitAdjuster, target_class: int, *, ax: Axes | None = None) -> Axes:
-    r"""The margins :math:`M(y, j, k)` of one class ``y`` against every rival class ``j``: a line an expert.
+    r"""Plot the margins :math:`M(y, j, k)` of a class ``y`` against every rival ``j``: a line an expert.
 
     By so much must a sample of the class win over the rival: a positive margin moves the boundary towards
     the class, a negative one towards the rival. The cases of Eq. 6 are numbered as there: local expert, both
@@ -89,15 +89,18 @@ def plot_margins(adjuster: CLALogitAdjuster, target_class: int, *, ax: Axes | No
     target_class = class_index("target_class", target_class, num_classes)
     if num_classes == 1:
         raise ValueError("adjuster: expected two classes or more, got one, which has no rival")
+
     axes = given_axes(ax)
     order, counts = by_frequency(adjuster.grouper.class_counts)
     own_count = counts[order == target_class].item()
     # Room on either side for the numbers of the cases, and an axis where all counts are equal.
     room = max((counts[0] / counts[-1]) ** 0.12, 1.5)
     axes.set_xlim(counts[-1] / room, counts[0] * room)
+
     rivals, counts = order[order != target_class], counts[order != target_class]
     target = torch.tensor([target_class], device=adjuster.table.device)
     margins = numbers(adjuster.margin(target)[0])[:, rivals]
+
     names = expert_names(adjuster.num_experts, adjuster.tau is not None)
     styles = line_styles(axes, names, len(rivals))
     for row, style in zip(margins, styles, strict=True):
@@ -105,13 +108,17 @@ def plot_margins(adjuster: CLALogitAdjuster, target_class: int, *, ax: Axes | No
     axes.set_xscale("log")
     plain_numbers(axes.xaxis)
     axes.set(xlabel="training samples of the rival class j", ylabel=f"margin M({target_class}, j, k) (nats)")
+
     axes.axvline(own_count, color=ink(axes), ymax=0.94, linewidth=0.8, linestyle=":")
     axes.margins(y=0.17)
+
     group = adjuster.grouper.group_index.cpu().numpy()
     if adjuster.tau is not None and np.ptp(margins) > 0:
         _number_cases(axes, counts, margins, group[rivals], group[target_class])
+
     inner = np.sqrt(counts[:-1] * counts[1:])
     mark_groups(axes, np.array([counts[0], *inner, counts[-1]]), group[rivals])
+
     legend(axes, f"class {target_class}: {own_count:,.10g} samples")
     return axes
 
@@ -127,11 +134,14 @@ def _number_cases(axes: Axes, counts: Numbers, margins: Numbers, group: Indices,
         4: [(k, group != k) for k in others],
         5: [(last, np.ones(len(group), dtype=bool))],
     }
+
     position = np.log(counts / counts[-1]) / max(math.log(counts[0] / counts[-1]), 1e-9)
     height, width = 0.05 * max(np.ptp(margins), 1e-9), 0.1
     named: dict[int, tuple[float, float]] = {}
+
     for case, places in cases.items():
         clearances = {}
+
         for k, where in places:
             found = np.flatnonzero(where)
             # No margin falls with the rival's count inside a case: the line leaves room on its left above
@@ -144,8 +154,10 @@ def _number_cases(axes: Axes, counts: Numbers, margins: Numbers, group: Indices,
                 lines = [np.delete(margins, k, axis=0)[:, near].ravel(), margins[k, near & ~where]]
                 clearance = np.abs(np.concatenate(lines) - y).min(initial=np.inf)
                 clearances[k, j, side] = (is_free, clearance)
+
         if not clearances:
             continue
+
         k, j, side = max(clearances, key=lambda place: clearances[place])
         named[case] = (position[j] - side * width / 2, margins[k, j] + side * height)
         axes.annotate(

@@ -26,7 +26,7 @@ def plot_angles(
     bins: int = 40,
     figure: Figure | None = None,
 ) -> Figure:
-    """Histograms of the samples' angles to their class centres by group, a panel an expert.
+    """Plot histograms of the samples' angles to their class centres by group: a panel an expert.
 
     A vertical line marks the group's reference angle, its mean: samples to the right of it weigh more.
 
@@ -59,6 +59,7 @@ def plot_angles(
     target = target_tensor(target, angles.shape[:1]).cpu()
     target_values(target, grouper.num_classes, ignore_index)
     bins = positive_int("bins", bins, "it is the number of bins of a histogram")
+
     group = functional.target_groups(target, grouper.group_index.cpu(), ignore_index)
     values = angles.detach().cpu().double()
     seen = numbers(values[group >= 0])
@@ -66,16 +67,19 @@ def plot_angles(
         raise ValueError(
             f"angles: expected angles of a sample or more that is not ignored, got {list(angles.shape)}"
         )
+
     # Angles in float32 or less may round above pi.
     if not ((seen >= 0) & (seen <= math.pi + 0.01)).all():
         raise ValueError(
             f"angles: expected radians in 0..pi, got {seen.min():.4g} to {seen.max():.4g}; "
             "torch.deg2rad converts degrees"
         )
+
     references = functional.aaw_references(functional.aaw_statistics(values, group, grouper.num_groups))
     edges = np.histogram_bin_edges(seen, bins)
     num_experts = angles.shape[1]
     names = expert_names(num_experts, num_experts == grouper.num_groups + 1)
+
     figure, drawn = panels(figure, names, (3.6, 3.5))
     for k, axes in enumerate(drawn):
         for g in range(grouper.num_groups):
@@ -86,6 +90,7 @@ def plot_angles(
             style: dict[str, Any] = {"color": color(g), "linestyle": LINES[g % len(LINES)] if g else "solid"}
             axes.stairs(share, edges, linewidth=1.8, label=f"group {g + 1}", **style)
             axes.axvline(float(references[g, k]), linewidth=1.2, **style)
+
     mark = {"color": ink(axes), "linestyle": "none", "marker": "|", "markersize": 14}
     handles, _ = axes.get_legend_handles_labels()
     handles.append(Line2D([], [], label="its reference angle", **mark))

@@ -25,7 +25,7 @@ def plot_boundaries(
     *,
     figure: Figure | None = None,
 ) -> Figure:
-    r"""Where each class wins in training, with its adjustments and without: a panel an expert.
+    r"""Plot where each class wins in training, with its adjustments and without: a panel an expert.
 
     The logits of a 2-D feature ``x`` are those of round classes of unit deviation,
     :math:`v_j = -|x - c_j|^2 / 2`. Areas show the largest of the adjusted logits
@@ -60,18 +60,22 @@ def plot_boundaries(
     indices = [class_index("classes", j, adjuster.grouper.num_classes) for j in chosen.tolist()]
     if len(set(indices)) < 2 or len(set(indices)) < len(indices):
         raise ValueError(f"classes: expected two or more different classes, got {indices}")
+
     target = torch.tensor(indices, device=adjuster.table.device)
     margins = numbers(adjuster.margin(target))[:, :, indices]
     points = _centres(centres, len(indices), margins)
+
     middle = (points.min(axis=0) + points.max(axis=0)) / 2
     half = 1.25 * np.ptp(points, axis=0).max()
     xs, ys = (np.linspace(m - half, m + half, 201) for m in middle)
     plane = np.stack(np.meshgrid(xs, ys), axis=-1)
     logits = -((plane[:, :, None] - points) ** 2).sum(axis=-1) / 2
+
     titles = expert_names(adjuster.num_experts, adjuster.tau is not None)
     if len(indices) == 2:
         margin = f"M({indices[0]}, {indices[1]})"
         titles = [f"{titles[k]}\n{margin} = {margins[0, k, 1]:+.2f} nats" for k in range(len(titles))]
+
     figure, drawn = panels(figure, titles, (3.4, 3.9), square=True)
     black = ink(drawn[0])
     counts = adjuster.grouper.class_counts[target].tolist()
@@ -87,11 +91,13 @@ def plot_boundaries(
             alpha=0.45,
             interpolation="nearest",
         )
+
         for values, style, width in ((logits, "dashed", 1.2), (adjusted, "solid", 2.2)):
             for difference in _leads(values):
                 axes.contour(
                     xs, ys, difference, levels=[0.0], colors=[black], linestyles=style, linewidths=width
                 )
+
         for m, (j, point, count) in enumerate(zip(indices, points, counts, strict=True)):
             axes.plot(*point, MARKERS[m % len(MARKERS)], color=black, markersize=6)
             # Outwards, away from the boundaries.
@@ -106,10 +112,12 @@ def plot_boundaries(
                 fontsize="small",
                 color=black,
             )
+
         axes.set_aspect("equal")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(5))
         axes.grid(False)
+
     lines = [
         Line2D([], [], color=black, linestyle="dashed", linewidth=1.2, label="boundary without adjustment"),
         Line2D([], [], color=black, linewidth=2.2, label="boundary in training"),
@@ -120,7 +128,7 @@ def plot_boundaries(
 
 
 def _centres(centres: ArrayLike | None, number: int, margins: Numbers) -> Numbers:
-    """The class centres ``[M, 2]``: the caller's, or on a circle around the origin."""
+    """Check the caller's class centres ``[M, 2]``, or put them on a circle around the origin."""
     if centres is None:
         # A margin moves a boundary by itself over the distance of the centres: here by 0.3 of that at most.
         distance = max(2.0, math.sqrt(np.abs(margins).max() / 0.3))
@@ -140,7 +148,7 @@ def _centres(centres: ArrayLike | None, number: int, margins: Numbers) -> Number
 
 
 def _leads(values: Numbers) -> list[Numbers]:
-    """The lead of every class over the best other, where it changes sign; every boundary is in one alone."""
+    """Give the lead of every class over the best other where it changes sign; a boundary is in one alone."""
     leads = []
     for m in range(values.shape[-1] - 1):
         others = values.copy()

@@ -15,7 +15,7 @@ from lgla_losses.plot.style import ink
 
 
 def given_axes(ax: Axes | None) -> Axes:
-    """The axes of a picture of one panel."""
+    """Check the caller's axes of a picture of one panel, or make them."""
     if ax is None:
         return Figure(figsize=(8.5, 4.2), layout="constrained").add_subplot()
     if not isinstance(ax, Axes):
@@ -26,7 +26,7 @@ def given_axes(ax: Axes | None) -> Axes:
 def panels(
     figure: Figure | None, titles: Sequence[str], panel_size: tuple[float, float], square: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure and a panel a title in it, four in a row at most, on the same scales."""
+    """Make a panel a title in a figure, four in a row at most, on the same scales."""
     rows = math.ceil(len(titles) / 4)
     columns = math.ceil(len(titles) / rows)
     if figure is None:
@@ -52,7 +52,7 @@ def panels(
 def describe_panels(
     figure: Figure, xlabel: str, ylabel: str, handles: Sequence[Artist], **legend: Any
 ) -> None:
-    """The labels and the legend that all panels share."""
+    """Write the labels and the legend that all panels share."""
     color = ink(figure.axes[-1])
     figure.supxlabel(xlabel, fontsize="medium", color=color)
     figure.supylabel(ylabel, fontsize="medium", color=color)

@@ -22,19 +22,19 @@ VISIBLE_SHARE = 0.03
 
 
 def by_frequency(class_counts: Tensor) -> tuple[Indices, Numbers]:
-    """The classes from the most to the least frequent, ties by index, and their counts in that order."""
+    """Sort the classes from the most to the least frequent, ties by index, and their counts alike."""
     counts = class_counts.cpu()
     order = counts.argsort(descending=True, stable=True)
     return order.numpy(), numbers(counts[order])
 
 
 def class_edges(num_classes: int) -> Numbers:
-    """Where the classes meet on the axis, and its ends."""
+    """Place where the classes meet on the axis, and its ends."""
     return np.linspace(0.5, num_classes + 0.5, num_classes + 1)
 
 
 def class_axis(axes: Axes, order: Indices, group_index: Tensor | None = None) -> None:
-    """Ranks by frequency, of few classes their indices; with the groups of the classes along the top."""
+    """Write ranks by frequency, or few classes' indices, and the groups of the classes along the top."""
     group = None if group_index is None else group_index.cpu().numpy()[order]
     axes.set_xlim(0.5, len(order) + 0.5)
     if len(order) <= FEW_CLASSES:
@@ -56,9 +56,11 @@ def mark_groups(axes: Axes, edges: Numbers, group: Indices) -> None:
     """Number the groups along the top, where classes lie between these edges; every second is shaded."""
     cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(group)]
     longest: dict[int, tuple[float, float]] = {}
+
     axes.get_xlim()  # settles the limits, which matplotlib puts off
     to_axes = axes.transData + axes.transAxes.inverted()
     places = to_axes.transform(np.stack([edges, np.ones_like(edges)], axis=1))[:, 0]
+
     for i, (start, stop) in enumerate(pairwise(cuts)):
         low, high = sorted((places[start], places[stop]))
         # Groups of one's own that are scattered over the frequencies would only make stripes.
@@ -67,6 +69,7 @@ def mark_groups(axes: Axes, edges: Numbers, group: Indices) -> None:
         g = int(group[start])
         if g not in longest or high - low > longest[g][1] - longest[g][0]:
             longest[g] = (low, high)
+
     for g, (low, high) in longest.items():
         room = (high - low) * _inches(axes)
         if room < 0.1 * len(str(g + 1)):
@@ -84,5 +87,5 @@ def mark_groups(axes: Axes, edges: Numbers, group: Indices) -> None:
 
 
 def _inches(axes: Axes) -> float:
-    """The width of the axes, before a layout makes room for legends."""
+    """Measure the width of the axes, before a layout makes room for legends."""
     return float(axes.bbox.width / axes.figure.dpi)

@@ -31,7 +31,7 @@ MANY_CLASSES = 100
 
 
 def plot_groups(grouper: ClassGrouper, *, ax: Axes | None = None) -> Axes:
-    r"""The partition of the classes over their frequencies: one area a group.
+    r"""Plot the partition of the classes over their frequencies: one area a group.
 
     The legend holds the classes and the mass of every group, which the partition makes as equal as it can.
 
@@ -54,10 +54,12 @@ def plot_groups(grouper: ClassGrouper, *, ax: Axes | None = None) -> Axes:
     """
     check_grouper(grouper)
     axes = given_axes(ax)
+
     order, counts = by_frequency(grouper.class_counts)
     group = grouper.group_index.cpu().numpy()[order]
     edges = class_edges(len(counts))
     bottom = counts.min() / 1.6
+
     sizes, masses = grouper.group_sizes.tolist(), grouper.group_masses.tolist()
     for g, (size, mass) in enumerate(zip(sizes, masses, strict=True)):
         label = (
@@ -66,17 +68,19 @@ def plot_groups(grouper: ClassGrouper, *, ax: Axes | None = None) -> Axes:
         )
         own = np.where(group == g, counts, np.nan)
         axes.stairs(own, edges, baseline=bottom, fill=True, color=color(g), alpha=0.75, label=label)
+
     axes.stairs(counts, edges, baseline=None, color=ink(axes), linewidth=1.2)
     axes.set_yscale("log")
     plain_numbers(axes.yaxis)
     axes.set(ylabel="training samples", ylim=(bottom, counts.max() * (counts.max() / bottom) ** 0.12))
+
     class_axis(axes, order, grouper.group_index)
     legend(axes)
     return axes
 
 
 def plot_weight_norms(weight: Tensor, class_counts: ArrayLike, *, ax: Axes | None = None) -> Axes:
-    """The L2 norms of the class weights of linear heads: a line an expert, and their mean.
+    """Plot the L2 norms of the class weights of linear heads: a line an expert, and their mean.
 
     A larger norm favours its class. Of many classes the norms are drawn faint, and in full the means over
     neighbours in frequency, a fiftieth of the classes.
@@ -109,21 +113,25 @@ def plot_weight_norms(weight: Tensor, class_counts: ArrayLike, *, ax: Axes | Non
         )
     if not weight.isfinite().all():
         raise ValueError("weight: expected finite values, got NaN or infinity; training has diverged")
+
     axes = given_axes(ax)
     order, _ = by_frequency(counts)
     ranks = np.arange(len(order)) + 1
     norms = numbers(torch.linalg.vector_norm(weight.detach().double(), dim=-1))[:, order]
     styles = line_styles(axes, expert_names(len(norms)), len(order))
+
     if len(norms) > 1:
         norms = np.concatenate([norms, norms.mean(axis=0, keepdims=True)])
         mean = {"color": ink(axes), "linestyle": "dotted", "linewidth": 2.5, "label": "mean of the experts"}
         styles.append(mean)
+
     for row, style in zip(norms, styles, strict=True):
         if len(row) < MANY_CLASSES:
             axes.plot(ranks, row, **style)
             continue
         axes.plot(ranks, row, color=style["color"], linewidth=0.6, alpha=0.3, zorder=1.5)
         axes.plot(ranks, _smoothed(row), **style)
+
     axes.set_ylabel("L2 norm of the class weights")
     class_axis(axes, order)
     legend(axes)
@@ -133,7 +141,7 @@ def plot_weight_norms(weight: Tensor, class_counts: ArrayLike, *, ax: Axes | Non
 def plot_implied_prior(
     adjuster: CLALogitAdjuster, fusion: Tensor | Sequence[float] | None = None, *, ax: Axes | None = None
 ) -> Axes:
-    """The class prior that fused experts carry, beside that of the training data and the uniform one.
+    """Plot the class prior that fused experts carry, beside that of the training data and the uniform one.
 
     Where it lies above the uniform prior the ensemble leans to a class, below it leans away.
 
@@ -176,6 +184,6 @@ def plot_implied_prior(
 
 
 def _smoothed(row: Numbers) -> Numbers:
-    """Means over a fiftieth of the classes around each; fewer at the ends."""
+    """Average a fiftieth of the classes around each; fewer at the ends."""
     window = np.ones(2 * (len(row) // 100) + 1)
     return np.convolve(row, window, "same") / np.convolve(np.ones_like(row), window, "same")

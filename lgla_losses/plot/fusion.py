@@ -31,7 +31,7 @@ def fusion_sweep(
     many: float = 100,
     few: float = 20,
 ) -> Tensor:
-    r"""Accuracy of the ensemble as one local expert's fusion weight grows, by split.
+    r"""Compute the ensemble's accuracy by split as one local expert's fusion weight grows.
 
     The local experts share a weight of 1, of which one has ``w`` and the others the rest in equal parts. The
     global expert's is fixed at what a local expert has in the mean, :math:`1 / (K - 1)`; with K = 2 it has
@@ -70,15 +70,18 @@ def fusion_sweep(
         raise ValueError("logits: expected two experts or more, whose weights can differ, got one")
     if num_samples == 0:
         raise ValueError("logits: expected one test sample or more, got none")
+
     target = target_tensor(target, (num_samples,)).cpu()
     target_values(target, len(counts))
     for expert in experts:
         if expert.isnan().any() or expert.isposinf().any():
             raise ValueError("logits: expected finite values, or -inf for masked classes, got NaN or +inf")
+
     splits = torch.cat([torch.ones(1, len(counts), dtype=torch.bool), shot_splits(counts, many, few)])
     total = target.bincount(minlength=len(counts))
     grid = _sweep_weights(weights)
     result = torch.full((num_experts - 1, len(grid), len(splits)), math.nan, dtype=torch.float64)
+
     for k in range(num_experts - 1):
         for i, w in enumerate(grid):
             fusion = [(1 - w) / max(1, num_experts - 2)] * (num_experts - 1)
@@ -104,7 +107,7 @@ def plot_fusion_sweep(
     few: float = 20,
     figure: Figure | None = None,
 ) -> Figure:
-    """Accuracy by split as the fusion weight of one local expert grows: a panel an expert.
+    """Plot the accuracy by split as the fusion weight of one local expert grows: a panel an expert.
 
     Test logits of several seeds are pooled by ``torch.cat``, and so are their targets. A split without test
     samples has no line.

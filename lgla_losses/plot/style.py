@@ -24,22 +24,22 @@ FEW_POINTS = 20
 
 
 def numbers(values: Tensor) -> Numbers:
-    """A tensor as matplotlib takes it."""
+    """Convert a tensor to what matplotlib takes."""
     return values.detach().cpu().double().numpy()
 
 
 def ink(axes: Axes) -> Any:
-    """What the style of these axes writes with: black, or white on a dark background."""
+    """Give the color that these axes write with: black, or white on a dark background."""
     return axes.xaxis.label.get_color()
 
 
 def color(index: int) -> str:
-    """Of a group, class or expert."""
+    """Give the color of a group, class or expert."""
     return COLORS[index % len(COLORS)]
 
 
 def line_styles(axes: Axes, names: Sequence[str], num_points: int) -> list[dict[str, Any]]:
-    """A line's looks a name; the last is the most important one, in full."""
+    """Give every name the looks of its line; the last is the most important one, in full."""
     styles: list[dict[str, Any]] = []
     for k, name in enumerate(names):
         look = {"linestyle": LINES[k % len(LINES)], "marker": MARKERS[k % (len(MARKERS) - 1)]}
@@ -53,27 +53,27 @@ def line_styles(axes: Axes, names: Sequence[str], num_points: int) -> list[dict[
 
 
 class _PlainNumbers(LogFormatter):
-    """1,000 rather than a power of ten: narrower inside a decade, and as legends have it."""
+    """Write 1,000 rather than a power of ten: narrower inside a decade, and as legends have it."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:,.10g}" if super().__call__(x, pos) else ""
 
 
 def plain_numbers(axis: Axis) -> None:
-    """At the ticks of a logarithmic axis of counts."""
+    """Write plain numbers at the ticks of a logarithmic axis of counts."""
     axis.set_major_formatter(_PlainNumbers())
     axis.set_minor_formatter(_PlainNumbers())
 
 
 def expert_names(num_experts: int, local_and_global: bool = True) -> list[str]:
-    """The experts from 1; in a table of one's own none is local or global, nor is a single one."""
+    """Name the experts from 1; in a table of one's own none is local or global, nor is a single one."""
     if not local_and_global or num_experts == 1:
         return [f"expert {k + 1}" for k in range(num_experts)]
     return [*(f"local expert {k + 1}" for k in range(num_experts - 1)), "global expert"]
 
 
 def legend(axes: Axes, title: str | None = None) -> None:
-    """Beside the axes, where it covers nothing."""
+    """Put the legend beside the axes, where it covers nothing."""
     _, labels = axes.get_legend_handles_labels()
     lines = sum(label.count("\n") + 1 for label in labels)
     drawn = axes.legend(
