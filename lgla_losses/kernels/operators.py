@@ -213,6 +213,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _gradients(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.at_once:
+        if torch.is_grad_enabled() and not upstream.requires_grad:
+            upstream = upstream.detach().requires_grad_()  # a second derivative is refused then, and not 0
         gradient = torch.ops.lgla_losses.rescaled(ctx.saved_tensors[0], upstream)
     else:
         state, logits, *tensors = ctx.saved_tensors
