@@ -32,6 +32,7 @@ __all__ = [
     "expert_logits",
     "focal",
     "focal_slope",
+    "fused_lgla_loss",
     "implied_prior",
     "lgla_loss",
     "log_prior_table",
@@ -408,6 +409,77 @@ def lgla_loss(
 
     loss = torch.stack(losses, dim=-1)
     return (loss if weights is None else weights.to(loss.dtype) * loss).sum(dim=-1)
+
+
+def fused_lgla_loss(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    table: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    reduction: str = "none",
+    divisor: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    margin: Tensor | None = None,
+    gamma: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Compute :func:`lgla_loss` by an engine: one read of the logits, one write of their gradient.
+
+    Nothing is checked here: the losses of this package do that. A class index that is out of range, and a
+    logit that is NaN or +inf, make the loss NaN.
+
+    Source: Tao et al., ICCV 2023, Eq. 9.
+
+    Args:
+        logits: as in :func:`lgla_loss`.
+        target: as in :func:`lgla_loss`.
+        table: as in :func:`lgla_loss`; None for zeros.
+        weights: as in :func:`lgla_loss`.
+        reduction: ``"none"``, or ``"sum"``, which has the gradient computed with the loss.
+        divisor: scalar that the sum is divided by, of which 0 stands for 1; None for 1.
+        ignore_index: as in :func:`lgla_loss`.
+        label_smoothing: as in :func:`lgla_loss`.
+        class_weight: as in :func:`lgla_loss`.
+        margin: as in :func:`lgla_loss`.
+        gamma: as in :func:`lgla_loss`.
+        backend: as in :class:`~lgla_losses.LGLALoss`.
+
+    Returns:
+        ``[N, ...]``, or a scalar with ``"sum"``, in float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: an explicit backend cannot run.
+
+    Example:
+        >>> logits = torch.zeros(4, 1, 2, requires_grad=True)
+        >>> fused_lgla_loss(logits, torch.tensor([0, 1, 1, 0]), reduction="sum").backward()
+        >>> logits.grad[0, 0]
+        tensor([-0.5000,  0.5000])
+    """
+    # Here, as the engines know the equations of this module.
+    from lgla_losses.kernels import operators
+
+    blocks = [logits] if isinstance(logits, Tensor) else [expert.unsqueeze(1) for expert in logits]
+    if blocks[0].dim() > 3:  # samples first
+        blocks = [block.movedim((1, 2), (-2, -1)) for block in blocks]
+        target = target.movedim(1, -1) if target.is_floating_point() else target
+    return operators.fused_loss(
+        blocks,
+        target,
+        table,
+        weights,
+        divisor,
+        class_weight,
+        margin,
+        ignore_index,
+        label_smoothing,
+        gamma,
+        reduction == "sum",
+        backend=backend,
+    )
 
 
 def _probabilities(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:

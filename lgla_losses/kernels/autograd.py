@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -122,12 +122,41 @@ class Problem(Protocol):
 _AT_ONCE = True
 
 
-def evaluate(problem: Problem, *inputs: Tensor | None) -> Tensor:
-    """Compute the loss; its graph, where a gradient can be asked for, holds the gradients themselves."""
-    if torch.is_grad_enabled():
-        loss: Tensor = _Fused.apply(problem, *inputs)  # type: ignore[no-untyped-call]
-        return loss
-    return problem.run(inputs, [False] * len(inputs))[0]
+#: Logits of K tensors that an engine takes in one: fewer are copied sooner than kernels for each would start.
+_WORTH_JOINING = {"cuda": 1 << 22}
+
+
+def evaluate(
+    engine: Engine | None,
+    rows: Rows,
+    inputs: Inputs,
+    problem: Callable[[Engine, Rows], Problem],
+    operator: Callable[[Inputs, Rows, str], Tensor],
+    backend: str,
+) -> Tensor:
+    """Compute a loss; its graph, where a gradient can be asked for, holds the gradients themselves.
+
+    Args:
+        engine: what computes; None for plain PyTorch.
+        rows: everything but the inputs; ``reduce`` says whether the losses are added up.
+        inputs: the tensors whose gradients may be asked for.
+        problem: makes what autograd sees.
+        operator: what a compiler sees.
+        backend: by which the operator chooses its engine.
+    """
+    divisor, reduce = rows.divisor, rows.reduce
+    # An engine takes the divisor for a constant.
+    if engine is None or (divisor is not None and divisor.requires_grad):
+        rows = rows._replace(reduce=False, divisor=None)
+
+    if engine is None:
+        loss = problem(chunked, rows).differentiable(inputs)
+    elif torch.compiler.is_compiling():
+        loss = operator(inputs, rows, backend)
+    else:
+        inputs = _joined(inputs) if len(inputs) > 1 else inputs
+        loss = _Fused.apply(problem(engine, rows), *inputs)  # type: ignore[no-untyped-call]
+    return total(loss, divisor) if reduce and not rows.reduce else loss
 
 
 class _Fused(torch.autograd.Function):
@@ -244,3 +273,13 @@ def plain_cross_entropy(logits: Sequence[Tensor], rows: Rows) -> Tensor:
         label_smoothing=rows.label_smoothing,
     )
     return total(losses, rows.divisor) if rows.reduce else losses
+
+
+def _joined(inputs: Inputs) -> Inputs:
+    """Join logits of K tensors that are few: a copy takes less time than a kernel for each."""
+    first = inputs[0]
+    if first is None or any(v is None or v.shape != first.shape for v in inputs):
+        return inputs
+    if len(inputs) * first.numel() >= _WORTH_JOINING.get(first.device.type, 0):
+        return inputs
+    return [torch.cat([v for v in inputs if v is not None], dim=-2)]

@@ -83,11 +83,10 @@ def statistics(angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
     """Eq. 7 and its sums by group, in parts whose number follows from the sizes."""
     library = _library()
     source, exact, n, k, work = _source(angles, samples)
-    parts_of_work = library.lgla_parts(work)
-    parts = torch.empty((parts_of_work, samples.num_groups, k + 1), dtype=torch.float64)
+    parts = torch.empty(library.lgla_parts(work), samples.num_groups, k + 1, dtype=torch.float64)
     written = None
     if angles.angles is None and not samples.target.is_floating_point():
-        written = torch.empty((n, k), dtype=exact)
+        written = torch.empty(n, k, dtype=exact)
     _call(
         library.lgla_statistics,
         _SAMPLES,
@@ -99,7 +98,7 @@ def statistics(angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
 def weights(angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1) -> tuple[Tensor, Tensor]:
     """Eq. 8 and the samples per rank."""
     source, exact, n, k, work = _source(angles, samples)
-    result, total = torch.empty((n, k), dtype=exact), torch.empty((), dtype=torch.float64)
+    result, total = torch.empty(n, k, dtype=exact), torch.empty((), dtype=torch.float64)
     packed = _samples(
         angles, samples, source, exact, n, k, work, parts, weights=result, total=total, num_ranks=num_ranks
     )
@@ -191,7 +190,7 @@ def forward(
     exact = _exact(logits[0].dtype)
     n, k = logits[0].shape[0], sum([block.shape[1] for block in logits])
     result = torch.empty(() if rows.reduce else n, dtype=exact)
-    state = torch.empty((n, k, 2), dtype=exact)
+    state = torch.empty(n, k, 2, dtype=exact)
     _run(logits, rows, gradients, k, exact, result.data_ptr(), state.data_ptr(), _NO_VECTOR)
     return result, state
 

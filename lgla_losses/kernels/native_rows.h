@@ -164,13 +164,16 @@ CONSTANTS(double)
             const char *at = (const char *)target->at + n * target->s0 * width(target->dtype);          \
             VARIANT(load_##A)(at, target->dtype, target->s1, q, C);                                     \
         }                                                                                               \
+                                                                                                        \
         _Pragma("omp simd reduction(+ : total) reduction(| : any)")                                     \
         for (int64_t j = 0; j < C; j++) {                                                               \
             total += q[j];                                                                              \
             any |= q[j] != 0;                                                                           \
         }                                                                                               \
+                                                                                                        \
         *mass = total;                                                                                  \
         if (r == q) return any;                                                                         \
+                                                                                                        \
         const A own = (A)(1 - e), spread = (A)(e * total / C);                                          \
         _Pragma("omp simd reduction(+ : sum)")                                                          \
         for (int64_t j = 0; j < C; j++) {                                                               \
@@ -249,7 +252,7 @@ SHARES(double)
             gradient[j * to] = VARIANT(to_##NAME)(factor * e - (pull ? shift * pull[j] : shift));       \
         }                                                                                               \
     }                                                                                                   \
-    /* The same from exponentials that were kept; factor 0 takes none. */                               \
+    /* The same from exponentials that were kept. */                                                    \
     INLINE void VARIANT(scale_##NAME)(V *gradient, int64_t to, const A *restrict kept, A factor, A shift,\
                                       const A *restrict pull, int64_t C) {                              \
         _Pragma("omp simd")                                                                             \

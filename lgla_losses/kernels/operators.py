@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from lgla_losses import functional
+from lgla_losses._torch import unfit
 from lgla_losses.kernels import Angles, Engine, Rows, Samples, chunked
-from lgla_losses.kernels.autograd import CrossEntropy, engine_for, per_sample, total
+from lgla_losses.kernels.autograd import CrossEntropy, choose_engine, engine_for, evaluate, per_sample, total
+from lgla_losses.kernels.blockwise import Blockwise
 from lgla_losses.kernels.linear import LinearCrossEntropy
 
 _OPERATORS = torch.library.Library("lgla_losses", "DEF")
@@ -113,6 +115,15 @@ _define(
 
 
 # --- Eq. 9 of logits ----------------------------------------------------------------------------------------
+
+
+def fused_loss(logits: Sequence[Tensor], *rows: Any, backend: str) -> Tensor:
+    """Compute Eq. 9 for logits ``[*B, k, C]`` from the fields of ``Rows``, by what can run."""
+    constants = [value for value in rows if isinstance(value, Tensor)]
+    engine = choose_engine(backend, logits[0].device, unfit(*logits, *constants))
+    if logits[0].dim() > 3 and engine is not None:
+        engine = None if torch.compiler.is_compiling() else Blockwise(engine)
+    return evaluate(engine, Rows(*rows), logits, CrossEntropy, cross_entropies, backend)
 
 
 class _Call(NamedTuple):

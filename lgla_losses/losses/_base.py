@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -28,8 +27,8 @@ from lgla_losses._counts import ArrayLike
 from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size, refuse_data_parallel
 from lgla_losses._torch import is_watched, unfit, values_readable
 from lgla_losses.grouping import ClassGrouper
-from lgla_losses.kernels import Engine, Rows, Samples, chunked, operators
-from lgla_losses.kernels.autograd import Problem, choose_engine, evaluate, total
+from lgla_losses.kernels import Engine, Samples, chunked, operators
+from lgla_losses.kernels.autograd import choose_engine
 from lgla_losses.kernels.blockwise import Blockwise
 from lgla_losses.losses._config import (
     ADJUSTMENTS,
@@ -47,9 +46,6 @@ if TYPE_CHECKING:
 
 #: With fewer classes a compiler's own code takes less time than the call of an operator opaque to it.
 WORTH_AN_OPERATOR = 512
-
-#: Logits of K tensors that an engine takes in one: fewer are copied sooner than kernels for each would start.
-_WORTH_JOINING = {"cuda": 1 << 22}
 
 _ALONE = Ranks()
 
@@ -221,36 +217,6 @@ class Loss(nn.Module):
         if normalizer is not None:
             return scalar_on(batch.target.device, normalizer, functional.widest_dtype(batch.target.device))
         return samples
-
-    def _evaluated(
-        self,
-        engine: Engine | None,
-        rows: Rows,
-        inputs: Sequence[Tensor | None],
-        problem: Callable[[Engine, Rows], Problem],
-        operator: Callable[[Sequence[Tensor | None], Rows, str], Tensor],
-    ) -> Tensor:
-        """Compute Eq. 9, reduced.
-
-        Args:
-            engine: what computes; None for plain PyTorch.
-            rows: everything but the inputs.
-            inputs: the tensors whose gradients may be asked for.
-            problem: makes what autograd sees.
-            operator: what a compiler sees.
-        """
-        divisor, mean = rows.divisor, self.reduction != "none"
-        # An engine takes the divisor for a constant.
-        reduce = mean and engine is not None and not (divisor is not None and divisor.requires_grad)
-        rows = rows._replace(reduce=reduce, divisor=divisor if reduce else None)
-        if engine is None:
-            loss = problem(chunked, rows).differentiable(inputs)
-        elif torch.compiler.is_compiling():
-            loss = operator(inputs, rows, self.backend)
-        else:
-            inputs = _joined(inputs) if len(inputs) > 1 else inputs
-            loss = evaluate(problem(engine, rows), *inputs)
-        return total(loss, divisor) if mean and not reduce else loss
 
     def _explain_unless_finite(self, batch: Batch, loss: Tensor) -> None:
         """Raise for what made a loss NaN or infinite, if that was wrong."""
@@ -425,16 +391,6 @@ class ExpertLoss(Loss):
 def _chunked(batch: Batch) -> Engine:
     """PyTorch's own operations, for a batch of any kind."""
     return Blockwise(chunked) if batch.is_map else chunked
-
-
-def _joined(inputs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """Join logits of K tensors that are few: a copy takes less time than a kernel for each."""
-    first = inputs[0]
-    if first is None or any(v is None or v.shape != first.shape for v in inputs):
-        return inputs
-    if len(inputs) * first.numel() >= _WORTH_JOINING.get(first.device.type, 0):
-        return inputs
-    return [torch.cat([v for v in inputs if v is not None], dim=-2)]
 
 
 def scalar_on(device: torch.device, number: float | Tensor, dtype: torch.dtype) -> Tensor:

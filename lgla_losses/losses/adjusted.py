@@ -16,7 +16,7 @@ from lgla_losses.adjustment import check_tau, strength_of
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.grouping import same_classes
 from lgla_losses.kernels import Rows
-from lgla_losses.kernels.autograd import CrossEntropy
+from lgla_losses.kernels.autograd import CrossEntropy, evaluate
 from lgla_losses.kernels.operators import cross_entropies
 from lgla_losses.losses._base import Loss
 
@@ -239,8 +239,9 @@ class AdjustedLoss(ConstantBuffers, Loss):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             gamma=self.focusing,
+            reduce=self.reduction != "none",
         )
-        loss = self._evaluated(engine, rows, logits, CrossEntropy, cross_entropies)
+        loss = evaluate(engine, rows, logits, CrossEntropy, cross_entropies, self.backend)
 
         if readable:
             self._explain_unless_finite(batch, loss)

@@ -12,7 +12,7 @@ from lgla_losses._batch import Batch
 from lgla_losses._torch import values_readable
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.kernels import Rows
-from lgla_losses.kernels.autograd import CrossEntropy
+from lgla_losses.kernels.autograd import CrossEntropy, evaluate
 from lgla_losses.kernels.operators import cross_entropies
 from lgla_losses.losses._base import ExpertLoss
 
@@ -131,8 +131,9 @@ class LGLALoss(ExpertLoss):
             divisor=self._divisor(engine, batch, ranks, normalizer, samples),
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
+            reduce=self.reduction != "none",
         )
-        loss = self._evaluated(engine, rows, batch.logits, CrossEntropy, cross_entropies)  # Eq. 9
+        loss = evaluate(engine, rows, batch.logits, CrossEntropy, cross_entropies, self.backend)  # Eq. 9
 
         if readable:
             self._explain_unless_finite(batch, loss)

@@ -13,6 +13,7 @@ from lgla_losses._counts import ArrayLike
 from lgla_losses._ranks import Ranks
 from lgla_losses._torch import unfit, values_readable
 from lgla_losses.kernels import Engine, Rows, chunked
+from lgla_losses.kernels.autograd import evaluate
 from lgla_losses.kernels.linear import LinearCrossEntropy, as_autocast_would
 from lgla_losses.kernels.operators import linear_cross_entropy
 from lgla_losses.losses._base import ExpertLoss
@@ -44,6 +45,7 @@ class LinearLGLALoss(ExpertLoss):
         - result: as of :class:`LGLALoss`
 
     Example:
+        >>> import torch
         >>> criterion = LinearLGLALoss([500, 100, 20], num_experts=3)
         >>> features = torch.randn(8, 3, 16, requires_grad=True)
         >>> weight = torch.randn(3, 3, 16, requires_grad=True)
@@ -98,12 +100,13 @@ class LinearLGLALoss(ExpertLoss):
             divisor=self._divisor(engine, batch, ranks, normalizer, samples),
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
+            reduce=self.reduction != "none",
         )
         inputs = as_autocast_would(features, weight, bias)
         same_dtype(*inputs[:2])
         problem = functools.partial(LinearCrossEntropy, scale=self.scale)
         operator = functools.partial(linear_cross_entropy, scale=self.scale)
-        loss = self._evaluated(engine, rows, inputs, problem, operator)  # Eq. 9
+        loss = evaluate(engine, rows, inputs, problem, operator, self.backend)  # Eq. 9
 
         if values_readable(features, self.validate_args):
             self._check_loss(loss.detach(), batch, ranks)
