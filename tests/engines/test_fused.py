@@ -492,7 +492,7 @@ def test_the_number_of_threads_changes_no_bit(dtype, monkeypatch):
         assert all(map(torch.equal, result, results[0]))
 
 
-# --- Operators, as torch.compile calls them; "reference" there stands for chunks of PyTorch ------------------
+# --- Operators, as torch.compile calls them; "reference" there stands for chunks of PyTorch -----------------
 
 
 def every_backend(test):
