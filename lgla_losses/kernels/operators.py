@@ -15,7 +15,15 @@ from torch import Tensor
 from lgla_losses import functional
 from lgla_losses._torch import unfit
 from lgla_losses.kernels import Angles, Engine, Rows, Samples, chunked
-from lgla_losses.kernels.autograd import CrossEntropy, choose_engine, engine_for, evaluate, per_sample, total
+from lgla_losses.kernels.autograd import (
+    CrossEntropy,
+    Inputs,
+    choose_engine,
+    engine_for,
+    evaluate,
+    per_sample,
+    total,
+)
 from lgla_losses.kernels.blockwise import Blockwise
 from lgla_losses.kernels.linear import LinearCrossEntropy
 
@@ -140,11 +148,10 @@ class _Call(NamedTuple):
         return cls(logits, Rows(*rows), at_once, backend)
 
 
-def cross_entropies(logits: Sequence[Tensor | None], rows: Rows, backend: str) -> Tensor:
+def cross_entropies(logits: Inputs, rows: Rows, backend: str) -> Tensor:
     """Compute Eq. 9 for logits ``[N, k, C]``, an operator for each tensor."""
     parts, begin = [], 0
     for block in logits:
-        assert block is not None
         experts = slice(begin, begin := begin + block.shape[1])
         own = rows._replace(
             table=None if rows.table is None else rows.table[experts],
@@ -178,12 +185,11 @@ def _operator(logits: Tensor, rows: Rows, backend: str) -> Tensor:
     return loss
 
 
-def _cross_entropy(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _cross_entropy(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     """The loss, the state for its gradient, and the gradient or an empty tensor."""
     call = _Call.of(*arguments)
     problem = CrossEntropy(_engine(call.backend, call.logits.device), call.rows)
     loss, (gradient,), state = problem.run([call.logits], [call.at_once])
-    assert state is not None
     return loss, state, call.logits.new_empty(0) if gradient is None else gradient
 
 
@@ -198,13 +204,11 @@ def _cross_entropy_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _cross_entropy_backward(upstream: Tensor, state: Tensor, *arguments: Any) -> Tensor:
+def _cross_entropy_backward(upstream: Tensor, state: Tensor, *arguments: Any) -> Tensor | None:
     call = _Call.of(*arguments)
     problem = CrossEntropy(_engine(call.backend, call.logits.device), call.rows)
     upstream = per_sample(call.rows, upstream)
-    gradient = problem.gradients([call.logits], upstream, state, [True])[0]
-    assert gradient is not None
-    return gradient
+    return problem.gradients([call.logits], upstream, state, [True])[0]
 
 
 def _rescaled(gradient: Tensor, factor: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def assert_same(actual, expected, **tolerance):
 
 
 def formula(case, logits, target, own, sample_weight, label_smoothing):
-    """Losses ``[N]``, gradients of their sum ``[N, K, C]``, and how many samples there are, in plain loops."""
+    """Losses ``[N]``, gradients of their sum ``[N, K, C]``, and how many samples count, in plain loops."""
     losses, gradients, amounts = [], [], []
     probabilities = target if target.is_floating_point() else one_hot(target)
     class_weight = [w * o for w, o in zip(case.weight, own, strict=True)]
