@@ -29,18 +29,15 @@ logger = logging.getLogger(__name__)
 Inputs: TypeAlias = Sequence[Any]
 
 
-def choose_engine(backend: str, device: torch.device, unfit: str | None) -> Engine | None:
-    """Choose what computes for a backend, unless the inputs are ``unfit``; None stands for plain PyTorch.
+def without_engine(backend: str, unfit: str) -> None:
+    """Say once that plain PyTorch computes, as the inputs are ``unfit`` for an engine.
 
     Raises:
-        ValueError: an explicit backend cannot run; the message says why.
+        ValueError: the backend is an explicit one.
     """
-    if backend == "reference" or unfit is None:
-        return engine_for(backend, device)
     if backend != "auto":
         raise ValueError(f"backend: {backend!r} cannot run, as {unfit}; 'auto' takes what can")
     log_once(f"backend 'auto' takes 'reference', as {unfit}")
-    return None
 
 
 def engine_for(backend: str, device: torch.device) -> Engine | None:

@@ -202,7 +202,7 @@ int lgla_cross_entropy(const Batch *b) {
 
 /* Parts whose sums are added up at the end; their number depends on the work alone. */
 enum { MOST_PARTS = 64, WORTH_PARTS = 1 << 16 };
-int64_t lgla_parts(int64_t work) { return work < WORTH_PARTS ? 1 : MOST_PARTS; }
+static int64_t parts_of(int64_t work) { return work < WORTH_PARTS ? 1 : MOST_PARTS; }
 
 typedef struct {
     double scale;               /* of cosine logits */
@@ -392,7 +392,7 @@ static int count(const Count *c, const Generation *generation, int64_t begin, in
 /* The weights of all samples that are not ignored. */
 int lgla_count(const Count *c) {
     const Generation *generation = fastest();
-    const int64_t parts = lgla_parts(c->N * (c->target.dtype == INDEX ? 1 : c->C));
+    const int64_t parts = parts_of(c->N * (c->target.dtype == INDEX ? 1 : c->C));
     double totals[MOST_PARTS];
     int status = DONE;
 #pragma omp parallel for num_threads(c->threads) if (c->threads > 1) reduction(| : status)

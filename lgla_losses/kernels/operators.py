@@ -18,11 +18,11 @@ from lgla_losses.kernels import Angles, Engine, Rows, Samples, chunked
 from lgla_losses.kernels.autograd import (
     CrossEntropy,
     Inputs,
-    choose_engine,
     engine_for,
     evaluate,
     per_sample,
     total,
+    without_engine,
 )
 from lgla_losses.kernels.blockwise import Blockwise
 from lgla_losses.kernels.linear import LinearCrossEntropy
@@ -128,7 +128,10 @@ _define(
 def fused_loss(logits: Sequence[Tensor], *rows: Any, backend: str) -> Tensor:
     """Compute Eq. 9 for logits ``[*B, k, C]`` from the fields of ``Rows``, by what can run."""
     constants = [value for value in rows if isinstance(value, Tensor)]
-    engine = choose_engine(backend, logits[0].device, unfit(*logits, *constants))
+    why = None if backend == "reference" else unfit(*logits, *constants)
+    if why is not None:
+        without_engine(backend, why)
+    engine = engine_for(backend, logits[0].device) if why is None else None
     if logits[0].dim() > 3 and engine is not None:
         engine = None if torch.compiler.is_compiling() else Blockwise(engine)
     return evaluate(engine, Rows(*rows), logits, CrossEntropy, cross_entropies, backend)

@@ -28,7 +28,7 @@ from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size, refuse_dat
 from lgla_losses._torch import is_watched, unfit, values_readable
 from lgla_losses.grouping import ClassGrouper
 from lgla_losses.kernels import Engine, Samples, chunked, operators
-from lgla_losses.kernels.autograd import choose_engine
+from lgla_losses.kernels.autograd import engine_for, without_engine
 from lgla_losses.kernels.blockwise import Blockwise
 from lgla_losses.losses._config import (
     ADJUSTMENTS,
@@ -148,7 +148,10 @@ class Loss(nn.Module):
             # torch.func.functional_call puts such a one in the place of a constant.
             if constant is not None and constant.requires_grad and not isinstance(constant, nn.Parameter):
                 why = "the adjustments are constant to it, and these want a gradient"
-        engine = choose_engine(self.backend, device, why)
+        if why is not None:
+            without_engine(self.backend, why)
+            return None
+        engine = engine_for(self.backend, device)
         return Blockwise(engine) if engine is not None and batch.is_map else engine
 
     def _is_seen_through(self, batch: Batch) -> bool:
@@ -354,10 +357,10 @@ class ExpertLoss(Loss):
         batch.explain(self.ignore_index, num_classes=self.num_classes)
 
     def _weights(
-        self, engine: Engine | None, batch: Batch, ranks: Ranks, group_index: Tensor
+        self, engine: Engine | None, batch: Batch, ranks: Ranks, table: Tensor, group_index: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """Compute Eqs. 7 and 8: the weights ``[*B, K]`` or None, and the number of samples if it is known."""
-        num_experts, compiling = self.num_experts, torch.compiler.is_compiling()
+        num_experts, compiling = table.shape[0], torch.compiler.is_compiling()
         if not self.aaw:
             return batch.weights_of_experts(num_experts), None
         samples = Samples(batch.target, group_index, num_experts - 1, batch.sample_weight, self.ignore_index)

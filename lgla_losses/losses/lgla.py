@@ -123,7 +123,7 @@ class LGLALoss(ExpertLoss):
         )
         engine, ranks, readable = self._step(batch, normalizer, table, group_index)
 
-        weights, samples = self._weights(engine, batch, ranks, group_index)  # Eqs. 7 and 8
+        weights, samples = self._weights(engine, batch, ranks, table, group_index)  # Eqs. 7 and 8
         rows = Rows(
             batch.target,
             table=table,

@@ -92,7 +92,7 @@ class LinearLGLALoss(ExpertLoss):
         group_index = self.adjuster.grouper.constant("group_index")
         engine, ranks, _ = self._step(batch, normalizer, table, group_index)
 
-        weights, samples = self._weights(engine, batch, ranks, group_index)  # Eqs. 7 and 8
+        weights, samples = self._weights(engine, batch, ranks, table, group_index)  # Eqs. 7 and 8
         rows = Rows(
             target,
             table=table,
