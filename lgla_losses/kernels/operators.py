@@ -14,15 +14,13 @@ from torch import Tensor
 
 from lgla_losses import functional
 from lgla_losses._torch import unfit
-from lgla_losses.kernels import Angles, Engine, Rows, Samples, chunked
+from lgla_losses.kernels import Angles, Engine, Rows, Samples, autograd, chunked
 from lgla_losses.kernels.autograd import (
     CrossEntropy,
     Inputs,
-    engine_for,
     evaluate,
     per_sample,
     total,
-    without_engine,
 )
 from lgla_losses.kernels.blockwise import Blockwise
 from lgla_losses.kernels.linear import LinearCrossEntropy
@@ -38,7 +36,7 @@ _IN_ORDER = torch.Tag.needs_fixed_stride_order
 
 
 def _engine(backend: str, device: torch.device) -> Engine:
-    return engine_for(backend, device) or chunked
+    return autograd.engine_for(backend, device) or chunked
 
 
 def _define(name: str, schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
@@ -130,8 +128,8 @@ def fused_loss(logits: Sequence[Tensor], *rows: Any, backend: str) -> Tensor:
     constants = [value for value in rows if isinstance(value, Tensor)]
     why = None if backend == "reference" else unfit(*logits, *constants)
     if why is not None:
-        without_engine(backend, why)
-    engine = engine_for(backend, logits[0].device) if why is None else None
+        autograd.without_engine(backend, why)
+    engine = autograd.engine_for(backend, logits[0].device) if why is None else None
     if logits[0].dim() > 3 and engine is not None:
         engine = None if torch.compiler.is_compiling() else Blockwise(engine)
     return evaluate(engine, Rows(*rows), logits, CrossEntropy, cross_entropies, backend)
