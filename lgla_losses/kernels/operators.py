@@ -14,8 +14,14 @@ from torch import Tensor
 
 from lgla_losses import functional
 from lgla_losses._torch import unfit
-from lgla_losses.kernels import Angles, Engine, Rows, Samples, chunked
-from lgla_losses.kernels.autograd import CrossEntropy, engine_for, evaluate, per_sample, total, without_engine
+from lgla_losses.kernels import Angles, Engine, Rows, Samples, autograd, chunked
+from lgla_losses.kernels.autograd import (
+    CrossEntropy,
+    Inputs,
+    evaluate,
+    per_sample,
+    total,
+)
 from lgla_losses.kernels.blockwise import Blockwise
 from lgla_losses.kernels.linear import LinearCrossEntropy
 
@@ -30,7 +36,7 @@ _IN_ORDER = torch.Tag.needs_fixed_stride_order
 
 
 def _engine(backend: str, device: torch.device) -> Engine:
-    return engine_for(backend, device) or chunked
+    return autograd.engine_for(backend, device) or chunked
 
 
 def _define(name: str, schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
@@ -122,8 +128,8 @@ def fused_loss(logits: Sequence[Tensor], *rows: Any, backend: str) -> Tensor:
     constants = [value for value in rows if isinstance(value, Tensor)]
     why = None if backend == "reference" else unfit(*logits, *constants)
     if why is not None:
-        without_engine(backend, why)
-    engine = engine_for(backend, logits[0].device) if why is None else None
+        autograd.without_engine(backend, why)
+    engine = autograd.engine_for(backend, logits[0].device) if why is None else None
     if logits[0].dim() > 3 and engine is not None:
         engine = None if torch.compiler.is_compiling() else Blockwise(engine)
     return evaluate(engine, Rows(*rows), logits, CrossEntropy, cross_entropies, backend)
@@ -143,11 +149,10 @@ class _Call(NamedTuple):
         return cls(logits, Rows(*rows), at_once, backend)
 
 
-def cross_entropies(logits: Sequence[Tensor | None], rows: Rows, backend: str) -> Tensor:
+def cross_entropies(logits: Inputs, rows: Rows, backend: str) -> Tensor:
     """Compute Eq. 9 for logits ``[N, k, C]``, an operator for each tensor."""
     parts, begin = [], 0
     for block in logits:
-        assert block is not None
         experts = slice(begin, begin := begin + block.shape[1])
         own = rows._replace(
             table=None if rows.table is None else rows.table[experts],
@@ -181,12 +186,11 @@ def _operator(logits: Tensor, rows: Rows, backend: str) -> Tensor:
     return loss
 
 
-def _cross_entropy(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _cross_entropy(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     """The loss, the state for its gradient, and the gradient or an empty tensor."""
     call = _Call.of(*arguments)
     problem = CrossEntropy(_engine(call.backend, call.logits.device), call.rows)
     loss, (gradient,), state = problem.run([call.logits], [call.at_once])
-    assert state is not None
     return loss, state, call.logits.new_empty(0) if gradient is None else gradient
 
 
@@ -201,13 +205,11 @@ def _cross_entropy_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _cross_entropy_backward(upstream: Tensor, state: Tensor, *arguments: Any) -> Tensor:
+def _cross_entropy_backward(upstream: Tensor, state: Tensor, *arguments: Any) -> Tensor | None:
     call = _Call.of(*arguments)
     problem = CrossEntropy(_engine(call.backend, call.logits.device), call.rows)
     upstream = per_sample(call.rows, upstream)
-    gradient = problem.gradients([call.logits], upstream, state, [True])[0]
-    assert gradient is not None
-    return gradient
+    return problem.gradients([call.logits], upstream, state, [True])[0]
 
 
 def _rescaled(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -227,6 +229,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _gradients(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.at_once:
+        if torch.is_grad_enabled() and not upstream.requires_grad:
+            upstream = upstream.detach().requires_grad_()  # a second derivative is refused then, and not 0
         gradient = torch.ops.lgla_losses.rescaled(ctx.saved_tensors[0], upstream)
     else:
         state, logits, *tensors = ctx.saved_tensors

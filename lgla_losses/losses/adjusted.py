@@ -51,7 +51,7 @@ class AdjustedLoss(ConstantBuffers, Loss):
         class_counts: training samples per class ``[C]``, positive; None for a loss that needs none.
         numbers: what :meth:`constants` takes beside them, by name.
         class_weight: weights of the classes of one's own ``[C]``, finite and at least 0, as those of
-            :class:`torch.nn.CrossEntropyLoss`; they multiply those of the loss.
+            :class:`torch.nn.CrossEntropyLoss`; they multiply those that the loss makes.
         reduction: ``"mean"`` over the samples not ignored, ``"sum"``, or ``"none"``. With ``class_weight``
             the mean divides by the sum of the samples' weights, as PyTorch's does, but for losses that say
             otherwise.
@@ -109,7 +109,8 @@ class AdjustedLoss(ConstantBuffers, Loss):
             self._keep("own_class_weight", as_class_weight(class_weight, of_classes))
         first = next(iter(self._exact.values()), None)
         self._num_classes = None if first is None else len(first)
-        self._divides_by_weights = self.divides_by_weights or list(self._exact)[-1:] == ["own_class_weight"]
+        only_own = "own_class_weight" in self._exact and "class_weight" not in self._exact
+        self._divides_by_weights = self.divides_by_weights or only_own
 
     def constants(self, counts: Tensor, **numbers: float) -> dict[str, Tensor]:
         """Compute what the loss holds of the class counts.
@@ -180,8 +181,10 @@ class AdjustedLoss(ConstantBuffers, Loss):
     def _restored(
         self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
     ) -> dict[str, Tensor]:
+        if "own_class_weight" in state:
+            state = state | {"own_class_weight": as_class_weight(state["own_class_weight"])}
         if "class_counts" not in self._exact:
-            return {name: as_class_weight(value) for name, value in state.items()}
+            return state
         counts = as_class_counts(self._current(state, "class_counts")).double()
         numbers = self._numbers
         if "tau" in numbers:

@@ -311,11 +311,11 @@ class LDAMLoss(AdjustedLoss):
         return super()._restored(state, state_dict, prefix)
 
     def _terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        table, weight, _ = super()._terms()
-        if weight is not None:
-            # The flag stays on its device: no step waits for it, and a compiled one sees it change.
-            weight = torch.where(self.constant("reweighting") > 0, weight, 1.0)
-        return table, weight, self.scale * self.constant("margins")
+        # The flag stays on its device: no step waits for it, and a compiled one sees it change.
+        weight = torch.where(self.constant("reweighting") > 0, self.constant("class_weight"), 1.0)
+        if "own_class_weight" in self._exact:
+            weight = weight * self.constant("own_class_weight")
+        return None, weight, self.scale * self.constant("margins")
 
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""

@@ -13,7 +13,7 @@ from lgla_losses import (
     LGLALoss,
     LinearLGLALoss,
 )
-from lgla_losses.kernels import native
+from lgla_losses.kernels import chunked, native
 
 COUNTS = [40, 9, 5, 1]
 #: aot_eager traces and differentiates whole graphs without generating code: enough for most checks.
@@ -102,12 +102,12 @@ def test_many_classes_compile_to_the_operator(backend, form, reduction):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_compiled_gradient_is_handed_over_once(backend, dtype, monkeypatch):
-    """Computed with the loss, its second backward anew; float16 waits for the loss's scale."""
+def test_a_compiled_gradient_is_computed_with_the_loss(backend, dtype, monkeypatch):
+    """For all backwards through a retained graph; float16 waits for the loss's scale, each time anew."""
     if native.LIBRARY is None:
         pytest.skip(native.MISSING)
     calls = []
-    monkeypatch.setattr(native, "backward", lambda *a, f=native.backward, **k: (calls.append(1), f(*a, **k)))
+    monkeypatch.setattr(native, "backward", lambda *a, f=native.backward: (calls.append(1), f(*a)))
     criterion = LGLALoss(list(range(600, 0, -1)))
     compiled = torch.compile(criterion, fullgraph=True, backend=backend)
     logits = (30 * torch.rand(4, 3, 600) - 15).to(dtype).requires_grad_()
@@ -118,13 +118,28 @@ def test_a_compiled_gradient_is_handed_over_once(backend, dtype, monkeypatch):
             torch.autograd.grad(loss, logits, retain_graph=True)[0],
             torch.autograd.grad(loss, logits)[0],
         ]
-    assert len(calls) == (1 if dtype == torch.float32 else 2)
+    assert len(calls) == (0 if dtype == torch.float32 else 2)
     for result in results[:3]:
         torch.testing.assert_close(result, results[3])
-    table = criterion.adjuster.constant("table")
-    arguments = logits, torch.arange(4), table, None, None, -100, 0.0, True, False, "auto"
-    _, state = torch.ops.lgla_losses.cross_entropy(*arguments)
-    assert state.gradient is None  # nobody asked for one
+
+
+def test_a_compiled_loss_computes_no_gradient_that_nobody_asks_for(monkeypatch):
+    wanted = []
+
+    def spy(logits, rows, gradients, forward=chunked.forward):
+        wanted.append(gradients[0] is not None)
+        return forward(logits, rows, gradients)
+
+    monkeypatch.setattr(chunked, "forward", spy)
+    monkeypatch.setattr(native, "LIBRARY", None)
+    criterion = LGLALoss(list(range(600, 0, -1)), backend="fused")
+    compiled = torch.compile(criterion, fullgraph=True, backend="eager")
+    logits = torch.randn(4, 3, 600)
+    compiled(logits, torch.arange(4))
+    compiled(logits.requires_grad_(), torch.arange(4))
+    with torch.no_grad():
+        compiled(logits, torch.arange(4))
+    assert wanted == [False, True, False]
 
 
 def test_values_are_checked_on_request_under_a_compiler():
@@ -134,13 +149,15 @@ def test_values_are_checked_on_request_under_a_compiler():
         torch.compile(criterion, backend="eager")(logits, torch.arange(4))
 
 
-def test_a_compiled_loss_has_no_second_derivative_and_says_so():
-    criterion = LGLALoss(list(range(600, 0, -1)), aaw=False)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_compiled_loss_has_no_second_derivative_and_says_so(reduction):
+    """A penalty on the gradient beside the loss would go without its own gradient."""
+    criterion = LGLALoss(list(range(600, 0, -1)), aaw=False, reduction=reduction)
     logits = torch.randn(4, 3, 600, requires_grad=True)
-    loss = torch.compile(criterion, backend="eager")(logits, torch.arange(4))
+    loss = torch.compile(criterion, backend="eager")(logits, torch.arange(4)).sum()
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
-        (gradient**2).sum().backward()
+        (loss + (gradient**2).sum()).backward()
 
 
 @pytest.mark.parametrize("loss", ["logits", "linear"])

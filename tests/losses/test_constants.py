@@ -39,6 +39,7 @@ LOSSES = {
     "BalancedSoftmaxLoss": BalancedSoftmaxLoss,
     "ClassBalancedLoss": ClassBalancedLoss,
     "LDAMLoss": LDAMLoss,
+    "own class weights": lambda counts: LDAMLoss(counts, class_weight=[0.5, 1.0, 2.0, 0.0, 3.5, 1.0]),
     "LogitAdjustedLoss": lambda counts: LogitAdjustedLoss(counts, tau=1.5),
     "VSLoss": VSLoss,
 }

@@ -20,6 +20,7 @@ CONFIGURATIONS = {
     "ClassGrouper": (f"{{class_counts: {COUNTS}, num_groups: 2}}", "num_groups=2"),
     "distributed.ClassParallelLGLALoss": (f"{{class_counts: {COUNTS}, label_smoothing: 0.1}}", "of 3"),
     "baselines.FocalLoss": ("{gamma: 1.0, reduction: sum}", "gamma=1.0"),
+    "baselines.FocalLoss of classes": ("{alpha: [0.5, 1.0, 2.0], label_smoothing: 0.1}", "gamma=2.0"),
     "baselines.BalancedSoftmaxLoss": (f"{{class_counts: {COUNTS}}}", "num_classes=3"),
     "baselines.ClassBalancedLoss": (f"{{class_counts: {COUNTS}, beta: 0.99, gamma: 2.0}}", "gamma=2.0"),
     "baselines.LDAMLoss": (f"{{class_counts: {COUNTS}, max_margin: 0.3}}", "scale=30.0"),

@@ -52,7 +52,7 @@ SIGNATURES = {
 BASELINES = {
     "BalancedSoftmaxLoss": "class_counts, **options",
     "ClassBalancedLoss": "class_counts, beta=0.9999, gamma=None, **options",
-    "FocalLoss": "gamma=2.0, **options",
+    "FocalLoss": "gamma=2.0, alpha=None, **options",
     "LDAMLoss": "class_counts, max_margin=0.5, scale=30.0, beta=0.9999, **options",
     "LDAMLoss.reweight": "self, enabled=True",
     "LogitAdjustedLoss": "class_counts, tau=1.0, **options",
@@ -70,8 +70,8 @@ PICTURES = {
     "plot_weight_norms": "weight, class_counts, *, ax=None",
 }
 OPTIONS = (
-    "class_counts=None, numbers=None, *, reduction='mean', ignore_index=-100, validate_args=None, "
-    "backend='auto'"
+    "class_counts=None, numbers=None, *, class_weight=None, reduction='mean', ignore_index=-100, "
+    "label_smoothing=0.0, sync=True, process_group=None, validate_args=None, backend='auto'"
 )
 
 
@@ -96,7 +96,7 @@ def test_signature_of_a_baseline(name):
         value = getattr(value, part)
     assert parameters(value) == BASELINES[name]
     if inspect.isclass(value):
-        assert parameters(value.forward) == "self, output, target"
+        assert parameters(value.forward) == "self, output, target, *, sample_weight=None, normalizer=None"
         assert parameters(AdjustedLoss) == OPTIONS
         assert issubclass(value, AdjustedLoss)
         assert set(AdjustedLoss.__init__.__annotations__) - {"class_counts", "numbers", "return"} == set(

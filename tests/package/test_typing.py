@@ -14,6 +14,7 @@ SCRIPT = """\
 import torch
 from torch import nn
 from lgla_losses import GroupConvExperts, LGLALoss, LinearLGLALoss
+from lgla_losses.baselines import BalancedSoftmaxLoss, FocalLoss
 
 logits, target = torch.zeros(2, 3, 3), torch.tensor([0, 2])
 criterion = LGLALoss([3, 2, 1], num_experts=3, reduction="sum")
@@ -27,6 +28,9 @@ LinearLGLALoss([3, 2, 1], redution="sum")  # Unexpected keyword argument "reduti
 LinearLGLALoss([3, 2, 1], "3")  # Argument 2 to "LinearLGLALoss" has incompatible type "str"
 LinearLGLALoss([3, 2, 1], ignore_index="none")  # Argument "ignore_index" to "LinearLGLALoss"
 LGLALoss([3, 2, 1], ignore_index="none")  # Argument "ignore_index" to "LGLALoss"
+focal = FocalLoss(alpha=[1.0, 2.0, 0.5], label_smoothing=0.1, sync=False)
+reveal_type(focal(logits, target, sample_weight=torch.ones(2)))  # torch._tensor.Tensor
+BalancedSoftmaxLoss([3, 2, 1], class_weigth=[1.0, 2.0, 0.5])  # Unexpected keyword argument "class_weigth"
 experts = GroupConvExperts(nn.Linear(4, 4), 3, 7)
 reveal_type(experts(torch.zeros(2, 4)))  # fallback=lgla_losses.experts.output.ExpertOutput]"
 reveal_type(experts.extract(0)(torch.zeros(2, 4)))  # Revealed type is "torch._tensor.Tensor"
