@@ -29,19 +29,22 @@ from lgla_losses._checks import (
 )
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.kernels import Angles
+from lgla_losses.kernels.autograd import with_experts
 
 
 class Batch(NamedTuple):
     """What a loss computes with. ``B`` are the dimensions of the samples: ``[N]``, of maps ``[N, *S]``.
 
     Attributes:
-        logits: tensors ``[*B, k, C]`` that hold the ``K`` experts together; none where a loss makes them.
+        logits: one tensor ``[*B, K, C]``, or tensors ``[*B, C]`` of an expert each; none where a loss makes
+            them.
         target: class indices ``[*B]`` or probabilities ``[*B, C]``.
         features: inputs of the classifiers ``[*B, K, d]``, or None.
         weight: weights of the classifiers ``[K, C, d]``, or None.
         sample_weight: how many times each sample counts ``[*B]``, or None.
         is_soft: whether the targets are probabilities.
         is_map: whether the samples have several dimensions.
+        of_one: whether each tensor of logits is of one expert, ``[*B, C]``.
     """
 
     logits: Sequence[Tensor]
@@ -51,6 +54,7 @@ class Batch(NamedTuple):
     sample_weight: Tensor | None = None
     is_soft: bool = False
     is_map: bool = False
+    of_one: bool = False
 
     @classmethod
     def of_experts(
@@ -70,13 +74,14 @@ class Batch(NamedTuple):
                 raise ValueError("features, weight: expected none beside an ExpertOutput, which holds them")
             output, features, weight = output
         logits = check_logits(output, table.shape[0], table.shape[1], maps=True)
-        blocks = (logits,) if isinstance(logits, Tensor) else [expert.unsqueeze(1) for expert in logits]
+        blocks = (logits,) if isinstance(logits, Tensor) else logits
 
         if (features is None) != (weight is None):
             raise ValueError("features, weight: expected both or neither, got one; Eq. 7 needs both")
         if not needs_angles:  # for nothing else are they read
             features = weight = None
-        return cls._arranged(blocks, target, features, weight, sample_weight, table)
+        of_one = not isinstance(logits, Tensor)
+        return cls._arranged(blocks, of_one, target, features, weight, sample_weight, table)
 
     @classmethod
     def of_any(
@@ -91,8 +96,8 @@ class Batch(NamedTuple):
         dims = 1
         if isinstance(target, Tensor):
             dims = target.dim() - int(target.is_floating_point())
-        blocks = expert_blocks(output, num_classes, dims)
-        return cls._arranged(blocks, target, None, None, sample_weight, constant)
+        blocks, of_one = one_or_more_experts(output, num_classes, dims)
+        return cls._arranged(blocks, of_one, target, None, None, sample_weight, constant)
 
     @classmethod
     def of_features(
@@ -121,27 +126,28 @@ class Batch(NamedTuple):
     def _arranged(
         cls,
         blocks: Sequence[Tensor],
+        of_one: bool,
         target: Tensor,
         features: Tensor | None,
         weight: Tensor | None,
         sample_weight: Tensor | None,
         constant: Tensor | None,
     ) -> Batch:
-        """Check what comes with logits ``[N, k, C, *S]``, and bring all samples to the front."""
-        first = blocks[0]
-        samples = first.shape[:1] + first.shape[3:]
+        """Check what comes with logits ``[N, K, C, *S]`` or ``[N, C, *S]``; samples come first."""
+        first, classes = blocks[0], 1 if of_one else 2
+        samples, num_classes = first.shape[:1] + first.shape[classes + 1 :], first.shape[classes]
         is_soft, is_map = False, len(samples) > 1
-        if not is_usual(target, len(samples), (torch.int64,)) or target.shape != samples:
+        if not is_usual(target, len(samples), (torch.int64,)) or tuple(target.shape) != tuple(samples):
             is_soft = isinstance(target, Tensor) and target.is_floating_point()
             if is_soft and target.dim() == len(samples) + 1:
-                probability_tensor(target, samples, first.shape[2])
+                probability_tensor(target, samples, num_classes)
             else:
                 target_tensor(target, samples)
         if sample_weight is not None:
             sample_weight_tensor(sample_weight, samples)
         if features is not None and weight is not None:
-            num_experts = sum(block.shape[1] for block in blocks)
-            check_features(features, weight, samples, num_experts, first.shape[2])
+            num_experts = len(blocks) if of_one else first.shape[1]
+            check_features(features, weight, samples, num_experts, num_classes)
         same_device(
             logits=first,
             target=target,
@@ -152,10 +158,16 @@ class Batch(NamedTuple):
         )
 
         if is_map:
-            blocks = [block.movedim((1, 2), (-2, -1)) for block in blocks]
+            blocks = [v.movedim(1, -1) if of_one else v.movedim((1, 2), (-2, -1)) for v in blocks]
             features = None if features is None else features.movedim((1, 2), (-2, -1))
             target = target.movedim(1, -1) if is_soft else target
-        return cls(blocks, target, features, weight, sample_weight, is_soft, is_map)
+        return cls(blocks, target, features, weight, sample_weight, is_soft, is_map, of_one)
+
+    def experts(self) -> list[Tensor]:
+        """Give the logits of every expert ``[*B, C]``, detached."""
+        if self.of_one:
+            return [expert.detach() for expert in self.logits]
+        return [expert for block in self.logits for expert in block.detach().unbind(-2)]
 
     def weights_of_experts(self, num_experts: int) -> Tensor | None:
         """Give the samples' weights for every expert ``[*B, K]``, or None."""
@@ -180,7 +192,8 @@ class Batch(NamedTuple):
                 "a linear head (scale=None) do not give the angles of Eq. 7; pass them as "
                 "criterion(logits, target, features=f, weight=w) or an ExpertOutput, or set aaw=False"
             )
-        return Angles(tuple(map(Tensor.detach, self.logits)), scale)
+        logits = tuple(map(Tensor.detach, self.logits))
+        return Angles(with_experts(logits) if self.of_one else logits, scale)
 
     def check_weights(self) -> None:
         """Raise for weights and probabilities that are wrong, which need not show in the loss; reads them."""
@@ -204,14 +217,14 @@ class Batch(NamedTuple):
                 finite_tensors(features=self.features, weight=self.weight)
             else:
                 self.check_angles(self.features, self.weight, ignore_index)
-        for k, expert in enumerate(v for block in self.logits for v in block.unbind(-2)):
-            self._finite_logits(k, expert.detach(), ignore_index)
+        for k, expert in enumerate(self.experts()):
+            self._finite_logits(k, expert, ignore_index)
 
     def largest_target_logit(self, ignore_index: int) -> float:
         """Give the largest logit of a target; reads the values."""
         kept = self.target > 0 if self.is_soft else self.target != ignore_index
         found = []
-        for expert in (v.detach() for block in self.logits for v in block.unbind(-2)):
+        for expert in self.experts():
             index = (self.target * kept)[..., None] if not self.is_soft else None
             found.append((expert if index is None else expert.gather(-1, index))[kept].flatten())
         largest = torch.cat(found)
@@ -320,10 +333,10 @@ def _expert_tensor(name: str, value: object, shape: str, maps: bool) -> Tensor:
     return floating_tensor(name, value, shape)
 
 
-def expert_blocks(
+def one_or_more_experts(
     output: ExpertOutput | ExpertLogits, num_classes: int | None, num_samples_dims: int = 1
-) -> list[Tensor]:
-    """Take the logits of one model or of K experts as tensors ``[N, k, C, ...]``; views, not copies.
+) -> tuple[Sequence[Tensor], bool]:
+    """Check the logits of one model or of K experts, and say whether each tensor is of one.
 
     Args:
         output: ``[N, C, ...]`` of one model, ``[N, K, C, ...]``, ``K`` tensors ``[N, C, ...]`` or an
@@ -335,13 +348,13 @@ def expert_blocks(
         output = output.logits
     # What is usual first, in one look.
     if num_samples_dims == 1 and is_usual(output, 2) and output.shape[1] == num_classes:
-        return [output.unsqueeze(1)]
+        return (output,), True
     if isinstance(output, Sequence) and not isinstance(output, str):
         if num_classes is None:
             # check_logits has the experts agree with the first.
             num_classes = [*output[0].shape, 1, 1][1] if output and isinstance(output[0], Tensor) else 1
         experts = check_logits(output, max(1, len(output)), num_classes, maps=num_samples_dims > 1)
-        return [expert.unsqueeze(1) for expert in experts]
+        return list(experts), True
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise TypeError(
             "logits: expected an ExpertOutput, a floating-point tensor [N, C] or [N, K, C], or K tensors "
@@ -358,4 +371,4 @@ def expert_blocks(
             f"logits: expected shape [N, {width}] or [N, K, {width}], got {list(output.shape)}; class_counts "
             "fixes the number of classes, and experts lie on dimension 1"
         )
-    return [output if len(found) == 2 else output.unsqueeze(1)]
+    return (output,), len(found) == 1

@@ -121,7 +121,7 @@ class LossMonitor:
             weight=weight,
             sample_weight=sample_weight,
         )
-        experts = [v.flatten(0, -2) for block in batch.logits for v in block.unbind(-2)]
+        experts = [expert.flatten(0, -2) for expert in batch.experts()]
         target = batch.target
         if batch.is_soft:
             target = torch.where(target.sum(dim=-1) > 0, target.max(dim=-1).indices, ignore_index)

@@ -119,10 +119,6 @@ class Problem(Protocol):
 _AT_ONCE = True
 
 
-#: Logits of K tensors that an engine takes in one: fewer are copied sooner than kernels for each would start.
-_WORTH_JOINING = {"cuda": 1 << 22}
-
-
 def evaluate(
     engine: Engine | None,
     rows: Rows,
@@ -151,7 +147,6 @@ def evaluate(
     elif torch.compiler.is_compiling():
         loss = operator(inputs, rows, backend)
     else:
-        inputs = _joined(inputs) if len(inputs) > 1 else inputs
         loss = _Fused.apply(problem(engine, rows), *inputs)  # type: ignore[no-untyped-call]
     return total(loss, divisor) if reduce and not rows.reduce else loss
 
@@ -223,11 +218,17 @@ def total(losses: Tensor, divisor: Tensor | None) -> Tensor:
     return losses.sum() if divisor is None else losses.sum() / nonzero(divisor).to(losses.dtype)
 
 
+def with_experts(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Give tensors ``[*B, C]`` of one expert each their dimension of experts: ``[*B, 1, C]``."""
+    return [tensor.unsqueeze(-2) for tensor in tensors]
+
+
 class CrossEntropy(NamedTuple):
-    """Eq. 9 for logits ``[*B, k, C]``, in one tensor or several that hold all K experts together."""
+    """Eq. 9 for logits ``[*B, k, C]``, or with ``of_one`` for tensors ``[*B, C]`` of one expert each."""
 
     engine: Engine
     rows: Rows
+    of_one: bool = False
 
     def run(
         self, inputs: Inputs, wanted: Sequence[bool]
@@ -237,7 +238,11 @@ class CrossEntropy(NamedTuple):
         for i, logits in enumerate(inputs):
             if wanted[i]:
                 gradients[i] = torch.empty_like(logits)
-        loss, state = self.engine.forward(inputs, self.rows, gradients)
+        blocks, into = inputs, gradients
+        if self.of_one:
+            # Within autograd's function a view costs next to nothing, outside an operation in `backward`.
+            blocks, into = with_experts(inputs), [None if v is None else v.unsqueeze(-2) for v in gradients]
+        loss, state = self.engine.forward(blocks, self.rows, into)
         return loss, gradients, state
 
     def gradients(
@@ -245,18 +250,20 @@ class CrossEntropy(NamedTuple):
     ) -> Sequence[Tensor | None]:
         """Compute the gradients, as in :class:`Problem`."""
         gradients = [torch.empty_like(v) if w else None for v, w in zip(inputs, wanted, strict=True)]
-        self.engine.backward(inputs, self.rows, upstream, state, gradients)
+        blocks, into = inputs, gradients
+        if self.of_one:
+            blocks, into = with_experts(inputs), [None if v is None else v.unsqueeze(-2) for v in gradients]
+        self.engine.backward(blocks, self.rows, upstream, state, into)
         return gradients
 
     def differentiable(self, inputs: Inputs) -> Tensor:
         """Compute the loss in plain PyTorch, as in :class:`Problem`."""
-        return plain_cross_entropy(inputs, self.rows)
+        return plain_cross_entropy(with_experts(inputs) if self.of_one else inputs, self.rows)
 
 
 def plain_cross_entropy(logits: Sequence[Tensor], rows: Rows) -> Tensor:
     """Compute Eq. 9 for logits ``[*B, k, C]`` in plain, differentiable PyTorch."""
-    target = rows.target
-    table = rows.table
+    target, table = rows.target, rows.table
     experts = [v.movedim(-1, 1) for block in logits for v in block.unbind(-2)]
     if table is None:
         table = target.new_zeros((len(experts), experts[0].shape[1]), dtype=experts[0].dtype)
@@ -265,18 +272,10 @@ def plain_cross_entropy(logits: Sequence[Tensor], rows: Rows) -> Tensor:
         target.movedim(-1, 1) if target.is_floating_point() else target,
         table,
         rows.weights,
-        **{k: v for k in ("class_weight", "margin", "gamma") if (v := getattr(rows, k)) not in (None, 0.0)},
+        class_weight=rows.class_weight,
+        margin=rows.margin,
+        gamma=rows.gamma,
         ignore_index=rows.ignore_index,
         label_smoothing=rows.label_smoothing,
     )
     return total(losses, rows.divisor) if rows.reduce else losses
-
-
-def _joined(inputs: Inputs) -> Inputs:
-    """Join logits of K tensors that are few: a copy takes less time than a kernel for each."""
-    first = inputs[0]
-    if first is None or any(v is None or v.shape != first.shape for v in inputs):
-        return inputs
-    if len(inputs) * first.numel() >= _WORTH_JOINING.get(first.device.type, 0):
-        return inputs
-    return [torch.cat([v for v in inputs if v is not None], dim=-2)]

@@ -21,6 +21,7 @@ from lgla_losses.kernels.autograd import (
     evaluate,
     per_sample,
     total,
+    with_experts,
 )
 from lgla_losses.kernels.blockwise import Blockwise
 from lgla_losses.kernels.linear import LinearCrossEntropy
@@ -152,7 +153,7 @@ class _Call(NamedTuple):
 def cross_entropies(logits: Inputs, rows: Rows, backend: str) -> Tensor:
     """Compute Eq. 9 for logits ``[N, k, C]``, an operator for each tensor."""
     parts, begin = [], 0
-    for block in logits:
+    for block in logits if logits[0].dim() > 2 else with_experts(logits):
         experts = slice(begin, begin := begin + block.shape[1])
         own = rows._replace(
             table=None if rows.table is None else rows.table[experts],

@@ -16,8 +16,6 @@ from lgla_losses.adjustment import check_tau, strength_of
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.grouping import same_classes
 from lgla_losses.kernels import Rows
-from lgla_losses.kernels.autograd import CrossEntropy, evaluate
-from lgla_losses.kernels.operators import cross_entropies
 from lgla_losses.losses._base import Loss
 
 if TYPE_CHECKING:
@@ -229,7 +227,7 @@ class AdjustedLoss(ConstantBuffers, Loss):
         if "multiplier" in self._exact:
             multiplier = self.constant("multiplier").to(functional.compute_dtype(logits[0].dtype))
             logits = [block * multiplier for block in logits]
-        num_experts = logits[0].shape[-2] if len(logits) == 1 else len(logits)
+        num_experts = len(logits) if batch.of_one else logits[0].shape[-2]
         weights = None if batch.sample_weight is None else batch.weights_of_experts(num_experts)
         counted = class_weight if self._divides_by_weights else None
         rows = Rows(
@@ -244,7 +242,7 @@ class AdjustedLoss(ConstantBuffers, Loss):
             gamma=self.focusing,
             reduce=self.reduction != "none",
         )
-        loss = evaluate(engine, rows, logits, CrossEntropy, cross_entropies, self.backend)
+        loss = self._cross_entropy(engine, rows, batch, logits)
 
         if readable:
             self._explain_unless_finite(batch, loss)

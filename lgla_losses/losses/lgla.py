@@ -12,8 +12,6 @@ from lgla_losses._batch import Batch
 from lgla_losses._torch import values_readable
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.kernels import Rows
-from lgla_losses.kernels.autograd import CrossEntropy, evaluate
-from lgla_losses.kernels.operators import cross_entropies
 from lgla_losses.losses._base import ExpertLoss
 
 
@@ -133,7 +131,7 @@ class LGLALoss(ExpertLoss):
             label_smoothing=self.label_smoothing,
             reduce=self.reduction != "none",
         )
-        loss = evaluate(engine, rows, batch.logits, CrossEntropy, cross_entropies, self.backend)  # Eq. 9
+        loss = self._cross_entropy(engine, rows, batch, batch.logits)  # Eq. 9
 
         if readable:
             self._explain_unless_finite(batch, loss)

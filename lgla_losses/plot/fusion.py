@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lgla_losses import functional
-from lgla_losses._batch import expert_blocks
+from lgla_losses._batch import one_or_more_experts
 from lgla_losses._checks import finite_float, target_tensor, target_values
 from lgla_losses._counts import ArrayLike, as_class_counts, shot_splits, to_numpy
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
@@ -63,8 +63,8 @@ def fusion_sweep(
                 [0., 1.]], dtype=torch.float64)
     """
     counts = as_class_counts(class_counts)
-    blocks = expert_blocks(logits, len(counts))
-    experts = [expert for block in blocks for expert in block.detach().unbind(dim=1)]
+    blocks, of_one = one_or_more_experts(logits, len(counts))
+    experts = [block.detach() for block in blocks] if of_one else list(blocks[0].detach().unbind(dim=1))
     num_experts, num_samples = len(experts), len(experts[0])
     if num_experts < 2:
         raise ValueError("logits: expected two experts or more, whose weights can differ, got one")
