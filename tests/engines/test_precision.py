@@ -30,12 +30,12 @@ def plain_loop(logits, target, table, weights):
 @pytest.mark.parametrize("rows", ["random", "confident", "uniform"])
 def test_error_is_at_most_plain_pytorchs(dtype, rows):
     logits = {
-        "random": 30 * (2 * torch.rand(64, 3, 200) - 1),
-        "confident": 30 * F.one_hot(torch.randint(200, (64, 3)), 200),
-        "uniform": torch.randn(64, 3, 200) / 100,
+        "random": 30 * (2 * torch.rand(32, 3, 200) - 1),
+        "confident": 30 * F.one_hot(torch.randint(200, (32, 3)), 200),
+        "uniform": torch.randn(32, 3, 200) / 100,
     }[rows].to(dtype)  # fmt: skip
-    target = torch.randint(200, (64,))
-    features, weight = torch.randn(64, 3, 16), torch.randn(3, 200, 16)
+    target = torch.randint(200, (32,))
+    features, weight = torch.randn(32, 3, 16), torch.randn(3, 200, 16)
     criterion = LGLALoss(COUNTS).to(logits.device)
 
     def run(loss_of, values):

@@ -124,7 +124,7 @@ def value_and_gradient(criterion, logits, target, **options):
     """For an upstream gradient that is not one."""
     leaf = logits.detach().clone().requires_grad_()
     loss = criterion(leaf, target, **options)
-    loss.backward(torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape))
+    loss.backward(torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape).to(loss.device))
     return loss.detach(), leaf.grad
 
 
@@ -387,21 +387,26 @@ def test_alpha_travels_in_a_state():
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["indices", "dense"])
-def test_backends_agree_in_every_precision(case, dtype, kind, close):
-    logits, target = random_logits(7, NUM_EXPERTS, 5, dtype=dtype), targets(kind)
+def test_backends_agree_in_every_precision(case, dtype, kind, device, close):
+    logits, target = random_logits(7, NUM_EXPERTS, 5, dtype=dtype).to(device), targets(kind).to(device)
     target = target.to(dtype) if kind == "dense" else target
+    sample_weight = torch.full((7,), 1 / 3, device=device)
     options = {"label_smoothing": 0.1}
     if case in BASELINES.values():
         options["class_weight"] = OWN
-    expected, actual = (
+    expected, *found = (
         value_and_gradient(
-            case.make(COUNTS, backend=backend, **options), logits, target, sample_weight=torch.ones(7) / 3
+            case.make(COUNTS, backend=backend, **options).to(device),
+            logits,
+            target,
+            sample_weight=sample_weight,
         )
-        for backend in ("reference", "fused")
+        for backend in ("reference", "auto", "fused")
     )
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.dtype == theirs.dtype
-        close(ours, theirs)
+    for actual in found:
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert ours.dtype == theirs.dtype
+            close(ours, theirs)
 
 
 @every_loss
