@@ -105,11 +105,13 @@ def typehints_fixup_module_name(module: str) -> str:
 
 
 def typehints_formatter(annotation: object, config: Config) -> str | None:
-    """Aliases by their names; None for other types."""
+    """Aliases by their names, keywords as such; None for other types."""
+    if typing.get_origin(annotation) is typing.Unpack:
+        return "keyword arguments"
     aliased, alternatives = typing.get_args(ArrayLike), typing.get_args(annotation)
     if alternatives[: len(aliased)] == aliased:
         others = [format_annotation(other, config) for other in alternatives[len(aliased) :]]
-        return " | ".join([":py:data:`~lgla_losses._counts.ArrayLike`", *others])
+        return " | ".join([":py:data:`ArrayLike`", *others])
     if typing.get_origin(annotation) is np.ndarray:  # NDArray[...] is ndarray[tuple[...], dtype[...]]
         scalar = typing.get_args(typing.get_args(annotation)[1])[0]
         inner = "Any" if scalar is typing.Any else scalar.__name__

@@ -22,17 +22,33 @@ INVENTORIES = sorted((ROOT / "docs" / "inventories").glob("*.inv"))
 
 
 def test_the_map_names_every_file():
+    """Once each, but for the files of folders that it names as a whole."""
     table = PAGE.partition("| file |")[2].partition("\n\n")[0]
-    named = {
+    named = Counter(
         name
         for row in table.splitlines()
         if row[:2] == "| "
         for name in re.findall(r"`([^`]+)`", row.split("|")[1])
-    }
+    )
     package = ROOT / "lgla_losses"
-    files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
-    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
-    assert named == files | folders
+    folders = tuple(name for name in named if name[-1] == "/" and (package / name).is_dir())
+    files = {str(path.relative_to(package)) for end in ("py", "c", "h") for path in package.rglob(f"*.{end}")}
+    files = {name for name in files if not name.startswith(folders) and not name.endswith("__init__.py")}
+    assert named == Counter([*files, *folders])
+
+
+def test_the_architecture_page_names_what_there_is():
+    diagram = PAGE.partition("```text\n")[2].partition("```")[0]
+    named = {*re.findall(r"`([\w./]+)`", PAGE), *re.findall(r"[A-Za-z_][\w./]*\w", diagram)}
+    files = {name for name in named if re.search(r"\.(py|c|h|toml)$", name)} - {"kernels/NAME.py"}
+    places = (ROOT, ROOT / "lgla_losses")
+    assert [name for name in files if not any((place / name).is_file() for place in places)] == []
+
+    sources = [path for path in ROOT.glob("*/**/*.py") if path.relative_to(ROOT).parts[0][0] != "."]
+    words = {word for path in sources for word in re.findall(r"\w+", path.read_text())}
+    names = {name for name in named - files if re.fullmatch(r"[\w.]*[A-Z_][\w.]*", name)}
+    records = {name for name in names if name.endswith((".json", ".txt"))}
+    assert [name for name in names - records if not words.issuperset(name.split("."))] == []
 
 
 def test_every_public_name_has_one_entry():

@@ -8,11 +8,15 @@ import lgla_losses
 
 
 def public_values():
-    """Every public name of the package and of its modules, in full, and what it stands for."""
+    """Every public name of the package and of its modules, in full, and what it stands for; once each."""
+    found = set()
     names = [module.name for module in pkgutil.iter_modules(lgla_losses.__path__) if module.name[0] != "_"]
     for module in [lgla_losses, *(importlib.import_module(f"lgla_losses.{name}") for name in names)]:
         for name in getattr(module, "__all__", []):
-            yield f"{module.__name__}.{name}", getattr(module, name)
+            value = getattr(module, name)
+            if id(value) not in found:  # the package's own names come first
+                found.add(id(value))
+                yield f"{module.__name__}.{name}", value
 
 
 def undocumented(name, value):
