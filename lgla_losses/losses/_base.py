@@ -376,7 +376,8 @@ class ExpertLoss(Loss):
         if angles.angles is not None and (
             is_watched(self.weighter) or type(self.weighter) is not AAWWeighter
         ):
-            weights = self.weighter(angles.angles, batch.target.flatten(), parts.sum(dim=0)).view_as(weights)
+            own = self.weighter(angles.angles, batch.target.flatten(), parts.sum(dim=0))
+            weights = own.reshape(*batch.target.shape, -1).expand_as(weights)  # which may have one column
             if batch.sample_weight is not None:
                 weights = weights * batch.sample_weight[..., None].to(weights.dtype)
         return weights, number
