@@ -235,16 +235,16 @@ class ClassParallelLGLALoss(Loss):
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """The ranks that share the classes; None means all."""
+        """Give the ranks that share the classes; None means all."""
         return self._ranks.group
 
     @property
     def data_group(self) -> ProcessGroup | None:
-        """The ranks that share the batch, or None."""
+        """Give the ranks that share the batch, or None."""
         return self._data_ranks.group
 
     def _place(self) -> tuple[int, int]:
-        """Number of ranks that share the classes, and the number of this one among them."""
+        """Count the ranks that share the classes, and say which of them this one is."""
         num_ranks = group_size(self.process_group)
         return num_ranks, dist.get_rank(self.process_group) if num_ranks > 1 else 0
 
@@ -328,7 +328,7 @@ class ClassParallelLGLALoss(Loss):
         forward = torch.compiler.disable(forward)
 
     def _own_part(self, name: str, tensor: Tensor) -> Tensor:
-        """A ``DTensor``'s part on this rank, or the tensor itself."""
+        """Take a ``DTensor``'s part on this rank, or the tensor itself."""
         if not isinstance(tensor, DTensor):
             return tensor
         if tensor.device_mesh.ndim != 1 or list(tensor.placements) != [Shard(1)]:
