@@ -31,6 +31,9 @@ from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.kernels import Angles
 from lgla_losses.kernels.autograd import with_experts
 
+#: Logits of K tensors that an engine takes in one: fewer are copied sooner than kernels for each would start.
+_WORTH_JOINING = {"cuda": 1 << 22}
+
 
 class Batch(NamedTuple):
     """What a loss computes with. ``B`` are the dimensions of the samples: ``[N]``, of maps ``[N, *S]``.
@@ -157,6 +160,9 @@ class Batch(NamedTuple):
             criterion=constant,
         )
 
+        few = len(blocks) > 1 and sum(v.numel() for v in blocks) < _WORTH_JOINING.get(first.device.type, 0)
+        if few and of_one and not torch.compiler.is_compiling():
+            blocks, of_one = (torch.stack(tuple(blocks), dim=1),), False
         if is_map:
             blocks = [v.movedim(1, -1) if of_one else v.movedim((1, 2), (-2, -1)) for v in blocks]
             features = None if features is None else features.movedim((1, 2), (-2, -1))
@@ -347,7 +353,11 @@ def one_or_more_experts(
     if isinstance(output, ExpertOutput):
         output = output.logits
     # What is usual first, in one look.
-    if num_samples_dims == 1 and is_usual(output, 2) and output.shape[1] == num_classes:
+    if (
+        num_samples_dims == 1
+        and is_usual(output, 2)
+        and 0 < output.shape[1] == (num_classes or output.shape[1])
+    ):
         return (output,), True
     if isinstance(output, Sequence) and not isinstance(output, str):
         if num_classes is None:

@@ -116,7 +116,9 @@ def rescale_(gradient: Tensor, factor: Tensor) -> None:
 
 
 def _chunks(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """Cut the samples of tensors ``[N, k, C]`` into parts; one where there is none."""
+    """Cut the samples of tensors ``[N, k, C]`` into parts; one where there is none, and for a compiler."""
+    if torch.compiler.is_compiling():
+        return iter((slice(None),))
     width = sum(v.shape[1] * v.shape[2] for v in tensors)
     size = max(1, (_CPU_CHUNK if tensors[0].device.type == "cpu" else _CHUNK) // max(1, width))
     return (slice(start, start + size) for start in range(0, max(1, len(tensors[0])), size))

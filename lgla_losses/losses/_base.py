@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
-from collections.abc import Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -29,10 +27,9 @@ from lgla_losses._counts import ArrayLike
 from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size, refuse_data_parallel
 from lgla_losses._torch import is_watched, unfit, values_readable
 from lgla_losses.grouping import ClassGrouper
-from lgla_losses.kernels import Engine, Rows, Samples, chunked, operators
-from lgla_losses.kernels.autograd import CrossEntropy, engine_for, evaluate, without_engine
+from lgla_losses.kernels import Engine, Samples, autograd, chunked, operators
+from lgla_losses.kernels.autograd import without_engine
 from lgla_losses.kernels.blockwise import Blockwise
-from lgla_losses.kernels.operators import cross_entropies
 from lgla_losses.losses._config import (
     ADJUSTMENTS,
     REDUCTIONS,
@@ -49,10 +46,6 @@ if TYPE_CHECKING:
 
 #: With fewer classes a compiler's own code takes less time than the call of an operator opaque to it.
 WORTH_AN_OPERATOR = 512
-
-#: Logits of K tensors that an engine takes in one: fewer are copied sooner than kernels for each would start.
-_WORTH_JOINING = {"cuda": 1 << 22}
-
 
 _ALONE = Ranks()
 
@@ -158,7 +151,7 @@ class Loss(nn.Module):
         if why is not None:
             without_engine(self.backend, why)
             return None
-        engine = engine_for(self.backend, device)
+        engine = autograd.engine_for(self.backend, device)
         return Blockwise(engine) if engine is not None and batch.is_map else engine
 
     def _is_seen_through(self, batch: Batch) -> bool:
@@ -227,16 +220,6 @@ class Loss(nn.Module):
         if normalizer is not None:
             return scalar_on(batch.target.device, normalizer, functional.widest_dtype(batch.target.device))
         return samples
-
-    def _cross_entropy(
-        self, engine: Engine | None, rows: Rows, batch: Batch, logits: Sequence[Tensor]
-    ) -> Tensor:
-        """Compute Eq. 9 from the batch's logits, which a loss may have adjusted."""
-        of_one = batch.of_one
-        if len(logits) > 1 and sum(v.numel() for v in logits) < _WORTH_JOINING.get(logits[0].device.type, 0):
-            logits, of_one = [torch.stack(tuple(logits), dim=-2)], False
-        problem = functools.partial(CrossEntropy, of_one=of_one)
-        return evaluate(engine, rows, logits, problem, cross_entropies, self.backend)
 
     def _explain_unless_finite(self, batch: Batch, loss: Tensor) -> None:
         """Raise for what made a loss NaN or infinite, if that was wrong."""

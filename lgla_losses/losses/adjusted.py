@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -16,6 +17,8 @@ from lgla_losses.adjustment import check_tau, strength_of
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.grouping import same_classes
 from lgla_losses.kernels import Rows
+from lgla_losses.kernels.autograd import CrossEntropy, evaluate
+from lgla_losses.kernels.operators import cross_entropies
 from lgla_losses.losses._base import Loss
 
 if TYPE_CHECKING:
@@ -242,7 +245,8 @@ class AdjustedLoss(ConstantBuffers, Loss):
             gamma=self.focusing,
             reduce=self.reduction != "none",
         )
-        loss = self._cross_entropy(engine, rows, batch, logits)
+        problem = functools.partial(CrossEntropy, of_one=batch.of_one)
+        loss = evaluate(engine, rows, logits, problem, cross_entropies, self.backend)
 
         if readable:
             self._explain_unless_finite(batch, loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from lgla_losses._batch import Batch
 from lgla_losses._torch import values_readable
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.kernels import Rows
+from lgla_losses.kernels.autograd import CrossEntropy, evaluate
+from lgla_losses.kernels.operators import cross_entropies
 from lgla_losses.losses._base import ExpertLoss
 
 
@@ -131,7 +134,8 @@ class LGLALoss(ExpertLoss):
             label_smoothing=self.label_smoothing,
             reduce=self.reduction != "none",
         )
-        loss = self._cross_entropy(engine, rows, batch, batch.logits)  # Eq. 9
+        problem = functools.partial(CrossEntropy, of_one=batch.of_one)
+        loss = evaluate(engine, rows, batch.logits, problem, cross_entropies, self.backend)  # Eq. 9
 
         if readable:
             self._explain_unless_finite(batch, loss)

@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import cosine_logits
 
-from lgla_losses import ClassGrouper, ExpertOutput, LGLALoss
+from lgla_losses import ClassGrouper, ExpertOutput, LGLALoss, _batch
 from lgla_losses.baselines import BalancedSoftmaxLoss, FocalLoss, LDAMLoss
-from lgla_losses.losses import _base
 
 COUNTS = [120, 60, 30, 9, 4, 1]
 ADJUSTMENTS = ["lgla", "softmax", "balanced", "logit"]
@@ -273,9 +272,11 @@ def test_few_logits_in_k_tensors_are_joined(criterion, size, device, close, monk
     criterion, target = copy.deepcopy(criterion).to(device), (torch.arange(size[0]) % 6).to(device)
     target[:1] = -100
     logits, results, joined, stack = cosine_logits(*size), [], [], torch.stack
-    monkeypatch.setattr(_base.torch, "stack", lambda v, **kwargs: joined.append(len(v)) or stack(v, **kwargs))
+    monkeypatch.setattr(
+        _batch.torch, "stack", lambda v, **kwargs: joined.append(len(v)) or stack(v, **kwargs)
+    )
     for most in (0, 1 << 20):
-        monkeypatch.setattr(_base, "_WORTH_JOINING", {device: most})
+        monkeypatch.setattr(_batch, "_WORTH_JOINING", {device: most})
         experts = [v.to(device, copy=True).requires_grad_() for v in logits.unbind(1)]
         value = criterion(experts, target)
         gradients = torch.autograd.grad(value.sum() * 3, experts)
@@ -286,7 +287,7 @@ def test_few_logits_in_k_tensors_are_joined(criterion, size, device, close, monk
 
 
 def test_many_logits_in_k_tensors_are_not_copied(monkeypatch):
-    monkeypatch.setattr(_base, "_WORTH_JOINING", {"cpu": 100})
+    monkeypatch.setattr(_batch, "_WORTH_JOINING", {"cpu": 100})
     criterion = LGLALoss(COUNTS, backend="fused", aaw=False)
     monkeypatch.setattr(torch, "cat", None)
     experts = [torch.zeros(7, 6) for _ in range(3)]
