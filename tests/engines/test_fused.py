@@ -510,10 +510,6 @@ def operator_rows(kind):
     rows = Rows(target, table, torch.rand(7, 3), torch.tensor(3.0), *own, label_smoothing=0.1)
     return rows._replace(gamma=0.0 if kind == "plain" else 1.5)
 
-
-@every_backend
-@pytest.mark.parametrize("source", ["cosines", "experts", "features"])
-def test_operator_of_the_weights(source, backend):
     (logits, target), grouper = batch(torch.float32), LGLALoss(COUNTS).grouper
     angles = {
         "cosines": ([logits], 30.0, None, None),
