@@ -377,9 +377,8 @@ class ExpertLoss(Loss):
             is_watched(self.weighter) or type(self.weighter) is not AAWWeighter
         ):
             own = self.weighter(angles.angles, batch.target.flatten(), parts.sum(dim=0))
-            weights = own.reshape(*batch.target.shape, own.shape[-1]).expand_as(
-                weights
-            )  # which may have one column
+            # A hook may give one column for all experts.
+            weights = own.reshape(*batch.target.shape, own.shape[-1]).expand_as(weights)
             if batch.sample_weight is not None:
                 weights = weights * batch.sample_weight[..., None].to(weights.dtype)
         return weights, number

@@ -510,17 +510,6 @@ def operator_rows(kind):
     rows = Rows(target, table, torch.rand(7, 3), torch.tensor(3.0), *own, label_smoothing=0.1)
     return rows._replace(gamma=0.0 if kind == "plain" else 1.5)
 
-    (logits, target), grouper = batch(torch.float32), LGLALoss(COUNTS).grouper
-    angles = {
-        "cosines": ([logits], 30.0, None, None),
-        "experts": (list(logits.unsqueeze(2).unbind(1)), 30.0, None, None),
-        "features": ([], 1.0, torch.randn(7, 3, 4), torch.randn(3, 6, 4)),
-    }[source]
-    samples = target, grouper.constant("group_index"), grouper.num_groups, torch.rand(7), -100
-    torch.library.opcheck(
-        torch.ops.lgla_losses.angular_weights.default, (*angles, *samples, 3, backend), rtol=1e-4, atol=1e-5
-    )
-
 
 @every_backend
 @pytest.mark.parametrize("kind", ["plain", "everything"])
