@@ -108,7 +108,9 @@ def test_more_images_than_there_are_is_an_error_instead_of_another_tail(idx, cap
 
 
 @pytest.mark.parametrize(
-    "content", [b"no gzip", gzip.compress(b"no MNIST"), gzip.compress(b"x" * 99)[:20], gzip.compress(b"x")]
+    "content",
+    [b"no gzip", gzip.compress(b"no MNIST"), gzip.compress(b"x" * 99)[:20], gzip.compress(b"x")],
+    ids=["no gzip", "other content", "cut off", "too short"],  # gzip writes the time, which names no test
 )
 def test_a_damaged_download_is_named(idx, capsys, content):
     path = idx / "t10k-labels-idx1-ubyte.gz"
