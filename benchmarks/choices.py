@@ -10,8 +10,7 @@ from typing import Any
 
 import arguments  # noqa: F401  (finds the package)
 
-from lgla_losses.kernels import autograd
-from lgla_losses.kernels import linear
+from lgla_losses.kernels import autograd, linear
 
 #: Enters a choice; what was chosen before holds again afterwards.
 Choice = Callable[[], AbstractContextManager[None]]

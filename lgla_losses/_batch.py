@@ -179,8 +179,7 @@ class Batch(NamedTuple):
         """Give the samples' weights for every expert ``[*B, K]``, or None."""
         if self.sample_weight is None:
             return None
-        like = self.logits[0] if self.logits else self.features
-        assert like is not None
+        like = next(v for v in (*self.logits, self.features) if v is not None)
         weights = self.sample_weight.to(functional.compute_dtype(like.dtype))
         return weights[..., None].expand(*weights.shape, num_experts)
 

@@ -128,7 +128,7 @@ class Ranks(NamedTuple):
 
 
 def digest_of(constants: Iterable[Tensor]) -> int:
-    """A positive number of 24 bits that differs, in all likelihood, where one of the tensors differs."""
+    """Make a positive number of 24 bits that differs, in all likelihood, where one of the tensors differs."""
     digest = 0
     for tensor in constants:
         if not tensor.is_meta:
@@ -137,7 +137,7 @@ def digest_of(constants: Iterable[Tensor]) -> int:
 
 
 def group_size(process_group: ProcessGroup | None) -> int:
-    """Number of ranks of a group that holds this one; 1 outside distributed training."""
+    """Count the ranks of a group that holds this one; 1 outside distributed training."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     num_ranks = dist.get_world_size(process_group)
@@ -150,7 +150,7 @@ def group_size(process_group: ProcessGroup | None) -> int:
 
 
 def refuse_data_parallel(module: torch.nn.Module) -> NoReturn:
-    """For ``_replicate_for_data_parallel``, which torch.nn.DataParallel calls for a module it copies."""
+    """Refuse to be copied by torch.nn.DataParallel, which calls ``_replicate_for_data_parallel`` to do so."""
     raise TypeError(
         f"{type(module).__name__}: expected one process a device, got torch.nn.DataParallel, whose copies "
         "see parts of the batch and know of no other; use DistributedDataParallel under torchrun"

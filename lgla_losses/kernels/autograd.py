@@ -146,8 +146,10 @@ def evaluate(
         loss = problem(chunked, rows).differentiable(inputs)
     elif torch.compiler.is_compiling():
         loss = operator(inputs, rows, backend)
-    else:
+    elif torch.is_grad_enabled():
         loss = _Fused.apply(problem(engine, rows), *inputs)  # type: ignore[no-untyped-call]
+    else:  # where autograd's function would still say that a gradient is wanted
+        loss = problem(engine, rows).run(inputs, [False] * len(inputs))[0]
     return total(loss, divisor) if reduce and not rows.reduce else loss
 
 

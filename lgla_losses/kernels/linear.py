@@ -30,7 +30,7 @@ _WIDENED = 1 << 24
 
 
 def as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The inputs of a matrix product in the dtype it runs in."""
+    """Cast the inputs of a matrix product to the dtype it runs in."""
     device = next(t.device.type for t in tensors if t is not None)
     # The meta device has no autocast to ask for. (Compilers of PyTorch 2.11 cannot ask whether a device has.)
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -49,14 +49,14 @@ class LinearCrossEntropy(NamedTuple):
     def run(
         self, inputs: Inputs, wanted: Sequence[bool]
     ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
-        """As in :class:`~lgla_losses.kernels.autograd.Problem`."""
+        """Compute the loss, as in :class:`~lgla_losses.kernels.autograd.Problem`."""
         losses, gradients = self._experts(inputs, wanted, self.rows.weights, self.rows.divisor)
         return total(losses, self.rows.divisor) if self.rows.reduce else losses, gradients, None
 
     def gradients(
         self, inputs: Inputs, upstream: Tensor, state: Any, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
-        """As in :class:`~lgla_losses.kernels.autograd.Problem`."""
+        """Compute the gradients, as in :class:`~lgla_losses.kernels.autograd.Problem`."""
         weights = upstream[:, None]
         if self.rows.weights is None:
             weights = weights.expand(-1, inputs[0].shape[1])
@@ -65,7 +65,7 @@ class LinearCrossEntropy(NamedTuple):
         return self._experts(inputs, wanted, weights, None)[1]
 
     def differentiable(self, inputs: Inputs) -> Tensor:
-        """As in :class:`~lgla_losses.kernels.autograd.Problem`; holds all logits."""
+        """Compute the loss in plain PyTorch, from all logits in memory at once."""
         features, weight, bias = inputs
         if self.scale is not None:
             dtype = functional.compute_dtype(features.dtype)
@@ -77,7 +77,7 @@ class LinearCrossEntropy(NamedTuple):
     def _experts(
         self, inputs: Inputs, wanted: Sequence[bool], weights: Tensor | None, divisor: Tensor | None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The losses ``[N]``, and the gradients of their sum over the divisor."""
+        """Compute the losses ``[N]``, and the gradients of their sum over the divisor."""
         table, bias = self.rows.table, inputs[2]
         if bias is not None:
             table = bias.double() if table is None else table + bias
@@ -188,7 +188,7 @@ def _add_expert(
 
 
 def chunks_of(features: Tensor, num_classes: int) -> list[slice]:
-    """Slices of the samples, of about equal size."""
+    """Cut the samples into slices of about equal size."""
     num_samples = len(features)
     most = _CHUNK_BYTES.get(features.device.type, 1 << 28) // (num_classes * features.element_size())
     number = -(-num_samples // max(most, _LEAST_SAMPLES))
@@ -197,20 +197,20 @@ def chunks_of(features: Tensor, num_classes: int) -> list[slice]:
 
 
 def logits_memory(features: Tensor, num_samples: int, num_classes: int) -> Tensor:
-    """Memory for logits ``[n, 1, C]`` of one expert, whose rows begin where matrix products like it."""
+    """Make memory for logits ``[n, 1, C]`` of one expert, whose rows begin where matrix products like it."""
     aligned = max(1, _ROW_BYTES.get(features.device.type, 1) // features.element_size())
     width = -(-num_classes // aligned) * aligned
     return features.new_empty((num_samples, 1, width))[..., :num_classes]
 
 
 def widened_at_a_time(vectors: Tensor) -> list[slice]:
-    """Slices of the first dimension of ``[C, d]``."""
+    """Cut the first dimension of ``[C, d]`` into slices."""
     size = max(1, _WIDENED // max(1, vectors.shape[1]))
     return [slice(start, start + size) for start in range(0, len(vectors), size)]
 
 
 def rounded_directions(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unit vectors ``[C, d]``, computed in ``dtype`` some at a time, in the dtype of the vectors."""
+    """Compute unit vectors ``[C, d]`` in ``dtype``, some at a time, and round them to the vectors' dtype."""
     result = torch.empty_like(vectors)
     for some in widened_at_a_time(vectors):
         result[some] = directions(vectors[some], dtype)
@@ -218,12 +218,12 @@ def rounded_directions(vectors: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def directions(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unit vectors, computed in ``dtype``."""
+    """Compute unit vectors in ``dtype``."""
     return functional.unit_vectors(vectors.to(dtype))
 
 
 def through_directions_(gradient: Tensor, vectors: Tensor) -> Tensor:
-    """The gradient of the vectors, in place of that of their directions."""
+    """Compute the gradient of the vectors, in place of that of their directions."""
     directions = functional.unit_vectors(vectors)
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     along = torch.linalg.vecdot(directions, gradient)[..., None]
@@ -231,7 +231,7 @@ def through_directions_(gradient: Tensor, vectors: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """``total += left @ right``, or for the first ``total = left @ right``, in the total's precision."""
+    """Compute ``total += left @ right``, for the first ``total = left @ right``, in the total's precision."""
     beta = 0 if first else 1
     if left.dtype == total.dtype or not left.is_cuda or "dtype" not in torch.ops.aten.mm.overloads():
         torch.addmm(total, left.to(total.dtype), right.to(total.dtype), beta=beta, out=total)
@@ -245,7 +245,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None
 
 @cache
 def adds_to_float32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether PyTorch adds a product of 16-bit matrices to a float32 one; its first versions refuse."""
+    """Say whether PyTorch adds a product of 16-bit matrices to a float32 one; its first versions refuse."""
     total = torch.ones((16, 16), dtype=torch.float32, device=device)
     part = total.to(dtype)
     try:

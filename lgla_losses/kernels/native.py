@@ -10,6 +10,7 @@ import ctypes
 import importlib.util
 import struct
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -98,8 +99,7 @@ def statistics(angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
 def weights(angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1) -> tuple[Tensor, Tensor]:
     """Compute Eq. 8 and the samples per rank."""
     found, number = _run_angles("lgla_weights", angles, samples, parts, num_ranks)
-    assert found is not None
-    return found, number
+    return cast(Tensor, found), number
 
 
 def _run_angles(
@@ -129,14 +129,16 @@ def _run_angles(
     work = n * c if soft else n * k * max(1, d)
     found, result, into, total = None, 0, 0, None
     if parts is not None:
-        found, total = torch.empty(n, k, dtype=exact), torch.empty((), dtype=torch.float64)
+        found = torch.empty(n, k, dtype=exact, device="cpu")
+        total = torch.empty((), dtype=torch.float64, device="cpu")
         into, parts = found.data_ptr(), parts.contiguous()
     else:
-        parts = torch.empty(_PARTS if work >= _WORTH_PARTS else 1, g, k + 1, dtype=torch.float64)
+        number = _PARTS if work >= _WORTH_PARTS else 1
+        parts = torch.empty(number, g, k + 1, dtype=torch.float64, device="cpu")
         if given is not None:
             found = given
         elif not soft:
-            found = torch.empty(n, k, dtype=exact)
+            found = torch.empty(n, k, dtype=exact, device="cpu")
             result = found.data_ptr()
 
     structure = (
@@ -163,7 +165,7 @@ def count(
     """Sum the samples' weights."""
     n, soft = target.shape[0], target.is_floating_point()
     c = target.shape[1] if soft else (1 << 62) if class_weight is None else class_weight.shape[0]
-    result = torch.empty((), dtype=torch.float64)
+    result = torch.empty((), dtype=torch.float64, device="cpu")
     structure = (
         *_array("target", target, (n, c)[: target.dim()], _TARGETS, 4),
         *(_NO_VECTOR if sample_weight is None else _array("sample_weight", sample_weight, (n,))),
@@ -181,8 +183,8 @@ def forward(
     """Compute Eq. 9, with its gradient."""
     exact, n = _EXACT[logits[0].dtype], logits[0].shape[0]
     k = logits[0].shape[1] if len(logits) == 1 else sum([block.shape[1] for block in logits])
-    result = torch.empty(() if rows.reduce else n, dtype=exact)
-    state = torch.empty(n, k, 2, dtype=exact)
+    result = torch.empty(() if rows.reduce else n, dtype=exact, device="cpu")
+    state = torch.empty(n, k, 2, dtype=exact, device="cpu")
     _run(logits, rows, gradients, k, exact, result.data_ptr(), state.data_ptr(), _NO_VECTOR)
     return result, state
 

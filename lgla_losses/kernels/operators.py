@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lgla_losses import functional
 from lgla_losses._torch import unfit
-from lgla_losses.kernels import Angles, Engine, Rows, Samples, autograd, chunked
+from lgla_losses.kernels import Engine, Rows, autograd, chunked
 from lgla_losses.kernels.autograd import (
     CrossEntropy,
     Inputs,
@@ -45,80 +45,6 @@ def _define(name: str, schema: str, run: Callable[..., Any], shapes: Callable[..
     _OPERATORS.define(f"{name}({schema}", tags=_IN_ORDER)
     _OPERATORS.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lgla_losses::{name}", shapes, lib=_OPERATORS)
-
-
-# --- Weights of Eq. 8 ---------------------------------------------------------------------------------------
-
-
-def angular_weights(
-    angles: Angles, samples: Samples, backend: str, num_experts: int
-) -> tuple[Tensor, Tensor]:
-    """Compute the weights of Eq. 8 ``[N, K]`` on one rank, and the number of samples."""
-    found: tuple[Tensor, Tensor] = torch.ops.lgla_losses.angular_weights(
-        list(angles.cosines),
-        angles.scale,
-        angles.features,
-        angles.weight,
-        samples.target,
-        samples.group_index,
-        samples.num_groups,
-        samples.sample_weight,
-        samples.ignore_index,
-        num_experts,
-        backend,
-    )
-    return found
-
-
-def _angular_weights(
-    cosines: Sequence[Tensor],
-    scale: float,
-    features: Tensor | None,
-    weight: Tensor | None,
-    target: Tensor,
-    group_index: Tensor,
-    num_groups: int,
-    sample_weight: Tensor | None,
-    ignore_index: int,
-    num_experts: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    engine = _engine(backend, target.device)
-    samples = Samples(target, group_index, num_groups, sample_weight, ignore_index)
-    angles, parts = engine.statistics(Angles(cosines, scale, features, weight), samples)
-    return engine.weights(angles, samples, parts)
-
-
-def _weights_shapes(
-    cosines: Sequence[Tensor],
-    scale: float,
-    features: Tensor | None,
-    weight: Tensor | None,
-    target: Tensor,
-    group_index: Tensor,
-    num_groups: int,
-    sample_weight: Tensor | None,
-    ignore_index: int,
-    num_experts: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.float32
-    for source in (*cosines, features, weight):
-        dtype = dtype if source is None else torch.promote_types(dtype, source.dtype)
-    return (
-        target.new_empty((target.shape[0], num_experts), dtype=dtype),
-        target.new_empty((), dtype=functional.widest_dtype(target.device)),
-    )
-
-
-_define(
-    "angular_weights",
-    "Tensor[] cosines, float scale, Tensor? features, Tensor? weight, Tensor target, Tensor group_index, "
-    "SymInt num_groups, Tensor? sample_weight, SymInt ignore_index, SymInt num_experts, str backend"
-    ") -> (Tensor, Tensor)",
-    _angular_weights,
-    _weights_shapes,
-)
 
 
 # --- Eq. 9 of logits ----------------------------------------------------------------------------------------

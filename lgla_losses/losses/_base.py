@@ -27,7 +27,7 @@ from lgla_losses._counts import ArrayLike
 from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size, refuse_data_parallel
 from lgla_losses._torch import is_watched, unfit, values_readable
 from lgla_losses.grouping import ClassGrouper
-from lgla_losses.kernels import Engine, Samples, autograd, chunked, operators
+from lgla_losses.kernels import Engine, Samples, autograd, chunked
 from lgla_losses.kernels.autograd import without_engine
 from lgla_losses.kernels.blockwise import Blockwise
 from lgla_losses.losses._config import (
@@ -365,8 +365,6 @@ class ExpertLoss(Loss):
             return batch.weights_of_experts(num_experts), None
         samples = Samples(batch.target, group_index, num_experts - 1, batch.sample_weight, self.ignore_index)
         angles = batch.angles(self.scale)
-        if compiling and engine is not None and ranks.number == 1 and not batch.is_soft:
-            return operators.angular_weights(angles, samples, self.backend, num_experts)
         if engine is None or compiling:
             engine = _chunked(batch)
         if batch.is_soft and batch.features is not None:  # whose angles to all classes are many
@@ -378,7 +376,9 @@ class ExpertLoss(Loss):
         if angles.angles is not None and (
             is_watched(self.weighter) or type(self.weighter) is not AAWWeighter
         ):
-            weights = self.weighter(angles.angles, batch.target.flatten(), parts.sum(dim=0)).view_as(weights)
+            own = self.weighter(angles.angles, batch.target.flatten(), parts.sum(dim=0))
+            # A hook may give one column for all experts.
+            weights = own.reshape(*batch.target.shape, own.shape[-1]).expand_as(weights)
             if batch.sample_weight is not None:
                 weights = weights * batch.sample_weight[..., None].to(weights.dtype)
         return weights, number

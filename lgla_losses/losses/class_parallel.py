@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast
 
 import torch
 import torch.distributed as dist
@@ -85,8 +85,8 @@ class ClassParallelLGLALoss(Loss):
     Equal to :class:`~lgla_losses.LinearLGLALoss` in one process, in loss and gradients. Features and
     targets are the same on all ranks of ``process_group``; each rank holds the weights of its own classes,
     computes its own logits, a chunk of samples at a time, and never sees another's. The ranks exchange the
-    angles, the logarithm of their sums of exponentials and the target's logit, a few numbers a sample and
-    expert whatever the number of classes, and in ``backward`` one sum of the features' gradients
+    weights of Eq. 8, the logarithm of their sums of exponentials and the target's logit, a few numbers a
+    sample and expert whatever the number of classes, and in ``backward`` one sum of the features' gradients
     ``[N, K, d]``. So memory a rank falls with the number of ranks.
 
     Every rank of the group then has the whole gradient of the features, as if it were alone, and
@@ -122,13 +122,14 @@ class ClassParallelLGLALoss(Loss):
     Raises:
         TypeError: an argument is of a wrong type.
         ValueError: an argument is out of range, or shapes or devices do not fit; and, on all ranks that share
-            the classes alike, where values may be read: targets or features differ between them, or a rank
-            has bad values. In the first step: they were constructed from other arguments.
+            the classes alike, where values may be read: targets, sample weights or features differ between
+            them, or a rank has bad values. In the first step: they were constructed from other arguments.
 
     Shape:
         - features: ``[N, K, d]``
         - weight: ``[K, C_r, d]``, a ``DTensor`` sharded on dimension 1 or this rank's part
-        - target: int64 ``[N]``, of all classes
+        - target: int64 ``[N]``, of all classes, or their probabilities ``[N, C]`` (mixup, distillation)
+        - sample_weight: ``[N]``
         - bias: ``[K, C_r]``, of the same kind, or None
         - result: as of :class:`~lgla_losses.LGLALoss`, the same on all ranks of the group
 
@@ -174,12 +175,14 @@ class ClassParallelLGLALoss(Loss):
             backend="auto",
         )
         self._data_ranks = RanksOf(data_group)
+
         self.num_classes, self.num_experts = whole.num_classes, whole.num_experts
         self.num_groups = whole.grouper.num_groups
         self.scale, self.aaw = whole.scale, whole.aaw
         self.num_ranks, self.rank = self._place()
         self.classes = class_shard(whole.num_classes, self.rank, self.num_ranks)
         self.adjustment = whole.adjustment
+
         # What set_adjustment starts from; a table of all classes is K times as large.
         self._all_counts = whole.grouper.on_cpu("class_counts").clone()
         self._own_groups = whole.grouper.on_cpu("group_index").clone() if whole.grouper.is_own else None
@@ -206,11 +209,13 @@ class ClassParallelLGLALoss(Loss):
         else:
             grouper = ClassGrouper.from_groups(counts, self._own_groups)
         tau = strength(self.adjustment, tau)
+
         constants = {}
         if self.adjustment != "table":  # one of the caller's own stays
             tau = self._tau if tau is None else tau
             adjuster = make_adjuster(grouper, self.num_experts, self.adjustment, tau)
             constants["table"] = adjuster.on_cpu("table")
+
         self._all_counts, self._tau = counts.clone(), tau
         self._take(grouper, constants)
 
@@ -230,16 +235,16 @@ class ClassParallelLGLALoss(Loss):
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """The ranks that share the classes; None means all."""
+        """Give the ranks that share the classes; None means all."""
         return self._ranks.group
 
     @property
     def data_group(self) -> ProcessGroup | None:
-        """The ranks that share the batch, or None."""
+        """Give the ranks that share the batch, or None."""
         return self._data_ranks.group
 
     def _place(self) -> tuple[int, int]:
-        """Number of ranks that share the classes, and the number of this one among them."""
+        """Count the ranks that share the classes, and say which of them this one is."""
         num_ranks = group_size(self.process_group)
         return num_ranks, dist.get_rank(self.process_group) if num_ranks > 1 else 0
 
@@ -280,9 +285,10 @@ class ClassParallelLGLALoss(Loss):
             raise ValueError(
                 "normalizer: expected a number without gradient, got one that wants it; detach it"
             )
+
         compares = self._compares(target)
-        engine, ranks, _ = self._step(batch, normalizer, self.table, self.group_index)
-        assert engine is not None
+        found, ranks, _ = self._step(batch, normalizer, self.table, self.group_index)
+        engine = found or chunked
         if compares:
             self._class_ranks()._replace(digest=self._digest, read=True).sum(target.new_zeros(1))
 
@@ -303,6 +309,7 @@ class ClassParallelLGLALoss(Loss):
             features = _Shared.apply(features, self._class_ranks())  # type: ignore[no-untyped-call]
         inputs = as_autocast_would(features, weight, bias)
         same_dtype(*inputs[:2])
+
         problem = ClassParallelCrossEntropy(
             engine,
             rows,
@@ -321,7 +328,7 @@ class ClassParallelLGLALoss(Loss):
         forward = torch.compiler.disable(forward)
 
     def _own_part(self, name: str, tensor: Tensor) -> Tensor:
-        """A ``DTensor``'s part on this rank, or the tensor itself."""
+        """Take a ``DTensor``'s part on this rank, or the tensor itself."""
         if not isinstance(tensor, DTensor):
             return tensor
         if tensor.device_mesh.ndim != 1 or list(tensor.placements) != [Shard(1)]:
@@ -349,6 +356,7 @@ class ClassParallelLGLALoss(Loss):
                 f"{problem}; rank {self.rank} of {self.num_ranks} has {len(self.class_counts)} of "
                 f"{self.num_classes} classes from {self.classes.start} on, as torch.chunk cuts them"
             ) from None
+
         is_soft = isinstance(target, Tensor) and target.is_floating_point() and target.dim() == 2
         if is_soft:
             probability_tensor(target, samples, self.num_classes)
@@ -366,6 +374,7 @@ class ClassParallelLGLALoss(Loss):
             sample_weight=sample_weight,
             criterion=self.table,
         )
+
         if self._place() != (self.num_ranks, self.rank):
             raise ValueError(
                 f"process_group: expected this to be rank {self.rank} of {self.num_ranks}, as when the loss "
@@ -401,9 +410,6 @@ class ClassParallelLGLALoss(Loss):
             return Ranks(number, self.data_group, read=readable)
         return Ranks(number, self.data_group, self._digest, read=True)
 
-    def _engine(self, batch: Batch, normalizer: float | Tensor | None, *constants: Tensor | None) -> Engine:
-        return super()._engine(batch, normalizer, *constants) or chunked
-
     def _numbers_summed(self) -> int:
         return self.num_groups * (self.num_experts + 1) if self.aaw else 1
 
@@ -412,7 +418,6 @@ class ClassParallelLGLALoss(Loss):
 
     def _explain(self, batch: Batch) -> None:
         """Raise, on all ranks that share the classes, for bad values of one or a batch of its own."""
-        assert batch.features is not None
         ranks, who = self._class_ranks(), f"rank {dist.get_rank()}: " if self.num_ranks > 1 else ""
         problem = None
         try:
@@ -424,6 +429,7 @@ class ClassParallelLGLALoss(Loss):
         found = ranks.gather_number(-1 if problem else len(batch.target), batch.target)
         if problem is not None:
             raise ValueError(f"{who}{problem}") from problem
+
         if min(found) < 0:
             bad = [rank for rank, number in zip(ranks.global_ranks(), found, strict=True) if number < 0]
             raise ValueError(
@@ -435,7 +441,8 @@ class ClassParallelLGLALoss(Loss):
                 f"{who}features, target: expected the same samples on all ranks that share the classes, got "
                 f"{found} samples on its ranks; {_SAME_SAMPLES}"
             )
-        others = _found_apart(ranks.gather(_marks(batch, batch.features))) if ranks.number > 1 else []
+
+        others = _found_apart(ranks.gather(_marks(batch))) if ranks.number > 1 else []
         if others:
             raise ValueError(
                 f"{who}features, target: expected the same on all ranks that share the classes, got other "
@@ -459,7 +466,7 @@ class ClassParallelLGLALoss(Loss):
         return of_classes.add_(weights), number
 
     def extra_repr(self) -> str:
-        """Configuration shown by ``repr``."""
+        """Show the configuration."""
         return (
             f"classes={self.classes.start}..{self.classes.stop - 1} of {self.num_classes}, aaw={self.aaw}, "
             f"scale={self.scale}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}"
@@ -468,21 +475,21 @@ class ClassParallelLGLALoss(Loss):
 
 def _with_a_class(batch: Batch) -> Batch:
     """Give a rank without classes one that no sample belongs to, as engines want one."""
-    assert batch.features is not None
     target = batch.target.new_zeros((len(batch.target), 1)) if batch.is_soft else batch.target
-    shape = batch.features.shape[1], 1, batch.features.shape[2]
-    return batch._replace(target=target, weight=batch.features.new_zeros(shape))
+    weight = cast(Tensor, batch.weight)
+    return batch._replace(target=target, weight=weight.new_zeros(weight.shape[0], 1, weight.shape[2]))
 
 
-def _marks(batch: Batch, features: Tensor) -> Tensor:
+def _marks(batch: Batch) -> Tensor:
     """Give numbers by which ranks tell whether their batches are the same ``[N, 2 + 2 K]``.
 
     Of the target, of the sample's weight, of every expert's features, and the features' lengths.
     """
+    features = cast(Tensor, batch.features).detach()
     dtype = functional.compute_dtype(features.dtype)
     target = _sketch(batch.target.to(dtype)) if batch.is_soft else batch.target.to(dtype)
     weight = torch.ones_like(target) if batch.sample_weight is None else batch.sample_weight.to(dtype)
-    features = features.detach().to(dtype)
+    features = features.to(dtype)
     lengths = torch.linalg.vector_norm(features, dim=-1)
     return torch.cat([target[:, None], weight[:, None], _sketch(features), lengths], dim=1)
 

@@ -525,7 +525,7 @@ def test_what_class_parallel_cannot_measure_or_write_is_refused_before(arguments
 def test_class_parallel_ranks_share_memory_and_send_little(tmp_path):
     """In miniature; memory is not asserted, as little of it is the loss's here."""
     script, path = ROOT / "benchmarks" / "class_parallel.py", tmp_path / "record.json"
-    options = ["--classes", "300", "--samples", "8", "--features", "4", "--repeats", "1", "--ranks", "2"]
+    options = ["--classes", "30000", "--samples", "8", "--features", "4", "--repeats", "1", "--ranks", "2"]
     command = [sys.executable, script, *options, "--output", path]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -534,8 +534,10 @@ def test_class_parallel_ranks_share_memory_and_send_little(tmp_path):
         ("LinearLGLALoss", 1),
         ("ClassParallelLGLALoss", 2),
     ]
-    # A number a rank, angles and groups, five numbers a sample and expert, and the features' gradient.
-    assert [row["numbers_sent"] for row in record["rows"]] == [0, 2 + 8 * (3 + 1) + 5 * 8 * 3 + 8 * 3 * 4]
+    # Checks: a number a rank, two a sample, two a sample and expert. Angles by group, and weights;
+    # two a sample and expert; the features' gradient.
+    sent = 2 + 2 * 8 * (1 + 3) + 2 * (3 + 1) + 8 * 3 + 2 * 8 * 3 + 8 * 3 * 4
+    assert [row["numbers_sent"] for row in record["rows"]] == [0, sent]
 
 
 def test_class_parallel_ranks_divide_the_memory_and_send_little_in_the_record(tables):

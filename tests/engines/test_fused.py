@@ -512,21 +512,6 @@ def operator_rows(kind):
 
 
 @every_backend
-@pytest.mark.parametrize("source", ["cosines", "experts", "features"])
-def test_operator_of_the_weights(source, backend):
-    (logits, target), grouper = batch(torch.float32), LGLALoss(COUNTS).grouper
-    angles = {
-        "cosines": ([logits], 30.0, None, None),
-        "experts": (list(logits.unsqueeze(2).unbind(1)), 30.0, None, None),
-        "features": ([], 1.0, torch.randn(7, 3, 4), torch.randn(3, 6, 4)),
-    }[source]
-    samples = target, grouper.constant("group_index"), grouper.num_groups, torch.rand(7), -100
-    torch.library.opcheck(
-        torch.ops.lgla_losses.angular_weights.default, (*angles, *samples, 3, backend), rtol=1e-4, atol=1e-5
-    )
-
-
-@every_backend
 @pytest.mark.parametrize("kind", ["plain", "everything"])
 @pytest.mark.parametrize("reduce", [True, False])
 def test_operator_of_logits(reduce, kind, backend):
