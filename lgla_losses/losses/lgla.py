@@ -98,7 +98,7 @@ class LGLALoss(ExpertLoss):
         sample_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
-        """Eq. 9 of a batch.
+        """Compute Eq. 9 of a batch.
 
         Args:
             output: what the experts gave.

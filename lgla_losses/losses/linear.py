@@ -40,7 +40,7 @@ class LinearLGLALoss(ExpertLoss):
     Shape:
         - features: ``[N, K, d]``, inputs of the classifiers
         - weight: ``[K, C, d]``
-        - target: int64 ``[N]``
+        - target: int64 ``[N]``, or class probabilities ``[N, C]``
         - bias: ``[K, C]``, or None
         - result: as of :class:`LGLALoss`
 
@@ -76,12 +76,12 @@ class LinearLGLALoss(ExpertLoss):
         sample_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
-        """Eq. 9 of a batch.
+        """Compute Eq. 9 of a batch.
 
         Args:
             features: inputs of the classifiers ``[N, K, d]``.
             weight: weights of the classifiers ``[K, C, d]``.
-            target: class indices ``[N]``.
+            target: class indices ``[N]``, or class probabilities ``[N, C]``.
             bias: of the classifiers ``[K, C]``; -inf masks a class.
             sample_weight: as in :meth:`LGLALoss.forward`.
             normalizer: as in :meth:`LGLALoss.forward`.
@@ -94,7 +94,7 @@ class LinearLGLALoss(ExpertLoss):
 
         weights, samples = self._weights(engine, batch, ranks, table, group_index)  # Eqs. 7 and 8
         rows = Rows(
-            target,
+            batch.target,
             table=table,
             weights=weights,
             divisor=self._divisor(engine, batch, ranks, normalizer, samples),
