@@ -428,7 +428,7 @@ def fused_lgla_loss(
 ) -> Tensor:
     """Compute :func:`lgla_loss` by an engine: one read of the logits, one write of their gradient.
 
-    Nothing is checked here: the losses of this package do that. A class index that is out of range, and a
+    No tensor is checked here: the losses of this package do that. A class index that is out of range, and a
     logit that is NaN or +inf, make the loss NaN.
 
     Source: Tao et al., ICCV 2023, Eq. 9.
@@ -451,7 +451,7 @@ def fused_lgla_loss(
         ``[N, ...]``, or a scalar with ``"sum"``, in float32, or float64 for float64 logits.
 
     Raises:
-        ValueError: an explicit backend cannot run.
+        ValueError: an explicit backend cannot run, or there is no such backend or reduction.
 
     Example:
         >>> logits = torch.zeros(4, 1, 2, requires_grad=True)
@@ -460,7 +460,12 @@ def fused_lgla_loss(
         tensor([-0.5000,  0.5000])
     """
     # Here, as the engines know the equations of this module.
+    from lgla_losses._checks import one_of
     from lgla_losses.kernels import operators
+    from lgla_losses.losses._config import BACKENDS
+
+    one_of("backend", backend, BACKENDS)
+    one_of("reduction", reduction, ("none", "sum"))  # a mean is a sum with a divisor
 
     blocks = [logits] if isinstance(logits, Tensor) else [expert.unsqueeze(1) for expert in logits]
     if blocks[0].dim() > 3:  # samples first

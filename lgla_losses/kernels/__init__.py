@@ -43,6 +43,10 @@ class Rows(NamedTuple):
     reduce: bool = False
 
 
+#: Where the fields of :class:`Rows` are that are tensors, and the others.
+TENSORS, OPTIONS = slice(0, 6), slice(6, None)
+
+
 class Angles(NamedTuple):
     """Where the angles of Eq. 7 come from: cosine logits, features and class weights, or given angles.
 

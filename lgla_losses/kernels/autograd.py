@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lgla_losses import functional
 from lgla_losses._torch import unfit
-from lgla_losses.kernels import Engine, Rows, chunked, native
+from lgla_losses.kernels import TENSORS, Engine, Rows, chunked, native
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class _Fused(torch.autograd.Function):
         # Saved, so that a change of any before `backward` needs it raises there. What was made in
         # inference mode knows of no changes, and cannot be saved.
         constants = []
-        for value in rows[:6]:
+        for value in rows[TENSORS]:
             if isinstance(value, Tensor) and not value.is_inference():
                 constants.append(value)
         ctx.save_for_backward(state, *inputs, *constants)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lgla_losses import functional
 from lgla_losses._torch import unfit
-from lgla_losses.kernels import Engine, Rows, autograd, chunked
+from lgla_losses.kernels import OPTIONS, TENSORS, Engine, Rows, autograd, chunked
 from lgla_losses.kernels.autograd import (
     CrossEntropy,
     Inputs,
@@ -147,11 +147,11 @@ def _rescaled(gradient: Tensor, factor: Tensor) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     call, (_, state, gradient) = _Call.of(*inputs), output
     ctx.mark_non_differentiable(state, gradient)
-    ctx.options, ctx.at_once, ctx.backend = call.rows[6:], call.at_once, call.backend
+    ctx.options, ctx.at_once, ctx.backend = call.rows[OPTIONS], call.at_once, call.backend
     if call.at_once:
         ctx.save_for_backward(gradient)
     else:
-        ctx.save_for_backward(state, call.logits, *call.rows[:6])
+        ctx.save_for_backward(state, call.logits, *call.rows[TENSORS])
 
 
 def _gradients(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -269,9 +269,9 @@ def _linear_backward_shapes(
 
 def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     call = _LinearCall.of(*inputs)
-    ctx.options, ctx.scale, ctx.backend = call.rows[6:], call.scale, call.backend
+    ctx.options, ctx.scale, ctx.backend = call.rows[OPTIONS], call.scale, call.backend
     ctx.has_bias = call.bias is not None
-    ctx.save_for_backward(call.features, call.weight, call.bias, *call.rows[:6])
+    ctx.save_for_backward(call.features, call.weight, call.bias, *call.rows[TENSORS])
 
 
 def _linear_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:

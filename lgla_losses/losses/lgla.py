@@ -139,7 +139,7 @@ class LGLALoss(ExpertLoss):
 
         if readable:
             self._explain_unless_finite(batch, loss)
-        if self.aaw and batch.features is None and values_readable(target, self.validate_args):
+        if self.aaw and batch.features is None and values_readable(batch.target, self.validate_args):
             self._look_at_scale(batch)
         return loss
 

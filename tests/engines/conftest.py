@@ -1,7 +1,16 @@
+import re
+
 import pytest
 from engines import ENGINES, device_of, named
 
+from conftest import HAS_GPU
 from lgla_losses.kernels import autograd
+
+#: What Triton's interpreter takes seconds for, case by case.
+SLOW = re.compile(
+    r"(probabilities|class_weights_margins|whatever_comes|focus_where|gradient_over|rows_beyond|masked_classes"
+    r"|ignored_rows|not_a_number|experts_in_several|strides|weights_from)"
+)
 
 
 @pytest.fixture(params=ENGINES)
@@ -11,3 +20,18 @@ def engine(request, monkeypatch):
     monkeypatch.setattr(autograd, "engine_for", lambda backend, _: None if backend == "reference" else engine)
     with device_of(engine):
         yield engine
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Without a GPU all of Triton's cases run with the slow tests, and one of each kind always."""
+    seen = set()
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        triton = "triton" in map(str, parameters.values()) and item.path.name == "test_engines.py"
+        if HAS_GPU or not triton or not SLOW.search(item.originalname):
+            continue
+        kind = item.originalname, str(parameters.get("kind")), "blocks" in item.name
+        if kind in seen or "blocks" in item.name:
+            item.add_marker(pytest.mark.slow)
+        seen.add(kind)
