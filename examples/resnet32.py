@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lgla_losses import ExpertOutput, GroupConvExperts
-from lgla_losses.experts._classifiers import ExpertClassifiers
+from lgla_losses.experts import ExpertClassifiers
 
 LAYOUTS = ("grouped", "independent", "grouped-leaky")
 

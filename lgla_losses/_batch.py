@@ -217,11 +217,10 @@ class Batch(NamedTuple):
         self.check_weights()
         if not self.is_soft:
             target_values(self.target, num_classes or self.logits[0].shape[-1], ignore_index)
-        if self.features is not None and self.weight is not None:
-            if self.is_soft:
-                finite_tensors(features=self.features, weight=self.weight)
-            else:
-                self.check_angles(self.features, self.weight, ignore_index)
+        if self.features is not None and self.is_soft:
+            finite_tensors(features=self.features, weight=self.weight)
+        elif self.features is not None:
+            self.check_angles(ignore_index)
         for k, expert in enumerate(self.experts()):
             self._finite_logits(k, expert, ignore_index)
 
@@ -235,10 +234,12 @@ class Batch(NamedTuple):
         largest = torch.cat(found)
         return float(largest.max()) if largest.numel() else -math.inf
 
-    def check_angles(self, features: Tensor, weight: Tensor, ignore_index: int) -> None:
+    def check_angles(self, ignore_index: int) -> None:
         """Raise for angles of class indices that are not finite; reads them."""
+        if self.features is None or self.weight is None:
+            return
         kept = self.target != ignore_index
-        angles = functional.angles_from_features(features[kept], weight, self.target[kept])
+        angles = functional.angles_from_features(self.features[kept], self.weight, self.target[kept])
         if not angles.isfinite().all():
             raise ValueError(
                 "angles: expected finite radians, got NaN or infinity; look for them in the features and "

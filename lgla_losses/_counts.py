@@ -68,14 +68,17 @@ def as_class_counts(class_counts: ArrayLike) -> Tensor:
     return torch.from_numpy(exact)
 
 
-def as_class_weight(class_weight: ArrayLike, of_classes: Tensor | None = None) -> Tensor:
+def as_class_weight(
+    class_weight: ArrayLike, of_classes: Tensor | None = None, name: str = "class_weight"
+) -> Tensor:
     """Take weights of classes as a new float64 CPU tensor ``[C]``, finite and at least 0.
 
     Args:
         class_weight: the weights.
         of_classes: a vector of as many classes, or None for any number.
+        name: of the argument.
     """
-    array = to_numpy("class_weight", class_weight)
+    array = to_numpy(name, class_weight)
     expected = "[C]" if of_classes is None else f"[{len(of_classes)}]"
     if (
         array.ndim != 1
@@ -83,15 +86,14 @@ def as_class_weight(class_weight: ArrayLike, of_classes: Tensor | None = None) -
         or array.size != (array.size if of_classes is None else len(of_classes))
     ):
         raise ValueError(
-            f"class_weight: expected one weight a class, shape {expected}, got shape {list(array.shape)}"
+            f"{name}: expected one weight a class, shape {expected}, got shape {list(array.shape)}; for a "
+            "number that all classes share multiply the loss"
         )
     if not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
-        raise TypeError(f"class_weight: expected integers or floats, got {array.dtype}")
+        raise TypeError(f"{name}: expected integers or floats, got {array.dtype}")
     weights = array.astype(np.float64)
     if not (np.isfinite(weights) & (weights >= 0)).all():
-        raise ValueError(
-            f"class_weight: expected finite weights >= 0, got {weights.min()} to {weights.max()}"
-        )
+        raise ValueError(f"{name}: expected finite weights >= 0, got {weights.min()} to {weights.max()}")
     return torch.from_numpy(weights)
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lgla_losses._checks import one_of
 from lgla_losses._partition import partition_sorted
 
 __all__ = [
@@ -460,7 +461,6 @@ def fused_lgla_loss(
         tensor([-0.5000,  0.5000])
     """
     # Here, as the engines know the equations of this module.
-    from lgla_losses._checks import one_of
     from lgla_losses.kernels import operators
     from lgla_losses.losses._config import BACKENDS
 

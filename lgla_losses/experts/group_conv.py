@@ -66,7 +66,7 @@ class GroupConvExperts(nn.Module):
 
     Attributes:
         stage: the stacked module, a ``ModuleList`` of K modules, or None.
-        classifiers: the K :class:`~lgla_losses.experts._classifiers.ExpertClassifiers`.
+        classifiers: the K :class:`~lgla_losses.experts.ExpertClassifiers`.
         together: how stacked copies run: True together, False one by one, None (the default)
             together on a GPU and one by one on a CPU, while compiling and while exporting. While
             :func:`torch.jit.trace` looks on they run one by one.

@@ -164,7 +164,7 @@ class _Fused(torch.autograd.Function):
         # Saved, so that a change of any before `backward` needs it raises there. What was made in
         # inference mode knows of no changes, and cannot be saved.
         constants = []
-        for value in rows[TENSORS]:
+        for value in tuple(rows)[TENSORS]:
             if isinstance(value, Tensor) and not value.is_inference():
                 constants.append(value)
         ctx.save_for_backward(state, *inputs, *constants)
@@ -269,6 +269,10 @@ def plain_cross_entropy(logits: Sequence[Tensor], rows: Rows) -> Tensor:
     experts = [v.movedim(-1, 1) for block in logits for v in block.unbind(-2)]
     if table is None:
         table = target.new_zeros((len(experts), experts[0].shape[1]), dtype=experts[0].dtype)
+    elif torch.compiler.is_compiling() and not table.requires_grad:
+        # Else a compiler converts it anew for every sample; what is seen through strides it computes first.
+        table = table.to(functional.compute_dtype(experts[0].dtype)).contiguous()
+        table = table.as_strided(table.shape, table.stride())
     losses = functional.lgla_loss(
         experts,
         target.movedim(-1, 1) if target.is_floating_point() else target,

@@ -54,6 +54,8 @@ def fused_loss(logits: Sequence[Tensor], *rows: Any, backend: str) -> Tensor:
     """Compute Eq. 9 for logits ``[*B, k, C]`` from the fields of ``Rows``, by what can run."""
     constants = [value for value in rows if isinstance(value, Tensor)]
     why = None if backend == "reference" else unfit(*logits, *constants)
+    if backend != "reference" and any(v.requires_grad for v in constants if v is not rows[3]):  # the divisor
+        why = "the table and weights are constant to it, and one wants a gradient"
     if why is not None:
         autograd.without_engine(backend, why)
     engine = autograd.engine_for(backend, logits[0].device) if why is None else None
@@ -147,11 +149,11 @@ def _rescaled(gradient: Tensor, factor: Tensor) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     call, (_, state, gradient) = _Call.of(*inputs), output
     ctx.mark_non_differentiable(state, gradient)
-    ctx.options, ctx.at_once, ctx.backend = call.rows[OPTIONS], call.at_once, call.backend
+    ctx.options, ctx.at_once, ctx.backend = tuple(call.rows)[OPTIONS], call.at_once, call.backend
     if call.at_once:
         ctx.save_for_backward(gradient)
     else:
-        ctx.save_for_backward(state, call.logits, *call.rows[TENSORS])
+        ctx.save_for_backward(state, call.logits, *tuple(call.rows)[TENSORS])
 
 
 def _gradients(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -269,9 +271,9 @@ def _linear_backward_shapes(
 
 def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     call = _LinearCall.of(*inputs)
-    ctx.options, ctx.scale, ctx.backend = call.rows[OPTIONS], call.scale, call.backend
+    ctx.options, ctx.scale, ctx.backend = tuple(call.rows)[OPTIONS], call.scale, call.backend
     ctx.has_bias = call.bias is not None
-    ctx.save_for_backward(call.features, call.weight, call.bias, *call.rows[TENSORS])
+    ctx.save_for_backward(call.features, call.weight, call.bias, *tuple(call.rows)[TENSORS])
 
 
 def _linear_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:

@@ -146,7 +146,7 @@ class Loss(nn.Module):
         why = unfit(*inputs[0], *inputs[1:], *constants, others)
         for constant in constants:
             # torch.func.functional_call puts such a one in the place of a constant.
-            if constant is not None and constant.requires_grad and not isinstance(constant, nn.Parameter):
+            if constant is not None and constant.requires_grad:
                 why = "the adjustments are constant to it, and these want a gradient"
         if why is not None:
             without_engine(self.backend, why)

@@ -154,6 +154,7 @@ class AdjustedLoss(ConstantBuffers, Loss):
             counts = same_classes(class_counts, len(self.on_cpu("class_counts"))).double()
 
         self._keep_all(self._all_constants(counts, numbers))
+        self._compared = False
 
     def _all_constants(self, counts: Tensor, numbers: Mapping[str, float]) -> dict[str, Tensor]:
         """The constants that follow from class counts and numbers, with these."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from lgla_losses import functional
 from lgla_losses._buffers import scalar
 from lgla_losses._checks import describe, finite_float, positive_float
-from lgla_losses._counts import ArrayLike
+from lgla_losses._counts import ArrayLike, as_class_weight
 from lgla_losses.adjustment import check_tau
 from lgla_losses.losses.adjusted import AdjustedLoss, Options
 
@@ -57,7 +57,9 @@ class FocalLoss(AdjustedLoss):
         self, gamma: float = 2.0, alpha: ArrayLike | None = None, **options: Unpack[Options]
     ) -> None:
         if alpha is not None:
-            options["class_weight"] = _own_weight(alpha, options)
+            if options.get("class_weight") is not None:
+                raise ValueError("alpha, class_weight: expected one of them, got both; they mean the same")
+            options["class_weight"] = as_class_weight(alpha, name="alpha")
         super().__init__(**options)
         self._divides_by_weights &= alpha is None
         expected = "a finite number >= 0 (class counts are an argument of ClassBalancedLoss)"
@@ -320,13 +322,6 @@ class LDAMLoss(AdjustedLoss):
     def extra_repr(self) -> str:
         """Configuration shown by ``repr``."""
         return f"{super().extra_repr()}, scale={self.scale}"
-
-
-def _own_weight(alpha: ArrayLike, options: Options) -> ArrayLike:
-    """Give focal loss's class weights by one name only."""
-    if options.get("class_weight") is not None:
-        raise ValueError("alpha, class_weight: expected one of them, got both; they mean the same")
-    return alpha
 
 
 def _given(class_counts: ArrayLike | None) -> ArrayLike:

@@ -149,9 +149,10 @@ class LGLALoss(ExpertLoss):
 
     def _look_at_scale(self, batch: Batch) -> None:
         """Warn once of logits that are no cosines'; look at every batch whose number is a power of two."""
-        seen = self._batches + 1
-        if self.scale is None or seen == 0 or torch.compiler.is_compiling():
+        # The compiler first: it would compile anew for every change of the number.
+        if torch.compiler.is_compiling() or self.scale is None or self._batches < 0:
             return
+        seen = self._batches + 1
         self.__dict__["_batches"] = seen  # an attribute of a module takes longer to set
         if seen & (seen - 1):
             return

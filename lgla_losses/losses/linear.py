@@ -123,7 +123,8 @@ class LinearLGLALoss(ExpertLoss):
         if (
             engine is None
             and self.backend == "auto"
-            and unfit(batch.target, batch.features, *constants) is None
+            and unfit(batch.target, batch.features, batch.weight, batch.sample_weight, *constants) is None
+            and not any(v is not None and v.requires_grad for v in constants)
         ):
             engine = chunked  # saves memory where no engine is faster
         return engine
@@ -142,17 +143,13 @@ class LinearLGLALoss(ExpertLoss):
         wrong = loss.isnan() if self.label_smoothing else ~loss.isfinite()
         if not wrong.any():
             return
-        try:
-            if self.aaw and not batch.is_soft and batch.features is not None and batch.weight is not None:
-                batch.check_angles(batch.features, batch.weight, self.ignore_index)
-            raise ValueError(
-                "features, weight, bias: expected finite logits on the targets, no NaN or +inf elsewhere; "
-                f"{WAY_OUT}"
-            )
-        except ValueError as problem:  # too late to tell other ranks, which soon miss this one
-            if ranks.number == 1:
-                raise
-            ranks.refuse(problem, 0, loss.device)
+        if ranks.number == 1 and self.aaw and not batch.is_soft:
+            batch.check_angles(self.ignore_index)
+        problem = ValueError(
+            "features, weight, bias: expected finite logits on the targets, no NaN or +inf elsewhere; "
+            f"{WAY_OUT}"
+        )
+        ranks.refuse(problem, 0, loss.device)  # too late to tell other ranks, which soon miss this one
 
 
 def check_bias(bias: Tensor | None, weight: Tensor, scale: float | None, shape: str) -> None:

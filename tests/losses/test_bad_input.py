@@ -449,7 +449,7 @@ CASES = {
     "baseline: probabilities that sum to 2": (lambda: BalancedSoftmaxLoss(COUNTS)(LOGITS, torch.full((2, 4), 0.5)), ValueError, "target", "sum to 1", "2"),
     "baseline: negative sample weight": (lambda: FocalLoss()(LOGITS, TARGET, sample_weight=torch.tensor([1.0, -1.0])), ValueError, "sample_weight", ">= 0", "-1"),
     "class weights of other classes": (lambda: BalancedSoftmaxLoss(COUNTS, class_weight=[1.0, 2.0]), ValueError, "class_weight", "[4]", "[2]"),
-    "negative class weights": (lambda: FocalLoss(alpha=[1.0, -1.0]), ValueError, "class_weight", ">= 0", "-1"),
+    "negative class weights": (lambda: FocalLoss(alpha=[1.0, -1.0]), ValueError, "alpha", ">= 0", "-1"),
     "class weights twice": (lambda: FocalLoss(alpha=[1.0, 1.0], class_weight=[1.0, 1.0]), ValueError, "alpha, class_weight", "both"),
     "baseline: sparse logits": (lambda: FocalLoss()(LOGITS.to_sparse(), TARGET), TypeError, "logits", "dense", "torch.sparse_coo", "logits.to_dense()"),
     "baseline: nested logits": (lambda: FocalLoss()(nested(*LOGITS), TARGET), TypeError, "logits", "dense", "nested"),

@@ -1,4 +1,7 @@
-"""How long the way of a call through the package is: few functions, few files."""
+"""How long the way of a call through the package is: few functions, few files.
+
+That of a usual batch: batches 1, 2, 4, 8 and so on are also looked at for logits that are no cosines'.
+"""
 
 import sys
 from pathlib import Path
