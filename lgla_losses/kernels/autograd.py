@@ -3,7 +3,7 @@
 Where the loss is a scalar its gradient is computed together with it, and ``backward`` hands it over.
 Elsewhere ``backward`` computes it from the logits and two numbers a row: without reduction; for
 float16, whose small gradients must meet the loss's scale before they are rounded; the second time
-through a retained graph; and on a GPU under ``torch.compile``. Until ``backward`` the graph of a scalar
+through a retained graph; and under ``torch.compile``. Until ``backward`` the graph of a scalar
 loss holds its gradient, which saved-tensor hooks (offloading) do not see. A 16-bit gradient is rounded
 once, and once more where the gradient of the loss is no power of two, as those of loss scaling are.
 """

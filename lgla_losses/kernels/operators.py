@@ -69,13 +69,12 @@ class _Call(NamedTuple):
 
     logits: Tensor
     rows: Rows
-    at_once: bool
     backend: str
 
     @classmethod
     def of(cls, logits: Tensor, *arguments: Any) -> _Call:
-        *rows, at_once, backend = arguments
-        return cls(logits, Rows(*rows), at_once, backend)
+        *rows, backend = arguments
+        return cls(logits, Rows(*rows), backend)
 
 
 def cross_entropies(logits: Inputs, rows: Rows, backend: str) -> Tensor:
@@ -93,9 +92,6 @@ def cross_entropies(logits: Inputs, rows: Rows, backend: str) -> Tensor:
 
 def _operator(logits: Tensor, rows: Rows, backend: str) -> Tensor:
     """Compute Eq. 9 for logits ``[N, K, C]``."""
-    learns = torch.is_grad_enabled() and logits.requires_grad
-    # On a GPU the gradient is computed in backward, which moves no more bytes.
-    at_once = learns and rows.reduce and logits.device.type == "cpu" and logits.dtype != torch.float16
     # Field by field: the compiler of PyTorch 2.6 takes no slice of a named tuple.
     loss: Tensor = torch.ops.lgla_losses.cross_entropy(
         logits,
@@ -109,28 +105,29 @@ def _operator(logits: Tensor, rows: Rows, backend: str) -> Tensor:
         rows.label_smoothing,
         rows.gamma,
         rows.reduce,
-        at_once,
         backend,
     )[0]
     return loss
 
 
-def _cross_entropy(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The loss, the state for its gradient, and the gradient or an empty tensor."""
+def _cross_entropy(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """Compute the loss and the state for its gradient, which ``backward`` computes.
+
+    A compiler knows no way to give a gradient to an operator that hands it on, and a copy takes longer.
+    """
     call = _Call.of(*arguments)
     problem = CrossEntropy(_engine(call.backend, call.logits.device), call.rows)
-    loss, (gradient,), state = problem.run([call.logits], [call.at_once])
-    return loss, state, call.logits.new_empty(0) if gradient is None else gradient
+    loss, _, state = problem.run([call.logits], [False])
+    return loss, state
 
 
-def _cross_entropy_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _cross_entropy_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = _Call.of(*arguments)
     samples, experts, _ = call.logits.shape
     dtype = functional.compute_dtype(call.logits.dtype)
     return (
         call.logits.new_empty(() if call.rows.reduce else (samples,), dtype=dtype),
         call.logits.new_empty((samples, experts, 2), dtype=dtype),
-        torch.empty_like(call.logits) if call.at_once else call.logits.new_empty(0),
     )
 
 
@@ -141,32 +138,18 @@ def _cross_entropy_backward(upstream: Tensor, state: Tensor, *arguments: Any) ->
     return problem.gradients([call.logits], upstream, state, [True])[0]
 
 
-def _rescaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """A gradient for another gradient of the loss; an operator may not give back what it was given."""
-    return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    call, (_, state) = _Call.of(*inputs), output
+    ctx.mark_non_differentiable(state)
+    ctx.options, ctx.backend = tuple(call.rows)[OPTIONS], call.backend
+    ctx.save_for_backward(state, call.logits, *tuple(call.rows)[TENSORS])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    call, (_, state, gradient) = _Call.of(*inputs), output
-    ctx.mark_non_differentiable(state, gradient)
-    ctx.options, ctx.at_once, ctx.backend = tuple(call.rows)[OPTIONS], call.at_once, call.backend
-    if call.at_once:
-        ctx.save_for_backward(gradient)
-    else:
-        ctx.save_for_backward(state, call.logits, *tuple(call.rows)[TENSORS])
-
-
-def _gradients(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if ctx.at_once:
-        if torch.is_grad_enabled() and not upstream.requires_grad:
-            upstream = upstream.detach().requires_grad_()  # a second derivative is refused then, and not 0
-        gradient = torch.ops.lgla_losses.rescaled(ctx.saved_tensors[0], upstream)
-    else:
-        state, logits, *tensors = ctx.saved_tensors
-        gradient = torch.ops.lgla_losses.cross_entropy_backward(
-            upstream, state, logits, *tensors, *ctx.options, ctx.at_once, ctx.backend
-        )
-    return gradient, *[None] * (len(Rows._fields) + 2)
+def _gradients(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradient = torch.ops.lgla_losses.cross_entropy_backward(
+        upstream, *ctx.saved_tensors, *ctx.options, ctx.backend
+    )
+    return gradient, *[None] * (len(Rows._fields) + 1)
 
 
 def _refuse_second_derivative(ctx: Any, *upstream: Tensor) -> None:
@@ -178,25 +161,20 @@ def _refuse_second_derivative(ctx: Any, *upstream: Tensor) -> None:
 
 _define(
     "cross_entropy",
-    f"Tensor logits, {_ROWS}, bool at_once, str backend) -> (Tensor, Tensor, Tensor)",
+    f"Tensor logits, {_ROWS}, str backend) -> (Tensor, Tensor)",
     _cross_entropy,
     _cross_entropy_shapes,
 )
 _define(
     "cross_entropy_backward",
-    f"Tensor upstream, Tensor state, Tensor logits, {_ROWS}, bool at_once, str backend) -> Tensor",
+    f"Tensor upstream, Tensor state, Tensor logits, {_ROWS}, str backend) -> Tensor",
     _cross_entropy_backward,
     lambda upstream, state, logits, *_: torch.empty_like(logits),
 )
-_define(
-    "rescaled",
-    "Tensor gradient, Tensor factor) -> Tensor",
-    _rescaled,
-    lambda gradient, factor: torch.empty_like(gradient),
-)
 torch.library.register_autograd("lgla_losses::cross_entropy", _gradients, setup_context=_save, lib=_OPERATORS)
-for _name in ("cross_entropy_backward", "rescaled"):
-    torch.library.register_autograd(f"lgla_losses::{_name}", _refuse_second_derivative, lib=_OPERATORS)
+torch.library.register_autograd(
+    "lgla_losses::cross_entropy_backward", _refuse_second_derivative, lib=_OPERATORS
+)
 
 
 # --- Eq. 9 of features and class weights --------------------------------------------------------------------

@@ -135,7 +135,7 @@ def test_the_launches_of_every_input_are_those_recorded(losses, row):
     }
     one = row(of_one_model(losses), "forward + backward", column="BalancedSoftmaxLoss")
     assert (
-        f"K tensors launch {launches['K tensors']} kernels, one model {one['launches']}, an `ExpertOutput` "
+        f"K tensors {launches['K tensors']} kernels, one model {one['launches']}, an `ExpertOutput` "
         f"{launches['ExpertOutput']}, sample weights {launches['sample weights']} and probabilities "
         f"{launches['probabilities']}"
     ) in BENCHMARKS

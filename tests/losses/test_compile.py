@@ -102,8 +102,8 @@ def test_many_classes_compile_to_the_operator(backend, form, reduction):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_compiled_gradient_is_computed_with_the_loss(backend, dtype, monkeypatch):
-    """For all backwards through a retained graph; float16 waits for the loss's scale, each time anew."""
+def test_a_compiled_gradient_is_computed_in_every_backward(backend, dtype, monkeypatch):
+    """Each time anew through a retained graph."""
     if native.LIBRARY is None:
         pytest.skip(native.MISSING)
     calls = []
@@ -118,12 +118,12 @@ def test_a_compiled_gradient_is_computed_with_the_loss(backend, dtype, monkeypat
             torch.autograd.grad(loss, logits, retain_graph=True)[0],
             torch.autograd.grad(loss, logits)[0],
         ]
-    assert len(calls) == (0 if dtype == torch.float32 else 2)
+    assert len(calls) == 2
     for result in results[:3]:
         torch.testing.assert_close(result, results[3])
 
 
-def test_a_compiled_loss_computes_no_gradient_that_nobody_asks_for(monkeypatch):
+def test_a_compiled_loss_computes_no_gradient_before_backward(monkeypatch):
     wanted = []
 
     def spy(logits, rows, gradients, forward=chunked.forward):
@@ -139,7 +139,7 @@ def test_a_compiled_loss_computes_no_gradient_that_nobody_asks_for(monkeypatch):
     compiled(logits.requires_grad_(), torch.arange(4))
     with torch.no_grad():
         compiled(logits, torch.arange(4))
-    assert wanted == [False, True, False]
+    assert wanted == [False, False, False]
 
 
 def test_values_are_checked_on_request_under_a_compiler():
