@@ -239,7 +239,10 @@ def tests(out: Path, dry: bool) -> Part:
 
 def names_a_device(path: Path) -> bool:
     """Whether a file of tests may run some on CUDA."""
-    return re.search(r"\b(cuda|device|DEVICES?)\b", path.read_text(encoding="utf-8")) is not None
+    return (
+        re.search(r"\b(cuda|device|DEVICES?|from engines import)\b", path.read_text(encoding="utf-8"))
+        is not None
+    )
 
 
 def is_dry(options: argparse.Namespace) -> bool:
