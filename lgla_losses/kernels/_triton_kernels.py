@@ -457,11 +457,11 @@ def _focal(entropy, gamma: tl.constexpr):
 
 
 @triton.jit
-def _store_state(state, n, k, here, valid, peak, sums, all_experts: tl.constexpr):
-    """What the backward pass reads of a row; (0, 1) of those ignored."""
+def _store_state(state, n, k, here, peak, sums, all_experts: tl.constexpr):
+    """Store what the backward pass reads of a row; of an ignored one it may be anything."""
     out = state + (n * all_experts + k) * 2
-    tl.store(out, tl.where(valid, peak, 0.0), mask=here)
-    tl.store(out + 1, tl.where(valid, sums, 1.0), mask=here)
+    tl.store(out, peak, mask=here)
+    tl.store(out + 1, sums, mask=here)
 
 
 @triton.jit
@@ -475,26 +475,18 @@ def _add_losses(losses, total, n, k, here, loss, all_experts: tl.constexpr, redu
 
 
 @triton.jit
-def _finish_rows(
-    losses, state, class_weight, total, n, k, here, y, valid, peak, sums, own, mean, factor,
-    all_experts: tl.constexpr, num_classes: tl.constexpr, smoothing: tl.constexpr, gamma: tl.constexpr,
-    reduce: tl.constexpr,
-):  # fmt: skip
-    """Store losses and state; return the total, and the factor of ``softmax - one-hot`` in the gradient."""
-    loss = tl.log(sums) - (own - peak)
-    if smoothing != 0.0:
-        loss = (1.0 - smoothing) * loss + smoothing * (tl.log(sums) - mean)
+def _weighed(class_weight, y, valid, loss, factor, num_classes: tl.constexpr, gamma: tl.constexpr):
+    """Weigh the cross entropies of rows; also the factor of ``softmax - one-hot`` in their gradient.
+
+    The smoothing of labels stays in the kernels: passed through here, its mean costs registers that spill.
+    """
     if class_weight is not None:
         factor *= _class_constant(class_weight, y, num_classes, factor.dtype)
     slope = factor
     if gamma != 0.0:
         loss, derivative = _focal(loss, gamma)
         slope = factor * derivative
-    loss = tl.where(valid, factor * loss, 0.0)
-
-    _store_state(state, n, k, here, valid, peak, sums, all_experts)
-    total = _add_losses(losses, total, n, k, here, loss, all_experts, reduce)
-    return total, slope
+    return tl.where(valid, factor * loss, 0.0), slope
 
 
 @triton.jit
@@ -542,14 +534,14 @@ def _forward(
         x -= peak[:, None]
         exponentials = _exp(x, flush)
         sums = tl.sum(exponentials, axis=1)
-        mean = tl.zeros_like(peak)
+        loss = tl.log(sums) - (own - peak)
         if smoothing != 0.0:
             mean = tl.sum(tl.where((j < num_classes)[None, :], x, 0.0), axis=1) / num_classes
+            loss = (1.0 - smoothing) * loss + smoothing * (tl.log(sums) - mean)
+        loss, factor = _weighed(class_weight, y, valid, loss, factor, num_classes, gamma)
 
-        total, factor = _finish_rows(
-            losses, state, class_weight, total, n, k, here, y, valid, peak, sums, own, mean, factor,
-            all_experts, num_classes, smoothing, gamma, reduce,
-        )  # fmt: skip
+        _store_state(state, n, k, here, peak, sums, all_experts)
+        total = _add_losses(losses, total, n, k, here, loss, all_experts, reduce)
         if gradient is not None:
             factor *= 1.0 / shares  # as backward has it
             row = (n * out_n + k * out_k) * align
@@ -603,14 +595,14 @@ def _forward_blocked(
                 origin = tl.where(first == 0, safe, origin)
                 distance += tl.sum(tl.where((j < num_classes)[None, :], x - origin[:, None], 0.0), axis=1)
         sums = tl.sum(exponentials, axis=1)
-        mean = tl.zeros_like(peak)
+        loss = tl.log(sums) - (own - peak)
         if smoothing != 0.0:
             mean = distance / num_classes + (origin - peak)
+            loss = (1.0 - smoothing) * loss + smoothing * (tl.log(sums) - mean)
+        loss, factor = _weighed(class_weight, y, valid, loss, factor, num_classes, gamma)
 
-        total, factor = _finish_rows(
-            losses, state, class_weight, total, n, k, here, y, valid, peak, sums, own, mean, factor,
-            all_experts, num_classes, smoothing, gamma, reduce,
-        )  # fmt: skip
+        _store_state(state, n, k, here, peak, sums, all_experts)
+        total = _add_losses(losses, total, n, k, here, loss, all_experts, reduce)
         if gradient is not None:
             factor *= 1.0 / shares  # as backward has it
             out_row = (n * out_n + k * out_k) * align
@@ -683,14 +675,14 @@ def _forward_streamed(
         peak = tl.max(peaks, axis=1)
         safe = tl.where(peak == -float("inf"), 0.0, peak)
         sums = tl.sum(exponentials * tl.exp(peaks - safe[:, None]), axis=1)
-        mean = tl.zeros_like(peak)
+        loss = tl.log(sums) - (own - peak)
         if smoothing != 0.0:
             mean = tl.sum(distances, axis=1) / num_classes + (origin - peak)
+            loss = (1.0 - smoothing) * loss + smoothing * (tl.log(sums) - mean)
+        loss, factor = _weighed(class_weight, y, valid, loss, factor, num_classes, gamma)
 
-        total, factor = _finish_rows(
-            losses, state, class_weight, total, n, k, here, y, valid, peak, sums, own, mean, factor,
-            all_experts, num_classes, smoothing, gamma, reduce,
-        )  # fmt: skip
+        _store_state(state, n, k, here, peak, sums, all_experts)
+        total = _add_losses(losses, total, n, k, here, loss, all_experts, reduce)
         if gradient is not None:
             factor *= 1.0 / shares  # as backward has it
             out_row = (n * out_n + k * out_k) * align
@@ -894,7 +886,7 @@ def _shared(
             if not soft:
                 loss = tl.where((y >= 0) & (y < num_classes), loss, float("nan"))
             loss = tl.where(valid, factor * loss, 0.0)
-            _store_state(state, n, k, here, valid, peak, sums, all_experts)
+            _store_state(state, n, k, here, peak, sums, all_experts)
             total = _add_losses(losses, total, n, k, here, loss, all_experts, reduce)
     if reduce:
         tl.store(losses + tl.program_id(0), tl.sum(total, axis=0))
