@@ -18,8 +18,22 @@
 /* Loops whose strides or outputs are constants of the caller. */
 #ifdef __GNUC__
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 #else
 #define INLINE static inline
+#define NOINLINE
+#endif
+
+/* Sixteen numbers that are added to at once. As an array compilers may keep them in memory, where each
+ * addition waits for the last. */
+#ifdef __GNUC__
+typedef float lanes_float __attribute__((vector_size(16 * sizeof(float))));
+typedef double lanes_double __attribute__((vector_size(16 * sizeof(double))));
+#define ADD_LANES(to, from) ((to) += (from))
+#else
+typedef float lanes_float[16];
+typedef double lanes_double[16];
+#define ADD_LANES(to, from) for (int lane = 0; lane < 16; lane++) (to)[lane] += (from)[lane]
 #endif
 
 /* What the functions return. */

@@ -223,15 +223,16 @@ SHARES(double)
                                       A *restrict kept, int64_t C) {                                    \
         double total = 0.0;                                                                             \
         for (int64_t start = 0; start < C; start += 1024) {                                             \
-            A lanes[16] = {0};                                                                          \
+            lanes_##A lanes = {0}, part = {0};                                                                \
             const int64_t end = start + 1024 < C ? start + 1024 : C, whole = end - (end - start) % 16;  \
             for (int64_t i = start; i < whole; i += 16) {                                               \
                 _Pragma("omp simd")                                                                     \
                 for (int64_t j = i; j < i + 16; j++) {                                                  \
                     const A e = VARIANT(exp_##A)(ADJUSTED(NAME) - max);                                 \
                     if (kept) kept[j] = e;                                                              \
-                    lanes[j - i] += e;                                                                  \
+                    part[j - i] = e;                                                                    \
                 }                                                                                       \
+                ADD_LANES(lanes, part);                                                                 \
             }                                                                                           \
             for (int64_t j = whole; j < end; j++) {                                                     \
                 const A e = VARIANT(exp_##A)(ADJUSTED(NAME) - max);                                     \
@@ -258,6 +259,12 @@ SHARES(double)
         _Pragma("omp simd")                                                                             \
         for (int64_t j = 0; j < C; j++)                                                                 \
             gradient[j * to] = VARIANT(to_##NAME)(factor * kept[j] - (pull ? shift * pull[j] : shift)); \
+    }                                                                                                   \
+    /* Apart, as the loops of a large function are short of registers. */                               \
+    static NOINLINE double VARIANT(total_##NAME)(const V *v, const A *table, A max, A *restrict kept,   \
+                                                 int64_t C) {                                           \
+        return kept ? VARIANT(sum_##NAME)(v, 1, table, max, kept, C)                                    \
+                    : VARIANT(sum_##NAME)(v, 1, table, max, NULL, C);                                   \
     }                                                                                                   \
     static void VARIANT(clear_##NAME)(V *gradient, int64_t to, int64_t C) {                             \
         for (int64_t j = 0; j < C; j++) gradient[j * to] = 0;                                           \
@@ -304,9 +311,8 @@ SHARES(double)
                 int32_t wrong;                                                                          \
                 max = dense ? VARIANT(max_##NAME)(v, 1, table, C, &wrong)                               \
                             : VARIANT(max_##NAME)(v, x->vc, table, C, &wrong);                          \
-                if (!dense) sum = VARIANT(sum_##NAME)(v, x->vc, table, max, kept, C);                   \
-                else if (gradient) sum = VARIANT(sum_##NAME)(v, 1, table, max, kept, C);                \
-                else sum = VARIANT(sum_##NAME)(v, 1, table, max, NULL, C);                              \
+                sum = dense ? VARIANT(total_##NAME)(v, table, max, gradient ? kept : NULL, C)           \
+                            : VARIANT(sum_##NAME)(v, x->vc, table, max, kept, C);                       \
                 if (wrong) sum = NAN;                                                                   \
                 double value = (1 - e) * (log(sum) - ((double)own - max));                              \
                 if (e > 0) value += e * (log(sum) - VARIANT(below_##NAME)(v, x->vc, table, max, C) / C);\
@@ -384,7 +390,7 @@ SHARES(double)
                 int32_t wrong;                                                                          \
                 max = dense ? VARIANT(max_##NAME)(v, 1, table, C, &wrong)                               \
                             : VARIANT(max_##NAME)(v, x->vc, table, C, &wrong);                          \
-                sum = dense ? VARIANT(sum_##NAME)(v, 1, table, max, kept, C)                            \
+                sum = dense ? VARIANT(total_##NAME)(v, table, max, kept, C)                            \
                             : VARIANT(sum_##NAME)(v, x->vc, table, max, kept, C);                       \
                 if (wrong) sum = NAN;                                                                   \
                 const double below = dense ? VARIANT(dot_##NAME)(v, 1, table, max, r, C)                \
