@@ -27,7 +27,7 @@ from lgla_losses._counts import ArrayLike
 from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size, refuse_data_parallel
 from lgla_losses._torch import is_watched, unfit, values_readable
 from lgla_losses.grouping import ClassGrouper
-from lgla_losses.kernels import Engine, Samples, autograd, chunked
+from lgla_losses.kernels import Engine, Rows, Samples, autograd, chunked
 from lgla_losses.kernels.autograd import without_engine
 from lgla_losses.kernels.blockwise import Blockwise
 from lgla_losses.losses._config import (
@@ -200,26 +200,45 @@ class Loss(nn.Module):
             self._compared = True
         return values
 
-    def _divisor(
+    def _rows(
         self,
         engine: Engine | None,
         batch: Batch,
         ranks: Ranks,
         normalizer: float | Tensor | None,
+        *,
         samples: Tensor | None = None,
-        class_weight: Tensor | None = None,
-    ) -> Tensor | None:
-        """Give what the sum over the batch is divided by: by default the samples, a rank's share."""
+        counted: Tensor | None = None,
+        **fields: Any,
+    ) -> Rows:
+        """Give what Eq. 9 reads beside the logits. The divisor is by default the samples, a rank's share.
+
+        Args:
+            engine: what computes; None for plain PyTorch.
+            batch: what is given.
+            ranks: those of this step.
+            normalizer: the divisor of a mean as the user gives it, or None.
+            samples: the divisor if it is known, or None.
+            counted: class weights ``[C]`` that count the samples, or None.
+            fields: those of :class:`~lgla_losses.kernels.Rows` that only this loss has.
+        """
         if samples is None and self._communicates(normalizer, ranks):
             # A compiler sees into PyTorch's own operations only.
             counter = engine if engine is not None and not torch.compiler.is_compiling() else _chunked(batch)
-            counted = counter.count(batch.target, batch.sample_weight, class_weight, self.ignore_index)
-            samples = counted if ranks.number == 1 else self._summed(counted[None], ranks)[0] / ranks.number
-        if self.reduction != "mean":
-            return None
+            samples = counter.count(batch.target, batch.sample_weight, counted, self.ignore_index)
+            if ranks.number > 1:
+                samples = self._summed(samples[None], ranks)[0] / ranks.number
         if normalizer is not None:
-            return scalar_on(batch.target.device, normalizer, functional.widest_dtype(batch.target.device))
-        return samples
+            device = batch.target.device
+            samples = scalar_on(device, normalizer, functional.widest_dtype(device))
+        return Rows(
+            batch.target,
+            divisor=samples if self.reduction == "mean" else None,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduce=self.reduction != "none",
+            **fields,
+        )
 
     def _explain_unless_finite(self, batch: Batch, loss: Tensor) -> None:
         """Raise for what made a loss NaN or infinite, if that was wrong."""

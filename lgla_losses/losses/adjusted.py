@@ -16,7 +16,6 @@ from lgla_losses._counts import ArrayLike, as_class_counts, as_class_weight
 from lgla_losses.adjustment import check_tau, strength_of
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.grouping import same_classes
-from lgla_losses.kernels import Rows
 from lgla_losses.kernels.autograd import CrossEntropy, evaluate
 from lgla_losses.kernels.operators import cross_entropies
 from lgla_losses.losses._base import Loss
@@ -54,8 +53,9 @@ class AdjustedLoss(ConstantBuffers, Loss):
         class_weight: weights of the classes of one's own ``[C]``, finite and at least 0, as those of
             :class:`torch.nn.CrossEntropyLoss`; they multiply those that the loss makes.
         reduction: ``"mean"`` over the samples not ignored, ``"sum"``, or ``"none"``. With ``class_weight``
-            the mean divides by the sum of the samples' weights, as PyTorch's does, but for losses that say
-            otherwise.
+            the mean divides by the sum of the samples' weights, as PyTorch's does for class indices, but for
+            losses that say otherwise. A sample with
+            probabilities weighs the mean of its classes' weights.
         ignore_index: target of samples that count nothing.
         label_smoothing: as in :class:`torch.nn.CrossEntropyLoss`, of the adjusted logits.
         sync: as in :class:`~lgla_losses.LGLALoss`, for the number that ``"mean"`` divides by.
@@ -233,18 +233,17 @@ class AdjustedLoss(ConstantBuffers, Loss):
             logits = [block * multiplier for block in logits]
         num_experts = len(logits) if batch.of_one else logits[0].shape[-2]
         weights = None if batch.sample_weight is None else batch.weights_of_experts(num_experts)
-        counted = class_weight if self._divides_by_weights else None
-        rows = Rows(
-            batch.target,
+        rows = self._rows(
+            engine,
+            batch,
+            ranks,
+            normalizer,
+            counted=class_weight if self._divides_by_weights else None,
             table=None if table is None else table.expand(num_experts, -1),
             weights=weights,
-            divisor=self._divisor(engine, batch, ranks, normalizer, class_weight=counted),
             class_weight=class_weight,
             margin=margin,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
             gamma=self.focusing,
-            reduce=self.reduction != "none",
         )
         problem = functools.partial(CrossEntropy, of_one=batch.of_one)
         loss = evaluate(engine, rows, logits, problem, cross_entropies, self.backend)

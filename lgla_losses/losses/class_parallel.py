@@ -28,7 +28,7 @@ from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size
 from lgla_losses._torch import values_readable
 from lgla_losses.adjustment import strength
 from lgla_losses.grouping import ClassGrouper, same_classes
-from lgla_losses.kernels import Engine, Rows, Samples, chunked
+from lgla_losses.kernels import Engine, Samples, chunked
 from lgla_losses.kernels.blockwise import Blockwise
 from lgla_losses.kernels.class_parallel import ClassParallelCrossEntropy, evaluate
 from lgla_losses.kernels.linear import as_autocast_would
@@ -294,15 +294,10 @@ class ClassParallelLGLALoss(Loss):
 
         mine = self._mine(batch)
         weights, samples = self._weights(engine, mine, ranks)  # Eqs. 7 and 8
-        rows = Rows(
-            mine.target,
-            table=self.table,
-            weights=weights,
-            divisor=self._divisor(engine, batch, ranks, normalizer, samples),
-            ignore_index=_ELSEWHERE,
-            label_smoothing=self.label_smoothing,
-            reduce=self.reduction != "none",
-        )
+        rows = self._rows(
+            engine, batch, ranks, normalizer, samples=samples, table=self.table, weights=weights
+        )  # with the divisor
+        rows = rows._replace(target=mine.target, ignore_index=_ELSEWHERE)
         self._compared |= compares  # by all ranks, now that the sums are done
 
         if self.num_ranks > 1 and torch.is_grad_enabled():

@@ -12,7 +12,6 @@ from torch import Tensor
 from lgla_losses._batch import Batch
 from lgla_losses._torch import values_readable
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
-from lgla_losses.kernels import Rows
 from lgla_losses.kernels.autograd import CrossEntropy, evaluate
 from lgla_losses.kernels.operators import cross_entropies
 from lgla_losses.losses._base import ExpertLoss
@@ -125,15 +124,9 @@ class LGLALoss(ExpertLoss):
         engine, ranks, readable = self._step(batch, normalizer, table, group_index)
 
         weights, samples = self._weights(engine, batch, ranks, table, group_index)  # Eqs. 7 and 8
-        rows = Rows(
-            batch.target,
-            table=table,
-            weights=weights,
-            divisor=self._divisor(engine, batch, ranks, normalizer, samples),
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            reduce=self.reduction != "none",
-        )
+        rows = self._rows(
+            engine, batch, ranks, normalizer, samples=samples, table=table, weights=weights
+        )  # with the divisor
         problem = functools.partial(CrossEntropy, of_one=batch.of_one)
         loss = evaluate(engine, rows, batch.logits, problem, cross_entropies, self.backend)  # Eq. 9
 

@@ -12,7 +12,7 @@ from lgla_losses._checks import WAY_OUT, finite_tensors, floating_tensor, same_d
 from lgla_losses._counts import ArrayLike
 from lgla_losses._ranks import Ranks
 from lgla_losses._torch import unfit, values_readable
-from lgla_losses.kernels import Engine, Rows, chunked
+from lgla_losses.kernels import Engine, chunked
 from lgla_losses.kernels.autograd import evaluate
 from lgla_losses.kernels.linear import LinearCrossEntropy, as_autocast_would
 from lgla_losses.kernels.operators import linear_cross_entropy
@@ -93,15 +93,9 @@ class LinearLGLALoss(ExpertLoss):
         engine, ranks, _ = self._step(batch, normalizer, table, group_index)
 
         weights, samples = self._weights(engine, batch, ranks, table, group_index)  # Eqs. 7 and 8
-        rows = Rows(
-            batch.target,
-            table=table,
-            weights=weights,
-            divisor=self._divisor(engine, batch, ranks, normalizer, samples),
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            reduce=self.reduction != "none",
-        )
+        rows = self._rows(
+            engine, batch, ranks, normalizer, samples=samples, table=table, weights=weights
+        )  # with the divisor
         inputs = as_autocast_would(features, weight, bias)
         same_dtype(*inputs[:2])
         problem = functools.partial(LinearCrossEntropy, scale=self.scale)

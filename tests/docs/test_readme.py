@@ -171,6 +171,7 @@ def test_the_results_in_brief_are_those_of_the_records():
 def test_the_cost_of_the_losses_is_the_recorded_one():
     record = tables.read("losses_cpu")
     assert tables.brief(record) in README
+    assert f"2 cores of an {record['device']}, torch 2.13" in " ".join(section("Speed").split())
     first, *lost = report.balance(record)
     text = " ".join(section("Speed").split())
     assert re.search(r"\d+ wins, \d+ losses", first)[0].replace(",", " and") in text
