@@ -36,18 +36,20 @@ _WORTH_JOINING = {"cuda": 1 << 22}
 
 
 class Batch(NamedTuple):
-    """What a loss computes with. ``B`` are the dimensions of the samples: ``[N]``, of maps ``[N, *S]``.
+    """Hold the inputs of a loss in normal form, after the checks.
+
+    ``B`` are the dimensions of the samples: ``[N]``, or ``[N, *S]`` for maps.
 
     Attributes:
-        logits: one tensor ``[*B, K, C]``, or tensors ``[*B, C]`` of an expert each; none where a loss makes
-            them.
+        logits: one tensor ``[*B, K, C]``, or one tensor ``[*B, C]`` for each expert; empty where the loss
+            computes the logits itself.
         target: class indices ``[*B]`` or probabilities ``[*B, C]``.
         features: inputs of the classifiers ``[*B, K, d]``, or None.
         weight: weights of the classifiers ``[K, C, d]``, or None.
         sample_weight: how many times each sample counts ``[*B]``, or None.
         is_soft: whether the targets are probabilities.
         is_map: whether the samples have several dimensions.
-        of_one: whether each tensor of logits is of one expert, ``[*B, C]``.
+        of_one: whether each tensor of logits belongs to one expert, ``[*B, C]``.
     """
 
     logits: Sequence[Tensor]
@@ -71,7 +73,7 @@ class Batch(NamedTuple):
         sample_weight: Tensor | None = None,
         needs_angles: bool = True,
     ) -> Batch:
-        """Take the output of as many experts and classes as the ``table`` ``[K, C]`` has."""
+        """Take the output of K experts; its experts and classes must be those of ``table`` ``[K, C]``."""
         if isinstance(output, ExpertOutput):
             if features is not None or weight is not None:
                 raise ValueError("features, weight: expected none beside an ExpertOutput, which holds them")
@@ -95,7 +97,7 @@ class Batch(NamedTuple):
         sample_weight: Tensor | None = None,
         constant: Tensor | None = None,
     ) -> Batch:
-        """Take the logits of one model or of K experts, for a loss that holds the constant."""
+        """Take the logits of one model or of K experts; all must be on the device of ``constant``."""
         dims = 1
         if isinstance(target, Tensor):
             dims = target.dim() - int(target.is_floating_point())
@@ -111,7 +113,7 @@ class Batch(NamedTuple):
         table: Tensor,
         sample_weight: Tensor | None = None,
     ) -> Batch:
-        """Take the inputs of classifiers, of as many experts and classes as the ``table`` ``[K, C]`` has."""
+        """Take the inputs of K classifiers; experts and classes must be those of ``table`` ``[K, C]``."""
         if isinstance(target, Tensor) and target.is_floating_point() and target.dim() == 2:
             probability_tensor(target, target.shape[:1], table.shape[1])
         else:
@@ -136,7 +138,10 @@ class Batch(NamedTuple):
         sample_weight: Tensor | None,
         constant: Tensor | None,
     ) -> Batch:
-        """Check what comes with logits ``[N, K, C, *S]`` or ``[N, C, *S]``; samples come first."""
+        """Check what comes with logits ``[N, K, C, *S]`` or ``[N, C, *S]``.
+
+        The dimensions of the samples come first in the result.
+        """
         first, classes = blocks[0], 1 if of_one else 2
         samples, num_classes = first.shape[:1] + first.shape[classes + 1 :], first.shape[classes]
         is_soft, is_map = False, len(samples) > 1
@@ -176,7 +181,7 @@ class Batch(NamedTuple):
         return [expert for block in self.logits for expert in block.detach().unbind(-2)]
 
     def weights_of_experts(self, num_experts: int) -> Tensor | None:
-        """Give the samples' weights for every expert ``[*B, K]``, or None."""
+        """Repeat the samples' weights for every expert ``[*B, K]``; give None if there are none."""
         if self.sample_weight is None:
             return None
         like = next(v for v in (*self.logits, self.features) if v is not None)
@@ -184,10 +189,10 @@ class Batch(NamedTuple):
         return weights[..., None].expand(*weights.shape, num_experts)
 
     def angles(self, scale: float | None) -> Angles:
-        """Say where the angles of Eq. 7 come from.
+        """Choose what the angles of Eq. 7 are computed from: features, or cosine logits.
 
         Raises:
-            ValueError: neither features nor a scale of cosine logits are there.
+            ValueError: there are no features, and no scale of cosine logits.
         """
         if self.features is not None and self.weight is not None:
             return Angles(features=self.features.detach(), weight=self.weight.detach())
@@ -201,14 +206,14 @@ class Batch(NamedTuple):
         return Angles(with_experts(logits) if self.of_one else logits, scale)
 
     def check_weights(self) -> None:
-        """Raise for weights and probabilities that are wrong, which need not show in the loss; reads them."""
+        """Raise for bad sample weights and probabilities, which may not show in the loss. This reads them."""
         if self.sample_weight is not None:
             sample_weight_values(self.sample_weight)
         if self.is_soft:
             probability_values(self.target)
 
     def explain(self, ignore_index: int, num_classes: int | None = None) -> None:
-        """Raise for values that make a loss wrong; reads all of them.
+        """Raise if a value of the batch makes the loss wrong. This reads all values.
 
         Args:
             ignore_index: target of samples that count nothing.
@@ -225,7 +230,7 @@ class Batch(NamedTuple):
             self._finite_logits(k, expert, ignore_index)
 
     def largest_target_logit(self, ignore_index: int) -> float:
-        """Give the largest logit of a target; reads the values."""
+        """Find the largest logit of a target. This reads the values."""
         kept = self.target > 0 if self.is_soft else self.target != ignore_index
         found = []
         for expert in self.experts():
@@ -235,7 +240,7 @@ class Batch(NamedTuple):
         return float(largest.max()) if largest.numel() else -math.inf
 
     def check_angles(self, ignore_index: int) -> None:
-        """Raise for angles of class indices that are not finite; reads them."""
+        """Raise for angles of class indices that are not finite. This reads them."""
         if self.features is None or self.weight is None:
             return
         kept = self.target != ignore_index
@@ -247,7 +252,7 @@ class Batch(NamedTuple):
             )
 
     def _finite_logits(self, k: int, expert: Tensor, ignore_index: int) -> None:
-        """Check the logits ``[*B, C]`` of one expert."""
+        """Raise for logits ``[*B, C]`` of expert k that are NaN or +inf, or -inf on the target."""
         if expert.numel() == 0:
             return
         if self.is_soft:
@@ -266,7 +271,7 @@ class Batch(NamedTuple):
 def check_features(
     features: Tensor, weight: Tensor, samples: Sequence[int], num_experts: int, num_classes: int
 ) -> None:
-    """Hold features ``[N, K, d, *S]`` and weights ``[K, C, d]`` to the samples, experts and classes."""
+    """Check that features ``[N, K, d, *S]`` and weights ``[K, C, d]`` fit samples, experts and classes."""
     n, *maps = samples
     floating_tensor("features", features, f"[N, K, d{', S' * len(maps)}]")
     floating_tensor("weight", weight, "[K, C, d]")
@@ -281,7 +286,7 @@ def check_features(
 
 
 def is_usual(value: object, dims: int, dtypes: Sequence[torch.dtype] = FLOATING) -> TypeGuard[Tensor]:
-    """Say whether it is a plain tensor of so many dimensions that the losses compute with."""
+    """Say whether a value is a plain, dense tensor with ``dims`` dimensions and one of the ``dtypes``."""
     return (
         type(value) is Tensor
         and value.dim() == dims
@@ -292,9 +297,9 @@ def is_usual(value: object, dims: int, dtypes: Sequence[torch.dtype] = FLOATING)
 
 
 def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool = False) -> ExpertLogits:
-    """``logits`` if they are floating-point ``[N, K, C]`` or K tensors ``[N, C]``.
+    """Check that logits are a floating-point tensor ``[N, K, C]`` or K tensors ``[N, C]``; return them.
 
-    With ``maps`` they may have further dimensions, as ``[N, K, C, H, W]``.
+    With ``maps`` they may have further dimensions, as in ``[N, K, C, H, W]``.
     """
     # What is usual first, in one look.
     if is_usual(logits, 3) and logits.shape[1:] == (num_experts, num_classes):
@@ -342,7 +347,7 @@ def _expert_tensor(name: str, value: object, shape: str, maps: bool) -> Tensor:
 def one_or_more_experts(
     output: ExpertOutput | ExpertLogits, num_classes: int | None, num_samples_dims: int = 1
 ) -> tuple[Sequence[Tensor], bool]:
-    """Check the logits of one model or of K experts, and say whether each tensor is of one.
+    """Check the logits of one model or of K experts, and say whether each tensor belongs to one expert.
 
     Args:
         output: ``[N, C, ...]`` of one model, ``[N, K, C, ...]``, ``K`` tensors ``[N, C, ...]`` or an

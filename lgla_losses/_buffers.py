@@ -14,15 +14,17 @@ from lgla_losses._torch import DisableTorchFunctionSubclass
 
 
 class ConstantBuffers(nn.Module):
-    """A module whose constants are buffers to everybody else, and exact whatever happens to these.
+    """Keep the constants of a module exact, whatever happens to its buffers.
 
-    They follow ``.to(device)`` and stand in the ``state_dict``. But casts of a model round buffers, averages
-    of its weights (EMA, SWA) truncate integers, ``to_empty`` and ``from_pretrained`` leave them empty, and
-    each of these would silently change the loss. So every constant is there twice: as the buffer that others
-    see, and exact, for what computes.
+    Every constant is there twice: as a buffer, which others see, and as an exact copy, which the module
+    computes with. The buffers follow ``.to(device)`` and are part of the ``state_dict``. But casts of a model
+    round buffers, averages of its weights (EMA, SWA) truncate integers, and ``to_empty`` and
+    ``from_pretrained`` leave buffers empty. Each of these would silently change the loss if it were computed
+    with the buffers.
 
-    Others may bring constants of such a module, too: a ``state_dict``, a loader that assigns them, DDP, which
-    writes rank 0's. They are taken where they fit each other, by :meth:`_restored` of a subclass.
+    New constants may also come from others: from a ``state_dict``, from a loader that assigns them, or from
+    DDP, which writes those of rank 0. The module takes them if they fit each other, which a subclass checks
+    in :meth:`_restored`.
     """
 
     #: Attributes that other constants follow from, so that they cannot be assigned.
@@ -40,9 +42,9 @@ class ConstantBuffers(nn.Module):
         self._looked = False
 
     def constant(self, name: str) -> Tensor:
-        """A constant on the device of the module, for reading: nothing may be written into it.
+        """Give a constant on the device of the module. It is for reading: nothing may be written into it.
 
-        Where :func:`torch.func.functional_call` puts a tensor in its place, that tensor.
+        If :func:`torch.func.functional_call` has put a tensor in its place, give that tensor.
         """
         buffer: Tensor = self._buffers[name]  # type: ignore[assignment]
         if buffer is not self._shown[name]:
@@ -61,17 +63,17 @@ class ConstantBuffers(nn.Module):
         return exact
 
     def on_cpu(self, name: str) -> Tensor:
-        """A constant on the CPU, for reading; also of a module on the meta device."""
+        """Give a constant on the CPU, for reading. This works for a module on the meta device, too."""
         self._take_from_outside(name)
         return self._exact[name].cpu()
 
     def _read(self, name: str) -> Tensor:
-        """A constant as users read it: a copy that refuses to be written into."""
+        """Give a constant to a user: a copy that raises when something is written into it."""
         copied = self.constant(name).detach().clone()
         return copied if torch.compiler.is_compiling() else copied.as_subclass(ReadOnlyTensor)
 
     def _keep(self, name: str, value: Tensor) -> None:
-        """Set a constant, in the memory of the one before where it fits."""
+        """Set a constant; reuse the memory of the old one if shape and dtype are the same."""
         exact = self._exact.get(name)
         device = torch.get_default_device() if exact is None else self._shown[name].device
         with torch.inference_mode(False), torch.no_grad():  # its tensors could never be written again
@@ -82,7 +84,7 @@ class ConstantBuffers(nn.Module):
         self._show(name, device)
 
     def _show(self, name: str, device: torch.device) -> None:
-        """Let the buffer hold the constant, in its own memory where it fits."""
+        """Copy a constant into its buffer; reuse the buffer's memory if it fits."""
         exact, shown = self._exact[name], self._shown.get(name)
         with torch.inference_mode(False), torch.no_grad():
             kind = exact.shape, exact.dtype, device
@@ -126,7 +128,7 @@ class ConstantBuffers(nn.Module):
             refuse_assignment(name)
 
     def _take_from_outside(self, name: str) -> None:
-        """Take constants that a loader assigned, or that are written into the buffers as a whole.
+        """Take constants that a loader has assigned, or that something has written into the buffers.
 
         Raises:
             ValueError: what a loader assigned is not what the constructor was given.
@@ -152,9 +154,10 @@ class ConstantBuffers(nn.Module):
         self._take_what_is_written()
 
     def _take_what_is_written(self) -> None:
-        """Take the buffers where they are constants of another such module, as DDP writes those of rank 0.
+        """Take what is written in the buffers if it is a full set of constants, as DDP writes that of rank 0.
 
-        What an average of weights makes of them does not fit each other, or is the same but for rounding.
+        An average of weights writes values that do not fit each other, or that differ by rounding only. Then
+        the constants stay as they are.
         """
         written = {name: buffer.detach().clone() for name, buffer in self.named_buffers()}
         for part in self._parts():
@@ -166,7 +169,7 @@ class ConstantBuffers(nn.Module):
                 self.load_state_dict(written)
 
     def _parts(self) -> list[ConstantBuffers]:
-        """This module, and those within it that hold constants."""
+        """List this module and the modules in it that hold constants."""
         return [module for module in self.modules() if isinstance(module, ConstantBuffers)]
 
     def _keep_all(self, constants: Mapping[str, Tensor]) -> None:
@@ -219,11 +222,11 @@ class ConstantBuffers(nn.Module):
                 self._show(name, state[name].device)
 
     def _inferred(self) -> frozenset[str]:
-        """Constants that a state may lack, as they follow from the others."""
+        """Name the constants that a state may lack, because they follow from the others."""
         return frozenset()
 
     def restored_from(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
-        """Read the constants of a ``state_dict``, or those that are here where it has none."""
+        """Read the constants of a ``state_dict``. Those that it does not have keep their values."""
         state = {name: state_dict[prefix + name] for name in self._exact if prefix + name in state_dict}
         for name, value in state.items():
             expected = list(self._exact[name].shape)
@@ -239,12 +242,12 @@ class ConstantBuffers(nn.Module):
     def _restored(
         self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
     ) -> dict[str, Tensor]:
-        """The constants that a state stands for.
+        """Compute all constants from those that a state holds.
 
         Args:
             state: this module's constants that the state holds, on the CPU.
             state_dict: all of the state.
-            prefix: of this module's names there.
+            prefix: what this module's names begin with in ``state_dict``.
 
         Raises:
             ValueError: they are not what the constructor was given.
@@ -252,7 +255,7 @@ class ConstantBuffers(nn.Module):
         raise NotImplementedError
 
     def _current(self, state: Mapping[str, Tensor], name: str) -> Tensor:
-        """A constant as a state has it, or else as it is."""
+        """Give a constant from a state; if the state does not have it, give the present one."""
         return state[name] if name in state else self.on_cpu(name)
 
 
@@ -264,7 +267,10 @@ IN_PLACE = frozenset(
 
 
 class ReadOnlyTensor(Tensor):
-    """A copy of a constant; writing into it is an error, and what is computed from it are plain tensors."""
+    """Hold a copy of a constant, and raise when it is written into.
+
+    Results that are computed from it are plain tensors.
+    """
 
     @classmethod
     def __torch_function__(
@@ -288,7 +294,7 @@ class ReadOnlyTensor(Tensor):
 
 
 def refuse_assignment(name: str) -> None:
-    """Raise for an attribute that others follow from."""
+    """Raise for an assignment to an attribute that other constants follow from."""
     raise AttributeError(
         f"{name}: expected it to be read only, as other constants follow from it, got an assignment; "
         "set_adjustment() of the loss changes class counts and tau, or construct it anew"
@@ -296,29 +302,35 @@ def refuse_assignment(name: str) -> None:
 
 
 def is_exporting() -> bool:
-    """Whether :func:`torch.export.export` looks on, which knows tensors by the names of buffers."""
+    """Say whether :func:`torch.export.export` is at work; it knows tensors by the names of buffers."""
     # PyTorch 2.6 does not tell.
     return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:
-    """A tensor whose shape compilers take for fixed, as that of a buffer; module trees do not see it."""
+    """Make a tensor whose shape compilers treat as fixed, like that of a buffer.
+
+    It is a ``Parameter`` that is not registered, so that module trees do not see it.
+    """
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
 
 
 def scalar(number: float) -> Tensor:
-    """A float64 scalar on the CPU, whatever the default device."""
+    """Make a float64 scalar on the CPU, whatever the default device is."""
     return torch.tensor(number, dtype=torch.float64, device="cpu")
 
 
 def same_constants(actual: Tensor, expected: Tensor) -> bool:
-    """Whether they agree to the digits of the actual one's dtype, of float32 at most: MPS has no other."""
+    """Say whether two constants agree to the digits of ``actual``, at most to those of float32.
+
+    MPS has nothing more exact than float32.
+    """
     digits = max(1e-5, 2 * torch.finfo(actual.dtype).eps if actual.is_floating_point() else 0.0)
     return torch.allclose(actual.double(), expected.double(), rtol=digits, atol=digits)
 
 
 def moved(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """Where ``fn`` takes the buffer, but in its own precision."""
+    """Move a buffer to where ``fn`` takes it, but keep its own precision."""
     try:
         there = fn(buffer)
     except TypeError:
@@ -328,5 +340,5 @@ def moved(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def unregister(module: nn.Module, child: str) -> None:
-    """Keep a child as a plain attribute, where it is no part of the module's tree or stands there already."""
+    """Take a child out of the module's tree, but keep it as a plain attribute."""
     module.__dict__[child] = module._modules.pop(child)

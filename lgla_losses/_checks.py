@@ -24,7 +24,7 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def describe(value: object) -> str:
-    """A short text of what came, for the "got" part of an error."""
+    """Describe what came, in a few words, for the "got" part of an error."""
     if isinstance(value, Tensor):
         if value.is_nested:  # its sizes raise
             return f"a nested {value.dtype} tensor on {value.device}"
@@ -38,7 +38,10 @@ def describe(value: object) -> str:
 
 
 def integer(name: str, value: int, way_out: str) -> int:
-    """``value`` as an int of 64 bits, as tensors hold; booleans and floats are refused."""
+    """Check that ``value`` is an integer of 64 bits; return it as an int.
+
+    Booleans and floats raise.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -51,7 +54,7 @@ def integer(name: str, value: int, way_out: str) -> int:
 
 
 def positive_int(name: str, value: int, way_out: str) -> int:
-    """``value`` as an int of at least 1."""
+    """Check that ``value`` is an integer of at least 1; return it as an int."""
     number = integer(name, value, way_out)
     if number < 1:
         raise ValueError(f"{name}: expected an integer >= 1, got {number}; {way_out}")
@@ -59,7 +62,7 @@ def positive_int(name: str, value: int, way_out: str) -> int:
 
 
 def class_index(name: str, value: int, num_classes: int) -> int:
-    """``value`` as the index of a class."""
+    """Check that ``value`` is the index of one of ``num_classes`` classes; return it as an int."""
     index = integer(name, value, "it is the index of a class")
     if not 0 <= index < num_classes:
         raise ValueError(
@@ -69,7 +72,10 @@ def class_index(name: str, value: int, num_classes: int) -> int:
 
 
 def finite_float(name: str, value: float, *, low: float, high: float, expected: str) -> float:
-    """``value`` as a float in the closed interval; ``expected`` says which, and the way out."""
+    """Check that ``value`` is a number from ``low`` to ``high``; return it as a float.
+
+    ``expected`` is text for the error: which numbers are allowed, and what to do.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
     try:
@@ -82,7 +88,7 @@ def finite_float(name: str, value: float, *, low: float, high: float, expected: 
 
 
 def positive_float(name: str, value: float, way_out: str) -> float:
-    """``value`` as a positive, finite float."""
+    """Check that ``value`` is a positive, finite number; return it as a float."""
     expected = f"a positive, finite number ({way_out})"
     number = finite_float(name, value, low=0.0, high=math.inf, expected=expected)
     if number == 0.0:
@@ -91,7 +97,7 @@ def positive_float(name: str, value: float, way_out: str) -> float:
 
 
 def dense_tensor(name: str, value: Tensor) -> Tensor:
-    """``value`` if it is neither sparse nor nested, nor in a library's own layout."""
+    """Check that ``value`` is dense: not sparse, not nested, not in a library's own layout; return it."""
     if value.is_nested:
         raise TypeError(
             f"{name}: expected a dense tensor, got {describe(value)}; torch.nested.to_padded_tensor makes one"
@@ -102,7 +108,10 @@ def dense_tensor(name: str, value: Tensor) -> Tensor:
 
 
 def computable_tensor(name: str, value: object, shape: str | list[int]) -> Tensor:
-    """``value`` if the losses can compute with it: dense, of 16 bits or more; ``shape`` is for the error."""
+    """Check that ``value`` is a dense floating-point tensor of 16 bits or more; return it.
+
+    The losses can compute with such tensors only. ``shape`` is not checked; it is text for the error.
+    """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor {shape}, got {describe(value)}")
     if dense_tensor(name, value).dtype not in FLOATING:
@@ -114,7 +123,10 @@ def computable_tensor(name: str, value: object, shape: str | list[int]) -> Tenso
 
 
 def floating_tensor(name: str, value: object, shape: str) -> Tensor:
-    """``value`` if it is a real floating-point tensor with as many dimensions as ``shape`` names."""
+    """Check that ``value`` is a floating-point tensor; return it.
+
+    It must have as many dimensions as ``shape`` names, and a dtype that the losses can compute with.
+    """
     value = computable_tensor(name, value, shape)
     if value.dim() != shape.count(",") + 1:
         raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
@@ -122,7 +134,10 @@ def floating_tensor(name: str, value: object, shape: str) -> Tensor:
 
 
 def gathered_weight(weight: Tensor) -> None:
-    """Class weights that FSDP2 has not taken away; alike on all ranks, whatever their batches."""
+    """Raise for class weights that FSDP2 has sharded or freed, so that they are not in memory.
+
+    The answer does not depend on the batch, so all ranks raise together.
+    """
     if torch.compiler.is_compiling():
         return
     sharded = hasattr(weight, "device_mesh")
@@ -142,7 +157,10 @@ def gathered_weight(weight: Tensor) -> None:
 
 
 def target_tensor(target: object, samples: Sequence[int] | None = None) -> Tensor:
-    """``target`` if it is int64 of the samples' shape, by default ``[N]``; its values are not read."""
+    """Check that ``target`` holds int64 class indices of shape ``samples``, by default ``[N]``; return it.
+
+    The values are not read.
+    """
     if not isinstance(target, Tensor):
         raise TypeError(
             f"target: expected an int64 tensor [N] of class indices, got {describe(target)}; "
@@ -171,7 +189,10 @@ def target_tensor(target: object, samples: Sequence[int] | None = None) -> Tenso
 
 
 def probability_tensor(target: Tensor, samples: Sequence[int], num_classes: int) -> Tensor:
-    """``target`` if it has the shape of class probabilities ``[N, C, ...]``; its values are not read."""
+    """Check that ``target`` has the shape of class probabilities ``[N, C, ...]``; return it.
+
+    The values are not read.
+    """
     shape = [samples[0], num_classes, *samples[1:]]
     computable_tensor("target", target, shape)
     if list(target.shape) != shape:
@@ -187,7 +208,10 @@ def probability_tensor(target: Tensor, samples: Sequence[int], num_classes: int)
 
 
 def probability_values(target: Tensor) -> None:
-    """Hold probabilities ``[*B, C]`` to sums of 1, or of 0 for an ignored sample; reads the values."""
+    """Check that the probabilities ``[*B, C]`` of a sample are >= 0 and sum to 1, or to 0 to ignore it.
+
+    This reads the values.
+    """
     sums = target.sum(dim=-1, dtype=torch.promote_types(target.dtype, torch.float32))
     # Those of 16-bit numbers are rounded.
     wrong = ((sums - 1).abs() > 1e-2) & (sums != 0)
@@ -200,7 +224,10 @@ def probability_values(target: Tensor) -> None:
 
 
 def sample_weight_tensor(sample_weight: object, samples: Sequence[int]) -> Tensor:
-    """``sample_weight`` if it is one constant for every sample; its values are not read."""
+    """Check that ``sample_weight`` holds one constant for each sample; return it.
+
+    The values are not read.
+    """
     sample_weight = computable_tensor("sample_weight", sample_weight, list(samples))
     if tuple(sample_weight.shape) != tuple(samples):
         raise ValueError(
@@ -216,7 +243,7 @@ def sample_weight_tensor(sample_weight: object, samples: Sequence[int]) -> Tenso
 
 
 def sample_weight_values(sample_weight: Tensor) -> None:
-    """All are finite and at least 0; reads the values."""
+    """Check that all weights are finite and at least 0. This reads the values."""
     if not (sample_weight.isfinite() & (sample_weight >= 0)).all():
         raise ValueError(
             f"sample_weight: expected finite numbers >= 0, got {float(sample_weight.min()):.4g} to "
@@ -225,7 +252,7 @@ def sample_weight_values(sample_weight: Tensor) -> None:
 
 
 def same_device(**tensors: Tensor | None) -> None:
-    """All tensors given lie on one device."""
+    """Check that all given tensors are on one device."""
     first = None
     for tensor in tensors.values():
         if tensor is None:
@@ -246,14 +273,14 @@ def same_device(**tensors: Tensor | None) -> None:
 
 
 def finite_tensors(**tensors: Tensor | None) -> None:
-    """No NaN and no infinity; reads the values."""
+    """Check that the tensors hold no NaN and no infinity. This reads the values."""
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.isfinite().all():
             raise ValueError(f"{name}: expected finite numbers, got NaN or infinity; {WAY_OUT}")
 
 
 def target_values(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
-    """Every target is a class index or ``ignore_index``; reads the values."""
+    """Check that every target is a class index or ``ignore_index``. This reads the values."""
     wrong = (target < 0) | (target >= num_classes)
     if ignore_index is not None:
         wrong &= target != ignore_index
@@ -274,7 +301,10 @@ def normalizer_value(
     validate_args: bool | None,
     device: torch.device | None = None,
 ) -> None:
-    """None, or a positive number that divides the sum of the losses, which lie on ``device``."""
+    """Check that ``normalizer`` is None or a positive number.
+
+    It divides the sum of the losses, which are on ``device``.
+    """
     if normalizer is None:
         return
     if reduction != "mean":
@@ -298,7 +328,7 @@ def normalizer_value(
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
-    """``value`` if it is one of the allowed words."""
+    """Check that ``value`` is one of the allowed words; return it."""
     if not isinstance(value, str) or value not in allowed:
         error = ValueError if isinstance(value, str) else TypeError
         raise error(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {describe(value)}")
@@ -306,14 +336,17 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
 
 
 def boolean(name: str, value: bool) -> bool:
-    """``value`` if it is True or False; a text or a number is refused, though Python takes it for one."""
+    """Check that ``value`` is True or False; return it as a bool.
+
+    Strings and numbers raise, though Python would take them for true or false.
+    """
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: expected True or False, got {describe(value)}")
     return bool(value)
 
 
 def validation(value: bool | None) -> bool | None:
-    """``validate_args``, if it is True, False or None."""
+    """Check that ``validate_args`` is True, False or None; return it."""
     if value is not None and not isinstance(value, bool | np.bool_):
         raise TypeError(f"validate_args: expected True, False or None, got {describe(value)}")
     return value

@@ -29,7 +29,7 @@ WITH_TAU = ("lgla", "logit")
 
 
 class CLALogitAdjuster(ConstantBuffers):
-    r"""Adds the class-aware logit adjustment :math:`T(k, j)` of every expert.
+    r"""Add the class-aware logit adjustment :math:`T(k, j)` of every expert.
 
     Local experts (LLA) k = 0..K-2: :math:`T = \log(n_j / n_{max})` for the classes of group k and 0
     for the others. The global expert (GLA), the last: :math:`T = \tau \log(n_j / n_{max})`. This is
@@ -46,7 +46,7 @@ class CLALogitAdjuster(ConstantBuffers):
 
     Attributes:
         table: the adjustments, float64 ``[K, C]`` with maximum 0; read only.
-        tau: float64 scalar tensor, or None for a table of one's own; read only.
+        tau: float64 scalar tensor, or None for a table of your own; read only.
         grouper: the groups.
 
     Raises:
@@ -73,7 +73,7 @@ class CLALogitAdjuster(ConstantBuffers):
 
     @classmethod
     def from_table(cls, grouper: ClassGrouper, table: Tensor) -> CLALogitAdjuster:
-        """Adjust by a table of one's own.
+        """Adjust by a table of your own.
 
         Args:
             grouper: holds the class counts.
@@ -81,7 +81,7 @@ class CLALogitAdjuster(ConstantBuffers):
 
         Raises:
             TypeError: the table is not a floating-point tensor.
-            ValueError: it is not 2-D, has not C columns or is not finite.
+            ValueError: it is not 2-D, does not have C columns or is not finite.
         """
         floating_tensor("adjustment table", table, "[K, C]")
         num_classes = check_grouper(grouper).num_classes
@@ -100,7 +100,7 @@ class CLALogitAdjuster(ConstantBuffers):
     def of_prior(
         cls, grouper: ClassGrouper, num_experts: int, adjustment: str, tau: float | None = None
     ) -> CLALogitAdjuster:
-        """Adjust every expert by the class prior alike.
+        """Adjust every expert in the same way, by the class prior.
 
         Args:
             grouper: holds the class counts.
@@ -110,7 +110,7 @@ class CLALogitAdjuster(ConstantBuffers):
 
         Raises:
             TypeError: ``tau`` is not a number.
-            ValueError: ``tau`` is negative or not finite, or given where there is none.
+            ValueError: ``tau`` is negative or not finite, or given for an adjustment that has none.
         """
         adjuster = cls.__new__(cls)
         ConstantBuffers.__init__(adjuster)
@@ -127,7 +127,7 @@ class CLALogitAdjuster(ConstantBuffers):
         self._keep("table", _table_of(adjustment, counts, index, num_experts, tau))
 
     def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
-        """Change class counts and strength in place, as :meth:`LGLALoss.set_adjustment`."""
+        """Change class counts and strength in place, as :meth:`LGLALoss.set_adjustment` does."""
         tau = strength(self._adjustment, tau)
         if tau is None and "tau" in self._exact:
             tau = float(self.on_cpu("tau"))
@@ -166,7 +166,7 @@ class CLALogitAdjuster(ConstantBuffers):
         return self.constant("table").shape[0]
 
     def forward(self, logits: ExpertOutput | ExpertLogits) -> Tensor:
-        """The adjusted logits :math:`v + T`, a new tensor."""
+        """Add the adjustments to the logits: give :math:`v + T`, a new tensor."""
         if isinstance(logits, ExpertOutput):
             logits = logits.logits
         table = self.constant("table")
@@ -180,7 +180,7 @@ class CLALogitAdjuster(ConstantBuffers):
         __call__ = forward
 
     def margin(self, target: Tensor) -> Tensor:
-        r"""The margins :math:`M(y_i, j, k) = T(k, j) - T(k, y_i)` of Eq. 6.
+        r"""Compute the margins :math:`M(y_i, j, k) = T(k, j) - T(k, y_i)` of Eq. 6.
 
         Args:
             target: class indices, int64 ``[N]``.
@@ -194,17 +194,17 @@ class CLALogitAdjuster(ConstantBuffers):
         return functional.cla_margin(table, target)
 
     def implied_prior(self, fusion: Tensor | Sequence[float] | None = None) -> Tensor:
-        r"""The prior under which fused logits are log-likelihood plus log prior.
+        r"""Compute the prior for which the fused logits are log-likelihood plus log prior.
 
-        Proportional to :math:`\exp \sum_k f_k (\log n_j - T(k, j))`; with equal fusion of the LGLA
+        It is proportional to :math:`\exp \sum_k f_k (\log n_j - T(k, j))`. With equal fusion of the LGLA
         experts that is :math:`n_j^{(K - 1 - \tau) / K}`, so the ensemble is uniform exactly at
-        :math:`\tau = K - 1`, biased to the head below and to the tail above. Our derivation, for
-        cross entropy at its minimum with ``aaw=False`` and without label smoothing; hard-sample
-        weights, on by default, move the logits by some more that is not counted here.
+        :math:`\tau = K - 1`, biased to the head below and to the tail above. This is our derivation, for
+        cross entropy at its minimum with ``aaw=False`` and without label smoothing. Hard-sample weights,
+        which are on by default, move the logits further; this is not counted here.
 
         Args:
-            fusion: one non-negative weight an expert ``[K]``, divided by their sum; None for
-                equal weights.
+            fusion: one non-negative weight for each expert ``[K]``, divided by their sum; None for equal
+                weights.
 
         Returns:
             float64 ``[C]``, summing to 1.
@@ -239,21 +239,24 @@ class CLALogitAdjuster(ConstantBuffers):
         return {"table": whole} if tau is None else {"table": whole, "tau": scalar(tau)}
 
     def _strength_in(self, state: Mapping[str, Tensor], table: Tensor, counts: Tensor) -> float:
-        """The tau of a state, by its table where it has none; the one here where it is that one rounded."""
+        """Find the tau of a state; if the state has none, compute it from the table.
+
+        If the tau of the state is the present one, rounded, give the present one.
+        """
         if "tau" not in state:
             return check_tau(strength_of(table[-1].double(), counts))
         own, tau = self.on_cpu("tau"), state["tau"]
         return check_tau(float(own if own.to(tau.dtype) == tau else tau))
 
     def extra_repr(self) -> str:
-        """Configuration shown by ``repr``."""
+        """Show the configuration."""
         known = "tau" in self._exact and not self.constant("tau").is_meta
         tau = f", tau={float(self.on_cpu('tau')):.4g}" if known else ""
         return f"num_experts={self.num_experts}{tau}"
 
 
 def _table_of(adjustment: str, counts: Tensor, index: Tensor, num_experts: int, tau: float | None) -> Tensor:
-    """The adjustments ``[K, C]`` of a kind."""
+    """Compute the adjustments ``[K, C]`` of one kind."""
     if adjustment == "lgla" and tau is not None:
         return functional.cla_table(counts, index, tau)
     factor = {"softmax": 0.0, "balanced": 1.0}.get(adjustment, tau)
@@ -261,7 +264,7 @@ def _table_of(adjustment: str, counts: Tensor, index: Tensor, num_experts: int, 
 
 
 def strength_of(adjustment: Tensor, counts: Tensor) -> float:
-    """The tau of adjustments ``tau * log(n_j / n_max)`` ``[C]``; 1 where equal counts do not tell."""
+    """Compute tau from adjustments ``tau * log(n_j / n_max)`` ``[C]``; give 1 if all counts are equal."""
     log_prior = functional.log_prior_table(counts, 1)[0]
     rarest = log_prior.argmin()
     return float(adjustment[rarest] / log_prior[rarest]) if log_prior[rarest] < 0 else 1.0
@@ -274,7 +277,7 @@ def _finite(table: Tensor) -> Tensor:
 
 
 def strength(adjustment: str, tau: float | None) -> float | None:
-    """``tau`` if it is None, or a strength of an adjustment that has one."""
+    """Check that ``tau`` is None, or a strength for an adjustment that has one; return it."""
     if tau is None:
         return None
     if adjustment not in WITH_TAU:
@@ -286,12 +289,12 @@ def strength(adjustment: str, tau: float | None) -> float | None:
 
 
 def check_tau(tau: float) -> float:
-    """``tau`` if it is finite and at least 0."""
+    """Check that ``tau`` is a finite number of at least 0; return it as a float."""
     return finite_float("tau", tau, low=0.0, high=math.inf, expected="a finite number >= 0")
 
 
 def check_adjuster(adjuster: object) -> CLALogitAdjuster:
-    """``adjuster`` if it is a :class:`CLALogitAdjuster`."""
+    """Check that ``adjuster`` is a :class:`CLALogitAdjuster`; return it."""
     if not isinstance(adjuster, CLALogitAdjuster):
         raise TypeError(
             f"adjuster: expected a CLALogitAdjuster, got {type(adjuster).__name__}; a loss keeps it as "

@@ -18,7 +18,7 @@ from lgla_losses.functional import partition_classes
 
 
 class ClassGrouper(ConstantBuffers):
-    r"""Divides the classes into groups :math:`C_1, \dots, C_{K-1}` of equal sample mass.
+    r"""Divide the classes into groups :math:`C_1, \dots, C_{K-1}` of equal sample mass.
 
     The classes are sorted by count, descending, ties by class index, and cut into non-empty
     contiguous groups that minimise the sum of squared group masses, whose unconstrained optimum
@@ -38,7 +38,7 @@ class ClassGrouper(ConstantBuffers):
         group_sizes: classes per group, int64 ``[G]``.
         group_masses: samples per group ``[G]``, in the dtype of the counts.
 
-    What they give is read only; ``set_adjustment`` of a loss changes them.
+    All of these are read only; ``set_adjustment`` of a loss changes them.
 
     Raises:
         TypeError: counts are not numbers, or ``num_groups`` is not an integer.
@@ -73,7 +73,7 @@ class ClassGrouper(ConstantBuffers):
 
     @classmethod
     def from_groups(cls, class_counts: ArrayLike, group_index: ArrayLike) -> ClassGrouper:
-        """Take the caller's own groups, many / medium / few-shot classes for example.
+        """Use groups of your own, for example many-, medium- and few-shot classes.
 
         Args:
             class_counts: samples per class ``[C]``.
@@ -82,7 +82,7 @@ class ClassGrouper(ConstantBuffers):
 
         Raises:
             TypeError: the groups are not integers.
-            ValueError: there is not one group a class, or a group below the largest is empty.
+            ValueError: there is not one group for each class, or a group below the largest is empty.
         """
         counts = as_class_counts(class_counts)
         index = _group_index(to_numpy("group_index", group_index), len(counts))
@@ -93,7 +93,7 @@ class ClassGrouper(ConstantBuffers):
         return grouper
 
     def regrouped(self, counts: Tensor) -> Tensor:
-        """Group other counts ``[C]``: the groups ``[C]``; those of the caller stay."""
+        """Group the classes by other counts ``[C]``: give the groups ``[C]``. Groups of the caller stay."""
         if self.is_own:
             return self.on_cpu("group_index")
         return partition_classes(counts, self.num_groups)
@@ -135,7 +135,7 @@ class ClassGrouper(ConstantBuffers):
         return float(counts.max()) / float(counts.min())
 
     def forward(self, target: Tensor) -> Tensor:
-        """Group of each sample ``[N]``; targets out of range raise on the CPU."""
+        """Look up the group of each sample ``[N]``; targets out of range raise on the CPU."""
         target = target_tensor(target)
         if values_readable(target, None):
             target_values(target, self.num_classes)
@@ -146,7 +146,11 @@ class ClassGrouper(ConstantBuffers):
         __call__ = forward
 
     def _take_what_is_written(self) -> None:
-        """Leave it to the adjuster: what an average makes of counts alone may be counts as well."""
+        """Do nothing: the adjuster takes the constants that are written into the buffers.
+
+        An average of weights could write counts that look right by themselves; the adjuster also has the
+        table.
+        """
 
     def _restored(
         self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
@@ -163,11 +167,14 @@ class ClassGrouper(ConstantBuffers):
         return _constants(counts, index)
 
     def keep(self, counts: Tensor, index: Tensor) -> None:
-        """Take class counts ``[C]`` and groups ``[C]`` that are checked already, in place."""
+        """Set class counts ``[C]`` and groups ``[C]`` in place; they are checked already."""
         super()._keep_all(_constants(counts, index))
 
     def _keep_all(self, constants: Mapping[str, Tensor]) -> None:
-        """Take what a state brings: its groups stay as well, unless they are those of its counts."""
+        """Take the constants of a state.
+
+        Groups that do not follow from the counts of the state count as the caller's own from then on.
+        """
         names = "class_counts", "group_index"
         known = all(torch.equal(constants[name], self.on_cpu(name)) for name in names)
         if not (known or self.is_own):
@@ -176,14 +183,14 @@ class ClassGrouper(ConstantBuffers):
         super()._keep_all(constants)
 
     def extra_repr(self) -> str:
-        """Configuration shown by ``repr``."""
+        """Show the configuration."""
         sizes = f"num_classes={self.num_classes}, num_groups={self.num_groups}"
         known = not self.constant("class_counts").is_meta
         return f"{sizes}, imbalance_factor={self.imbalance_factor:.4g}" if known else sizes
 
 
 def same_classes(class_counts: ArrayLike, num_classes: int) -> Tensor:
-    """``class_counts`` as a CPU tensor ``[C]``, if they are of as many classes as before."""
+    """Check that ``class_counts`` has as many classes as before; return it as a CPU tensor ``[C]``."""
     counts = as_class_counts(class_counts)
     if len(counts) != num_classes:
         raise ValueError(
@@ -194,7 +201,7 @@ def same_classes(class_counts: ArrayLike, num_classes: int) -> Tensor:
 
 
 def _group_index(index: npt.NDArray[Any], num_classes: int) -> Tensor:
-    """``index`` as int64 ``[C]``, if it numbers groups without gaps."""
+    """Check that ``index`` numbers groups without gaps; return it as int64 ``[C]``."""
     if index.shape != (num_classes,):
         raise ValueError(
             f"group_index: expected one group for each of {num_classes} classes, shape [{num_classes}], "
@@ -222,7 +229,7 @@ def _constants(counts: Tensor, index: Tensor) -> dict[str, Tensor]:
 
 
 def check_grouper(grouper: object) -> ClassGrouper:
-    """``grouper`` if it is a :class:`ClassGrouper`."""
+    """Check that ``grouper`` is a :class:`ClassGrouper`; return it."""
     if not isinstance(grouper, ClassGrouper):
         raise TypeError(
             f"grouper: expected a ClassGrouper, got {type(grouper).__name__}; "

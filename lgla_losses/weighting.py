@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class AAWWeighter(nn.Module):
-    r"""Weights every sample by how far its angle exceeds the mean angle of its group.
+    r"""Weight every sample by how far its angle exceeds the mean angle of its group.
 
     .. math:: g = 1 + \max(0, \theta_k^{y_i} - \theta_k^{ref})
 
@@ -88,10 +88,10 @@ class AAWWeighter(nn.Module):
         return self._ranks.group
 
     def statistics(self, angles: Tensor, target: Tensor) -> Tensor:
-        """Sums of angles ``[G, K]`` beside the number of samples ``[G, 1]``, over all ranks.
+        """Sum the angles ``[G, K]`` and count the samples ``[G, 1]`` of every group, over all ranks.
 
-        Their quotient is the reference angles; they serve logging, and the number of samples
-        in the global batch needs no second collective.
+        The sums over the counts are the reference angles, which are useful to log. The counts also give the
+        number of samples in the global batch without a second collective.
 
         Args:
             angles: radians ``[N, K]``.
@@ -107,7 +107,7 @@ class AAWWeighter(nn.Module):
         return Ranks(number, self.process_group).sum(local)
 
     def forward(self, angles: Tensor, target: Tensor, statistics: Tensor | None = None) -> Tensor:
-        """Eq. 8; ``statistics`` from the method of that name saves computing them again."""
+        """Compute Eq. 8. With ``statistics``, from the method of that name, they are not computed again."""
         self._check_inputs(angles, target)
         angles = angles.to(functional.compute_dtype(angles.dtype))
         if statistics is None:
@@ -129,7 +129,7 @@ class AAWWeighter(nn.Module):
         self.check_values(angles, target)
 
     def check_values(self, angles: Tensor, target: Tensor) -> None:
-        """Raise for targets out of range and angles that are not finite, where values may be read."""
+        """Raise for targets out of range and for angles that are not finite, if values may be read."""
         if not values_readable(target, self.validate_args):
             return
         target_values(target, self.grouper.num_classes, self.ignore_index)
@@ -140,5 +140,5 @@ class AAWWeighter(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """Configuration shown by ``repr``."""
+        """Show the configuration."""
         return f"ignore_index={self.ignore_index}, sync={self.sync}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """What the loss of a row reads beside its logits.
+    """Hold all that the loss of a row reads, except its logits.
 
     A row is the ``C`` logits of one sample and one expert. ``A`` is float64 for float64 logits, else
     float32.
@@ -22,13 +22,14 @@ class Rows(NamedTuple):
         target: class indices, int64 ``[N]``, or probabilities ``[N, C]``, all 0 for an ignored sample.
         table: adjustments, float64 ``[K, C]``; None for zeros.
         weights: constants, ``A [N, K]``; None for ones.
-        divisor: scalar of any floating dtype, of which 0 stands for 1; None for 1.
+        divisor: scalar of any floating dtype; 0 and None stand for 1.
         class_weight: weights of the classes, float64 ``[C]``; None for ones.
-        margin: what is taken off the target's logit, by its probability, float64 ``[C]``; None for zeros.
+        margin: what is subtracted from a target's logit, times its probability, float64 ``[C]``; None for
+            zeros.
         ignore_index: class index of ignored samples.
         label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
         gamma: focusing parameter of the focal loss; 0 is cross entropy.
-        reduce: one sum over the divisor instead of a loss a sample.
+        reduce: give one sum, divided by the divisor, instead of one loss for each sample.
     """
 
     target: Tensor
@@ -48,7 +49,7 @@ TENSORS, OPTIONS = slice(0, 6), slice(6, None)
 
 
 class Angles(NamedTuple):
-    """Where the angles of Eq. 7 come from: cosine logits, features and class weights, or given angles.
+    """Hold the source of the angles of Eq. 7: cosine logits, features and class weights, or given angles.
 
     Attributes:
         cosines: cosine logits ``[N, k, C]``, one tensor or several that hold the ``K`` experts together.
@@ -66,7 +67,7 @@ class Angles(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """The samples of a batch and the groups of their classes.
+    """Hold the samples of a batch and the groups of their classes.
 
     Attributes:
         target: as in :class:`Rows`.
@@ -84,21 +85,24 @@ class Samples(NamedTuple):
 
 
 class Engine(Protocol):
-    """What an engine computes; tensors may have any strides."""
+    """List what an engine computes. Its tensors may have any strides."""
 
     def statistics(self, angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
         """Compute Eq. 7 and what the batch adds to the reference angles.
 
         Returns:
-            What ``weights`` reads: the angles ``A [N, K]`` of class indices, else ``angles`` itself. And
-            parts, float64 ``[B, G, K + 1]``, to be summed over their first dimension: for each group the sum
-            of every expert's angles, and the number of samples.
+            What ``weights`` reads: the angles ``A [N, K]`` of class indices, else ``angles`` itself. Also
+            parts, float64 ``[B, G, K + 1]``, to sum over their first dimension: for each group the sum of
+            every expert's angles, and the number of samples.
         """
 
     def weights(
         self, angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Compute Eq. 8 times the samples' weights, ``A [N, K]``, and the samples over ``num_ranks``."""
+        """Compute Eq. 8 times the samples' weights, ``A [N, K]``.
+
+        Also give the number of samples, divided by ``num_ranks``.
+        """
 
     def count(
         self,
@@ -112,7 +116,7 @@ class Engine(Protocol):
     def forward(
         self, logits: Sequence[Tensor], rows: Rows, gradients: Sequence[Tensor | None]
     ) -> tuple[Tensor, Tensor]:
-        """Compute Eq. 9 of every sample ``A [N]``, or with ``reduce`` their sum over the divisor.
+        """Compute Eq. 9 of every sample ``A [N]``, or with ``reduce`` their sum, divided by the divisor.
 
         Args:
             logits: tensors ``[N, k, C]`` that hold the ``K`` experts together.
@@ -133,7 +137,7 @@ class Engine(Protocol):
         state: Tensor,
         gradients: Sequence[Tensor | None],
     ) -> None:
-        """Fill the gradients for those of the samples' losses, ``upstream`` ``[N]``."""
+        """Write the gradients of the logits, from ``upstream`` ``[N]``, those of the samples' losses."""
 
     def rescale_(self, gradient: Tensor, factor: Tensor) -> None:
-        """Multiply by a scalar in place; by 1 it costs next to nothing."""
+        """Multiply a gradient by a scalar in place; for 1 this costs next to nothing."""

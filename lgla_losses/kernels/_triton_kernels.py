@@ -21,7 +21,10 @@ import triton.language as tl
 
 @triton.jit
 def _arccos(x):
-    """In x's precision, by the rational approximation of arcsin of FreeBSD's msun (fdlibm); NaN stays NaN."""
+    """Compute the arc cosine in the precision of ``x``; NaN stays NaN.
+
+    It uses the rational approximation of arcsin of FreeBSD's msun (fdlibm).
+    """
     size = tl.abs(x)
     central = size < 0.5
     z = tl.where(central, x * x, 0.5 - 0.5 * size)
@@ -37,14 +40,14 @@ def _arccos(x):
 
 @triton.jit
 def _angles_of_cosines(cosine):
-    """The angles of cosines, of which those that round beyond 1 are taken as 1."""
+    """Compute the angles of cosines; those that rounding puts beyond 1 or -1 are taken as 1 or -1."""
     # Comparisons that NaN fails, so that it passes.
     return _arccos(tl.where(cosine > 1.0, 1.0, tl.where(cosine < -1.0, -1.0, cosine)))
 
 
 @triton.jit
 def _angles(address, read, scale: tl.constexpr):
-    """The angles of cosine logits, whose scale it is; without, as they are there."""
+    """Load cosine logits and compute their angles; without ``scale`` they are angles already."""
     angles = tl.load(address, mask=read, other=0.0)
     if angles.dtype != tl.float64:
         angles = angles.to(tl.float32)
@@ -58,9 +61,9 @@ def _feature_angles(
     features, weight, n, k, y, read, num_features,
     stride_n, stride_k, stride_d, weight_k, weight_c, weight_d, depth: tl.constexpr,
 ):  # fmt: skip
-    """The angles between features of samples n ``[n, 1]`` and weights of classes y, by expert ``[1, k]``.
+    """Compute the angles between features of samples n ``[n, 1]`` and weights of their classes y.
 
-    A vector whose length rounds to 0 is orthogonal to all.
+    Experts are k ``[1, k]``. A vector whose length rounds to 0 is orthogonal to all others.
     """
     wide: tl.constexpr = features.dtype.element_ty == tl.float64 or weight.dtype.element_ty == tl.float64
     dtype: tl.constexpr = tl.float64 if wide else tl.float32
@@ -89,13 +92,13 @@ def _inverse_root(square):
 
 @triton.jit
 def _group_of(group_index, y, valid, num_classes: tl.constexpr):
-    """The group of every target; -1 for those ignored."""
+    """Look up the group of every target; give -1 for ignored ones."""
     return tl.load(group_index + y, mask=valid & (y >= 0) & (y < num_classes), other=-1)
 
 
 @triton.jit
 def _sample_weight(sample_weight, n, stride, here):
-    """How many times samples n count."""
+    """Load how many times the samples n count."""
     return tl.load(sample_weight + n.to(tl.int64) * stride, mask=here, other=0.0).to(tl.float64)
 
 
@@ -108,7 +111,10 @@ def _statistics(
     num_classes: tl.constexpr, ignore_index: tl.constexpr, scale: tl.constexpr,
     rows: tl.constexpr, block: tl.constexpr, depth: tl.constexpr,
 ):  # fmt: skip
-    """A block of samples: angles ``[N, K]``, and sums ``[B, G, K + 1]`` of them and of ones by group."""
+    """Compute the angles ``[N, K]`` of a block of samples, and their sums by group ``[B, G, K + 1]``.
+
+    The last column of the sums counts the samples.
+    """
     n = tl.program_id(0) * rows + tl.arange(0, rows)
     k = tl.arange(0, block)
     y = tl.load(target + n.to(tl.int64) * target_n, mask=n < num_samples, other=ignore_index)
@@ -142,7 +148,10 @@ def _mean_angles(
     parts, num_blocks, g, k, last,
     num_groups: tl.constexpr, num_experts: tl.constexpr, all_experts: tl.constexpr,
 ):  # fmt: skip
-    """The mean angles of a group by expert, and how many samples it has: their last column."""
+    """Compute a group's mean angle for every expert, and how many samples it has.
+
+    The last column of ``parts`` counts the samples.
+    """
     sums = tl.zeros(k.shape, tl.float64)
     for start in range(0, num_blocks, 16):
         b = start + tl.arange(0, 16)
@@ -161,7 +170,7 @@ def _weights(
     num_groups: tl.constexpr, num_experts: tl.constexpr, num_classes: tl.constexpr,
     ignore_index: tl.constexpr, num_ranks: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """The weights of a block of samples, from their angles."""
+    """Compute the weights of a block of samples from their angles."""
     n = tl.program_id(0) * rows + tl.arange(0, rows)
     k = tl.arange(0, block)
     y = tl.load(target + n.to(tl.int64) * target_n, mask=n < num_samples, other=ignore_index)
@@ -200,7 +209,10 @@ def _soft_statistics(
     num_classes: tl.constexpr, scale: tl.constexpr,
     groups: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Sums ``[B, G, K + 1]`` of angles and of ones, each times its probability, by group."""
+    """Sum the angles by group ``[B, G, K + 1]``, each times its probability.
+
+    The last column sums the probabilities alone.
+    """
     k = tl.arange(0, block)
     g = tl.arange(0, groups)
     sums = tl.zeros([groups, block], tl.float64)
@@ -235,7 +247,7 @@ def _soft_weights(
     num_classes: tl.constexpr, num_ranks: tl.constexpr, scale: tl.constexpr,
     groups: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """The weights of some samples: those of their classes, each times its probability."""
+    """Compute the weights of some samples: sum the weights of their classes, each times its probability."""
     k = tl.arange(0, block)
     g = tl.arange(0, groups)
     references = tl.zeros([groups, block], tl.float64)
@@ -274,7 +286,7 @@ def _count(
     number, target_n, target_c, sample_n,
     num_classes: tl.constexpr, columns: tl.constexpr, ignore_index: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """How many samples count, by program: of all targets ``[N, columns]`` those that it looks at."""
+    """Count the samples of targets ``[N, columns]``, times their weights; each program counts a part."""
     total = tl.zeros([block], tl.float64)
     for start in range(tl.program_id(0).to(tl.int64) * block, number, tl.num_programs(0) * block):
         i = start + tl.arange(0, block)
@@ -299,7 +311,10 @@ def _count(
 
 @triton.jit
 def _exp(x, flush: tl.constexpr):
-    """The exponential; with ``flush``, on NVIDIA, in half the instructions and 0 below the normal numbers."""
+    """Compute the exponential.
+
+    With ``flush``, on NVIDIA, it takes half the instructions and gives 0 below the normal numbers.
+    """
     if flush:
         powers = tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;",
@@ -316,7 +331,7 @@ def _exp(x, flush: tl.constexpr):
 
 @triton.jit
 def _class_constant(values, y, num_classes: tl.constexpr, dtype: tl.constexpr):
-    """What the classes y have of a constant ``[C]``; 0 for what is no class."""
+    """Load a constant ``[C]`` for the classes y; give 0 where y is no class."""
     return tl.load(values + y, mask=(y >= 0) & (y < num_classes), other=0.0).to(dtype)
 
 
@@ -325,7 +340,7 @@ def _target_logits(
     logits, table, margin, row, k, y, known,
     num_classes: tl.constexpr, stride_c, table_k: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """The adjusted logits of the targets; NaN where a target is no class."""
+    """Compute the adjusted logits of the targets; give NaN where a target is no class."""
     known = known & (y >= 0) & (y < num_classes)
     own = tl.load(logits + row + y * stride_c, mask=known, other=float("nan")).to(dtype)
     if table is not None:
@@ -339,9 +354,10 @@ def _target_logits(
 def _adjustment(
     table, k, j, num_classes: tl.constexpr, table_k: tl.constexpr, dtype: tl.constexpr, often: tl.constexpr
 ):
-    """The classes' adjustments ``[1, block]`` of expert k; those read often stay in the caches.
+    """Load the adjustments ``[1, block]`` of the classes j for expert k.
 
-    Beyond the last class it is -inf, so that padding adds nothing to a sum.
+    Beyond the last class they are -inf, so that padding adds nothing to a sum. If they are read ``often``,
+    they stay in the caches.
     """
     j = j[None, :]
     if table is None:
@@ -357,9 +373,10 @@ def _adjustment(
 def _logits(
     logits, row, j, here, num_classes: tl.constexpr, stride_c, again: tl.constexpr, last: tl.constexpr
 ):
-    """A tile of logits, 0 beyond the last class.
+    """Load a tile of logits; give 0 beyond the last class.
 
-    What is read again passes by the L1 cache; what is read for the last time leaves the L2 cache first.
+    What is read ``again`` bypasses the L1 cache; what is read for the ``last`` time leaves the L2 cache
+    first.
     """
     mask = here[:, None] & (j < num_classes)[None, :]
     address = logits + row[:, None] + (j.to(tl.int64) * stride_c)[None, :]
@@ -370,7 +387,7 @@ def _logits(
 
 @triton.jit
 def _is_target(j, y, num_classes: tl.constexpr, dtype: tl.constexpr):
-    """Which classes j are the targets y: ``[rows, block]``."""
+    """Say which classes j are the targets y: ``[rows, block]``."""
     # In 32 bits, as the comparison of every class with a target in 64 takes registers (but in float64).
     if dtype != tl.float64:
         y = tl.where((y >= 0) & (y < num_classes), y, -1).to(tl.int32)
@@ -379,7 +396,7 @@ def _is_target(j, y, num_classes: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _adjusted(values, adjustment, margin, j, y, num_classes: tl.constexpr):
-    """A tile of adjusted logits, -inf beyond the last class, as its adjustment is."""
+    """Compute a tile of adjusted logits; beyond the last class they are -inf, as the adjustments are."""
     x = values.to(adjustment.dtype) + adjustment
     if margin is not None:
         less = _class_constant(margin, y, num_classes, x.dtype)
@@ -392,9 +409,10 @@ def _store_gradient(
     gradient, row, j, here, exponentials, total, y, valid, factor,
     num_classes: tl.constexpr, stride_c, smoothing: tl.constexpr, last: tl.constexpr,
 ):  # fmt: skip
-    """``factor * (softmax - e / C - (1 - e) [j = y])``, rounded once; zeros for ignored rows.
+    """Store ``factor * (softmax - e / C - (1 - e) [j = y])``, rounded once; zeros for ignored rows.
 
-    With ``last`` it leaves the L2 cache early, which then has room for logits.
+    ``e`` is the label smoothing. With ``last`` the gradient leaves the L2 cache early, which then has room
+    for logits.
     """
     factor = tl.where(valid, factor, 0.0)
     scale = tl.where(valid, factor / total, 0.0)
@@ -411,7 +429,7 @@ def _store_gradient(
 
 @triton.jit
 def _factor(weights, n, k, here, stride_n, stride_k, dtype: tl.constexpr):
-    """The weights of samples n and expert k; ones without."""
+    """Load the weights of samples n and expert k; give ones if there are none."""
     if weights is None:
         values = tl.full(n.shape, 1.0, dtype)
     else:
@@ -421,7 +439,7 @@ def _factor(weights, n, k, here, stride_n, stride_k, dtype: tl.constexpr):
 
 @triton.jit
 def _divisor(divisor, dtype: tl.constexpr):
-    """A scalar, of which 0 stands for 1; 1 without."""
+    """Load the divisor; give 1 if it is 0 or if there is none."""
     if divisor is None:
         value = tl.full((), 1.0, dtype)
     else:
@@ -432,7 +450,7 @@ def _divisor(divisor, dtype: tl.constexpr):
 
 @triton.jit
 def _focal(entropy, gamma: tl.constexpr):
-    """The focal loss ``(1 - p) ** gamma * ce`` of cross entropies ``ce = -log p``, and its derivative."""
+    """Compute the focal loss ``(1 - p) ** gamma * ce`` of ``ce = -log p``, and its derivative by ``ce``."""
     if gamma == 0.0:
         loss = entropy
         slope = tl.full(entropy.shape, 1.0, entropy.dtype)
@@ -458,7 +476,7 @@ def _focal(entropy, gamma: tl.constexpr):
 
 @triton.jit
 def _store_state(state, n, k, here, peak, sums, all_experts: tl.constexpr):
-    """Store what the backward pass reads of a row; of an ignored one it may be anything."""
+    """Store what the backward pass reads of a row; for an ignored row it may be anything."""
     out = state + (n * all_experts + k) * 2
     tl.store(out, peak, mask=here)
     tl.store(out + 1, sums, mask=here)
@@ -466,7 +484,7 @@ def _store_state(state, n, k, here, peak, sums, all_experts: tl.constexpr):
 
 @triton.jit
 def _add_losses(losses, total, n, k, here, loss, all_experts: tl.constexpr, reduce: tl.constexpr):
-    """Store the losses of rows, or add them to a total, which is returned."""
+    """Store the losses of rows; with ``reduce`` add them to ``total`` instead. Return ``total``."""
     if reduce:
         total += loss
     else:
@@ -476,9 +494,9 @@ def _add_losses(losses, total, n, k, here, loss, all_experts: tl.constexpr, redu
 
 @triton.jit
 def _weighed(class_weight, y, valid, loss, factor, num_classes: tl.constexpr, gamma: tl.constexpr):
-    """Weigh the cross entropies of rows; also the factor of ``softmax - one-hot`` in their gradient.
+    """Weight the cross entropies of rows; also give the factor of ``softmax - one-hot`` in their gradient.
 
-    The smoothing of labels stays in the kernels: passed through here, its mean costs registers that spill.
+    Label smoothing stays in the kernels: if its mean were passed through here, registers would spill.
     """
     if class_weight is not None:
         factor *= _class_constant(class_weight, y, num_classes, factor.dtype)
@@ -498,7 +516,10 @@ def _forward(
     reduce: tl.constexpr, align: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
     ahead: tl.constexpr, flush: tl.constexpr,
 ):  # fmt: skip
-    """Rows that fit a tile, of one expert: losses (or a sum of them), state and gradient in one pass."""
+    """Compute losses (or their sum), state and gradient in one pass, for rows that fit a tile.
+
+    Each program has one expert.
+    """
     dtype: tl.constexpr = state.dtype.element_ty
     k = (tl.program_id(0) % num_experts).to(tl.int64)
     begin = tl.program_id(0) // num_experts * rows
@@ -561,7 +582,7 @@ def _forward_blocked(
     table_k: tl.constexpr, ignore_index: tl.constexpr, smoothing: tl.constexpr, gamma: tl.constexpr,
     reduce: tl.constexpr, align: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`_forward` for longer rows: a sweep for the sums, and one for the gradient."""
+    """Compute the same as :func:`_forward` for longer rows: one sweep for the sums, one for the gradient."""
     dtype: tl.constexpr = state.dtype.element_ty
     k = (tl.program_id(0) % num_experts).to(tl.int64)
     step = tl.num_programs(0) // num_experts * rows
@@ -628,12 +649,12 @@ def _forward_streamed(
     reduce: tl.constexpr, align: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
     lowest: tl.constexpr, flush: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`_forward` for longer rows: a sweep for the sums, and one back for the gradient.
+    """Compute the same as :func:`_forward` for longer rows: sweep for the sums, and back for the gradient.
 
-    Every lane keeps the maximum and the sum of its own classes, so that the first sweep has no reduction
-    and no barrier, and takes one exponential a logit. The second goes from the last block, which the caches
-    still hold, to the first, where the next row begins in the table. The table may stay in the L1 cache,
-    which the logits pass by; what will not be read again leaves the L2 cache first.
+    Every lane keeps the maximum and the sum of its own classes, so that the first sweep has no reduction and
+    no barrier, and takes one exponential for each logit. The second sweep goes from the last block, which the
+    caches still hold, to the first, where the next row begins in the table. The table may stay in the L1
+    cache, which the logits bypass. What will not be read again leaves the L2 cache first.
     """
     dtype: tl.constexpr = state.dtype.element_ty
     num_blocks: tl.constexpr = (num_classes + block - 1) // block
@@ -708,7 +729,7 @@ def _backward(
     table_k: tl.constexpr, ignore_index: tl.constexpr, smoothing: tl.constexpr, align: tl.constexpr,
     rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a block of classes of one expert."""
+    """Compute the gradient of a block of classes of one expert."""
     dtype: tl.constexpr = state.dtype.element_ty
     num_blocks: tl.constexpr = (num_classes + block - 1) // block
     first = tl.program_id(0) % num_blocks * block
@@ -746,7 +767,7 @@ def _backward(
 
 @triton.jit
 def _probabilities(target, n, j, y, here, num_classes: tl.constexpr, target_n, target_c, dtype: tl.constexpr):
-    """A tile of the targets' probabilities."""
+    """Load a tile of the targets' probabilities; class indices become ones and zeros."""
     if target.dtype.element_ty == tl.int64:
         q = _is_target(j, y, num_classes, dtype).to(dtype)
     else:
@@ -758,7 +779,7 @@ def _probabilities(target, n, j, y, here, num_classes: tl.constexpr, target_n, t
 
 @triton.jit
 def _class_shares(q, mass, class_weight, j, num_classes: tl.constexpr, smoothing: tl.constexpr):
-    """What the losses of the classes count in a row's: smoothed probabilities times the class weights."""
+    """Compute the share of each class in a row's loss: its smoothed probability times its class weight."""
     shares = q
     if smoothing != 0.0:
         spread = (1.0 - smoothing) * q + (mass * (smoothing / num_classes))[:, None]
@@ -774,7 +795,7 @@ def _shared_logits(
     logits, table, margin, row, k, j, here, q,
     num_classes: tl.constexpr, stride_c, table_k: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """A tile of adjusted logits, each less its class's margin by its probability."""
+    """Compute a tile of adjusted logits, each less the margin of its class times its probability."""
     adjustment = _adjustment(table, k, j, num_classes, table_k, dtype, False)
     x = _logits(logits, row, j, here, num_classes, stride_c, False, False).to(dtype) + adjustment
     if margin is not None:
@@ -791,10 +812,11 @@ def _shared(
     table_k: tl.constexpr, ignore_index: tl.constexpr, smoothing: tl.constexpr, gamma: tl.constexpr,
     reduce: tl.constexpr, align: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Rows of which every class may have a share; with ``upstream`` only their gradient, from the state.
+    """Compute losses, state and gradient of rows in which every class may have a share.
 
-    A sweep for the sums, for some losses one for the derivatives, and one for loss and gradient. Where a row
-    fits the block the compiler merges their loads into one.
+    With ``upstream`` it computes only the gradient, from the state. There is a sweep for the sums, for some
+    losses one for the derivatives, and one for loss and gradient. If a row fits the block, the compiler
+    merges their loads into one.
     """
     dtype: tl.constexpr = state.dtype.element_ty
     soft: tl.constexpr = target.dtype.element_ty != tl.int64
@@ -894,7 +916,7 @@ def _shared(
 
 @triton.jit
 def _total(values, divisor, total, number, block: tl.constexpr):
-    """The sum of float64 values, over the divisor, by one program, in the same order every time."""
+    """Sum float64 values in one program, always in the same order, and divide by the divisor."""
     sums = tl.zeros([block], tl.float64)
     for start in range(0, number, block):
         i = start + tl.arange(0, block)
@@ -904,7 +926,7 @@ def _total(values, divisor, total, number, block: tl.constexpr):
 
 @triton.jit
 def _rescale(values, factor, number, block: tl.constexpr):
-    """Multiply in place; nothing but a look at the factor where it is 1."""
+    """Multiply by a factor in place; if it is 1, read nothing but the factor."""
     if values.dtype.element_ty == tl.float64:
         scale = tl.load(factor).to(tl.float64)
     else:

@@ -30,10 +30,10 @@ Inputs: TypeAlias = Sequence[Any]
 
 
 def without_engine(backend: str, unfit: str) -> None:
-    """Say once that plain PyTorch computes, as the inputs are ``unfit`` for an engine.
+    """Log once that plain PyTorch computes the loss; ``unfit`` says why no engine can.
 
     Raises:
-        ValueError: the backend is an explicit one.
+        ValueError: the backend is not ``"auto"``.
     """
     if backend != "auto":
         raise ValueError(f"backend: {backend!r} cannot run, as {unfit}; 'auto' takes what can")
@@ -41,7 +41,7 @@ def without_engine(backend: str, unfit: str) -> None:
 
 
 def engine_for(backend: str, device: torch.device) -> Engine | None:
-    """Say what computes for a backend on a device; None stands for plain PyTorch.
+    """Choose the engine of a backend on a device; None stands for plain PyTorch.
 
     Raises:
         ValueError: ``"triton"`` cannot run; the message says what is missing.
@@ -67,7 +67,10 @@ def engine_for(backend: str, device: torch.device) -> Engine | None:
 
 
 def triton_missing(device: torch.device | None = None) -> str | None:
-    """Say why Triton cannot run, or None; without a device, whether it could on any."""
+    """Say why Triton cannot run on a device; give None if it can.
+
+    Without a device, say why it cannot run on any.
+    """
     if importlib.util.find_spec("triton") is None:
         return "it is not installed (pip install triton, or a PyTorch with CUDA)"
     if not torch.cuda.is_available():
@@ -78,7 +81,10 @@ def triton_missing(device: torch.device | None = None) -> str | None:
 
 
 def log_once(message: str) -> None:
-    """Say at level INFO what is slower than it might be; not to a compiler, which cannot trace that."""
+    """Log once, at level INFO, what is slower than it could be.
+
+    Under a compiler it does nothing, as logging cannot be traced.
+    """
     if not torch.compiler.is_compiling():
         _log_once(message)
 
@@ -89,28 +95,28 @@ def _log_once(message: str) -> None:
 
 
 class Problem(Protocol):
-    """A loss whose gradient can be computed together with it."""
+    """Describe a loss whose gradient can be computed together with it."""
 
     @property
     def rows(self) -> Rows:
-        """Everything but the inputs."""
+        """All that the loss reads, except the inputs."""
 
     @property
     def engine(self) -> Engine:
-        """What computes."""
+        """The engine that computes."""
 
     def run(
         self, inputs: Inputs, wanted: Sequence[bool]
     ) -> tuple[Tensor, Sequence[Tensor | None], Tensor | None]:
-        """Compute the loss, the gradients that are wanted, and a state that helps to compute them later."""
+        """Compute the loss, the wanted gradients, and a state that helps to compute gradients later."""
 
     def gradients(
         self, inputs: Inputs, upstream: Tensor, state: Any, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        """Compute the gradients for those of the samples' losses ``[*B]``."""
+        """Compute the gradients of the inputs from those of the samples' losses, ``upstream`` ``[*B]``."""
 
     def differentiable(self, inputs: Inputs) -> Tensor:
-        """Compute the loss in plain PyTorch, for derivatives of derivatives."""
+        """Compute the loss in plain PyTorch, which second derivatives need."""
 
 
 #: Whether the gradient of a scalar loss is computed with it: logits are read and a gradient is written, two
@@ -127,11 +133,11 @@ def evaluate(
     operator: Callable[[Inputs, Rows, str], Tensor],
     backend: str,
 ) -> Tensor:
-    """Compute a loss; its graph, where a gradient can be asked for, holds the gradients themselves.
+    """Compute a loss. If a gradient can be asked for, the graph holds the gradients themselves.
 
     Args:
-        engine: what computes; None for plain PyTorch.
-        rows: everything but the inputs; ``reduce`` says whether the losses are added up.
+        engine: the engine that computes; None for plain PyTorch.
+        rows: all that the loss reads, except the inputs; ``reduce`` says whether the losses are added up.
         inputs: the tensors whose gradients may be asked for.
         problem: makes what autograd sees.
         operator: what a compiler sees.
@@ -201,7 +207,7 @@ def _differentiable_gradients(
 
 
 def per_sample(rows: Rows, upstream: Tensor) -> Tensor:
-    """Give the gradient of every sample's loss ``[*B]``, from that of the result."""
+    """Compute the gradient of every sample's loss ``[*B]`` from that of the result."""
     if not rows.reduce:
         return upstream
     target = rows.target
@@ -211,22 +217,22 @@ def per_sample(rows: Rows, upstream: Tensor) -> Tensor:
 
 
 def nonzero(divisor: Tensor) -> Tensor:
-    """Give what a sum is divided by: 1 for no samples, whose losses are 0."""
+    """Replace a divisor of 0 by 1: it counts no samples, and their losses are 0."""
     return divisor + (divisor == 0)
 
 
 def total(losses: Tensor, divisor: Tensor | None) -> Tensor:
-    """Add up the losses ``[*B]``, and divide by the divisor; None stands for 1."""
+    """Add up the losses ``[*B]`` and divide by the divisor; None stands for 1."""
     return losses.sum() if divisor is None else losses.sum() / nonzero(divisor).to(losses.dtype)
 
 
 def with_experts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Give tensors ``[*B, C]`` of one expert each their dimension of experts: ``[*B, 1, C]``."""
+    """Add a dimension of experts to tensors ``[*B, C]`` of one expert each: ``[*B, 1, C]``."""
     return [tensor.unsqueeze(-2) for tensor in tensors]
 
 
 class CrossEntropy(NamedTuple):
-    """Eq. 9 for logits ``[*B, k, C]``, or with ``of_one`` for tensors ``[*B, C]`` of one expert each."""
+    """Compute Eq. 9 for logits ``[*B, k, C]``, or with ``of_one`` for one tensor ``[*B, C]`` per expert."""
 
     engine: Engine
     rows: Rows

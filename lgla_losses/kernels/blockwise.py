@@ -25,12 +25,12 @@ Block = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Blockwise:
-    """The functions of :class:`~lgla_losses.kernels.Engine` for samples of several dimensions."""
+    """Run an :class:`~lgla_losses.kernels.Engine` on samples of several dimensions."""
 
     engine: Engine
 
     def statistics(self, angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
-        """Compute Eq. 7; the angles of class indices lie in one dimension ``[M, K]``."""
+        """Compute Eq. 7; for class indices the samples of the angles lie in one dimension ``[M, K]``."""
         found = [
             self.engine.statistics(_angles_of(angles, samples, block), _samples_of(samples, block))
             for block in _blocks(samples.target, _width(angles))
@@ -43,7 +43,7 @@ class Blockwise:
     def weights(
         self, angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Compute Eq. 8 for all samples, ``[*B, K]``."""
+        """Compute Eq. 8 for all samples ``[*B, K]``, and count them."""
         target, parts = samples.target, parts.sum(dim=0, keepdim=True)
         if not target.is_floating_point():
             flat = _samples_of(samples, (slice(None),))
@@ -80,7 +80,7 @@ class Blockwise:
     def forward(
         self, logits: Sequence[Tensor], rows: Rows, gradients: Sequence[Tensor | None]
     ) -> tuple[Tensor, Tensor]:
-        """Compute Eq. 9; the state is not needed and left empty."""
+        """Compute Eq. 9. The state is left empty, as it is not needed."""
         losses = self._losses(logits, rows, gradients)
         state = losses.new_empty(0)
         if not rows.reduce:
@@ -98,7 +98,7 @@ class Blockwise:
         state: Tensor,
         gradients: Sequence[Tensor | None],
     ) -> None:
-        """Fill the gradients for those of the samples' losses ``[*B]``."""
+        """Write the gradients of the logits, from those of the samples' losses, ``upstream`` ``[*B]``."""
         num_experts = sum(block.shape[-2] for block in logits)
         weights = upstream[..., None].expand(*upstream.shape, num_experts)
         if rows.weights is not None:
@@ -106,11 +106,11 @@ class Blockwise:
         self._losses(logits, rows._replace(weights=weights, divisor=None), gradients)
 
     def rescale_(self, gradient: Tensor, factor: Tensor) -> None:
-        """Multiply by a scalar in place."""
+        """Multiply a gradient by a scalar in place."""
         self.engine.rescale_(gradient, factor)
 
     def _losses(self, logits: Sequence[Tensor], rows: Rows, gradients: Sequence[Tensor | None]) -> Tensor:
-        """The losses ``[*B]``, and the gradients of their sum over the divisor."""
+        """Compute the losses ``[*B]``, and write the gradients of their sum over the divisor."""
         first, soft = logits[0], rows.target.is_floating_point()
         losses = first.new_zeros(first.shape[:-2], dtype=functional.compute_dtype(first.dtype))
         width = sum(block.shape[-2] for block in logits) * first.shape[-1]
@@ -134,7 +134,10 @@ class Blockwise:
 
 
 def _blocks(target: Tensor, width: int) -> Iterator[Block]:
-    """Blocks of samples that have so many logits each; one of an empty batch, and one for a compiler."""
+    """Cut samples of ``width`` numbers each into blocks of limited size.
+
+    An empty batch gives one block, and a compiler gets one.
+    """
     samples = target.shape[:-1] if target.is_floating_point() else target.shape
     if torch.compiler.is_compiling() or 0 in samples:
         yield (slice(None),)
@@ -151,13 +154,13 @@ def _blocks(target: Tensor, width: int) -> Iterator[Block]:
 
 
 def _rows(tensor: Tensor, block: Block, trailing: int) -> Tensor:
-    """The samples of a block in one dimension; a view where the memory allows."""
+    """Put the samples of a block in one dimension; give a view if the memory allows."""
     part = tensor[block]
     return part.flatten(0, part.dim() - trailing - 1)
 
 
 def _width(angles: Angles) -> int:
-    """Numbers a sample that the angles are computed from."""
+    """Count the numbers that the angles of one sample are computed from."""
     if angles.features is not None and angles.weight is not None:
         return angles.features.shape[-2] * max(angles.weight.shape[1:])
     return sum(block.shape[-2:].numel() for block in angles.cosines)
@@ -173,9 +176,9 @@ def _samples_of(samples: Samples, block: Block) -> Samples:
 
 
 def _angles_of(angles: Angles, samples: Samples, block: Block) -> Angles:
-    """Where the angles of a block come from, its samples in one dimension.
+    """Give the source of a block's angles, with its samples in one dimension.
 
-    Of cosine logits and class indices only the own logits are read.
+    Of cosine logits with class indices, only the targets' logits are read.
     """
     soft = samples.target.is_floating_point()
     if angles.features is not None and angles.weight is not None:

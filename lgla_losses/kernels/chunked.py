@@ -37,7 +37,7 @@ def statistics(angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
 
 
 def weights(angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1) -> tuple[Tensor, Tensor]:
-    """Compute Eq. 8 times the samples' weights, and the samples over ``num_ranks``."""
+    """Compute Eq. 8 times the samples' weights; also give the number of samples over ``num_ranks``."""
     sums = parts.sum(dim=0)
     if angles.angles is not None:
         result = functional.aaw_weights(angles.angles, _groups(samples), sums)
@@ -77,7 +77,7 @@ def count(
 def forward(
     logits: Sequence[Tensor], rows: Rows, gradients: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
-    """Compute Eq. 9, chunk by chunk; the state is not needed and left empty."""
+    """Compute Eq. 9, chunk by chunk. The state is left empty, as it is not needed."""
     num_samples, num_experts = len(rows.target), sum(v.shape[1] for v in logits)
     losses = logits[0].new_zeros(num_samples, dtype=functional.compute_dtype(logits[0].dtype))
     divisor = losses.new_ones(())
@@ -101,7 +101,7 @@ def backward(
     state: Tensor,
     gradients: Sequence[Tensor | None],
 ) -> None:
-    """Fill the gradients, chunk by chunk."""
+    """Write the gradients of the logits, chunk by chunk."""
     for part, weight, block, gradient in _blocks(logits, rows, gradients):
         if gradient is not None:
             values = block.gradient(weight * upstream[part, None, None].to(weight.dtype))
@@ -109,14 +109,20 @@ def backward(
 
 
 def rescale_(gradient: Tensor, factor: Tensor) -> None:
-    """Multiply in place, rounding once; without a look at the factor where that would wait for a device."""
+    """Multiply a gradient in place, rounding once.
+
+    The factor is compared with 1 only if that waits for no device.
+    """
     if factor.device.type == "cpu" and factor.item() == 1.0:
         return
     gradient.copy_(gradient.to(factor.dtype) * factor)
 
 
 def _chunks(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """Cut the samples of tensors ``[N, k, C]`` into parts; one where there is none, and for a compiler."""
+    """Cut the samples of tensors ``[N, k, C]`` into parts.
+
+    An empty batch gives one part, and a compiler gets one.
+    """
     if torch.compiler.is_compiling():
         return iter((slice(None),))
     width = sum(v.shape[1] * v.shape[2] for v in tensors)
@@ -125,12 +131,12 @@ def _chunks(tensors: Sequence[Tensor]) -> Iterator[slice]:
 
 
 def _own_classes(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Classes that can be looked up: any stands in for an ignored target and for one that is no class."""
+    """Give classes that can be looked up: replace ignored targets, and those that are no class."""
     return target.masked_fill(target == ignore_index, 0).clamp(0, num_classes - 1)
 
 
 def _groups(samples: Samples) -> Tensor:
-    """Look up the group of every sample ``[N]``; -1 for ignored ones."""
+    """Look up the group of every sample ``[N]``; give -1 for ignored ones."""
     own = _own_classes(samples.target, len(samples.group_index), samples.ignore_index)
     return samples.group_index[own].masked_fill(samples.target == samples.ignore_index, -1)
 
@@ -151,7 +157,7 @@ def _own_angles(angles: Angles, samples: Samples) -> Tensor:
 
 
 def _class_angles(angles: Angles, probabilities: Tensor, part: slice) -> Tensor:
-    """Compute the angles of some samples to every class ``[n, K, C]``; 0 where they do not count."""
+    """Compute the angles of some samples to every class ``[n, K, C]``; 0 where the probability is 0."""
     cosines = torch.cat([v[part] for v in angles.cosines], dim=1)
     return functional.angles_of(cosines, angles.scale).masked_fill(probabilities[:, None] == 0, 0.0)
 
@@ -159,7 +165,7 @@ def _class_angles(angles: Angles, probabilities: Tensor, part: slice) -> Tensor:
 def _blocks(
     logits: Sequence[Tensor], rows: Rows, gradients: Sequence[Tensor | None]
 ) -> Iterator[tuple[slice, Tensor, _Indices | _Mixtures, Tensor | None]]:
-    """Cut the rows into blocks, each with its samples, their weights and its part of a gradient."""
+    """Cut the rows into blocks; give the samples, weights, loss and part of the gradient of each."""
     first = 0
     for values, gradient in zip(logits, gradients, strict=True):
         experts = slice(first, first + values.shape[1])
@@ -182,7 +188,7 @@ def _is_plain(rows: Rows) -> bool:
 
 
 class _Indices:
-    """Cross entropy of adjusted logits ``[n, k, C]`` with class indices ``[n]``."""
+    """Compute the cross entropy of adjusted logits ``[n, k, C]`` with class indices ``[n]``."""
 
     def __init__(self, adjusted: Tensor, target: Tensor, rows: Rows) -> None:
         self._smoothing = rows.label_smoothing
@@ -200,7 +206,7 @@ class _Indices:
         return losses.masked_fill_(self._wrong, torch.nan)
 
     def gradient(self, scale: Tensor) -> Tensor:
-        """Compute ``scale * (softmax - smoothed one-hot)``; the log-probabilities are spent."""
+        """Compute ``scale * (softmax - smoothed one-hot)``; this overwrites the log-probabilities."""
         values = self._log_softmax.exp_()
         smooth = self._smoothing / values.shape[-1]
         own = scale * (values.gather(-1, self._own) - (1 - self._smoothing) - smooth)
@@ -211,9 +217,9 @@ class _Indices:
 
 
 class _Mixtures:
-    """The loss of adjusted logits ``[n, k, C]`` in full: every class counts by its share ``r``.
+    """Compute the loss of adjusted logits ``[n, k, C]`` in full: every class counts by its share ``r``.
 
-    Classes without a share add nothing, also where a logit of -inf masks them.
+    Classes without a share add nothing, even where a logit of -inf masks them.
     """
 
     def __init__(self, adjusted: Tensor, target: Tensor, rows: Rows) -> None:
@@ -235,7 +241,7 @@ class _Mixtures:
         return (self._shares * losses).sum(dim=-1, keepdim=True)
 
     def gradient(self, scale: Tensor) -> Tensor:
-        """Compute ``scale * (p_j sum_c r_c h_c - r_j h_j)``, where h is the focal loss's derivative."""
+        """Compute ``scale * (p_j sum_c r_c h_c - r_j h_j)``; h is the derivative of the focal loss."""
         slopes = self._shares
         if self._gamma > 0:
             slopes = slopes * functional.focal_slope(self._entropies, self._gamma)
@@ -244,7 +250,7 @@ class _Mixtures:
 
 
 def _probabilities(target: Tensor, ignore_index: int, adjusted: Tensor) -> Tensor:
-    """Spell targets out as ``[n, 1, C]``: 0 for ignored ones, NaN for those that are no class."""
+    """Write targets as probabilities ``[n, 1, C]``: 0 for ignored ones, NaN for those that are no class."""
     if target.is_floating_point():
         return target[:, None].to(adjusted.dtype)
     own = _own_classes(target, adjusted.shape[2], ignore_index)

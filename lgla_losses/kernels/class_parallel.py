@@ -17,7 +17,7 @@ from lgla_losses.kernels.linear import sum_over_experts
 
 
 def evaluate(problem: ClassParallelCrossEntropy, inputs: Inputs) -> Tensor:
-    """Compute the loss; its graph, where a gradient can be asked for, holds the gradients themselves."""
+    """Compute the loss. If a gradient can be asked for, the graph holds the gradients themselves."""
     if not torch.is_grad_enabled():
         return problem.run(inputs, [False] * len(inputs))[0]
     loss: Tensor = _Fused.apply(problem, *inputs)  # type: ignore[no-untyped-call]
@@ -25,17 +25,19 @@ def evaluate(problem: ClassParallelCrossEntropy, inputs: Inputs) -> Tensor:
 
 
 class ClassParallelCrossEntropy(NamedTuple):
-    """Eq. 9 for features ``[N, K, d]``, and weights ``[K, C_r, d]`` and a bias ``[K, C_r]`` of own classes.
+    """Compute Eq. 9 for features ``[N, K, d]``, weights ``[K, C_r, d]`` and a bias ``[K, C_r]``.
+
+    Weights and bias are those of this rank's classes.
 
     Attributes:
-        engine: what rescales gradients.
-        rows: of this rank's classes. Class indices count from the first of these, and samples of other
-            ranks' classes are ignored ones.
+        engine: the engine that rescales gradients.
+        rows: what the loss reads of this rank's classes. Class indices count from the first of these, and
+            samples of other ranks' classes are ignored ones.
         scale: factor of cosine classifiers; None for linear ones.
         ranks: those that share the classes.
         num_classes: of all these ranks.
         kept: the sum of each sample's class probabilities over all classes ``A [N]``; 0 for ignored samples.
-        reads: look at what the ranks tell each other, which waits for a GPU.
+        reads: check the values that the ranks exchange, which waits for a GPU.
     """
 
     engine: Engine
@@ -49,7 +51,7 @@ class ClassParallelCrossEntropy(NamedTuple):
     def run(
         self, inputs: Inputs, wanted: Sequence[bool]
     ) -> tuple[Tensor, Sequence[Tensor | None], Tensor | None]:
-        """Compute the loss, as in :class:`~lgla_losses.kernels.autograd.Problem`; needs the other ranks.
+        """Compute the loss, as in :class:`~lgla_losses.kernels.autograd.Problem`, with all ranks.
 
         The state is the logarithm of the sum of exponentials over all classes ``[N, K]``.
         """
@@ -72,7 +74,7 @@ class ClassParallelCrossEntropy(NamedTuple):
     def gradients(
         self, inputs: Inputs, upstream: Tensor, state: Any, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        """Compute the gradients, as in :class:`~lgla_losses.kernels.autograd.Problem`; each rank alone."""
+        """Compute gradients as in :class:`~lgla_losses.kernels.autograd.Problem`, without other ranks."""
         factor = self._weights(inputs[0]) * upstream[:, None]
         table = self._table(inputs)
 
@@ -86,14 +88,14 @@ class ClassParallelCrossEntropy(NamedTuple):
         return sum_over_experts(inputs, wanted, self.scale, self.num_classes, of_chunk)[1]
 
     def differentiable(self, inputs: Inputs) -> NoReturn:
-        """Refuse what takes the derivative of a derivative."""
+        """Raise, as second derivatives are not supported."""
         raise RuntimeError(
             "ClassParallelLGLALoss has no second derivative: expected backward without create_graph; "
             "LinearLGLALoss has one"
         )
 
     def _weights(self, features: Tensor) -> Tensor:
-        """Give the constants of Eq. 8 ``A [N, K]``; 0 for ignored samples."""
+        """Give the weights of Eq. 8 ``A [N, K]``; 0 for ignored samples."""
         exact = functional.compute_dtype(features.dtype)
         weights = features.new_ones(features.shape[:2], dtype=exact)
         if self.rows.weights is not None:
@@ -101,7 +103,7 @@ class ClassParallelCrossEntropy(NamedTuple):
         return weights.masked_fill((self.kept == 0)[:, None], 0.0)
 
     def _table(self, inputs: Inputs) -> Tensor:
-        """Give what is added to the products of features and weights ``A [K, C_r]``."""
+        """Sum what is added to the products of features and weights: adjustments and bias ``A [K, C_r]``."""
         weight, bias = inputs[1:]
         table: Tensor = weight.new_zeros(weight.shape[:2], dtype=functional.compute_dtype(weight.dtype))
         for constant in (self.rows.table, bias):
@@ -137,7 +139,7 @@ class ClassParallelCrossEntropy(NamedTuple):
         return shares.mul_((peak - log_sum[:, None]).exp()), log_sum, entropies
 
     def _explain(self, log_sums: Tensor, own: Tensor) -> None:
-        """Raise, on all ranks alike, for logits of one that are not finite; ``[R, n]`` each."""
+        """Raise, on all ranks alike, if logits of one rank are not finite. The arguments are ``[R, n]``."""
         bad = log_sums.isnan() | (log_sums == torch.inf)
         # Smoothing makes a loss infinite where a class is masked, and rightly so.
         bad |= own.isnan() if self.rows.label_smoothing else ~own.isfinite()
@@ -150,7 +152,7 @@ class ClassParallelCrossEntropy(NamedTuple):
         )
 
     def _write_gradient(self, gradient: Tensor, shares: Tensor, factor: Tensor, rows: slice) -> None:
-        """Fill the gradient of one expert's logits ``[n, 1, C_r]``, from the probabilities ``[n, C_r]``."""
+        """Write the gradient of one expert's logits ``[n, 1, C_r]`` from the probabilities ``[n, C_r]``."""
         target, kept, smoothing = self.rows.target[rows], self.kept[rows, None], self.rows.label_smoothing
         factor = factor[:, None]
         if target.is_floating_point():
@@ -170,7 +172,7 @@ class ClassParallelCrossEntropy(NamedTuple):
 
 
 def _target_logits(adjusted: Tensor, target: Tensor) -> Tensor:
-    """Add up logits ``[n, C_r]`` by the probabilities of their classes: ``[n]``; those of 0 count nothing."""
+    """Sum the logits ``[n, C_r]`` times the targets' probabilities: ``[n]``; skip probabilities of 0."""
     if target.is_floating_point():
         return torch.where(target == 0, 0.0, adjusted * target.to(adjusted.dtype)).sum(dim=1)
     if not adjusted.shape[1]:

@@ -30,7 +30,7 @@ _WIDENED = 1 << 24
 
 
 def as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Cast the inputs of a matrix product to the dtype it runs in."""
+    """Cast the inputs of a matrix product to the dtype in which autocast would run it."""
     device = next(t.device.type for t in tensors if t is not None)
     # The meta device has no autocast to ask for. (Compilers of PyTorch 2.11 cannot ask whether a device has.)
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -40,7 +40,7 @@ def as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 class LinearCrossEntropy(NamedTuple):
-    """Eq. 9 for features ``[N, K, d]``, weights ``[K, C, d]`` and a bias ``[K, C]`` or None."""
+    """Compute Eq. 9 for features ``[N, K, d]``, weights ``[K, C, d]`` and a bias ``[K, C]`` or None."""
 
     engine: Engine
     rows: Rows
@@ -104,15 +104,15 @@ OfChunk: TypeAlias = Callable[[int, slice, Tensor, Tensor | None], Tensor]
 def sum_over_experts(
     inputs: Inputs, wanted: Sequence[bool], scale: float | None, num_classes: int, of_chunk: OfChunk
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Make the logits of classifiers, a chunk at a time, and carry their gradients back to the inputs.
+    """Compute the classifiers' logits a chunk at a time, and from their gradients those of the inputs.
 
     Args:
         inputs: features ``[N, K, d]``, weights ``[K, C, d]`` and a bias ``[K, C]`` or None, which does not
             enter the logits.
-        wanted: which of their gradients.
+        wanted: which of their gradients to compute.
         scale: factor of cosine classifiers; None for linear ones.
-        num_classes: by which the samples are cut into chunks.
-        of_chunk: computes a chunk.
+        num_classes: number of classes, which sets the size of the chunks.
+        of_chunk: computes the losses of a chunk.
 
     Returns:
         The losses ``[N]``, and the gradients that are wanted.
@@ -197,20 +197,20 @@ def chunks_of(features: Tensor, num_classes: int) -> list[slice]:
 
 
 def logits_memory(features: Tensor, num_samples: int, num_classes: int) -> Tensor:
-    """Make memory for logits ``[n, 1, C]`` of one expert, whose rows begin where matrix products like it."""
+    """Make memory for logits ``[n, 1, C]`` of one expert; align the rows for fast matrix products."""
     aligned = max(1, _ROW_BYTES.get(features.device.type, 1) // features.element_size())
     width = -(-num_classes // aligned) * aligned
     return features.new_empty((num_samples, 1, width))[..., :num_classes]
 
 
 def widened_at_a_time(vectors: Tensor) -> list[slice]:
-    """Cut the first dimension of ``[C, d]`` into slices."""
+    """Cut the first dimension of ``[C, d]`` into slices that are small enough to widen."""
     size = max(1, _WIDENED // max(1, vectors.shape[1]))
     return [slice(start, start + size) for start in range(0, len(vectors), size)]
 
 
 def rounded_directions(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute unit vectors ``[C, d]`` in ``dtype``, some at a time, and round them to the vectors' dtype."""
+    """Compute unit vectors ``[C, d]`` in ``dtype``, a slice at a time; round them to the vectors' dtype."""
     result = torch.empty_like(vectors)
     for some in widened_at_a_time(vectors):
         result[some] = directions(vectors[some], dtype)
@@ -223,7 +223,7 @@ def directions(vectors: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def through_directions_(gradient: Tensor, vectors: Tensor) -> Tensor:
-    """Compute the gradient of the vectors, in place of that of their directions."""
+    """Turn the gradient of unit vectors into that of the vectors, in place."""
     directions = functional.unit_vectors(vectors)
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     along = torch.linalg.vecdot(directions, gradient)[..., None]
@@ -231,7 +231,10 @@ def through_directions_(gradient: Tensor, vectors: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """Compute ``total += left @ right``, for the first ``total = left @ right``, in the total's precision."""
+    """Compute ``total += left @ right``, or with ``first`` ``total = left @ right``.
+
+    The product has the precision of the total.
+    """
     beta = 0 if first else 1
     if left.dtype == total.dtype or not left.is_cuda or "dtype" not in torch.ops.aten.mm.overloads():
         torch.addmm(total, left.to(total.dtype), right.to(total.dtype), beta=beta, out=total)
@@ -245,7 +248,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None
 
 @cache
 def adds_to_float32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Say whether PyTorch adds a product of 16-bit matrices to a float32 one; its first versions refuse."""
+    """Say whether PyTorch can add a product of 16-bit matrices to a float32 one; early versions cannot."""
     total = torch.ones((16, 16), dtype=torch.float32, device=device)
     part = total.to(dtype)
     try:

@@ -27,7 +27,7 @@ _TARGETS = _FLOATS | _INDEX
 
 
 class _Exact(dict[torch.dtype, torch.dtype]):
-    """The arithmetic for each dtype."""
+    """Map the dtype of logits to the dtype to compute in."""
 
     def __missing__(self, dtype: torch.dtype) -> torch.dtype:
         raise TypeError(f"logits: expected one of {', '.join(map(str, self))}, got {dtype}")
@@ -46,7 +46,7 @@ _BATCH, _SAMPLES, _COUNT, _BLOCK = (2, 34), (1, 39), (0, 15), (0, 11)
 
 
 def load(path: str) -> ctypes.CDLL:
-    """Load a compiled native.c.
+    """Load the library that is compiled from native.c.
 
     Raises:
         OSError: it does not load, or was compiled from other sources.
@@ -91,13 +91,13 @@ LIBRARY, MISSING = _installed()
 
 
 def statistics(angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
-    """Compute Eq. 7 and its sums by group, in parts whose number follows from the sizes."""
+    """Compute Eq. 7 and its sums by group; the number of parts depends only on the sizes."""
     found, parts = _run_angles("lgla_statistics", angles, samples, None, 1)
     return (angles if found is None else Angles(angles=found)), parts
 
 
 def weights(angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1) -> tuple[Tensor, Tensor]:
-    """Compute Eq. 8 and the samples per rank."""
+    """Compute Eq. 8 and the number of samples per rank."""
     found, number = _run_angles("lgla_weights", angles, samples, parts, num_ranks)
     return cast(Tensor, found), number
 
@@ -105,7 +105,10 @@ def weights(angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1)
 def _run_angles(
     function: str, angles: Angles, samples: Samples, parts: Tensor | None, num_ranks: int
 ) -> tuple[Tensor | None, Tensor]:
-    """Call C with the structure Samples; without parts for them and the angles, else for the weights."""
+    """Call C with the structure Samples.
+
+    Without ``parts`` it computes the angles and parts, else the weights.
+    """
     cosines, scale, features, weight, given = angles
     target, group_index, g, sample_weight, ignore_index = samples
     n, c, d, soft = target.shape[0], group_index.shape[0], 0, target.is_floating_point()
@@ -208,7 +211,7 @@ def backward(
 
 
 def rescale_(gradient: Tensor, factor: Tensor) -> None:
-    """Multiply in place, and do nothing for 1."""
+    """Multiply a gradient in place; do nothing for 1."""
     number = factor.item()
     if number != 1.0:
         gradient.mul_(number)
@@ -224,7 +227,7 @@ def _run(
     state: int,
     upstream: tuple[int, ...],
 ) -> None:
-    """Call C with the structure Batch; addresses of what is written may be 0."""
+    """Call C with the structure Batch; an output whose address is 0 is not written."""
     target, table, weights, divisor, class_weight, margin, ignore_index, smoothing, gamma, reduce = rows
     n, _, c = logits[0].shape
     structure = (
@@ -244,7 +247,7 @@ def _run(
 
 
 def _blocks(logits: Sequence[Tensor], gradients: Sequence[Tensor | None], n: int, c: int) -> tuple[int, ...]:
-    """Say where the logits of all experts and their gradients are, with their number."""
+    """Describe for C the memory of all logits and gradients, after the number of their tensors."""
     packed: tuple[int, ...] = (len(logits),)
     for block, gradient in zip(logits, gradients, strict=True):
         codes, k = _ONLY[logits[0].dtype], block.shape[1]
@@ -261,10 +264,10 @@ def _array(
     codes: Mapping[torch.dtype, int] = _FLOATS,
     size: int = 5,
 ) -> tuple[int, ...]:
-    """Say where a tensor's memory begins, its dtype and strides, if it is on the CPU and there at all.
+    """Describe a tensor for C: where its memory begins, its dtype and strides.
 
-    Fewer numbers than the ``size`` of a Matrix are filled up. What has no strides, as a sparse tensor, raises
-    by itself.
+    Raise unless it is on the CPU and has memory. Fewer numbers than the ``size`` of a Matrix are filled up. A
+    tensor without strides, such as a sparse one, raises by itself.
     """
     code = codes.get(tensor.dtype)
     if code is not None and tensor.shape == shape and tensor.is_cpu:
@@ -279,7 +282,7 @@ def _array(
 
 
 def _call(function: str, numbers: tuple[int, int], structure: tuple[float, ...]) -> None:
-    """Hand a structure to C, whose blocks come last."""
+    """Pass a structure to a function of C; its blocks come last."""
     if LIBRARY is None:
         raise RuntimeError(f"the native engine cannot run: {MISSING}")
     doubles = numbers[0]

@@ -41,7 +41,7 @@ def _engine(backend: str, device: torch.device) -> Engine:
 
 
 def _define(name: str, schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """Add an operator, what computes it, and what a compiler takes for its result."""
+    """Define an operator: what computes it, and what result a compiler expects."""
     _OPERATORS.define(f"{name}({schema}", tags=_IN_ORDER)
     _OPERATORS.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lgla_losses::{name}", shapes, lib=_OPERATORS)
@@ -51,7 +51,7 @@ def _define(name: str, schema: str, run: Callable[..., Any], shapes: Callable[..
 
 
 def fused_loss(logits: Sequence[Tensor], *rows: Any, backend: str) -> Tensor:
-    """Compute Eq. 9 for logits ``[*B, k, C]`` from the fields of ``Rows``, by what can run."""
+    """Compute Eq. 9 for logits ``[*B, k, C]`` from the fields of ``Rows``, with an engine that can run."""
     constants = [value for value in rows if isinstance(value, Tensor)]
     why = None if backend == "reference" else unfit(*logits, *constants)
     if backend != "reference" and any(v.requires_grad for v in constants if v is not rows[3]):  # the divisor
@@ -65,7 +65,7 @@ def fused_loss(logits: Sequence[Tensor], *rows: Any, backend: str) -> Tensor:
 
 
 class _Call(NamedTuple):
-    """The arguments of the operator of Eq. 9, by name."""
+    """Name the arguments of the operator of Eq. 9."""
 
     logits: Tensor
     rows: Rows
@@ -78,7 +78,7 @@ class _Call(NamedTuple):
 
 
 def cross_entropies(logits: Inputs, rows: Rows, backend: str) -> Tensor:
-    """Compute Eq. 9 for logits ``[N, k, C]``, an operator for each tensor."""
+    """Compute Eq. 9 for logits ``[N, k, C]``, with one operator call for each tensor."""
     parts, begin = [], 0
     for block in logits if logits[0].dim() > 2 else with_experts(logits):
         experts = slice(begin, begin := begin + block.shape[1])
@@ -91,7 +91,7 @@ def cross_entropies(logits: Inputs, rows: Rows, backend: str) -> Tensor:
 
 
 def _operator(logits: Tensor, rows: Rows, backend: str) -> Tensor:
-    """Compute Eq. 9 for logits ``[N, K, C]``."""
+    """Call the operator of Eq. 9 for logits ``[N, K, C]``."""
     # Field by field: the compiler of PyTorch 2.6 takes no slice of a named tuple.
     loss: Tensor = torch.ops.lgla_losses.cross_entropy(
         logits,
@@ -111,9 +111,9 @@ def _operator(logits: Tensor, rows: Rows, backend: str) -> Tensor:
 
 
 def _cross_entropy(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    """Compute the loss and the state for its gradient, which ``backward`` computes.
+    """Compute the loss, and a state from which ``backward`` computes the gradient.
 
-    A compiler knows no way to give a gradient to an operator that hands it on, and a copy takes longer.
+    The gradient is not computed here: a compiler cannot hand it on without a copy, which takes longer.
     """
     call = _Call.of(*arguments)
     problem = CrossEntropy(_engine(call.backend, call.logits.device), call.rows)
@@ -181,7 +181,7 @@ torch.library.register_autograd(
 
 
 class _LinearCall(NamedTuple):
-    """The arguments of the operator of the linear loss, by name."""
+    """Name the arguments of the operator of the linear loss."""
 
     features: Tensor
     weight: Tensor

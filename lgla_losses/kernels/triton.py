@@ -58,7 +58,7 @@ _plan = "resident"
 
 
 def plan() -> str:
-    """The name of the plan in use."""
+    """Give the name of the plan in use."""
     return _plan
 
 
@@ -66,7 +66,7 @@ def use(name: str) -> str:
     """Choose one of :data:`PLANS` for all launches from now on.
 
     Returns:
-        The name of the plan before, for ``use`` again.
+        The name of the plan before, to pass to ``use`` later.
 
     Raises:
         ValueError: there is no such plan.
@@ -79,14 +79,14 @@ def use(name: str) -> str:
 
 
 class Tile(NamedTuple):
-    """What one program holds at a time: so many rows of a block of classes (or experts).
+    """Describe what one program holds at a time: some rows of a block of classes (or experts).
 
     Attributes:
         rows: rows of the tile.
         block: its columns.
         num_warps: warps of a program, on NVIDIA.
         registers: the most that a thread may take, on NVIDIA; None leaves it to the compiler.
-        ahead: load the next tile before computing with the last.
+        ahead: load the next tile before computing with the present one.
     """
 
     rows: int
@@ -96,10 +96,10 @@ class Tile(NamedTuple):
     ahead: bool = False
 
     def options(self, architecture: int | None) -> dict[str, int]:
-        """What Triton's compiler is told.
+        """Give the options for Triton's compiler.
 
-        AMD, here None, runs up to 16 warps, and has no limit of registers to ask for. From sm_100 on the
-        compiler spills at 64 registers and 16 elements a thread, so that a thread has 8.
+        AMD, here None, runs up to 16 warps, and has no limit of registers to ask for. From sm_100 on, the
+        compiler spills if a thread has 64 registers and 16 elements, so a thread has 8 elements there.
         """
         if architecture is None:
             return {"num_warps": min(16, self.num_warps)}
@@ -115,9 +115,9 @@ class Tile(NamedTuple):
 
 
 def forward_tile(num_classes: int, dtype: torch.dtype, form: str = "plain") -> Tile:
-    """Whole rows up to 16,384 classes (4,096 in float64), else blocks.
+    """Choose a tile: whole rows up to 16,384 classes (4,096 in float64), else blocks.
 
-    Of other rows than plain ones (:func:`_form_of`) whole ones up to 8,192: they take more registers.
+    Rows that are not plain (:func:`_form_of`) take more registers: for them, whole rows up to 8,192.
     """
     if form in SHARED:
         return _shared_tile(num_classes, dtype, form)
@@ -163,7 +163,7 @@ def _shared_tile(num_classes: int, dtype: torch.dtype, form: str) -> Tile:
 
 @lru_cache(maxsize=256)
 def backward_tile(num_classes: int, dtype: torch.dtype) -> Tile:
-    """Blocks of up to 2,048 classes (half in float64), as nothing is summed over a row."""
+    """Choose blocks of up to 2,048 classes (half in float64), as nothing is summed over a row."""
     elements = 1024 if dtype == torch.float64 else 2048
     block = min(_power_of_two(num_classes, least=16), elements)
     return Tile(max(1, elements // 2 // block), block, 4)
@@ -171,14 +171,17 @@ def backward_tile(num_classes: int, dtype: torch.dtype) -> Tile:
 
 @lru_cache(maxsize=256)
 def sample_tile(num_experts: int) -> Tile:
-    """Samples, and their experts with a column that counts them."""
+    """Choose a tile of samples by experts; one more column counts the samples."""
     block = _power_of_two(num_experts + 1)
     return Tile(max(1, 4096 // block), block, 16)
 
 
 @lru_cache(maxsize=256)
 def feature_tile(num_experts: int) -> Tile:
-    """A few samples, and their experts with a column that counts them; :data:`DEPTH` features at a time."""
+    """Choose a tile of a few samples by experts; one more column counts the samples.
+
+    A program reads :data:`DEPTH` features at a time.
+    """
     block = _power_of_two(num_experts + 1)
     return Tile(max(1, 32 // block), block, 4)
 
@@ -189,7 +192,7 @@ DEPTH = 64
 
 @lru_cache(maxsize=256)
 def class_tile(num_experts: int, num_classes: int) -> Tile:
-    """Classes of a sample, and the experts with a column that counts."""
+    """Choose a tile of one sample's classes by experts; one more column counts the samples."""
     block = _power_of_two(num_experts + 1)
     rows = min(_power_of_two(num_classes, least=16), max(16, 2048 // block))
     return Tile(rows, block, max(4, min(8, rows * block // 256)), 128)
@@ -211,7 +214,7 @@ def _power_of_two(number: int, least: int = 1) -> int:
 
 @lru_cache(maxsize=64)
 def _architecture(device: torch.device) -> int | None:
-    """Ten times the compute capability of NVIDIA, None of AMD, 0 of Triton's interpreter."""
+    """Give ten times the compute capability of NVIDIA, None for AMD, 0 for Triton's interpreter."""
     if torch.version.hip is not None:
         return None
     if device.type != "cuda":
@@ -222,18 +225,21 @@ def _architecture(device: torch.device) -> int | None:
 
 @lru_cache(maxsize=256)
 def _options(tile: Tile, device: torch.device) -> dict[str, int]:
-    """What Triton's compiler is told for a device."""
+    """Give the options for Triton's compiler on a device."""
     return tile.options(_architecture(device))
 
 
 def flushes(architecture: int | None, dtype: torch.dtype) -> bool:
-    """Whether exponentials below the normal numbers may be 0; see ``_exp``."""
+    """Say whether exponentials below the normal numbers may be 0; see ``_exp``."""
     return bool(architecture) and dtype == torch.float32 and _plan != "0.1"
 
 
 @lru_cache(maxsize=64)
 def _resident_programs(device: torch.device, num_warps: int) -> int:
-    """As many programs as the device runs at once with 64 registers a thread; each takes several tiles."""
+    """Count the programs that the device runs at once with 64 registers a thread.
+
+    Each of them takes several tiles.
+    """
     if device.type != "cuda":
         return 16 // num_warps + 2  # Triton's interpreter, one program after the other
     return int(torch.cuda.get_device_properties(device).multi_processor_count) * max(1, 32 // num_warps)
@@ -338,9 +344,9 @@ def weights(angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1)
 def count(
     target: Tensor, sample_weight: Tensor | None, class_weight: Tensor | None, ignore_index: int
 ) -> Tensor:
-    """Count the samples, as often as their weights say; see :class:`lgla_losses.kernels.Engine`.
+    """Count the samples, each as often as its weight says; see :class:`lgla_losses.kernels.Engine`.
 
-    One launch, or for many targets two.
+    It takes one launch, or two for many targets.
     """
     number = target.numel()
     total = _empty(target, (), torch.float64)
@@ -360,7 +366,7 @@ def count(
 
 
 def _first(angles: Angles) -> Tensor:
-    """The tensor that angles come from, or the first of several."""
+    """Give the tensor that the angles come from, or the first of several."""
     if angles.angles is not None:
         return angles.angles
     return angles.cosines[0] if angles.features is None else angles.features
@@ -376,7 +382,7 @@ def _angle_dtype(angles: Angles) -> torch.dtype:
 
 
 def _parts(like: Tensor, num_blocks: int, num_groups: int, num_experts: int) -> Tensor:
-    """Memory for the sums of blocks of samples; for no samples one of zeros."""
+    """Make memory for the sums of blocks of samples; without samples, make one block of zeros."""
     shape = (max(1, num_blocks), num_groups, num_experts + 1)
     if num_blocks == 0:
         return torch.zeros(shape, dtype=torch.float64, device=like.device)
@@ -391,7 +397,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Compute Eq. 9, and its gradient in the same pass; see :class:`lgla_losses.kernels.Engine`.
 
-    A launch a tensor of logits; and one that adds the losses of samples or programs.
+    There is one launch for each tensor of logits, and one that adds the losses of samples or programs.
     """
     like, num_experts = logits[0], sum(v.shape[1] for v in logits)
     num_samples, _, num_classes = like.shape
@@ -480,7 +486,7 @@ def backward(
 
 
 def rescale_(gradient: Tensor, factor: Tensor) -> None:
-    """Multiply a gradient by a scalar on its device, in place; next to nothing where that is 1."""
+    """Multiply a gradient in place by a scalar on its device; for 1 this costs next to nothing."""
     number = gradient.numel()
     if number == 0:
         return
@@ -492,11 +498,11 @@ def rescale_(gradient: Tensor, factor: Tensor) -> None:
 
 
 def _form_of(rows: Rows) -> str:
-    """What the losses of rows ask for.
+    """Say which kind of kernel the losses of the rows need.
 
-    ``"plain"``: nothing but class indices, table, weights and label smoothing. ``"own"``: without label
-    smoothing, class weights, margins or gamma, which concern the target's class alone. :data:`SHARED`: every
-    class may have a share, without gamma or with it.
+    ``"plain"``: class indices, table, weights and label smoothing, and nothing else. ``"own"``: class
+    weights, margins or gamma without label smoothing; they concern the target's class alone. :data:`SHARED`:
+    every class may have a share, without gamma or with it.
     """
     if rows.target.dim() == 1:
         if rows.class_weight is None and rows.margin is None and rows.gamma == 0:
@@ -511,12 +517,12 @@ def _target_c(rows: Rows) -> int:
 
 
 class _Constants:
-    """What the kernels read beside logits, as they read it.
+    """Hold what the kernels read beside logits, in the form in which they read it.
 
     Attributes:
-        strides: of targets and weights.
+        strides: strides of targets and weights.
         of_classes: class weights and margins.
-        compiled: what is compiled in.
+        compiled: what is compiled into the kernel.
     """
 
     def __init__(self, rows: Rows, num_experts: int, num_classes: int) -> None:
@@ -534,7 +540,7 @@ class _Constants:
         }
 
     def of(self, first: int) -> tuple[Tensor | None, Tensor | None]:
-        """Table and weights of the experts from the first on."""
+        """Give the table and the weights of the experts from ``first`` on."""
         table, weights = self._table, self._weights
         return (
             table if table is None or self._one_for_all else _from(first, table, dim=0),
@@ -542,9 +548,9 @@ class _Constants:
         )
 
     def round_table(self, dtype: torch.dtype) -> None:
-        """Make a copy of the table, which is read for every row, of half the bytes in float32.
+        """Round the table, which is read for every row; in float32 it then has half the bytes.
 
-        A launch a step makes it, so that it is never out of date.
+        Each step makes a new copy with one launch, so the copy is never out of date.
         """
         if self._table is not None:
             self._table = self._table.to(dtype)
@@ -558,7 +564,7 @@ def _form(
     constants: _Constants,
     shared: bool,
 ) -> tuple[Any, dict[str, Any]]:
-    """The kernel for rows of so many classes, and its constants; some round the table."""
+    """Choose the kernel for rows of so many classes, and its constants; for some, round the table."""
     if shared:
         return kernels._shared, {}
     whole, flush = tile.block >= num_classes, flushes(architecture, dtype)
@@ -578,7 +584,7 @@ _HERE = nullcontext()
 
 
 def _launch(kernel: Any, programs: int, tile: Tile, first: Tensor, *arguments: Any, **constants: Any) -> None:
-    """Run so many programs on the device of the first argument."""
+    """Run so many programs of a kernel on the device of the first argument."""
     device: AbstractContextManager[Any] = _HERE
     if first.is_cuda and first.get_device() != torch.cuda.current_device():
         device = torch.cuda.device(first.device)
@@ -587,7 +593,11 @@ def _launch(kernel: Any, programs: int, tile: Tile, first: Tensor, *arguments: A
 
 
 def _programs(like: Tensor, num_samples: int, columns: int, tile: Tile) -> int:
-    """A multiple of the columns, each with as many programs as run at once or as it has tiles."""
+    """Choose the number of programs: a multiple of ``columns``.
+
+    Together they are no more than run at once, if that is possible, and a column has no more programs than
+    tiles.
+    """
     return columns * min(-(-num_samples // tile.rows), max(1, _resident(like, tile) // columns))
 
 
@@ -600,7 +610,7 @@ def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _by_expert(tensors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """The tensors ``[N, k, ...]``, each with the number of its first expert."""
+    """Give the tensors ``[N, k, ...]``, each with the number of its first expert."""
     first = 0
     for tensor in tensors:
         yield first, tensor
@@ -608,12 +618,12 @@ def _by_expert(tensors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
 
 
 def _from(first: int, tensor: Tensor, dim: int = 1) -> Tensor:
-    """A view without what comes before; for nothing before no view, which takes microseconds."""
+    """Give a view from ``first`` on; for 0 give the tensor itself, as a view takes microseconds."""
     return tensor if first == 0 else tensor.narrow(dim, first, tensor.shape[dim] - first)
 
 
 def _filled(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous; a tensor that is so is not asked to be, which takes microseconds."""
+    """Make a tensor contiguous; skip the call, which takes microseconds, if it is so already."""
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
@@ -622,14 +632,15 @@ def _stride(tensor: Tensor | None) -> int:
 
 
 def _three(strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Of logits or features, or of angles, which the target does not move."""
+    """Give three strides, as logits and features have; angles have no classes, and get a 0."""
     return strides if len(strides) == 3 else (*strides, 0)
 
 
 def _strides(logits: Tensor, gradient: Tensor | None) -> tuple[int, ...]:
-    """A power of two, and the strides of both, those of samples and experts in units of it.
+    """Give a power of two, and the strides of logits and gradient.
 
-    The compiler sees from it which of the elements can be read together.
+    The strides of samples and experts are in units of it. So the compiler sees which elements it can read
+    together.
     """
     n, k, c = logits.stride()
     out_n, out_k, out_c = (n, k, c) if gradient is None else gradient.stride()
@@ -638,7 +649,7 @@ def _strides(logits: Tensor, gradient: Tensor | None) -> tuple[int, ...]:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps, in whatever order."""
+    """Say whether the elements fill their memory without gaps, in any order."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:

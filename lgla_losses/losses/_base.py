@@ -51,7 +51,7 @@ _ALONE = Ranks()
 
 
 class Loss(nn.Module):
-    """The options of every loss, and the steps from a batch to its loss."""
+    """Hold the options of every loss, and the steps from a batch to its loss."""
 
     #: Whether bad values are told before anything is computed, as they need not show in the loss.
     _explains_first = False
@@ -66,7 +66,7 @@ class Loss(nn.Module):
         validate_args: bool | None,
         backend: str,
     ) -> None:
-        """Check and keep what every loss is given."""
+        """Check and keep the options of every loss."""
         self.reduction = one_of("reduction", reduction, REDUCTIONS)
         self.ignore_index = integer("ignore_index", ignore_index, "as in torch.nn.CrossEntropyLoss")
         self.label_smoothing = finite_float(
@@ -81,15 +81,15 @@ class Loss(nn.Module):
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """The ranks that a step is over; None means all."""
+        """The ranks that compute a step together; None means all."""
         return self._ranks.group
 
     def _constants(self) -> list[Tensor]:
-        """The tensors that all ranks must have alike."""
+        """List the tensors that must be the same on all ranks."""
         raise NotImplementedError
 
     def _numbers_summed(self) -> int:
-        """How many numbers of a step the ranks add up."""
+        """Count the numbers of a step that the ranks add up."""
         return 1
 
     # --- Before a batch is computed with ------------------------------------------------------------------
@@ -97,18 +97,19 @@ class Loss(nn.Module):
     def _step(
         self, batch: Batch, normalizer: float | Tensor | None, *constants: Tensor | None
     ) -> tuple[Engine | None, Ranks, bool]:
-        """Choose what computes and with whom, and whether values are looked at.
+        """Choose the engine and the ranks of a step, and say whether a wrong loss must be explained.
 
         Args:
-            batch: what is given.
+            batch: the inputs of the loss.
             normalizer: divisor of a mean, or None.
-            constants: what the loss reads of its own.
+            constants: the constants that the loss reads.
 
         Returns:
-            The engine, None for plain PyTorch; the ranks; whether a loss that is not finite is explained.
+            The engine, None for plain PyTorch; the ranks; whether to look for the cause if the loss is not
+            finite.
 
         Raises:
-            ValueError: values are wrong which need not show in the loss, or cannot be told later.
+            ValueError: a value is wrong, and this may not show in the loss or cannot be found later.
         """
         target = batch.target
         if normalizer is not None:
@@ -137,7 +138,7 @@ class Loss(nn.Module):
     def _engine(
         self, batch: Batch, normalizer: float | Tensor | None, *constants: Tensor | None
     ) -> Engine | None:
-        """Choose what computes; None stands for plain PyTorch."""
+        """Choose the engine; None stands for plain PyTorch."""
         device, compiling = batch.target.device, torch.compiler.is_compiling()
         if self.backend == "reference" or (compiling and self._is_seen_through(batch)):
             return None
@@ -155,11 +156,11 @@ class Loss(nn.Module):
         return Blockwise(engine) if engine is not None and batch.is_map else engine
 
     def _is_seen_through(self, batch: Batch) -> bool:
-        """Say whether a compiler had better see PyTorch's own operations."""
+        """Say whether a compiler should see PyTorch's own operations instead of an engine."""
         return batch.is_map or (self.backend == "auto" and batch.logits[0].shape[-1] < WORTH_AN_OPERATOR)
 
     def _ranks_of_step(self, target: Tensor, readable: bool) -> Ranks:
-        """Say whose samples the step is over, and what this rank tells the others.
+        """Say which ranks share the samples of this step, and what this rank tells the others.
 
         Without gradients, as in validation on one rank, nothing may wait for other ranks.
         """
@@ -174,9 +175,10 @@ class Loss(nn.Module):
         return Ranks(number, group, digest_of([*self._constants(), torch.tensor(options)]), True)
 
     def _compares(self, target: Tensor) -> bool:
-        """Say whether the ranks compare their constants in this step: the first that all of them end well.
+        """Say whether the ranks compare their constants in this step.
 
-        On a GPU that step waits for it, once, unless it is recorded; compiled steps compare nothing.
+        They do so until a step has ended well on all of them. On a GPU such a step waits for the device.
+        Steps that are compiled, or recorded in a CUDA graph, compare nothing.
         """
         # The compiler first: it would compile anew for every change of the others.
         if torch.compiler.is_compiling() or self._compared or self.validate_args is False:
@@ -184,17 +186,17 @@ class Loss(nn.Module):
         return not (target.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def _communicates(self, normalizer: float | Tensor | None, ranks: Ranks) -> bool:
-        """Say whether this step's samples are counted over the ranks, or their constants compared."""
+        """Say whether this step counts samples over the ranks or compares their constants."""
         return (self.reduction == "mean" and normalizer is None) or ranks.digest > 0
 
     def _explain(self, batch: Batch) -> None:
-        """Raise for values of the batch that make its loss wrong."""
+        """Raise if a value of the batch makes its loss wrong."""
         batch.explain(self.ignore_index)
 
     # --- The steps ----------------------------------------------------------------------------------------
 
     def _summed(self, values: Tensor, ranks: Ranks) -> Tensor:
-        """Add the parts ``[B, ...]`` of this step's numbers up over the ranks: ``[1, ...]``."""
+        """Sum the parts ``[B, ...]`` of this step's numbers, over the ranks as well: ``[1, ...]``."""
         values = ranks.sum(values.sum(dim=0, keepdim=True))
         if ranks.digest:  # else nothing is written, which exporters would take for a side effect
             self._compared = True
@@ -211,7 +213,9 @@ class Loss(nn.Module):
         counted: Tensor | None = None,
         **fields: Any,
     ) -> Rows:
-        """Give what Eq. 9 reads beside the logits. The divisor is by default the samples, a rank's share.
+        """Give what Eq. 9 reads beside the logits, with the divisor of the sum of the losses.
+
+        By default that is the number of samples on all ranks, divided by the number of ranks.
 
         Args:
             engine: what computes; None for plain PyTorch.
@@ -241,7 +245,7 @@ class Loss(nn.Module):
         )
 
     def _explain_unless_finite(self, batch: Batch, loss: Tensor) -> None:
-        """Raise for what made a loss NaN or infinite, if that was wrong."""
+        """Raise if the loss is NaN or infinite because of a wrong value."""
         finite = math.isfinite(loss.item()) if loss.dim() == 0 else loss.detach().isfinite().all()
         if not finite:
             self._explain(batch)
@@ -251,7 +255,7 @@ class Loss(nn.Module):
 
 
 class ExpertLoss(Loss):
-    """The arguments of :class:`LGLALoss`, checked and kept, and Eqs. 7 and 8."""
+    """Check and keep the arguments of :class:`LGLALoss`, and compute Eqs. 7 and 8."""
 
     def __init__(
         self,
@@ -301,17 +305,17 @@ class ExpertLoss(Loss):
         self.scale = None if scale is None else positive_float("scale", scale, "None means a linear head")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Give every loss a constructor of its own name, as Python's errors say that of the function."""
+        """Give every loss a constructor with its own name, because Python's errors show that name."""
         super().__init_subclass__(**kwargs)
         if "__init__" not in vars(cls):
             own = renamed(cast(FunctionType, cls.__init__), f"{cls.__qualname__}.__init__")
             cls.__init__ = own  # type: ignore[method-assign]
 
     def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
-        """Change class counts, groups and adjustments during training: a schedule of tau, streaming data.
+        """Change class counts, groups and adjustments in training, as for a tau schedule or streaming data.
 
-        In place, so that compiled steps compile nothing anew and CUDA graphs see it. On a GPU it waits for
-        the device. Under DDP every rank calls it, and the next step compares what they have.
+        The change is made in place: compiled steps compile nothing anew, and CUDA graphs see it. On a GPU it
+        waits for the device. Under DDP every rank calls it, and the next step compares what they have.
 
         Args:
             class_counts: training samples per class ``[C]`` of the same classes, positive; None keeps them.
@@ -320,7 +324,7 @@ class ExpertLoss(Loss):
             tau: strength, as in the constructor; None keeps it.
 
         Raises:
-            TypeError: counts or ``tau`` are no numbers.
+            TypeError: counts or ``tau`` are not numbers.
             ValueError: counts are not positive or of other classes, ``tau`` is out of range, or the
                 adjustment has none.
         """
@@ -345,7 +349,7 @@ class ExpertLoss(Loss):
 
     @property
     def adjustment(self) -> str:
-        """The kind of adjustment as given, ``"table"`` for one of one's own."""
+        """The kind of adjustment as given; ``"table"`` for a table of your own."""
         return self.adjuster.adjustment
 
     @property
@@ -411,12 +415,12 @@ class ExpertLoss(Loss):
 
 
 def _chunked(batch: Batch) -> Engine:
-    """PyTorch's own operations, for a batch of any kind."""
+    """Choose the engine of PyTorch's own operations that fits the batch."""
     return Blockwise(chunked) if batch.is_map else chunked
 
 
 def scalar_on(device: torch.device, number: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """Put a number on a device, which it does not wait for, and which may record it in a graph."""
+    """Put a number on a device without waiting for the device, so that a CUDA graph can record it."""
     if isinstance(number, Tensor):
         on_cpu = number.device.type == "cpu" and device.type == "cuda"
         if not on_cpu or number.requires_grad or torch.compiler.is_compiling():

@@ -24,7 +24,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class ExpertLossOptions(TypedDict, total=False):
-    """What every loss of K experts takes by keyword, wherever its classes are."""
+    """Name the options of every loss of K experts, wherever its classes are."""
 
     grouper: ClassGrouper | None
     aaw: bool
@@ -37,14 +37,14 @@ class ExpertLossOptions(TypedDict, total=False):
 
 
 class LossOptions(ExpertLossOptions, total=False):
-    """What a loss takes by keyword whose classes are in one place."""
+    """Name the options of the losses that have all classes in one place."""
 
     process_group: ProcessGroup | None
     backend: str
 
 
 def renamed(function: FunctionType, name: str) -> FunctionType:
-    """The same function under another name."""
+    """Copy a function under another name."""
     code, names, defaults = function.__code__, function.__globals__, function.__defaults__
     twin = FunctionType(code, names, function.__name__, defaults, function.__closure__)
     twin.__kwdefaults__, twin.__annotations__ = function.__kwdefaults__, function.__annotations__
@@ -53,7 +53,7 @@ def renamed(function: FunctionType, name: str) -> FunctionType:
 
 
 def refuse_unknown(loss: object, options: Mapping[str, object], known: type) -> None:
-    """Raise for options that a loss does not have, by the name of the loss."""
+    """Raise for options that a loss does not have; the error names the loss."""
     for name in options.keys() - known.__annotations__:
         near = difflib.get_close_matches(name, known.__annotations__, 1)
         hint = f"did you mean {near[0]!r}?" if near else "leave it out"
@@ -69,7 +69,7 @@ def number_of_experts(
     adjustment: str | Tensor,
     needs_groups: bool,
 ) -> int:
-    """K, from whichever arguments fix it; those that disagree raise."""
+    """Find K from the arguments that fix it; raise if they disagree."""
     fixed = {}
     if num_experts is not None:
         fixed["num_experts"] = positive_int("num_experts", num_experts, "the paper uses 3")
@@ -90,7 +90,10 @@ def number_of_experts(
 
 
 def group_classes(class_counts: ArrayLike | None, num_experts: int, needs_groups: bool) -> ClassGrouper:
-    """One group a local expert; without need of groups as many as the classes allow."""
+    """Divide the classes into one group for each local expert.
+
+    If no groups are needed, there may be fewer, as there is at most one group for each class.
+    """
     if class_counts is None:
         raise TypeError("class_counts: expected samples per class [C], got None; or pass a grouper")
     counts = as_class_counts(class_counts)
@@ -104,7 +107,7 @@ def group_classes(class_counts: ArrayLike | None, num_experts: int, needs_groups
 
 
 def runnable_backend(backend: str) -> str:
-    """``backend`` if there is such a one, and it can run."""
+    """Check that ``backend`` exists and can run; return it."""
     one_of("backend", backend, BACKENDS)
     missing = triton_missing() if backend == "triton" else None
     if missing is not None:
@@ -115,7 +118,7 @@ def runnable_backend(backend: str) -> str:
 def make_adjuster(
     grouper: ClassGrouper, num_experts: int, adjustment: str | Tensor, tau: float | None
 ) -> CLALogitAdjuster:
-    """The adjustments of a loss, by their name or a table ``[K, C]``."""
+    """Make the adjustments of a loss from their name or from a table ``[K, C]``."""
     if isinstance(adjustment, Tensor):
         strength("table", tau)
         return CLALogitAdjuster.from_table(grouper, adjustment)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Options(TypedDict, total=False):
-    """What :class:`AdjustedLoss` takes beside its constants."""
+    """Name the options of :class:`AdjustedLoss`, which it takes beside its constants."""
 
     class_weight: ArrayLike | None
     reduction: str
@@ -50,7 +50,7 @@ class AdjustedLoss(ConstantBuffers, Loss):
     Args:
         class_counts: training samples per class ``[C]``, positive; None for a loss that needs none.
         numbers: what :meth:`constants` takes beside them, by name.
-        class_weight: weights of the classes of one's own ``[C]``, finite and at least 0, as those of
+        class_weight: your own weights of the classes ``[C]``, finite and at least 0, as those of
             :class:`torch.nn.CrossEntropyLoss`; they multiply those that the loss makes.
         reduction: ``"mean"`` over the samples not ignored, ``"sum"``, or ``"none"``. With ``class_weight``
             the mean divides by the sum of the samples' weights, as PyTorch's does for class indices, but for
@@ -114,7 +114,7 @@ class AdjustedLoss(ConstantBuffers, Loss):
         self._divides_by_weights = self.divides_by_weights or only_own
 
     def constants(self, counts: Tensor, **numbers: float) -> dict[str, Tensor]:
-        """Compute what the loss holds of the class counts.
+        """Compute the constants of the loss from the class counts.
 
         Args:
             counts: training samples per class, float64 ``[C]`` on the CPU.
@@ -134,7 +134,7 @@ class AdjustedLoss(ConstantBuffers, Loss):
             tau: strength, of a loss that has one; None keeps it.
 
         Raises:
-            TypeError: counts or ``tau`` are no numbers.
+            TypeError: counts or ``tau`` are not numbers.
             ValueError: counts are not positive or of other classes, ``tau`` is negative or not finite, or the
                 loss has no counts or no ``tau``.
         """
@@ -157,7 +157,7 @@ class AdjustedLoss(ConstantBuffers, Loss):
         self._compared = False
 
     def _all_constants(self, counts: Tensor, numbers: Mapping[str, float]) -> dict[str, Tensor]:
-        """The constants that follow from class counts and numbers, with these."""
+        """Compute all constants from class counts and numbers; the counts and tau are among them."""
         strength = {"tau": scalar(numbers["tau"])} if "tau" in numbers else {}
         return {"class_counts": counts} | strength | self.constants(counts, **numbers)
 
@@ -173,7 +173,7 @@ class AdjustedLoss(ConstantBuffers, Loss):
 
     @property
     def class_weight(self) -> Tensor | None:
-        """Weights :math:`w` of the classes ``[C]``, which the loss makes or was given; None for ones."""
+        """Weights :math:`w` of the classes ``[C]``, made by the loss or given to it; None for ones."""
         names = [name for name in ("class_weight", "own_class_weight") if name in self._exact]
         return self._read(names[0]) if names else None
 
@@ -257,7 +257,7 @@ class AdjustedLoss(ConstantBuffers, Loss):
         __call__ = forward
 
     def _terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Give what the loss reads of the classes ``[C]``: adjustments, weights and margins, or None."""
+        """Give the adjustments, weights and margins of the classes ``[C]``; each may be None."""
         table = self.constant("table") if "table" in self._exact else None
         weight = self.constant("class_weight") if "class_weight" in self._exact else None
         if "own_class_weight" in self._exact:
@@ -269,7 +269,7 @@ class AdjustedLoss(ConstantBuffers, Loss):
         return [self.constant(name) for name in self._exact]
 
     def extra_repr(self) -> str:
-        """Configuration shown by ``repr``."""
+        """Show the configuration."""
         counts = self.class_counts
         classes = "" if counts is None else f"num_classes={len(counts)}, "
         focal = f"gamma={self.focusing}, " if self.focusing > 0 else ""

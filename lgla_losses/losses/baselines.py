@@ -38,7 +38,7 @@ class FocalLoss(AdjustedLoss):
     .. math:: -(1 - p_y)^\gamma \log p_y, \qquad p = \mathrm{softmax}(v)
 
     This is the multi-class form, of softmax probabilities, that long-tailed learning uses; the paper has one
-    sigmoid a class. For class weights from counts see :class:`ClassBalancedLoss`.
+    sigmoid for each class. For class weights from counts see :class:`ClassBalancedLoss`.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, section 3.2, Eq. 4.
 
@@ -145,11 +145,11 @@ class LogitAdjustedLoss(AdjustedLoss):
 
 
 class BalancedSoftmaxLoss(LogitAdjustedLoss):
-    r"""Balanced softmax: the softmax of training, whose prior a balanced test set does not have.
+    r"""Balanced softmax: training adds the class prior to the logits, for a test set without that prior.
 
     .. math:: -\log \frac{n_y \exp(v^y)}{\sum_j n_j \exp(v^j)}
 
-    It is :class:`LogitAdjustedLoss` with :math:`\tau = 1`. The paper's meta sampler is no part of it.
+    It is :class:`LogitAdjustedLoss` with :math:`\tau = 1`. The paper's meta sampler is not part of it.
 
     Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020,
     section 3.1, Theorem 1 and Eq. 4.
@@ -296,7 +296,7 @@ class LDAMLoss(AdjustedLoss):
         return self._read("reweighting") > 0
 
     def reweight(self, enabled: bool = True) -> None:
-        """Switch the re-weighting on or off; before any epoch or step, as often as one likes."""
+        """Switch the re-weighting on or off. Call it before any epoch or step, as often as you like."""
         if not isinstance(enabled, bool):
             raise TypeError(
                 f"enabled: expected True or False, got {describe(enabled)}; "
@@ -320,7 +320,7 @@ class LDAMLoss(AdjustedLoss):
         return None, weight, self.scale * self.constant("margins")
 
     def extra_repr(self) -> str:
-        """Configuration shown by ``repr``."""
+        """Show the configuration."""
         return f"{super().extra_repr()}, scale={self.scale}"
 
 
@@ -336,7 +336,7 @@ def _check_beta(beta: float) -> float:
 
 
 def _effective_weights(counts: Tensor, beta: float) -> Tensor:
-    """The inverse effective numbers of samples ``[C]``, with mean 1."""
+    """Compute the inverse effective numbers of samples ``[C]``, scaled to mean 1."""
     log_beta = math.log(beta) if beta > 0 else -math.inf
     # 1 - beta cancels; expm1 keeps the digits of 1 - beta^n where that is small.
     weights = -1 / torch.expm1(counts * log_beta)

@@ -94,9 +94,9 @@ class ClassParallelLGLALoss(Loss):
     ``data_group``: on a device mesh of two dimensions, data and classes, a batch is split along the
     first, and reference angles and ``"mean"`` are over all of it.
 
-    Adjustments are kept for the rank's own classes only. They are no buffers, as
-    DistributedDataParallel would send those of rank 0 to all, and a checkpoint hold those of one rank:
-    construct the loss from the same counts again. Construct it after ``init_process_group``.
+    Adjustments are kept for the rank's own classes only. They are not buffers: DistributedDataParallel would
+    send those of rank 0 to all ranks, and a checkpoint would hold those of one rank only. To restore the
+    loss, construct it from the same counts again. Construct it after ``init_process_group``.
 
     Source: Tao et al., ICCV 2023, Eq. 9.
 
@@ -199,7 +199,7 @@ class ClassParallelLGLALoss(Loss):
             tau: strength, as in the constructor; None keeps it.
 
         Raises:
-            TypeError: counts or ``tau`` are no numbers.
+            TypeError: counts or ``tau`` are not numbers.
             ValueError: counts are not positive or of other classes, ``tau`` is out of range, or the
                 adjustment has none.
         """
@@ -220,7 +220,7 @@ class ClassParallelLGLALoss(Loss):
         self._take(grouper, constants)
 
     def _take(self, grouper: ClassGrouper, constants: dict[str, Tensor]) -> None:
-        """Keep the constants of this rank's classes, in the memory of those before."""
+        """Keep the constants of this rank's classes; reuse the memory of the old ones."""
         constants |= {name: grouper.on_cpu(name) for name in ("class_counts", "group_index")}
         for name, value in constants.items():
             # Copies, so that the other ranks' classes take no memory.
@@ -235,12 +235,12 @@ class ClassParallelLGLALoss(Loss):
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """Give the ranks that share the classes; None means all."""
+        """The ranks that share the classes; None means all."""
         return self._ranks.group
 
     @property
     def data_group(self) -> ProcessGroup | None:
-        """Give the ranks that share the batch, or None."""
+        """The ranks that share the batch, or None."""
         return self._data_ranks.group
 
     def _place(self) -> tuple[int, int]:
@@ -323,7 +323,7 @@ class ClassParallelLGLALoss(Loss):
         forward = torch.compiler.disable(forward)
 
     def _own_part(self, name: str, tensor: Tensor) -> Tensor:
-        """Take a ``DTensor``'s part on this rank, or the tensor itself."""
+        """Give the part of a ``DTensor`` that is on this rank; give any other tensor as it is."""
         if not isinstance(tensor, DTensor):
             return tensor
         if tensor.device_mesh.ndim != 1 or list(tensor.placements) != [Shard(1)]:
@@ -342,7 +342,7 @@ class ClassParallelLGLALoss(Loss):
         bias: Tensor | None,
         sample_weight: Tensor | None,
     ) -> Batch:
-        """Check what is given, where weights and bias are those of this rank's classes."""
+        """Check the inputs of the loss; weight and bias are those of this rank's classes."""
         samples = floating_tensor("features", features, "[N, K, d]").shape[:1]
         try:
             check_features(features, weight, samples, self.num_experts, len(self.class_counts))
@@ -379,7 +379,7 @@ class ClassParallelLGLALoss(Loss):
         return Batch((), target, features, weight, sample_weight, is_soft)
 
     def _mine(self, batch: Batch) -> Batch:
-        """Give the batch as this rank has it: samples of other ranks' classes are ignored ones."""
+        """Give the batch as this rank sees it: it ignores samples of other ranks' classes."""
         if batch.is_soft:
             return batch._replace(target=batch.target[:, self.classes])
         place = batch.target - self.classes.start
@@ -387,7 +387,7 @@ class ClassParallelLGLALoss(Loss):
         return batch._replace(target=torch.where(is_mine, place, _ELSEWHERE))
 
     def _kept(self, batch: Batch, features: Tensor) -> Tensor:
-        """Give the sum of each sample's probabilities ``[N]``: 1, or 0 for an ignored one."""
+        """Sum the probabilities of each sample ``[N]``: 1, or 0 for an ignored one."""
         dtype = functional.compute_dtype(features.dtype)
         if batch.is_soft:
             return batch.target.sum(dim=1, dtype=dtype)
@@ -412,7 +412,7 @@ class ClassParallelLGLALoss(Loss):
         return self.aaw or super()._communicates(normalizer, ranks)
 
     def _explain(self, batch: Batch) -> None:
-        """Raise, on all ranks that share the classes, for bad values of one or a batch of its own."""
+        """Raise, on all ranks that share the classes, if one has bad values or a different batch."""
         ranks, who = self._class_ranks(), f"rank {dist.get_rank()}: " if self.num_ranks > 1 else ""
         problem = None
         try:
@@ -445,7 +445,7 @@ class ClassParallelLGLALoss(Loss):
             )
 
     def _weights(self, engine: Engine, batch: Batch, ranks: Ranks) -> tuple[Tensor | None, Tensor | None]:
-        """Compute Eqs. 7 and 8, each rank for its own classes: as :meth:`ExpertLoss._weights`."""
+        """Compute Eqs. 7 and 8, each rank for its own classes, as :meth:`ExpertLoss._weights` does."""
         if not self.aaw:
             return batch.weights_of_experts(self.num_experts), None
         group_index, of_classes = self.group_index, self._class_ranks()
@@ -469,16 +469,16 @@ class ClassParallelLGLALoss(Loss):
 
 
 def _with_a_class(batch: Batch) -> Batch:
-    """Give a rank without classes one that no sample belongs to, as engines want one."""
+    """Give a rank without classes one class that no sample belongs to, as engines need at least one."""
     target = batch.target.new_zeros((len(batch.target), 1)) if batch.is_soft else batch.target
     weight = cast(Tensor, batch.weight)
     return batch._replace(target=target, weight=weight.new_zeros(weight.shape[0], 1, weight.shape[2]))
 
 
 def _marks(batch: Batch) -> Tensor:
-    """Give numbers by which ranks tell whether their batches are the same ``[N, 2 + 2 K]``.
+    """Compute numbers ``[N, 2 + 2 K]`` that show whether ranks have the same batch.
 
-    Of the target, of the sample's weight, of every expert's features, and the features' lengths.
+    They stand for the target, the sample's weight, every expert's features and the features' lengths.
     """
     features = cast(Tensor, batch.features).detach()
     dtype = functional.compute_dtype(features.dtype)
@@ -490,12 +490,12 @@ def _marks(batch: Batch) -> Tensor:
 
 
 def _sketch(vectors: Tensor) -> Tensor:
-    """Give one number of each vector ``[..., d]``, which differs, in all likelihood, where they do."""
+    """Compute one number for each vector ``[..., d]``; for different vectors it is very likely different."""
     return vectors @ torch.arange(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device).cos()
 
 
 def _found_apart(marks: Tensor) -> list[str]:
-    """Name what differs between the ranks, by their marks ``[R, N, 2 + 2 K]``."""
+    """Name the inputs that differ between ranks, by their marks ``[R, N, 2 + 2 K]``."""
     apart = (marks - marks[0]).abs()
     num_experts = marks.shape[2] // 2 - 1
     lengths = marks[..., 2 + num_experts :].amax(dim=0)
@@ -508,7 +508,7 @@ def _found_apart(marks: Tensor) -> list[str]:
 
 
 class _Shared(torch.autograd.Function):
-    """Features that every rank of a group reads: their gradient is the sum of all ranks' parts."""
+    """Pass on features that every rank of a group reads; sum the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, ranks: Ranks) -> Tensor:

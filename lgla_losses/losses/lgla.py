@@ -39,7 +39,7 @@ class LGLALoss(ExpertLoss):
             ``grouper`` or an adjustment table fixes.
         tau: strength of the global adjustment for ``"lgla"`` (None: ``1.25 * (K - 1)``), and of
             every expert's for ``"logit"`` (None: 1). Other adjustments have none.
-        grouper: groups of one's own instead of ``class_counts``; ``K = num_groups + 1``.
+        grouper: groups of your own instead of ``class_counts``; ``K = num_groups + 1``.
         aaw: weight hard samples (Eq. 8). Without it the loss is CLA of the paper's Table 5.
         scale: factor of cosine logits, ``v = scale * cos``; None for a linear head.
         adjustment: ``"lgla"`` (Eq. 4); ``"softmax"`` (none); ``"balanced"``
@@ -62,7 +62,7 @@ class LGLALoss(ExpertLoss):
 
     Attributes:
         adjuster: the :class:`CLALogitAdjuster`.
-        weighter: the :class:`AAWWeighter`; it stands by without ``aaw``.
+        weighter: the :class:`AAWWeighter`; it is not used without ``aaw``.
         ignore_index: as given.
 
     Raises:
@@ -104,11 +104,12 @@ class LGLALoss(ExpertLoss):
             target: class indices ``[N]``, or class probabilities ``[N, C]``.
             features: inputs of the classifiers ``[N, K, d]``, where ``output`` is logits.
             weight: weights of the classifiers ``[K, C, d]``, where ``output`` is logits.
-            sample_weight: as how many samples each counts ``[N]``: in its loss, in the reference angles
+            sample_weight: how many samples each one counts for ``[N]``: in its loss, in the reference angles
                 and in the number that ``"mean"`` divides by. Finite, at least 0, without gradient.
-            normalizer: divisor for ``"mean"``, taken as it is, instead of the number of samples. For
-                gradient accumulation the samples of all micro-batches, under DDP divided by the number
-                of ranks; exact without ``aaw``, whose references are those of each micro-batch.
+            normalizer: divisor for ``"mean"``, taken as it is, instead of the number of samples. For gradient
+                accumulation pass the number of samples in all micro-batches, under DDP divided by the number
+                of ranks. This is exact only without ``aaw``, whose reference angles are those of each
+                micro-batch.
         """
         table = self.adjuster.constant("table")
         group_index = self.adjuster.grouper.constant("group_index")
@@ -141,7 +142,10 @@ class LGLALoss(ExpertLoss):
         __call__ = forward
 
     def _look_at_scale(self, batch: Batch) -> None:
-        """Warn once of logits that are no cosines'; look at every batch whose number is a power of two."""
+        """Warn once if the logits are too large for cosines times ``scale``.
+
+        It looks only at batches whose number is a power of two.
+        """
         # The compiler first: it would compile anew for every change of the number.
         if torch.compiler.is_compiling() or self.scale is None or self._batches < 0:
             return

@@ -23,9 +23,9 @@ from lgla_losses.losses._config import LossOptions, refuse_unknown
 class LinearLGLALoss(ExpertLoss):
     r"""The LGLA loss of classifiers :math:`v_k^j = W_k^j \cdot f_k + b_k^j`, from f, W and b.
 
-    Equal to :class:`LGLALoss` of the logits, which are never all in memory: they are made a chunk at a
-    time, and where the loss is a scalar, the gradients of features, weights and bias with them, by
-    three matrix products as ever. Gradients are added up over the chunks in float32 at least.
+    It equals :class:`LGLALoss` of the logits, but the logits are never all in memory. They are computed a
+    chunk at a time. Where the loss is a scalar, the gradients of features, weights and bias are computed
+    with them, by three matrix products as usual. Gradients are added up over the chunks in float32 at least.
 
     Source: Tao et al., ICCV 2023, Eq. 9.
 
@@ -147,7 +147,7 @@ class LinearLGLALoss(ExpertLoss):
 
 
 def check_bias(bias: Tensor | None, weight: Tensor, scale: float | None, shape: str) -> None:
-    """Hold a bias of a shape to weights ``[K, C, d]`` and the factor of cosine classifiers, or None."""
+    """Check that a bias, if there is one, fits weights ``[K, C, d]``; cosine classifiers must have none."""
     if bias is None:
         return
     floating_tensor("bias", bias, shape)
@@ -159,7 +159,7 @@ def check_bias(bias: Tensor | None, weight: Tensor, scale: float | None, shape: 
 
 
 def same_dtype(features: Tensor, weight: Tensor) -> None:
-    """Hold weights to the dtype of the features."""
+    """Check that the weights have the dtype of the features."""
     if weight.dtype != features.dtype:
         raise ValueError(
             f"weight: expected the features' dtype {features.dtype}, got {weight.dtype}; "
