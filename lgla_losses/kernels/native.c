@@ -24,16 +24,20 @@
 #define NOINLINE
 #endif
 
-/* Sixteen numbers that are added to at once. As an array compilers may keep them in memory, where each
- * addition waits for the last. */
+/* Bytes to which rows of a scratch are aligned; numbers that are read, and added to, at once; classes of a
+ * sample that are few; rows of a scratch, beside the table's. */
+enum { CACHE_LINE = 64, BLOCK = 64, LANES = 16, FEW = 8, PLAIN_ROWS = 2, MIXED_ROWS = 7 };
+
+/* LANES numbers. As an array compilers may keep them in memory, where each addition waits for the last. */
 #ifdef __GNUC__
-typedef float lanes_float __attribute__((vector_size(16 * sizeof(float))));
-typedef double lanes_double __attribute__((vector_size(16 * sizeof(double))));
-#define ADD_LANES(to, from) ((to) += (from))
+#define WIDE(A) __attribute__((vector_size(LANES * sizeof(A)), aligned(CACHE_LINE), may_alias))
+typedef float lanes_float WIDE(float);
+typedef double lanes_double WIDE(double);
+#define ADD_LANES(to, from, A) ((to) += *(const lanes_##A *)(from))
 #else
-typedef float lanes_float[16];
-typedef double lanes_double[16];
-#define ADD_LANES(to, from) for (int lane = 0; lane < 16; lane++) (to)[lane] += (from)[lane]
+typedef float lanes_float[LANES];
+typedef double lanes_double[LANES];
+#define ADD_LANES(to, from, A) for (int lane = 0; lane < LANES; lane++) (to)[lane] += (from)[lane]
 #endif
 
 /* What the functions return. */
@@ -78,12 +82,9 @@ typedef struct {
     const Expert *experts;
     double *losses; /* [N, K] */
     double divisor;
-    int64_t pitch;  /* C, rounded up: every row of a scratch begins a cache line */
+    int64_t pitch;  /* C, rounded up to LANES: rows of a scratch are aligned and full */
     int mixed;      /* the loss of a row is a sum over classes, and rows run sample by sample */
 } Call;
-
-/* Rows of a scratch, beside the table's; bytes between their beginnings; numbers that are read at once. */
-enum { PLAIN_ROWS = 2, MIXED_ROWS = 7, CACHE_LINE = 64, BLOCK = 64 };
 
 static inline int64_t width(int64_t dtype) { return dtype == F64 ? 8 : dtype == F32 ? 4 : 2; }
 
@@ -112,7 +113,7 @@ static inline int64_t width(int64_t dtype) { return dtype == F64 ? 8 : dtype == 
 /* The functions that are compiled for every generation of processor. */
 typedef struct {
     void (*rows)(const Call *, int64_t, int64_t, void *);
-    int64_t (*classes_of)(const Matrix *, int64_t, int64_t, int64_t *, double *);
+    int64_t (*classes_of)(const Matrix *, int64_t, int64_t, int64_t, int64_t *, double *);
     double (*cosine)(const char *, int64_t, int64_t, const char *, int64_t, int64_t, int64_t);
 } Generation;
 
@@ -185,10 +186,9 @@ static void sum_up(const Call *call) {
 int lgla_cross_entropy(const Batch *b) {
     const Generation *generation = fastest();
     const int64_t all = b->N * b->K, share = all ? (all + b->threads - 1) / b->threads : 1;
-    const int64_t line = CACHE_LINE / (b->dtype == F64 ? sizeof(double) : sizeof(float));
     Expert *experts = experts_of(b->block, b->blocks, b->K);
     double *losses = b->result ? malloc((all ? all : 1) * sizeof(double)) : NULL;
-    Call call = {b, experts, losses, 1.0, (b->C + line - 1) / line * line, 0};
+    Call call = {b, experts, losses, 1.0, (b->C + LANES - 1) / LANES * LANES, 0};
     int status = experts && (losses || !b->result) ? DONE : OUT_OF_MEMORY;
 
     call.mixed = b->target.dtype != INDEX || (b->smoothing > 0 && (b->class_weight.at || b->gamma != 0));
@@ -198,7 +198,8 @@ int lgla_cross_entropy(const Batch *b) {
 
     if (!status) {
         const int64_t scratch_rows = call.mixed ? b->K + MIXED_ROWS : PLAIN_ROWS;
-        const size_t bytes = (size_t)(scratch_rows * (call.pitch ? call.pitch : line)) * (CACHE_LINE / line);
+        const size_t size = b->dtype == F64 ? sizeof(double) : sizeof(float);
+        const size_t bytes = (size_t)(scratch_rows * (call.pitch ? call.pitch : LANES)) * size;
 #pragma omp parallel for num_threads(b->threads) if (b->threads > 1) reduction(| : status)
         for (int64_t begin = 0; begin < all; begin += share) {
             void *scratch = aligned_alloc(CACHE_LINE, bytes);
@@ -267,7 +268,7 @@ static Membership room_for_membership(const Matrix *target, int64_t C) {
 static void read_membership(Membership *of, const Generation *generation, const Matrix *target,
                             int64_t ignore_index, int64_t n, int64_t C) {
     if (target->dtype != INDEX) {
-        of->count = generation->classes_of(target, n, C, of->classes, of->shares);
+        of->count = generation->classes_of(target, n, C, C, of->classes, of->shares);
         return;
     }
     const int64_t y = ((const int64_t *)target->at)[n * target->s0];

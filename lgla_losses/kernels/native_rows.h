@@ -186,62 +186,92 @@ CONSTANTS(double)
 SHARES(float)
 SHARES(double)
 
-/* T + v of class j. */
-#define ADJUSTED(NAME) (VARIANT(from_##NAME)(v[j * stride]) + table[j])
+/* The classes of probability other than 0, and these; one more than `most` if there are more. */
+static int64_t VARIANT(classes_of)(const Matrix *target, int64_t n, int64_t C, int64_t most, int64_t *classes,
+                                   double *shares) {
+    const int64_t bytes = width(target->dtype);
+    const char *at = (const char *)target->at + n * target->s0 * bytes;
+    double q[BLOCK] __attribute__((aligned(CACHE_LINE)));
+    int64_t found = 0;
+    for (int64_t start = 0; start < C; start += BLOCK, at += BLOCK * target->s1 * bytes) {
+        const int64_t length = start + BLOCK < C ? BLOCK : C - start;
+        const int64_t known = target->s1 == 1 ? length * bytes : 0;
+        char any = known == 0;
+        _Pragma("omp simd reduction(| : any)")
+        for (int64_t i = 0; i < known; i++) any |= at[i]; /* most are 0 */
+        if (!any) continue;
+        VARIANT(load_double)(at, target->dtype, target->s1, q, length);
+        for (int64_t j = 0; j < length; j++) {
+            if (q[j] == 0) continue;
+            if (found == most) return most + 1;
+            classes[found] = start + j, shares[found++] = q[j];
+        }
+    }
+    return found;
+}
+
+/* Loops over an adjusted row x = T + v in a scratch, which -inf fills up to whole LANES. */
+#define ADJUSTED(A)                                                                                     \
+    INLINE double VARIANT(sum_of_##A)(const lanes_##A *lanes) {                                         \
+        double eight[8], four[4];                                                                       \
+        for (int i = 0; i < 8; i++) eight[i] = (double)(*lanes)[i] + (*lanes)[i + 8];                   \
+        for (int i = 0; i < 4; i++) four[i] = eight[i] + eight[i + 4];                                  \
+        return (four[0] + four[2]) + (four[1] + four[3]);                                               \
+    }                                                                                                   \
+    INLINE double VARIANT(below_##A)(const A *x, A max, int64_t C) {                                    \
+        double sum = 0.0;                                                                               \
+        _Pragma("omp simd reduction(+ : sum)")                                                          \
+        for (int64_t j = 0; j < C; j++) sum += x[j] - max;                                              \
+        return sum;                                                                                     \
+    }                                                                                                   \
+    /* The sum of r (x - max) over the classes that count. */                                           \
+    INLINE double VARIANT(dot_##A)(const A *x, A max, const A *r, int64_t C) {                          \
+        double sum = 0.0;                                                                               \
+        _Pragma("omp simd reduction(+ : sum)")                                                          \
+        for (int64_t j = 0; j < C; j++) sum += r[j] == 0 ? 0 : r[j] * (x[j] - max);                     \
+        return sum;                                                                                     \
+    }                                                                                                   \
+    /* Replaces x by exp(x - max) and adds them up. Few terms are added in one number of type A, as a   \
+     * thousand times 1 + 1e-8 is still 1 in float. Apart, as the loops of a large function are short of\
+     * registers. */                                                                                    \
+    static NOINLINE double VARIANT(exponentials_##A)(A *x, A max, int64_t C) {                          \
+        double total = 0.0;                                                                             \
+        for (int64_t start = 0; start < C; start += 64 * LANES) {                                       \
+            lanes_##A lanes = {0};                                                                      \
+            const int64_t end = start + 64 * LANES < C ? start + 64 * LANES : C;                        \
+            for (int64_t i = start; i < end; i += LANES) {                                              \
+                _Pragma("omp simd")                                                                     \
+                for (int64_t j = i; j < i + LANES; j++) x[j] = VARIANT(exp_##A)(x[j] - max);            \
+                ADD_LANES(lanes, x + i, A);                                                             \
+            }                                                                                           \
+            total += VARIANT(sum_of_##A)(&lanes);                                                       \
+        }                                                                                               \
+        return total;                                                                                   \
+    }
+ADJUSTED(float)
+ADJUSTED(double)
 
 #define STORAGE(NAME, V, A)                                                                             \
-    /* The maximum of an adjusted row, and whether a NaN or +inf is in it. */                           \
-    INLINE A VARIANT(max_##NAME)(const V *v, int64_t stride, const A *table, int64_t C, int32_t *wrong) {\
+    INLINE A VARIANT(adjust_##NAME)(const V *v, int64_t stride, const A *table, A *restrict x, int64_t C,\
+                                    int32_t *wrong) {                                                   \
         A max = -INFINITY;                                                                              \
         int32_t any = 0;                                                                                \
         _Pragma("omp simd reduction(max : max) reduction(| : any)")                                     \
         for (int64_t j = 0; j < C; j++) {                                                               \
-            A value = ADJUSTED(NAME);                                                                   \
+            const A value = VARIANT(from_##NAME)(v[j * stride]) + table[j];                             \
+            x[j] = value;                                                                               \
             any |= !(value < (A)INFINITY);                                                              \
             max = value > max ? value : max;                                                            \
         }                                                                                               \
+        for (int64_t j = C; j % LANES; j++) x[j] = -INFINITY;                                           \
         *wrong = any;                                                                                   \
         return max;                                                                                     \
     }                                                                                                   \
-    INLINE double VARIANT(below_##NAME)(const V *v, int64_t stride, const A *table, A max, int64_t C) { \
-        double sum = 0.0;                                                                               \
-        _Pragma("omp simd reduction(+ : sum)")                                                          \
-        for (int64_t j = 0; j < C; j++) sum += ADJUSTED(NAME) - max;                                    \
-        return sum;                                                                                     \
-    }                                                                                                   \
-    /* The sum of r (x - max) over the classes that count. */                                           \
-    INLINE double VARIANT(dot_##NAME)(const V *v, int64_t stride, const A *table, A max, const A *r,    \
-                                      int64_t C) {                                                      \
-        double sum = 0.0;                                                                               \
-        _Pragma("omp simd reduction(+ : sum)")                                                          \
-        for (int64_t j = 0; j < C; j++) sum += r[j] == 0 ? 0 : r[j] * (ADJUSTED(NAME) - max);           \
-        return sum;                                                                                     \
-    }                                                                                                   \
-    /* The sum of exp(x - max), each kept in `kept` if that is given. Few terms are added up in one     \
-     * number of type A, as a thousand times 1 + 1e-8 is still 1 in float. */                           \
-    INLINE double VARIANT(sum_##NAME)(const V *v, int64_t stride, const A *table, A max,                \
-                                      A *restrict kept, int64_t C) {                                    \
-        double total = 0.0;                                                                             \
-        for (int64_t start = 0; start < C; start += 1024) {                                             \
-            lanes_##A lanes = {0}, part = {0};                                                                \
-            const int64_t end = start + 1024 < C ? start + 1024 : C, whole = end - (end - start) % 16;  \
-            for (int64_t i = start; i < whole; i += 16) {                                               \
-                _Pragma("omp simd")                                                                     \
-                for (int64_t j = i; j < i + 16; j++) {                                                  \
-                    const A e = VARIANT(exp_##A)(ADJUSTED(NAME) - max);                                 \
-                    if (kept) kept[j] = e;                                                              \
-                    part[j - i] = e;                                                                    \
-                }                                                                                       \
-                ADD_LANES(lanes, part);                                                                 \
-            }                                                                                           \
-            for (int64_t j = whole; j < end; j++) {                                                     \
-                const A e = VARIANT(exp_##A)(ADJUSTED(NAME) - max);                                     \
-                if (kept) kept[j] = e;                                                                  \
-                lanes[j - whole] += e;                                                                  \
-            }                                                                                           \
-            for (int lane = 0; lane < 16; lane++) total += lanes[lane];                                 \
-        }                                                                                               \
-        return total;                                                                                   \
+    /* Writes x = T + v; gives its maximum, and whether a NaN or +inf is in it. */                      \
+    static NOINLINE A VARIANT(adjusted_##NAME)(const V *v, int64_t stride, const A *table, A *restrict x,\
+                                               int64_t C, int32_t *wrong) {                             \
+        return stride == 1 ? VARIANT(adjust_##NAME)(v, 1, table, x, C, wrong)                           \
+                           : VARIANT(adjust_##NAME)(v, stride, table, x, C, wrong);                     \
     }                                                                                                   \
     /* gradient = factor exp(x - max) - shift, or shift pull where that is given; the gradient may lie over\
      * the logits. */                                                                                   \
@@ -249,7 +279,7 @@ SHARES(double)
                                       A max, A factor, A shift, const A *pull, int64_t C) {             \
         _Pragma("omp simd")                                                                             \
         for (int64_t j = 0; j < C; j++) {                                                               \
-            A e = VARIANT(exp_##A)(ADJUSTED(NAME) - max);                                               \
+            const A e = VARIANT(exp_##A)(VARIANT(from_##NAME)(v[j * stride]) + table[j] - max);         \
             gradient[j * to] = VARIANT(to_##NAME)(factor * e - (pull ? shift * pull[j] : shift));       \
         }                                                                                               \
     }                                                                                                   \
@@ -260,12 +290,6 @@ SHARES(double)
         for (int64_t j = 0; j < C; j++)                                                                 \
             gradient[j * to] = VARIANT(to_##NAME)(factor * kept[j] - (pull ? shift * pull[j] : shift)); \
     }                                                                                                   \
-    /* Apart, as the loops of a large function are short of registers. */                               \
-    static NOINLINE double VARIANT(total_##NAME)(const V *v, const A *table, A max, A *restrict kept,   \
-                                                 int64_t C) {                                           \
-        return kept ? VARIANT(sum_##NAME)(v, 1, table, max, kept, C)                                    \
-                    : VARIANT(sum_##NAME)(v, 1, table, max, NULL, C);                                   \
-    }                                                                                                   \
     static void VARIANT(clear_##NAME)(V *gradient, int64_t to, int64_t C) {                             \
         for (int64_t j = 0; j < C; j++) gradient[j * to] = 0;                                           \
     }                                                                                                   \
@@ -275,21 +299,22 @@ SHARES(double)
         const Batch *b = call->batch;                                                                   \
         const double e = b->smoothing;                                                                  \
         const int64_t C = b->C;                                                                         \
-        A *table = scratch, *kept = table + call->pitch;                                                \
-        int64_t expert = -1;                                                                            \
-        for (int64_t row = begin; row < end; row++) {                                                   \
-            const int64_t k = row / b->N, n = row % b->N, nk = n * b->K + k;                            \
+        A *table = scratch, *x = table + call->pitch;                                                   \
+        int64_t expert = -1, k = b->N ? begin / b->N : 0, n = begin - k * b->N;                         \
+        for (int64_t row = begin; row < end; row++, n++) {                                              \
+            if (n == b->N) n = 0, k++;                                                                  \
+            const int64_t nk = n * b->K + k;                                                            \
             const int64_t y = ((const int64_t *)b->target.at)[n * b->target.s0];                        \
-            const Expert *x = call->experts + k;                                                        \
-            const V *v = (const V *)x->logits + n * x->vn;                                              \
-            V *gradient = x->gradient ? (V *)x->gradient + n * x->gn : NULL;                            \
+            const Expert *of = call->experts + k;                                                       \
+            const V *v = (const V *)of->logits + n * of->vn;                                            \
+            V *gradient = of->gradient ? (V *)of->gradient + n * of->gn : NULL;                         \
             A *state = (A *)b->state + 2 * nk;                                                          \
-            const int dense = x->vc == 1, dense_gradient = x->gc == 1;                                  \
+            const int dense = of->vc == 1, dense_gradient = of->gc == 1;                                \
                                                                                                         \
             if (y == b->ignore_index || y < 0 || y >= C) {                                              \
                 if (b->result)                                                                          \
                     call->losses[nk] = y == b->ignore_index ? 0 : NAN, state[0] = 0, state[1] = 1;      \
-                if (gradient) VARIANT(clear_##NAME)(gradient, x->gc, C);                                \
+                if (gradient) VARIANT(clear_##NAME)(gradient, of->gc, C);                               \
                 continue;                                                                               \
             }                                                                                           \
             if (k != expert) {                                                                          \
@@ -301,7 +326,7 @@ SHARES(double)
                                                                                                         \
             const double share = b->class_weight.at ? VARIANT(entry)(&b->class_weight, y) : 1.0;        \
             const double weight = VARIANT(weight)(b, n, k);                                             \
-            const A own = VARIANT(from_##NAME)(v[y * x->vc]) + table[y];                                \
+            const A own = VARIANT(from_##NAME)(v[y * of->vc]) + table[y];                               \
             A max;                                                                                      \
             double sum, scale, slope = 1.0;                                                             \
             if (!b->result) {                                                                           \
@@ -309,13 +334,13 @@ SHARES(double)
                 scale = weight * (A)VARIANT(entry)(&b->upstream, n);                                    \
             } else {                                                                                    \
                 int32_t wrong;                                                                          \
-                max = dense ? VARIANT(max_##NAME)(v, 1, table, C, &wrong)                               \
-                            : VARIANT(max_##NAME)(v, x->vc, table, C, &wrong);                          \
-                sum = dense ? VARIANT(total_##NAME)(v, table, max, gradient ? kept : NULL, C)           \
-                            : VARIANT(sum_##NAME)(v, x->vc, table, max, kept, C);                       \
+                max = VARIANT(adjusted_##NAME)(v, of->vc, table, x, C, &wrong);                         \
+                const double below = e > 0 ? VARIANT(below_##A)(x, max, C) : 0;                         \
+                sum = VARIANT(exponentials_##A)(x, max, C);                                             \
                 if (wrong) sum = NAN;                                                                   \
-                double value = (1 - e) * (log(sum) - ((double)own - max));                              \
-                if (e > 0) value += e * (log(sum) - VARIANT(below_##NAME)(v, x->vc, table, max, C) / C);\
+                const double log_sum = log(sum);                                                        \
+                double value = (1 - e) * (log_sum - ((double)own - max));                               \
+                if (e > 0) value += e * (log_sum - below / C);                                          \
                 if (b->gamma != 0) value *= VARIANT(focus)(value, b->gamma, &slope);                    \
                 if (share == 0 && value == INFINITY) value = 0;                                         \
                 call->losses[nk] = (A)(weight * share * value);                                         \
@@ -330,15 +355,15 @@ SHARES(double)
                 }                                                                                       \
                 const A factor = (A)(scale / sum), shift = (A)(scale * e / C);                          \
                 if (b->result && dense_gradient)                                                        \
-                    VARIANT(scale_##NAME)(gradient, 1, kept, factor, shift, NULL, C);                   \
+                    VARIANT(scale_##NAME)(gradient, 1, x, factor, shift, NULL, C);                      \
                 else if (b->result)                                                                     \
-                    VARIANT(scale_##NAME)(gradient, x->gc, kept, factor, shift, NULL, C);               \
+                    VARIANT(scale_##NAME)(gradient, of->gc, x, factor, shift, NULL, C);                 \
                 else if (dense && dense_gradient)                                                       \
                     VARIANT(write_##NAME)(gradient, 1, v, 1, table, max, factor, shift, NULL, C);       \
                 else                                                                                    \
-                    VARIANT(write_##NAME)(gradient, x->gc, v, x->vc, table, max, factor, shift, NULL, C);\
-                gradient[y * x->gc] =                                                                   \
-                    VARIANT(to_##NAME)((A)(scale * (exp((double)own - max) / sum - (1 - e) - e / C)));  \
+                    VARIANT(write_##NAME)(gradient, of->gc, v, of->vc, table, max, factor, shift, NULL, C);\
+                const double p = (b->result ? x[y] : VARIANT(exp_##A)(own - max)) / sum;                \
+                gradient[y * of->gc] = VARIANT(to_##NAME)((A)(scale * (p - (1 - e) - e / C)));          \
             }                                                                                           \
             table[y] = without_margin;                                                                  \
         }                                                                                               \
@@ -348,37 +373,48 @@ SHARES(double)
     static void VARIANT(mixed_##NAME)(const Call *call, int64_t begin, int64_t end, A *scratch) {       \
         const Batch *b = call->batch;                                                                   \
         const int64_t C = b->C, pitch = call->pitch;                                                    \
-        A *kept = scratch, *q = kept + pitch, *given = q + pitch, *slopes = given + pitch;              \
+        A *x = scratch, *q = x + pitch, *given = q + pitch, *slopes = given + pitch;                    \
         A *class_weight = slopes + pitch, *margin = class_weight + pitch, *with_margin = margin + pitch;\
         A *tables = with_margin + pitch, *r = b->class_weight.at || b->smoothing > 0 ? given : q;       \
         VARIANT(vector_##A)(&b->class_weight, 1, class_weight, C);                                      \
         VARIANT(vector_##A)(&b->margin, 0, margin, C);                                                  \
         for (int64_t k = 0; k < b->K; k++) VARIANT(table_##A)(b, k, tables + k * pitch);                \
                                                                                                         \
-        int64_t sample = -1;                                                                            \
-        double mass = 0.0;                                                                              \
+        /* Where few classes count, as in mixup, they alone are looked at. */                           \
+        const int may_be_few = b->target.dtype != INDEX && b->smoothing == 0 && b->gamma == 0 && !b->margin.at;\
+        int64_t sample = -1, n = b->K ? begin / b->K : 0, k = begin - n * b->K, classes[FEW];           \
+        double mass = 0.0, shares[FEW];                                                                 \
+        int64_t few = FEW + 1;                                                                          \
         int any = 0;                                                                                    \
-        for (int64_t row = begin; row < end; row++) {                                                   \
-            const int64_t n = row / b->K, k = row % b->K;                                               \
-            const Expert *x = call->experts + k;                                                        \
-            const V *v = (const V *)x->logits + n * x->vn;                                              \
-            V *gradient = x->gradient ? (V *)x->gradient + n * x->gn : NULL;                            \
+        A own[FEW];                                                                                     \
+        for (int64_t row = begin; row < end; row++, k++) {                                              \
+            if (k == b->K) n++, k = 0;                                                                  \
+            const Expert *of = call->experts + k;                                                       \
+            const V *v = (const V *)of->logits + n * of->vn;                                            \
+            V *gradient = of->gradient ? (V *)of->gradient + n * of->gn : NULL;                         \
             A *state = (A *)b->state + 2 * row;                                                         \
-            const int dense = x->vc == 1, dense_gradient = x->gc == 1;                                  \
+            const int dense = of->vc == 1, dense_gradient = of->gc == 1;                                \
             const A *table = tables + k * pitch, *pull = r;                                             \
             if (n != sample) {                                                                          \
-                any = VARIANT(shares_##A)(b, n, class_weight, q, r, &mass);                             \
                 sample = n;                                                                             \
+                if (may_be_few) few = VARIANT(classes_of)(&b->target, n, C, FEW, classes, shares);      \
+                if (few > FEW) any = VARIANT(shares_##A)(b, n, class_weight, q, r, &mass);              \
+                else any = few > 0, mass = 0.0;                                                         \
+                for (int64_t i = 0; few <= FEW && i < few; i++)                                         \
+                    mass += shares[i] = (A)(shares[i] * class_weight[classes[i]]);                      \
             }                                                                                           \
             if (!any) {                                                                                 \
                 if (b->result) call->losses[row] = 0, state[0] = 0, state[1] = 1;                       \
-                if (gradient) VARIANT(clear_##NAME)(gradient, x->gc, C);                                \
+                if (gradient) VARIANT(clear_##NAME)(gradient, of->gc, C);                               \
                 continue;                                                                               \
             }                                                                                           \
             if (b->margin.at) {                                                                         \
                 for (int64_t j = 0; j < C; j++) with_margin[j] = table[j] - (q[j] == 0 ? 0 : margin[j] * q[j]);\
                 table = with_margin;                                                                    \
             }                                                                                           \
+                                                                                                        \
+            for (int64_t i = 0; few <= FEW && i < few; i++)                                             \
+                own[i] = VARIANT(from_##NAME)(v[classes[i] * of->vc]) + table[classes[i]];              \
                                                                                                         \
             const double weight = VARIANT(weight)(b, n, k);                                             \
             A max;                                                                                      \
@@ -388,25 +424,24 @@ SHARES(double)
                 scale = weight * (A)VARIANT(entry)(&b->upstream, n);                                    \
             } else {                                                                                    \
                 int32_t wrong;                                                                          \
-                max = dense ? VARIANT(max_##NAME)(v, 1, table, C, &wrong)                               \
-                            : VARIANT(max_##NAME)(v, x->vc, table, C, &wrong);                          \
-                sum = dense ? VARIANT(total_##NAME)(v, table, max, kept, C)                            \
-                            : VARIANT(sum_##NAME)(v, x->vc, table, max, kept, C);                       \
+                double below = 0.0;                                                                     \
+                max = VARIANT(adjusted_##NAME)(v, of->vc, table, x, C, &wrong);                         \
+                if (few > FEW) below = VARIANT(dot_##A)(x, max, r, C);                                  \
+                else for (int64_t i = 0; i < few; i++) below += shares[i] * (own[i] - max);             \
+                sum = VARIANT(exponentials_##A)(x, max, C);                                             \
                 if (wrong) sum = NAN;                                                                   \
-                const double below = dense ? VARIANT(dot_##NAME)(v, 1, table, max, r, C)                \
-                                           : VARIANT(dot_##NAME)(v, x->vc, table, max, r, C);           \
                 call->losses[row] = (A)(weight * (mass * log(sum) - below));                            \
                 state[0] = max, state[1] = (A)sum;                                                      \
                 scale = weight * (A)(1 / call->divisor);                                                \
             }                                                                                           \
             if (b->gamma != 0) {                                                                        \
-                const int64_t stride = x->vc;                                                           \
                 double value = 0.0, slope;                                                              \
                 pulled = 0.0;                                                                           \
                 for (int64_t j = 0; j < C; j++) {                                                       \
                     slopes[j] = 0;                                                                      \
                     if (r[j] == 0) continue;                                                            \
-                    const double entropy = log(sum) - ((double)ADJUSTED(NAME) - max);                   \
+                    const A own = VARIANT(from_##NAME)(v[j * of->vc]) + table[j];                       \
+                    const double entropy = log(sum) - ((double)own - max);                              \
                     value += r[j] * entropy * VARIANT(focus)(entropy, b->gamma, &slope);                \
                     slopes[j] = (A)(r[j] * slope);                                                      \
                     pulled += slopes[j];                                                                \
@@ -415,15 +450,22 @@ SHARES(double)
                 pull = slopes;                                                                          \
             }                                                                                           \
             if (!gradient) continue;                                                                    \
-            const A factor = (A)(scale * pulled / (A)sum), shift = (A)scale;                            \
+                                                                                                        \
+            const A factor = (A)(scale * pulled / (A)sum), shift = few > FEW ? (A)scale : 0;            \
+            if (few <= FEW) pull = NULL;                                                                \
             if (b->result && dense_gradient)                                                            \
-                VARIANT(scale_##NAME)(gradient, 1, kept, factor, shift, pull, C);                       \
+                VARIANT(scale_##NAME)(gradient, 1, x, factor, shift, pull, C);                          \
             else if (b->result)                                                                         \
-                VARIANT(scale_##NAME)(gradient, x->gc, kept, factor, shift, pull, C);                   \
+                VARIANT(scale_##NAME)(gradient, of->gc, x, factor, shift, pull, C);                     \
             else if (dense && dense_gradient)                                                           \
                 VARIANT(write_##NAME)(gradient, 1, v, 1, table, max, factor, shift, pull, C);           \
             else                                                                                        \
-                VARIANT(write_##NAME)(gradient, x->gc, v, x->vc, table, max, factor, shift, pull, C);   \
+                VARIANT(write_##NAME)(gradient, of->gc, v, of->vc, table, max, factor, shift, pull, C); \
+            for (int64_t i = 0; few <= FEW && i < few; i++) {                                           \
+                const int64_t j = classes[i];                                                           \
+                const A e = b->result ? x[j] : VARIANT(exp_##A)(own[i] - max);                          \
+                gradient[j * of->gc] = VARIANT(to_##NAME)(factor * e - (A)scale * (A)shares[i]);        \
+            }                                                                                           \
         }                                                                                               \
     }
 STORAGE(f64, double, double)
@@ -431,7 +473,6 @@ STORAGE(f32, float, float)
 STORAGE(bf16, uint16_t, float)
 STORAGE(f16, uint16_t, float)
 #undef STORAGE
-#undef ADJUSTED
 #undef bits32
 #undef float32
 #undef bits64
@@ -441,6 +482,7 @@ STORAGE(f16, uint16_t, float)
 #undef LOADS
 #undef CONSTANTS
 #undef SHARES
+#undef ADJUSTED
 
 static void VARIANT(rows)(const Call *call, int64_t begin, int64_t end, void *scratch) {
     switch (2 * call->batch->dtype + call->mixed) {
@@ -453,24 +495,6 @@ static void VARIANT(rows)(const Call *call, int64_t begin, int64_t end, void *sc
     case 2 * BF16 + 1: VARIANT(mixed_bf16)(call, begin, end, scratch); break;
     default: VARIANT(mixed_f16)(call, begin, end, scratch);
     }
-}
-
-/* The classes of probability other than 0, and these. */
-static int64_t VARIANT(classes_of)(const Matrix *target, int64_t n, int64_t C, int64_t *classes, double *shares) {
-    const int64_t bytes = width(target->dtype);
-    const char *at = (const char *)target->at + n * target->s0 * bytes;
-    double q[BLOCK] __attribute__((aligned(CACHE_LINE)));
-    int64_t found = 0;
-    for (int64_t start = 0; start < C; start += BLOCK) {
-        const int64_t length = start + BLOCK < C ? BLOCK : C - start;
-        int32_t any = 0;
-        VARIANT(load_double)(at + start * target->s1 * bytes, target->dtype, target->s1, q, length);
-        _Pragma("omp simd reduction(| : any)")
-        for (int64_t j = 0; j < length; j++) any |= q[j] != 0;
-        for (int64_t j = 0; any && j < length; j++)
-            if (q[j] != 0) classes[found] = start + j, shares[found++] = q[j];
-    }
-    return found;
 }
 
 /* The cosine of the angle between two vectors of length d, 0 where one is of zeros. */
