@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -112,20 +112,16 @@ class Batch(NamedTuple):
         target: Tensor,
         table: Tensor,
         sample_weight: Tensor | None = None,
+        num_classes: int | None = None,
     ) -> Batch:
-        """Take the inputs of K classifiers; experts and classes must be those of ``table`` ``[K, C]``."""
-        if isinstance(target, Tensor) and target.is_floating_point() and target.dim() == 2:
-            probability_tensor(target, target.shape[:1], table.shape[1])
-        else:
-            target_tensor(target)
-        samples = target.shape[:1]
+        """Take the inputs of K classifiers; experts and classes must be those of ``table`` ``[K, C]``.
+
+        With ``num_classes`` the target is of so many: of others as well.
+        """
+        samples = floating_tensor("features", features, "[N, K, d]").shape[:1]
         check_features(features, weight, samples, *table.shape)
-        if sample_weight is not None:
-            sample_weight_tensor(sample_weight, samples)
-        same_device(
-            features=features, target=target, weight=weight, sample_weight=sample_weight, criterion=table
-        )
-        return cls((), target, features, weight, sample_weight, target.is_floating_point())
+        num_classes = num_classes or table.shape[1]
+        return cls._arranged((), False, target, features, weight, sample_weight, table, num_classes)
 
     @classmethod
     def _arranged(
@@ -137,13 +133,17 @@ class Batch(NamedTuple):
         weight: Tensor | None,
         sample_weight: Tensor | None,
         constant: Tensor | None,
+        num_classes: int | None = None,
     ) -> Batch:
-        """Check what comes with logits ``[N, K, C, *S]`` or ``[N, C, *S]``.
+        """Check what comes with logits ``[N, K, C, *S]`` or ``[N, C, *S]``, or with checked features.
 
         The dimensions of the samples come first in the result.
         """
-        first, classes = blocks[0], 1 if of_one else 2
-        samples, num_classes = first.shape[:1] + first.shape[classes + 1 :], first.shape[classes]
+        first, classes = blocks[0] if blocks else cast(Tensor, features), 1 if of_one else 2
+        samples, num_classes = (
+            first.shape[:1] + first.shape[classes + 1 :],
+            num_classes or first.shape[classes],
+        )
         is_soft, is_map = False, len(samples) > 1
         if not is_usual(target, len(samples), (torch.int64,)) or tuple(target.shape) != tuple(samples):
             is_soft = isinstance(target, Tensor) and target.is_floating_point()
@@ -153,11 +153,11 @@ class Batch(NamedTuple):
                 target_tensor(target, samples)
         if sample_weight is not None:
             sample_weight_tensor(sample_weight, samples)
-        if features is not None and weight is not None:
+        if blocks and features is not None and weight is not None:
             num_experts = len(blocks) if of_one else first.shape[1]
             check_features(features, weight, samples, num_experts, num_classes)
         same_device(
-            logits=first,
+            logits=blocks[0] if blocks else None,
             target=target,
             features=features,
             weight=weight,

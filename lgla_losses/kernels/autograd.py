@@ -130,8 +130,8 @@ def evaluate(
     rows: Rows,
     inputs: Inputs,
     problem: Callable[[Engine, Rows], Problem],
-    operator: Callable[[Inputs, Rows, str], Tensor],
-    backend: str,
+    operator: Callable[[Inputs, Rows, str], Tensor] | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Compute a loss. If a gradient can be asked for, the graph holds the gradients themselves.
 
@@ -140,7 +140,7 @@ def evaluate(
         rows: all that the loss reads, except the inputs; ``reduce`` says whether the losses are added up.
         inputs: the tensors whose gradients may be asked for.
         problem: makes what autograd sees.
-        operator: what a compiler sees.
+        operator: what a compiler sees; None for a loss that compilers leave alone.
         backend: by which the operator chooses its engine.
     """
     divisor, reduce = rows.divisor, rows.reduce
@@ -150,7 +150,7 @@ def evaluate(
 
     if engine is None:
         loss = problem(chunked, rows).differentiable(inputs)
-    elif torch.compiler.is_compiling():
+    elif operator is not None and torch.compiler.is_compiling():
         loss = operator(inputs, rows, backend)
     elif torch.is_grad_enabled():
         loss = _Fused.apply(problem(engine, rows), *inputs)  # type: ignore[no-untyped-call]

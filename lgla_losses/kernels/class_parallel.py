@@ -12,16 +12,8 @@ from lgla_losses import functional
 from lgla_losses._checks import WAY_OUT
 from lgla_losses._ranks import Ranks
 from lgla_losses.kernels import Engine, Rows
-from lgla_losses.kernels.autograd import Inputs, _Fused, nonzero, total
+from lgla_losses.kernels.autograd import Inputs, nonzero, total
 from lgla_losses.kernels.linear import sum_over_experts
-
-
-def evaluate(problem: ClassParallelCrossEntropy, inputs: Inputs) -> Tensor:
-    """Compute the loss. If a gradient can be asked for, the graph holds the gradients themselves."""
-    if not torch.is_grad_enabled():
-        return problem.run(inputs, [False] * len(inputs))[0]
-    loss: Tensor = _Fused.apply(problem, *inputs)  # type: ignore[no-untyped-call]
-    return loss
 
 
 class ClassParallelCrossEntropy(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self, Unpack, cast
 
@@ -18,10 +19,6 @@ from lgla_losses._checks import (
     floating_tensor,
     integer,
     positive_int,
-    probability_tensor,
-    same_device,
-    sample_weight_tensor,
-    target_tensor,
 )
 from lgla_losses._counts import ArrayLike
 from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size
@@ -29,8 +26,9 @@ from lgla_losses._torch import values_readable
 from lgla_losses.adjustment import strength
 from lgla_losses.grouping import ClassGrouper, same_classes
 from lgla_losses.kernels import Engine, Samples, chunked
+from lgla_losses.kernels.autograd import evaluate
 from lgla_losses.kernels.blockwise import Blockwise
-from lgla_losses.kernels.class_parallel import ClassParallelCrossEntropy, evaluate
+from lgla_losses.kernels.class_parallel import ClassParallelCrossEntropy
 from lgla_losses.kernels.linear import as_autocast_would
 from lgla_losses.losses._base import ExpertLoss, Loss
 from lgla_losses.losses._config import ExpertLossOptions, make_adjuster, refuse_unknown
@@ -305,16 +303,15 @@ class ClassParallelLGLALoss(Loss):
         inputs = as_autocast_would(features, weight, bias)
         same_dtype(*inputs[:2])
 
-        problem = ClassParallelCrossEntropy(
-            engine,
-            rows,
+        problem = functools.partial(
+            ClassParallelCrossEntropy,
             scale=self.scale,
             ranks=self._class_ranks(),
             num_classes=self.num_classes,
             kept=self._kept(batch, inputs[0]),
             reads=values_readable(target, self.validate_args),
         )
-        return evaluate(problem, inputs)  # Eq. 9
+        return evaluate(engine, rows, inputs, problem)  # Eq. 9
 
     if TYPE_CHECKING:
         # nn.Module declares it as returning Any.
@@ -352,23 +349,8 @@ class ClassParallelLGLALoss(Loss):
                 f"{self.num_classes} classes from {self.classes.start} on, as torch.chunk cuts them"
             ) from None
 
-        is_soft = isinstance(target, Tensor) and target.is_floating_point() and target.dim() == 2
-        if is_soft:
-            probability_tensor(target, samples, self.num_classes)
-        else:
-            target_tensor(target, samples)
-
-        if sample_weight is not None:
-            sample_weight_tensor(sample_weight, samples)
+        batch = Batch.of_features(features, weight, target, self.table, sample_weight, self.num_classes)
         check_bias(bias, weight, self.scale, "[K, C_r]")
-        same_device(
-            features=features,
-            target=target,
-            weight=weight,
-            bias=bias,
-            sample_weight=sample_weight,
-            criterion=self.table,
-        )
 
         if self._place() != (self.num_ranks, self.rank):
             raise ValueError(
@@ -376,7 +358,7 @@ class ClassParallelLGLALoss(Loss):
                 f"was constructed, got rank {self._place()[1]} of {self._place()[0]}; construct it after "
                 "init_process_group"
             )
-        return Batch((), target, features, weight, sample_weight, is_soft)
+        return batch
 
     def _mine(self, batch: Batch) -> Batch:
         """Give the batch as this rank sees it: it ignores samples of other ranks' classes."""
