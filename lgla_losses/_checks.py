@@ -171,8 +171,8 @@ def target_tensor(target: object, samples: Sequence[int] | None = None) -> Tenso
     if target.is_floating_point() and target.dim() == dimensions + 1:
         raise TypeError(
             f"target: expected an int64 tensor [N] of class indices, got {describe(target)}, class "
-            "probabilities by their shape; LGLALoss takes such, also with adjustment='balanced', 'logit' or "
-            "'softmax', and target.argmax(dim=1) are the indices of the likeliest classes"
+            "probabilities by their shape; the losses take such, and target.argmax(dim=1) are the indices of "
+            "the likeliest classes"
         )
     if target.dtype != torch.int64:
         raise TypeError(

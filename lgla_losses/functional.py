@@ -176,6 +176,11 @@ def class_cosines(features: Tensor, weight: Tensor) -> Tensor:
     Returns:
         ``[N, K, C]`` within -1 and 1, detached, in float32, or float64 where the inputs are.
     """
+    device = features.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # which would round the cosines to 16 bits
+            return class_cosines(features, weight)
+
     dtype = compute_dtype(torch.promote_types(features.dtype, weight.dtype))
     rows = unit_vectors(features.detach().to(dtype))
     centres = unit_vectors(weight.detach().to(dtype))

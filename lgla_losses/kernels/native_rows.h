@@ -427,7 +427,8 @@ ADJUSTED(double)
                 double below = 0.0;                                                                     \
                 max = VARIANT(adjusted_##NAME)(v, of->vc, table, x, C, &wrong);                         \
                 if (few > FEW) below = VARIANT(dot_##A)(x, max, r, C);                                  \
-                else for (int64_t i = 0; i < few; i++) below += shares[i] * (own[i] - max);             \
+                for (int64_t i = 0; few <= FEW && i < few; i++)                                         \
+                    below += shares[i] == 0 ? 0 : shares[i] * (own[i] - max);                           \
                 sum = VARIANT(exponentials_##A)(x, max, C);                                             \
                 if (wrong) sum = NAN;                                                                   \
                 call->losses[row] = (A)(weight * (mass * log(sum) - below));                            \

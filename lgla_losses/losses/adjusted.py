@@ -173,9 +173,11 @@ class AdjustedLoss(ConstantBuffers, Loss):
 
     @property
     def class_weight(self) -> Tensor | None:
-        """Weights :math:`w` of the classes ``[C]``, made by the loss or given to it; None for ones."""
-        names = [name for name in ("class_weight", "own_class_weight") if name in self._exact]
-        return self._read(names[0]) if names else None
+        """Weights of the classes ``[C]``, made by the loss, given to it, or their product; None for ones."""
+        made, given = "class_weight" in self._exact, "own_class_weight" in self._exact
+        if made and given:
+            return self._read("class_weight") * self._read("own_class_weight")
+        return self._read("class_weight" if made else "own_class_weight") if made or given else None
 
     def _inferred(self) -> frozenset[str]:
         return frozenset({"tau"})  # states of version 0.1.0 have none

@@ -212,6 +212,37 @@ def test_class_weights_margins_and_focus_are_those_of_the_formula(kind, smoothin
     close(again, v.grad * upstream[0])
 
 
+@pytest.mark.parametrize("few", [1, 2, 8, 9, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_probabilities_of_few_and_of_many_classes_are_those_of_the_formula(few, dtype, weighted, close):
+    logits = 9 * torch.randn(6, 3, 150, dtype=dtype)
+    target = torch.zeros(6, 150, dtype=dtype)
+    for n in range(1, 6):  # the first sample is ignored
+        target[n, torch.randperm(150)[:few]] = torch.rand(few, dtype=dtype).softmax(0)
+    class_weight = torch.rand(150, dtype=torch.float64) if weighted else None
+    v = logits.clone().requires_grad_()
+    expected = functional.lgla_loss(v, target, torch.zeros(3, 150, dtype=dtype), class_weight=class_weight)
+    expected.sum().backward()
+
+    apart = target.T.contiguous().T  # its numbers are not one beside the other
+    for rows in (Rows(target, class_weight=class_weight), Rows(apart, class_weight=class_weight)):
+        losses, state, gradient = run([logits], rows)
+        close(losses, expected)
+        close(gradient, v.grad)
+        again = logits.clone()
+        native.backward([again], rows, torch.ones(6, dtype=dtype), state, [again])
+        close(again, v.grad)
+
+
+def test_a_masked_class_of_weight_0_costs_nothing_in_a_mixture():
+    logits = torch.tensor([[[0.0, -torch.inf, 1.0]]])
+    rows = Rows(torch.tensor([[0.5, 0.5, 0.0]]), class_weight=torch.tensor([1.0, 0.0, 1.0]).double())
+    losses, _, gradient = run([logits], rows)
+    assert losses.isfinite().all()
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
 def test_what_counts_nothing_may_hold_anything(soft, gamma):

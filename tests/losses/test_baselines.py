@@ -326,6 +326,13 @@ def test_the_mean_divides_as_the_authors_do(close):
     close(balanced(v, y), F.cross_entropy(v, y, weight=balanced.class_weight, reduction="sum") / 6)
 
 
+def test_weights_of_ones_own_multiply_those_that_the_loss_makes_and_show():
+    own = [1.0, 2.0, 3.0, 4.0, 5.0]
+    made = ClassBalancedLoss(COUNTS, 0.999).class_weight
+    both = ClassBalancedLoss(COUNTS, 0.999, class_weight=own).class_weight
+    assert torch.equal(both, made * torch.tensor(own, dtype=torch.float64))
+
+
 def test_deferred_reweighting():
     criterion, (logits, target) = LDAMLoss(COUNTS, beta=0.999), batch()
     before = criterion(logits, target)

@@ -123,6 +123,15 @@ def test_angles_of_low_precision_features_are_taken_in_float32():
     assert torch.equal(low, full)
 
 
+def test_autocast_rounds_no_cosine(device):
+    features, weight = torch.randn(8, 3, 20, device=device), torch.randn(3, 4, 20, device=device)
+    expected = functional.class_cosines(features, weight)
+    with torch.autocast(features.device.type, torch.bfloat16):
+        found = functional.class_cosines(features, weight)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def test_a_zero_feature_has_a_finite_angle():
     angles = functional.angles_from_features(torch.zeros(1, 2, 3), torch.randn(2, 4, 3), torch.tensor([1]))
     assert angles.tolist() == [[pytest.approx(math.pi / 2)] * 2]
