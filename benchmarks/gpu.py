@@ -38,6 +38,8 @@ LARGEST_CHECKPOINT = 4_000_000
 ARCHIVE = "gpu.tar.gz"
 #: Folders that hold nothing of interest.
 CACHES = {"__pycache__", ".pytest_cache", ".hypothesis"}
+#: Lets torchvision as PyPI has it, built for CUDA, import beside a PyTorch for CPUs alone.
+SHIM = "tests/helpers/torchvision_shim.py"
 #: More processes of tests than these wait for one GPU.
 MOST_PROCESSES = 16
 
@@ -151,7 +153,7 @@ class Runner:
         limit = max(limit - (part.grace - GRACE), 0.0)
         words = [word.replace("{seconds}", f"{less_margin(limit):.0f}") for word in part.command]
         command = shlex.join(["python", *words])
-        program = next(word for word in words if not word.startswith("-m")).rpartition("/")[2]
+        program = next(word for word in words if word not in ("-m", SHIM)).rpartition("/")[2]
         copy(f"$ {command}\n".encode(), log)
         printed_from = log.tell()
         begun = time.monotonic()
@@ -217,7 +219,8 @@ def parts_of(section: str, options: argparse.Namespace) -> Iterator[Part]:
         if options.data is None:
             yield Part(["benchmarks/random_images.py", str(data)])
         record = ["--data", str(data), "--out", f"{out}/train", "--seconds", "{seconds}"]
-        yield Part(["examples/train_stacked.py", *device, *record, *quick])
+        script = [SHIM, "examples/train_stacked.py"] if dry else ["examples/train_stacked.py"]
+        yield Part([*script, *device, *record, *quick])
 
 
 def tests(out: Path, dry: bool) -> Part:
