@@ -3,6 +3,8 @@
 
 What is LGLA's own is the model's last two lines of layers, the loss, and a callback; checkpoints, resuming,
 devices and strategies are Lightning's. Gradients accumulated by Lightning are means of the batches' means.
+The images are those of a file that lgla_losses.data.read_npz takes, or without one scikit-learn's digits, cut
+to a long tail: pip install "lgla-losses[examples,lightning]"
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("data", type=Path, metavar="FILE.npz", help="images and labels, as make_data.py digits writes them")
+    add("data", type=Path, nargs="?", metavar="FILE.npz", help="the images; None is long-tailed digits")
     add("--epochs", type=positive, default=30, help="passes over the training data")
     add("--batch-size", type=positive, default=64, help="samples of a step and device")
     add("--lr", type=float, default=0.1, help="highest learning rate")
@@ -50,7 +52,7 @@ try:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss, count_classes
-    from lgla_losses.data import ImageData, read_npz
+    from lgla_losses.data import ImageData, long_tailed_counts, long_tailed_indices, read_npz
     from lgla_losses.metrics import ShotAccuracy
     from lgla_losses.monitor import LossMonitor
 except ImportError as error:
@@ -141,9 +143,22 @@ class LogLoss(Callback):
         self.monitor.close()
 
 
-def read_images(path: Path) -> tuple[ImageData, ImageData]:
+def long_tailed_digits() -> dict[str, ImageData]:
+    """Of each digit 24 images to validate, and of the rest 150 zeros, 97 ones, ... and 3 nines to train."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = ImageData((digits.images * 255 / 16).round().astype(np.uint8), digits.target)
+    val = long_tailed_indices(images.targets, [24] * 10)
+    rest = images.subset(np.setdiff1d(np.arange(len(images)), val))
+    class_counts = long_tailed_counts(150, num_classes=10, imbalance_factor=50)
+    train = long_tailed_indices(rest.targets, class_counts)
+    return {"train": rest.subset(train), "val": images.subset(val)}
+
+
+def read_images(path: Path | None) -> tuple[ImageData, ImageData]:
     """Training and validation images."""
-    data = read_npz(path)
+    data = long_tailed_digits() if path is None else read_npz(path)
     for half in data.values():
         half.transform = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     return data["train"], data["val"]
@@ -166,6 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
         train, val = read_images(options.data)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    except ImportError as error:
+        parser.error(f'{error}: give FILE.npz, or pip install "lgla-losses[examples]"')
     class_counts = count_classes(train.targets, max(train.targets) + 1).tolist()
     model = LongTailedClassifier(class_counts, lr=options.lr)
     if options.resume:  # Lightning would go on, with what the checkpoint says

@@ -1,13 +1,19 @@
 """examples/train_lightning.py: Lightning trains, logs, saves and resumes with the loss and its monitor."""
 
 import math
+import os
+import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from curves import curves
-from scripts import load
+from scripts import ROOT, load
 
 import lgla_losses
+from lgla_losses.data import long_tailed_counts
 
 make_data = load("examples/make_data.py")
 train_lightning = load("examples/train_lightning.py")
@@ -28,7 +34,8 @@ def digits(tmp_path_factory):
 
 def run(data, log_dir, *options):
     options = ["--batch-size", "80", "--log-every", "2", "--devices", "1", *options]
-    train_lightning.main([str(data), "--log-dir", str(log_dir), *options])
+    given = [] if data is None else [str(data)]
+    train_lightning.main([*given, "--log-dir", str(log_dir), *options])
     return torch.load(log_dir / "last.ckpt", weights_only=True)
 
 
@@ -47,6 +54,42 @@ def test_it_learns_and_logs_what_the_loss_does(digits, tmp_path, capsys):
     assert all(column in printed for column in ("all", "many", "medium", "few"))
     row = next(line for line in printed.splitlines() if " accuracy/all " in line)
     assert f"{logged['accuracy/all'][-1][1]:.4f}"[:5] in row
+
+
+def test_copied_alone_it_trains_on_long_tailed_digits_and_resumes(tmp_path):
+    shutil.copy(ROOT / "examples" / "train_lightning.py", tmp_path)
+    shim = ROOT / "tests" / "helpers" / "torchvision_shim.py"
+    done = subprocess.run(
+        [sys.executable, shim, "train_lightning.py", "--epochs", "1", "--devices", "1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "accuracy/few" in done.stdout
+    log_dir = tmp_path / "runs" / "train_lightning"
+    before = torch.load(log_dir / "last.ckpt", weights_only=True)
+    assert before["hyper_parameters"]["class_counts"] == long_tailed_counts(150, 10, 50).tolist()
+    assert run(None, log_dir, "--epochs", "2", "--resume")["epoch"] == before["epoch"] + 1 == 1
+
+
+def test_the_digits_to_validate_are_none_of_those_to_train():
+    train, val = train_lightning.read_images(None)
+    assert np.bincount(val.targets).tolist() == [24] * 10
+    assert not {image.tobytes() for image in train.images} & {image.tobytes() for image in val.images}
+    assert train[0][0].shape == (3, 8, 8)
+    assert max(image.max().item() for image, _ in train) == 1
+
+
+def test_without_scikit_learn_it_says_what_to_give_or_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(SystemExit) as stopped:
+        run(None, tmp_path / "run")
+    assert stopped.value.code == 2
+    assert 'give FILE.npz, or pip install "lgla-losses[examples]"' in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_monitor_changes_nothing_that_is_trained(digits, tmp_path, monkeypatch):
