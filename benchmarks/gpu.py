@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,7 +219,11 @@ def parts_of(section: str, options: argparse.Namespace) -> Iterator[Part]:
         data = options.data or out / "random_images.npz"
         if options.data is None:
             yield Part(["benchmarks/random_images.py", str(data)])
-        record = ["--data", str(data), "--out", f"{out}/train", "--seconds", "{seconds}"]
+        trained = out / "train"
+        if dry:  # its checkpoints are in nobody's way
+            trained = out / "train-dry"
+            shutil.rmtree(trained, ignore_errors=True)
+        record = ["--data", str(data), "--out", str(trained), "--seconds", "{seconds}"]
         script = [SHIM, "examples/train_stacked.py"] if dry else ["examples/train_stacked.py"]
         yield Part([*script, *device, *record, *quick])
 
@@ -382,6 +387,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"argument --data: expected a file, got {options.data}")
     options.data = options.data and options.data.resolve()
     options.out = options.out.resolve()
+    earlier = sorted(options.out.glob("train/seed*.pt"))
+    if "train" in names and options.data is not None and not is_dry(options) and earlier:
+        parser.error(f"argument --out: {earlier[0]} is of an earlier run; take another folder")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
