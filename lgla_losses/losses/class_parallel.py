@@ -284,11 +284,11 @@ class ClassParallelLGLALoss(Loss):
                 "normalizer: expected a number without gradient, got one that wants it; detach it"
             )
 
-        compares = self._compares(target)
+        compares = self._compares(batch.target)
         found, ranks, _ = self._step(batch, normalizer, self.table, self.group_index)
         engine = found or chunked
         if compares:
-            self._class_ranks()._replace(digest=self._digest, read=True).sum(target.new_zeros(1))
+            self._class_ranks()._replace(digest=self._digest, read=True).sum(batch.target.new_zeros(1))
 
         mine = self._mine(batch)
         weights, samples = self._weights(engine, mine, ranks)  # Eqs. 7 and 8
@@ -309,7 +309,7 @@ class ClassParallelLGLALoss(Loss):
             ranks=self._class_ranks(),
             num_classes=self.num_classes,
             kept=self._kept(batch, inputs[0]),
-            reads=values_readable(target, self.validate_args),
+            reads=values_readable(batch.target, self.validate_args),
         )
         return evaluate(engine, rows, inputs, problem)  # Eq. 9
 
