@@ -116,11 +116,11 @@ class Batch(NamedTuple):
     ) -> Batch:
         """Take the inputs of K classifiers; experts and classes must be those of ``table`` ``[K, C]``.
 
-        With ``num_classes`` the target is of so many: of others as well.
+        Where these are a part of the classes, ``num_classes`` says how many the target has.
         """
         samples = floating_tensor("features", features, "[N, K, d]").shape[:1]
         check_features(features, weight, samples, *table.shape)
-        num_classes = num_classes or table.shape[1]
+        num_classes = table.shape[1] if num_classes is None else num_classes
         return cls._arranged((), False, target, features, weight, sample_weight, table, num_classes)
 
     @classmethod
@@ -140,10 +140,8 @@ class Batch(NamedTuple):
         The dimensions of the samples come first in the result.
         """
         first, classes = blocks[0] if blocks else cast(Tensor, features), 1 if of_one else 2
-        samples, num_classes = (
-            first.shape[:1] + first.shape[classes + 1 :],
-            num_classes or first.shape[classes],
-        )
+        samples = first.shape[:1] + first.shape[classes + 1 :]
+        num_classes = first.shape[classes] if num_classes is None else num_classes
         is_soft, is_map = False, len(samples) > 1
         if not is_usual(target, len(samples), (torch.int64,)) or tuple(target.shape) != tuple(samples):
             is_soft = isinstance(target, Tensor) and target.is_floating_point()

@@ -69,8 +69,7 @@ class ConstantBuffers(nn.Module):
 
     def _read(self, name: str) -> Tensor:
         """Give a constant to a user: a copy that raises when something is written into it."""
-        copied = self.constant(name).detach().clone()
-        return copied if torch.compiler.is_compiling() else copied.as_subclass(ReadOnlyTensor)
+        return read_only(self.constant(name).detach().clone())
 
     def _keep(self, name: str, value: Tensor) -> None:
         """Set a constant; reuse the memory of the old one if shape and dtype are the same."""
@@ -264,6 +263,11 @@ IN_PLACE = frozenset(
     {"__setitem__", "__set__", "__delitem__"}
     | {name for name in dir(Tensor) if name[-1] == "_" != name[0] or name.startswith("__i")}
 ) - {"__index__", "__init__", "__init_subclass__", "__int__", "__invert__", "__iter__"}
+
+
+def read_only(value: Tensor) -> Tensor:
+    """Give a tensor that raises when something is written into it, but to a compiler."""
+    return value if torch.compiler.is_compiling() else value.as_subclass(ReadOnlyTensor)
 
 
 class ReadOnlyTensor(Tensor):

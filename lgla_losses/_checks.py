@@ -215,16 +215,21 @@ def probability_values(target: Tensor) -> None:
     if target.numel() == 0:
         return
     sums = target.sum(dim=-1, dtype=torch.promote_types(target.dtype, torch.float32))
-    low, high = (bound.item() for bound in sums.aminmax())  # of which NaN makes NaN
+    low, high = map(_number, sums.aminmax())  # of which NaN makes NaN
     if low == 0:
-        low = torch.where(sums == 0, 1.0, sums).amin().item()
+        low = _number(torch.where(sums == 0, 1.0, sums).amin())
     # Those of 16-bit numbers are rounded.
-    if not (low >= 0.99 and high <= 1.01 and target.amin().item() >= 0):
+    if not (low >= 0.99 and high <= 1.01 and _number(target.amin()) >= 0):
         raise ValueError(
             "target: expected class probabilities >= 0 that sum to 1 over the classes (dimension 1), or to 0 "
             f"for a sample to ignore, got values from {float(target.min()):.4g} and sums from "
             f"{float(sums.min()):.4g} to {float(sums.max()):.4g}; softmax(dim=1) makes such ones"
         )
+
+
+def _number(scalar: Tensor) -> float | Tensor:
+    """Read a scalar, as numbers are compared sooner than tensors; a compiler breaks its graph at either."""
+    return scalar if torch.compiler.is_compiling() else scalar.item()
 
 
 def sample_weight_tensor(sample_weight: object, samples: Sequence[int]) -> Tensor:
@@ -250,7 +255,7 @@ def sample_weight_values(sample_weight: Tensor) -> None:
     """Check that all weights are finite and at least 0. This reads the values."""
     if sample_weight.numel() == 0:
         return
-    low, high = (bound.item() for bound in sample_weight.aminmax())  # of which NaN makes NaN
+    low, high = map(_number, sample_weight.aminmax())  # of which NaN makes NaN
     if not 0 <= low <= high < math.inf:
         raise ValueError(f"sample_weight: expected finite numbers >= 0, got {low:.4g} to {high:.4g}")
 

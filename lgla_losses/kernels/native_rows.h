@@ -212,7 +212,7 @@ static int64_t VARIANT(classes_of)(const Matrix *target, int64_t n, int64_t C, i
 
 /* Loops over an adjusted row x = T + v in a scratch, which -inf fills up to whole LANES. */
 #define ADJUSTED(A)                                                                                     \
-    INLINE double VARIANT(sum_of_##A)(const lanes_##A *lanes) {                                         \
+    INLINE double VARIANT(sum_of_##A)(lanes_##A *lanes) {                                               \
         double eight[8], four[4];                                                                       \
         for (int i = 0; i < 8; i++) eight[i] = (double)(*lanes)[i] + (*lanes)[i + 8];                   \
         for (int i = 0; i < 4; i++) four[i] = eight[i] + eight[i + 4];                                  \
@@ -384,9 +384,9 @@ ADJUSTED(double)
         const int may_be_few = b->target.dtype != INDEX && b->smoothing == 0 && b->gamma == 0 && !b->margin.at;\
         int64_t sample = -1, n = b->K ? begin / b->K : 0, k = begin - n * b->K, classes[FEW];           \
         double mass = 0.0, shares[FEW];                                                                 \
-        int64_t few = FEW + 1;                                                                          \
-        int any = 0;                                                                                    \
-        A own[FEW];                                                                                     \
+        int64_t few = 0;                                                                                \
+        int any = 0, is_few = 0;                                                                        \
+        A adjusted[FEW];                                                                                \
         for (int64_t row = begin; row < end; row++, k++) {                                              \
             if (k == b->K) n++, k = 0;                                                                  \
             const Expert *of = call->experts + k;                                                       \
@@ -397,11 +397,11 @@ ADJUSTED(double)
             const A *table = tables + k * pitch, *pull = r;                                             \
             if (n != sample) {                                                                          \
                 sample = n;                                                                             \
-                if (may_be_few) few = VARIANT(classes_of)(&b->target, n, C, FEW, classes, shares);      \
-                if (few > FEW) any = VARIANT(shares_##A)(b, n, class_weight, q, r, &mass);              \
-                else any = few > 0, mass = 0.0;                                                         \
-                for (int64_t i = 0; few <= FEW && i < few; i++)                                         \
-                    mass += shares[i] = (A)(shares[i] * class_weight[classes[i]]);                      \
+                few = may_be_few ? VARIANT(classes_of)(&b->target, n, C, FEW, classes, shares) : FEW + 1;\
+                is_few = few <= FEW;                                                                    \
+                if (is_few) any = few > 0, mass = 0.0;                                                  \
+                else any = VARIANT(shares_##A)(b, n, class_weight, q, r, &mass), few = 0;               \
+                for (int64_t i = 0; i < few; i++) mass += shares[i] = (A)(shares[i] * class_weight[classes[i]]);\
             }                                                                                           \
             if (!any) {                                                                                 \
                 if (b->result) call->losses[row] = 0, state[0] = 0, state[1] = 1;                       \
@@ -413,8 +413,8 @@ ADJUSTED(double)
                 table = with_margin;                                                                    \
             }                                                                                           \
                                                                                                         \
-            for (int64_t i = 0; few <= FEW && i < few; i++)                                             \
-                own[i] = VARIANT(from_##NAME)(v[classes[i] * of->vc]) + table[classes[i]];              \
+            for (int64_t i = 0; i < few; i++)                                                           \
+                adjusted[i] = VARIANT(from_##NAME)(v[classes[i] * of->vc]) + table[classes[i]];         \
                                                                                                         \
             const double weight = VARIANT(weight)(b, n, k);                                             \
             A max;                                                                                      \
@@ -426,9 +426,8 @@ ADJUSTED(double)
                 int32_t wrong;                                                                          \
                 double below = 0.0;                                                                     \
                 max = VARIANT(adjusted_##NAME)(v, of->vc, table, x, C, &wrong);                         \
-                if (few > FEW) below = VARIANT(dot_##A)(x, max, r, C);                                  \
-                for (int64_t i = 0; few <= FEW && i < few; i++)                                         \
-                    below += shares[i] == 0 ? 0 : shares[i] * (own[i] - max);                           \
+                if (!is_few) below = VARIANT(dot_##A)(x, max, r, C);                                    \
+                for (int64_t i = 0; i < few; i++) below += shares[i] == 0 ? 0 : shares[i] * (adjusted[i] - max);\
                 sum = VARIANT(exponentials_##A)(x, max, C);                                             \
                 if (wrong) sum = NAN;                                                                   \
                 call->losses[row] = (A)(weight * (mass * log(sum) - below));                            \
@@ -452,8 +451,8 @@ ADJUSTED(double)
             }                                                                                           \
             if (!gradient) continue;                                                                    \
                                                                                                         \
-            const A factor = (A)(scale * pulled / (A)sum), shift = few > FEW ? (A)scale : 0;            \
-            if (few <= FEW) pull = NULL;                                                                \
+            const A factor = (A)(scale * pulled / (A)sum), shift = is_few ? 0 : (A)scale;               \
+            if (is_few) pull = NULL;                                                                    \
             if (b->result && dense_gradient)                                                            \
                 VARIANT(scale_##NAME)(gradient, 1, x, factor, shift, pull, C);                          \
             else if (b->result)                                                                         \
@@ -462,9 +461,9 @@ ADJUSTED(double)
                 VARIANT(write_##NAME)(gradient, 1, v, 1, table, max, factor, shift, pull, C);           \
             else                                                                                        \
                 VARIANT(write_##NAME)(gradient, of->gc, v, of->vc, table, max, factor, shift, pull, C); \
-            for (int64_t i = 0; few <= FEW && i < few; i++) {                                           \
+            for (int64_t i = 0; i < few; i++) {                                                         \
                 const int64_t j = classes[i];                                                           \
-                const A e = b->result ? x[j] : VARIANT(exp_##A)(own[i] - max);                          \
+                const A e = b->result ? x[j] : VARIANT(exp_##A)(adjusted[i] - max);                     \
                 gradient[j * of->gc] = VARIANT(to_##NAME)(factor * e - (A)scale * (A)shares[i]);        \
             }                                                                                           \
         }                                                                                               \

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lgla_losses import functional
 from lgla_losses._batch import Batch
-from lgla_losses._buffers import ConstantBuffers, same_constants, scalar
+from lgla_losses._buffers import ConstantBuffers, read_only, same_constants, scalar
 from lgla_losses._counts import ArrayLike, as_class_counts, as_class_weight
 from lgla_losses.adjustment import check_tau, strength_of
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
@@ -176,7 +176,7 @@ class AdjustedLoss(ConstantBuffers, Loss):
         """Weights of the classes ``[C]``, made by the loss, given to it, or their product; None for ones."""
         made, given = "class_weight" in self._exact, "own_class_weight" in self._exact
         if made and given:
-            return self._read("class_weight") * self._read("own_class_weight")
+            return read_only(self._read("class_weight") * self._read("own_class_weight"))
         return self._read("class_weight" if made else "own_class_weight") if made or given else None
 
     def _inferred(self) -> frozenset[str]:

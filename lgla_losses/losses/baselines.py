@@ -86,7 +86,7 @@ class ClassBalancedLoss(AdjustedLoss):
         options: as in :class:`FocalLoss`.
 
     Attributes:
-        class_weight: the weights, float64 ``[C]``, with mean 1.
+        class_weight: the weights, float64 ``[C]``, with mean 1; times ``class_weight`` of yours.
 
     Example:
         >>> ClassBalancedLoss([3, 1], beta=0.5).class_weight
@@ -249,7 +249,8 @@ class LDAMLoss(AdjustedLoss):
 
     Attributes:
         margins: :math:`\Delta_j`, float64 ``[C]``.
-        class_weight: the weights once they are on, float64 ``[C]``, with mean 1.
+        class_weight: the weights once they are on, float64 ``[C]``, with mean 1; times ``class_weight`` of
+            yours.
         reweighting: whether they are on, bool scalar tensor; a ``state_dict`` holds it.
 
     Example:

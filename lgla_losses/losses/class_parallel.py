@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from lgla_losses import functional
-from lgla_losses._batch import Batch, check_features
+from lgla_losses._batch import Batch
 from lgla_losses._buffers import moved
 from lgla_losses._checks import (
     finite_tensors,
-    floating_tensor,
     integer,
     positive_int,
 )
@@ -340,16 +339,16 @@ class ClassParallelLGLALoss(Loss):
         sample_weight: Tensor | None,
     ) -> Batch:
         """Check the inputs of the loss; weight and bias are those of this rank's classes."""
-        samples = floating_tensor("features", features, "[N, K, d]").shape[:1]
         try:
-            check_features(features, weight, samples, self.num_experts, len(self.class_counts))
+            batch = Batch.of_features(features, weight, target, self.table, sample_weight, self.num_classes)
         except ValueError as problem:
+            if weight.shape[1:2] == self.class_counts.shape:
+                raise
             raise ValueError(
                 f"{problem}; rank {self.rank} of {self.num_ranks} has {len(self.class_counts)} of "
                 f"{self.num_classes} classes from {self.classes.start} on, as torch.chunk cuts them"
             ) from None
 
-        batch = Batch.of_features(features, weight, target, self.table, sample_weight, self.num_classes)
         check_bias(bias, weight, self.scale, "[K, C_r]")
 
         if self._place() != (self.num_ranks, self.rank):

@@ -331,6 +331,8 @@ def test_weights_of_ones_own_multiply_those_that_the_loss_makes_and_show():
     made = ClassBalancedLoss(COUNTS, 0.999).class_weight
     both = ClassBalancedLoss(COUNTS, 0.999, class_weight=own).class_weight
     assert torch.equal(both, made * torch.tensor(own, dtype=torch.float64))
+    with pytest.raises(ValueError, match="read-only"):
+        both[0] = 3.0
 
 
 def test_deferred_reweighting():
