@@ -7,7 +7,7 @@ Each engine is a module with the functions of :class:`Engine`: ``native`` (C, on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -46,6 +46,12 @@ class Rows(NamedTuple):
 
 #: Where the fields of :class:`Rows` are that are tensors, and the others.
 TENSORS, OPTIONS = slice(0, 6), slice(6, None)
+
+
+def with_fields(rows: Rows, **fields: Any) -> Rows:
+    """Give rows with other values in some fields. PyTorch 2.6 cannot compile ``_replace``."""
+    values: list[Any] = [fields.get(name, value) for name, value in zip(Rows._fields, rows, strict=True)]
+    return Rows(*values)
 
 
 class Angles(NamedTuple):
