@@ -166,9 +166,7 @@ _define(
 class _LinearCall(NamedTuple):
     """Name the arguments of the operator of the linear loss."""
 
-    features: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    inputs: tuple[Tensor, Tensor, Tensor | None]
     rows: Rows
     scale: float | None
     backend: str
@@ -176,10 +174,10 @@ class _LinearCall(NamedTuple):
     @classmethod
     def of(cls, features: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> _LinearCall:
         *rows, scale, backend = arguments
-        return cls(features, weight, bias, Rows(*rows), scale, backend)
+        return cls((features, weight, bias), Rows(*rows), scale, backend)
 
     def problem(self) -> LinearCrossEntropy:
-        return LinearCrossEntropy(_engine(self.backend, self.features.device), self.rows, self.scale)
+        return LinearCrossEntropy(_engine(self.backend, self.inputs[0].device), self.rows, self.scale)
 
 
 def linear_cross_entropy(
@@ -193,7 +191,7 @@ def linear_cross_entropy(
 
 def _linear(*arguments: Any) -> Tensor:
     call = _LinearCall.of(*arguments)
-    return call.problem().run((call.features, call.weight, call.bias), (False, False, False))[0]
+    return call.problem().run(call.inputs, (False, False, False))[0]
 
 
 def _linear_shape(features: Tensor, *_: object) -> Tensor:
@@ -202,23 +200,21 @@ def _linear_shape(features: Tensor, *_: object) -> Tensor:
 
 def _linear_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = _LinearCall.of(*arguments)
-    wanted = True, True, call.bias is not None
-    found = call.problem().gradients((call.features, call.weight, call.bias), upstream, None, wanted)
+    wanted = True, True, call.inputs[2] is not None
+    found = call.problem().gradients(call.inputs, upstream, None, wanted)
     return tuple(upstream.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
-def _linear_backward_shapes(
-    upstream: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, *_: object
-) -> tuple[Tensor, ...]:
+def _linear_backward_shapes(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     absent = upstream.new_empty(0)
-    return tuple(absent if v is None else v.new_empty(v.shape) for v in (features, weight, bias))
+    return tuple(absent if v is None else v.new_empty(v.shape) for v in _LinearCall.of(*arguments).inputs)
 
 
 def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     call = _LinearCall.of(*inputs)
     ctx.options, ctx.scale, ctx.backend = tuple(call.rows)[OPTIONS], call.scale, call.backend
-    ctx.has_bias = call.bias is not None
-    ctx.save_for_backward(call.features, call.weight, call.bias, *tuple(call.rows)[TENSORS])
+    ctx.has_bias = call.inputs[2] is not None
+    ctx.save_for_backward(*call.inputs, *tuple(call.rows)[TENSORS])
 
 
 def _linear_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
