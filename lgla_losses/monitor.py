@@ -101,11 +101,17 @@ class LossMonitor:
         self._calls += 1
 
     def _add(
-        self, output: ExpertOutput | ExpertLogits, target: Tensor, *, normalizer: object = None, **inputs: Any
+        self,
+        output: ExpertOutput | ExpertLogits,
+        target: Tensor,
+        *,
+        normalizer: object = None,
+        **inputs: Tensor | None,
     ) -> None:
         """Add a batch to the sums, from the arguments of :meth:`LGLALoss.forward`."""
         grouper, ignore_index = self.criterion.grouper, self.criterion.ignore_index
-        batch = Batch.of_experts(output, target, self.criterion.adjuster.constant("table"), **inputs)
+        table = self.criterion.adjuster.constant("table")
+        batch = Batch.of_experts(output, target, table, needs_angles=True, **inputs)
         experts = [expert.flatten(0, -2) for expert in batch.experts()]
         target = batch.target
         if batch.is_soft:

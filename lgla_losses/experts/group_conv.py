@@ -22,9 +22,6 @@ from lgla_losses.experts._running import is_tracing, run_separately, run_togethe
 from lgla_losses.experts._stacking import apply_per_copy, copy_module, stack_modules, unstack_module
 from lgla_losses.experts.output import ExpertOutput
 
-CLASSIFIERS = ("cosine", "linear")
-LAYOUTS = ("grouped", "independent")
-
 #: Devices where stacked copies run together unless told otherwise, for fewer kernels; not measured there yet.
 #: On a CPU they run one after another, which measured faster (benchmarks/expert_layouts.py).
 TOGETHER_ON = ("cuda",)
@@ -107,8 +104,8 @@ class GroupConvExperts(nn.Module):
         super().__init__()
         self.num_experts = positive_int("num_experts", num_experts, "the paper uses 3")
         num_classes = positive_int("num_classes", num_classes, "give the number of classes")
-        one_of("classifier", classifier, CLASSIFIERS)
-        self.layout = one_of("layout", layout, LAYOUTS)
+        one_of("classifier", classifier, ("cosine", "linear"))
+        self.layout = one_of("layout", layout, ("grouped", "independent"))
         scale = positive_float("scale", scale, "the paper's code uses 30")
 
         if init_fn is not None and not callable(init_fn):
