@@ -80,11 +80,8 @@ def as_class_weight(
     """
     array = to_numpy(name, class_weight)
     expected = "[C]" if of_classes is None else f"[{len(of_classes)}]"
-    if (
-        array.ndim != 1
-        or array.size == 0
-        or array.size != (array.size if of_classes is None else len(of_classes))
-    ):
+    num_classes = array.size if of_classes is None else len(of_classes)
+    if array.shape != (num_classes,) or array.size == 0:
         raise ValueError(
             f"{name}: expected one weight a class, shape {expected}, got shape {list(array.shape)}; for a "
             "number that all classes share multiply the loss"

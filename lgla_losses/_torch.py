@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch._C import DisableTorchFunctionSubclass, _functorch
+from torch._C import DisableTorchFunctionSubclass as DisableTorchFunctionSubclass
+from torch._C import _functorch
 from torch.nn.modules import module
-
-__all__ = [
-    "DisableTorchFunctionSubclass",
-    "is_mapped",
-    "is_watched",
-    "is_wrapped",
-    "unfit",
-    "values_readable",
-]
 
 _EVERY_MODULES_HOOKS = module._global_forward_hooks, module._global_forward_pre_hooks
 

@@ -12,13 +12,7 @@ from torch import Tensor
 from lgla_losses import functional
 from lgla_losses._batch import check_logits
 from lgla_losses._buffers import ConstantBuffers, same_constants, scalar
-from lgla_losses._checks import (
-    finite_float,
-    floating_tensor,
-    same_device,
-    target_tensor,
-    target_values,
-)
+from lgla_losses._checks import finite_float, floating_tensor, same_device, target_tensor, target_values
 from lgla_losses._counts import ArrayLike
 from lgla_losses._torch import values_readable
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput, normalized_fusion

@@ -466,7 +466,7 @@ def fused_lgla_loss(
         tensor([-0.5000,  0.5000])
     """
     # Here, as the engines know the equations of this module.
-    from lgla_losses.kernels import operators
+    from lgla_losses.kernels import Rows, operators
     from lgla_losses.losses._config import BACKENDS
 
     one_of("backend", backend, BACKENDS)
@@ -476,20 +476,11 @@ def fused_lgla_loss(
     if blocks[0].dim() > 3:  # samples first
         blocks = [block.movedim((1, 2), (-2, -1)) for block in blocks]
         target = target.movedim(1, -1) if target.is_floating_point() else target
-    return operators.fused_loss(
-        blocks,
-        target,
-        table,
-        weights,
-        divisor,
-        class_weight,
-        margin,
-        ignore_index,
-        label_smoothing,
-        gamma,
-        reduction == "sum",
-        backend=backend,
+    reduce = reduction == "sum"
+    rows = Rows(
+        target, table, weights, divisor, class_weight, margin, ignore_index, label_smoothing, gamma, reduce
     )
+    return operators.fused_loss(blocks, rows, backend)
 
 
 def _probabilities(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:

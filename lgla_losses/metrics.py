@@ -12,13 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgla_losses._checks import (
-    describe,
-    floating_tensor,
-    same_device,
-    target_tensor,
-    target_values,
-)
+from lgla_losses._checks import describe, floating_tensor, same_device, target_tensor, target_values
 from lgla_losses._counts import ArrayLike, as_class_counts, shot_splits
 from lgla_losses._torch import values_readable
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
@@ -106,27 +105,19 @@ class LossMonitor:
         output: ExpertOutput | ExpertLogits,
         target: Tensor,
         *,
-        features: Tensor | None = None,
-        weight: Tensor | None = None,
-        sample_weight: Tensor | None = None,
         normalizer: object = None,
+        **inputs: Tensor | None,
     ) -> None:
         """Add a batch to the sums, from the arguments of :meth:`LGLALoss.forward`."""
         grouper, ignore_index = self.criterion.grouper, self.criterion.ignore_index
-        batch = Batch.of_experts(
-            output,
-            target,
-            self.criterion.adjuster.constant("table"),
-            features=features,
-            weight=weight,
-            sample_weight=sample_weight,
-        )
+        table = self.criterion.adjuster.constant("table")
+        batch = Batch.of_experts(output, target, table, needs_angles=True, **inputs)
         experts = [expert.flatten(0, -2) for expert in batch.experts()]
         target = batch.target
         if batch.is_soft:
             target = torch.where(target.sum(dim=-1) > 0, target.max(dim=-1).indices, ignore_index)
         target = target.flatten()
-        of_samples = None if sample_weight is None else sample_weight.flatten()
+        of_samples = None if batch.sample_weight is None else batch.sample_weight.flatten()
         group = functional.target_groups(target, grouper.constant("group_index"), ignore_index)
 
         # In float32 at least: sums in bfloat16 tie, and ties go to the class of lower index.
@@ -206,10 +197,5 @@ class LossMonitor:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

@@ -20,14 +20,13 @@ def read_lines(path: Path) -> list[str]:
         content = file.read(LARGEST + 1)
     if len(content) > LARGEST:
         raise ValueError(f"{path}: expected text of at most {LARGEST:,} bytes, got more; save labels as .npy")
+    wrong = content.find(b"\0")
     try:
         text = content.decode("utf-8-sig")
-        wrong = text.find("\0")
-        before = text[: max(wrong, 0)].encode()
     except UnicodeDecodeError as error:
-        wrong, before = error.start, content[: error.start]
+        wrong = error.start
     if wrong >= 0:
-        line = before.count(b"\n") + 1
+        line = content.count(b"\n", 0, wrong) + 1
         raise ValueError(
             f"{path}, line {line}: expected text in UTF-8, got binary data; "
             "save text as UTF-8, labels as .npy or .npz"

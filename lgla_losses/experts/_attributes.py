@@ -241,9 +241,9 @@ class CopiesAttributes:
         return self.stacks
 
 
-def hand_on(kept: CopiesAttributes | None, stacked: nn.Module) -> None:
+def hand_on(kept: CopiesAttributes | None, stacked: nn.Module | None) -> None:
     """Give a stack what was kept of its copies, where a copy of it has lost that, as of torch.fx."""
-    if kept is not None:
+    if kept is not None and stacked is not None:
         vars(stacked).setdefault(KEY, kept)
 
 

@@ -249,19 +249,13 @@ def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) 
     return output
 
 
-def _collections(layer: nn.Module) -> dict[str, Any]:
-    """Take the attributes that may hold tensors."""
-    return {
-        name: v for name, v in own_attributes(layer).items() if isinstance(v, Tensor | list | tuple | dict)
-    }
-
-
 def _kept_tensors(layers: Sequence[nn.Module]) -> list[Tensor]:
     """Find tensors in the layers' attributes, kept of a batch; compilers do not look."""
     if torch.compiler.is_compiling():
         return []
-    leaves = (leaf for layer in layers for leaf in pytree.tree_leaves(_collections(layer)))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    attributes = (value for layer in layers for value in own_attributes(layer).values())
+    held = [value for value in attributes if isinstance(value, Tensor | list | tuple | dict)]
+    return [leaf for leaf in pytree.tree_leaves(held) if isinstance(leaf, Tensor)]
 
 
 class _UnderVmap(TorchFunctionMode):
@@ -332,11 +326,10 @@ class _BatchNorm(torch.autograd.Function):
             channels = inputs[:, None].expand(-1, info.batch_size, *inputs.shape[1:])
         else:
             channels = inputs.movedim(in_dims[0], 1)
-        stacks = [
+        mean, variance, weight, bias = (
             None if vector is None else vector.movedim(dim, 0).flatten()
             for vector, dim in zip(vectors, in_dims[1:5], strict=True)
-        ]
-        mean, variance, weight, bias = stacks
+        )
         channels = channels.flatten(1, 2)
         output = F.batch_norm(channels, mean, variance, weight, bias, training, momentum, eps)
         return output.unflatten(1, (info.batch_size, -1)), 1

@@ -22,15 +22,12 @@ from lgla_losses.experts._running import is_tracing, run_separately, run_togethe
 from lgla_losses.experts._stacking import apply_per_copy, copy_module, stack_modules, unstack_module
 from lgla_losses.experts.output import ExpertOutput
 
-CLASSIFIERS = ("cosine", "linear")
-LAYOUTS = ("grouped", "independent")
-
 #: Devices where stacked copies run together unless told otherwise, for fewer kernels; not measured there yet.
 #: On a CPU they run one after another, which measured faster (benchmarks/expert_layouts.py).
 TOGETHER_ON = ("cuda",)
 
-
-#: Of stacks, in whose layers one thread at a time puts its copies.
+#: Of stacks, in whose layers one thread at a time puts its copies; it may take its lock again. They stand
+#: here to stay out of copies and pickles.
 LOCKS: MutableMapping[nn.Module, AbstractContextManager[Any]] = WeakKeyDictionary()
 
 
@@ -107,8 +104,8 @@ class GroupConvExperts(nn.Module):
         super().__init__()
         self.num_experts = positive_int("num_experts", num_experts, "the paper uses 3")
         num_classes = positive_int("num_classes", num_classes, "give the number of classes")
-        one_of("classifier", classifier, CLASSIFIERS)
-        self.layout = one_of("layout", layout, LAYOUTS)
+        one_of("classifier", classifier, ("cosine", "linear"))
+        self.layout = one_of("layout", layout, ("grouped", "independent"))
         scale = positive_float("scale", scale, "the paper's code uses 30")
 
         if init_fn is not None and not callable(init_fn):
@@ -118,8 +115,10 @@ class GroupConvExperts(nn.Module):
         if num_features is None:
             num_features = _features_of(copies)
 
-        self.stage: nn.Module | None = _arrange(copies, self.layout)
-        self._attributes = None if self.stage is None else vars(self.stage).get(KEY)
+        self.stage: nn.Module | None = None
+        if copies:
+            self.stage = nn.ModuleList(copies) if self.layout == "independent" else stack_modules(copies)
+        self._attributes = getattr(self.stage, KEY, None)
         self.together: bool | None = None
         self.classifiers = ExpertClassifiers(
             self.num_experts,
@@ -180,7 +179,7 @@ class GroupConvExperts(nn.Module):
         else:
             if not torch.compiler.is_compiling():
                 hand_on(self._attributes, self.stage)
-            with nullcontext() if torch.compiler.is_compiling() else _lock_of(self.stage):
+            with nullcontext() if torch.compiler.is_compiling() else LOCKS.setdefault(self.stage, RLock()):
                 if self._runs_together(device_type):
                     maps = run_together(self.stage, self.num_experts, inputs)
                     return _pool(maps, leading=2).transpose(0, 1)
@@ -233,11 +232,9 @@ class GroupConvExperts(nn.Module):
         return single
 
     def _converted(self, layout: str) -> GroupConvExperts:
-        if self.layout == "grouped" and self.stage is not None:
-            hand_on(self._attributes, self.stage)
+        hand_on(self._attributes, self.stage)
         twin = copy_module(self)
-        if twin.layout == "grouped" and twin.stage is not None:
-            hand_on(twin._attributes, twin.stage)
+        hand_on(twin._attributes, twin.stage)
 
         if twin.layout != layout:
             twin.layout = layout
@@ -245,17 +242,12 @@ class GroupConvExperts(nn.Module):
                 twin.stage = stack_modules(list(twin.stage))
             elif twin.stage is not None:
                 twin.stage = nn.ModuleList(unstack_module(twin.stage, self.num_experts))
-            twin._attributes = None if twin.stage is None else vars(twin.stage).get(KEY)
+            twin._attributes = getattr(twin.stage, KEY, None)
         return twin
 
     def extra_repr(self) -> str:
         """Describe the configuration, as ``repr`` shows it."""
         return f"num_experts={self.num_experts}, layout={self.layout!r}"
-
-
-def _lock_of(stage: nn.Module) -> AbstractContextManager[Any]:
-    """Give the lock of a stack, which stays out of copies and pickles; a thread may take it again."""
-    return LOCKS.setdefault(stage, RLock())
 
 
 class Expert(nn.Module):
@@ -355,12 +347,6 @@ def _check_initialised(module: nn.Module) -> None:
 def _version(tensor: Tensor) -> int:
     """Count writes into a tensor; compilers and inference mode do not count them."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
-
-
-def _arrange(copies: list[nn.Module], layout: str) -> nn.Module | None:
-    if not copies:
-        return None
-    return nn.ModuleList(copies) if layout == "independent" else stack_modules(copies)
 
 
 def _features_of(copies: list[nn.Module]) -> int:

@@ -282,10 +282,10 @@ def _warnings(
         )
         notices.append(Notice("balanced", message, []))
 
+    groups = [(grouping.num_experts, group) for grouping in groupings for group in grouping.groups]
     alone = [
-        {"num_experts": grouping.num_experts, "group": group.index, "class": group.classes[0]}
-        for grouping in groupings
-        for group in grouping.groups
+        {"num_experts": k, "group": group.index, "class": group.classes[0]}
+        for k, group in groups
         if len(group.classes) == 1
     ]
     if alone and len(infos) > 1:
@@ -296,9 +296,8 @@ def _warnings(
         notices.append(Notice("single_class_groups", message, alone))
 
     missed = [
-        {"num_experts": grouping.num_experts, "group": group.index, "probability": group.miss_probability}
-        for grouping in groupings
-        for group in grouping.groups
+        {"num_experts": k, "group": group.index, "probability": group.miss_probability}
+        for k, group in groups
         if group.miss_probability > OFTEN_MISSED
     ]
     if missed:

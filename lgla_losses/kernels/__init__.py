@@ -7,7 +7,7 @@ Each engine is a module with the functions of :class:`Engine`: ``native`` (C, on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -82,6 +82,16 @@ class Samples(NamedTuple):
     num_groups: int
     sample_weight: Tensor | None = None
     ignore_index: int = -100
+
+
+Struct = TypeVar("Struct", Rows, Angles, Samples)
+
+
+def with_fields(struct: Struct, **fields: Any) -> Struct:
+    """Give the same with other values in some fields. PyTorch 2.6 cannot compile ``_replace``."""
+    kind = type(struct)
+    values: list[Any] = [fields.get(name, value) for name, value in zip(kind._fields, struct, strict=True)]
+    return kind(*values)
 
 
 class Engine(Protocol):

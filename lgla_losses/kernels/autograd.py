@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lgla_losses import functional
 from lgla_losses._torch import unfit
-from lgla_losses.kernels import TENSORS, Engine, Rows, chunked, native
+from lgla_losses.kernels import TENSORS, Engine, Rows, chunked, native, with_fields
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def evaluate(
     divisor, reduce = rows.divisor, rows.reduce
     # An engine takes the divisor for a constant.
     if engine is None or (divisor is not None and divisor.requires_grad):
-        rows = rows._replace(reduce=False, divisor=None)
+        rows = with_fields(rows, reduce=False, divisor=None)
 
     if engine is None:
         loss = problem(chunked, rows).differentiable(inputs)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lgla_losses import functional
-from lgla_losses.kernels import Angles, Engine, Rows, Samples
+from lgla_losses.kernels import Angles, Engine, Rows, Samples, with_fields
+from lgla_losses.kernels.autograd import total
 
 #: Logits a block: few enough to stay in a processor's cache, and many beside the cost of a call.
 _CPU_BLOCK, _BLOCK = 1 << 19, 1 << 24
@@ -31,10 +32,7 @@ class Blockwise:
 
     def statistics(self, angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
         """Compute Eq. 7; for class indices the samples of the angles lie in one dimension ``[M, K]``."""
-        found = [
-            self.engine.statistics(_angles_of(angles, samples, block), _samples_of(samples, block))
-            for block in _blocks(samples.target, _width(angles))
-        ]
+        found = [self.engine.statistics(*block) for block in _in_blocks(angles, samples)]
         parts = torch.cat([part for _, part in found])
         if samples.target.is_floating_point():
             return angles, parts
@@ -49,12 +47,7 @@ class Blockwise:
             flat = _samples_of(samples, (slice(None),))
             weights, number = self.engine.weights(angles, flat, parts, num_ranks)
             return weights.view(*target.shape, weights.shape[1]), number
-        found = [
-            self.engine.weights(
-                _angles_of(angles, samples, block), _samples_of(samples, block), parts, num_ranks
-            )
-            for block in _blocks(target, _width(angles))
-        ]
+        found = [self.engine.weights(*block, parts, num_ranks) for block in _in_blocks(angles, samples)]
         weights = torch.cat([weights for weights, _ in found])
         return weights.view(*target.shape[:-1], weights.shape[1]), found[0][1]
 
@@ -82,13 +75,7 @@ class Blockwise:
     ) -> tuple[Tensor, Tensor]:
         """Compute Eq. 9. The state is left empty, as it is not needed."""
         losses = self._losses(logits, rows, gradients)
-        state = losses.new_empty(0)
-        if not rows.reduce:
-            return losses, state
-        total = losses.sum()
-        if rows.divisor is not None:
-            total = total / (rows.divisor + (rows.divisor == 0)).to(total.dtype)
-        return total, state
+        return total(losses, rows.divisor) if rows.reduce else losses, losses.new_empty(0)
 
     def backward(
         self,
@@ -166,10 +153,17 @@ def _width(angles: Angles) -> int:
     return sum(block.shape[-2:].numel() for block in angles.cosines)
 
 
+def _in_blocks(angles: Angles, samples: Samples) -> Iterator[tuple[Angles, Samples]]:
+    """Cut angles and samples into blocks, in each of which the samples lie in one dimension."""
+    for block in _blocks(samples.target, _width(angles)):
+        yield _angles_of(angles, samples, block), _samples_of(samples, block)
+
+
 def _samples_of(samples: Samples, block: Block) -> Samples:
     soft = samples.target.is_floating_point()
     weight = samples.sample_weight
-    return samples._replace(
+    return with_fields(
+        samples,
         target=_rows(samples.target, block, int(soft)),
         sample_weight=None if weight is None else weight[block].flatten(),
     )
@@ -185,9 +179,9 @@ def _angles_of(angles: Angles, samples: Samples, block: Block) -> Angles:
         features = _rows(angles.features, block, 2)
         if soft:
             return Angles([functional.class_cosines(features, angles.weight)])
-        return angles._replace(features=features)
+        return with_fields(angles, features=features)
     if soft:
-        return angles._replace(cosines=[_rows(v, block, 2) for v in angles.cosines])
+        return with_fields(angles, cosines=[_rows(v, block, 2) for v in angles.cosines])
 
     target = samples.target[block]
     known = (target >= 0) & (target < angles.cosines[0].shape[-1])  # ignored ones have any angle

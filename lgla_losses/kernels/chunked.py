@@ -25,13 +25,11 @@ def statistics(angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
     shape, dtype = (samples.num_groups, num_experts + 1), functional.widest_dtype(device)
     sums = torch.zeros(shape, dtype=dtype, device=device)
     for part in _chunks(angles.cosines):
+        target = samples.target[part]
         weight = None if samples.sample_weight is None else samples.sample_weight[part]
+        own = _class_angles(angles, target, part)
         sums = sums + functional.soft_aaw_statistics(
-            _class_angles(angles, samples.target[part], part),
-            samples.target[part],
-            samples.group_index,
-            samples.num_groups,
-            weight,
+            own, target, samples.group_index, samples.num_groups, weight
         )
     return angles, sums[None]
 
@@ -42,17 +40,12 @@ def weights(angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1)
     if angles.angles is not None:
         result = functional.aaw_weights(angles.angles, _groups(samples), sums)
     else:
-        result = torch.cat(
-            [
-                functional.soft_aaw_weights(
-                    _class_angles(angles, samples.target[part], part),
-                    samples.target[part],
-                    samples.group_index,
-                    sums,
-                )
-                for part in _chunks(angles.cosines)
-            ]
-        )
+        found = []
+        for part in _chunks(angles.cosines):
+            target = samples.target[part]
+            own = _class_angles(angles, target, part)
+            found.append(functional.soft_aaw_weights(own, target, samples.group_index, sums))
+        result = torch.cat(found)
     if samples.sample_weight is not None:
         result = result * samples.sample_weight[:, None].to(result.dtype)
     return result, sums[:, -1].sum() / num_ranks

@@ -57,10 +57,8 @@ class LinearCrossEntropy(NamedTuple):
         self, inputs: Inputs, upstream: Tensor, state: Any, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         """Compute the gradients, as in :class:`~lgla_losses.kernels.autograd.Problem`."""
-        weights = upstream[:, None]
-        if self.rows.weights is None:
-            weights = weights.expand(-1, inputs[0].shape[1])
-        else:
+        weights = upstream[:, None].expand(-1, inputs[0].shape[1])
+        if self.rows.weights is not None:
             weights = weights * self.rows.weights
         return self._experts(inputs, wanted, weights, None)[1]
 

@@ -14,15 +14,8 @@ from torch import Tensor
 
 from lgla_losses import functional
 from lgla_losses._torch import unfit
-from lgla_losses.kernels import OPTIONS, TENSORS, Engine, Rows, autograd, chunked
-from lgla_losses.kernels.autograd import (
-    CrossEntropy,
-    Inputs,
-    evaluate,
-    per_sample,
-    total,
-    with_experts,
-)
+from lgla_losses.kernels import OPTIONS, TENSORS, Engine, Rows, autograd, chunked, with_fields
+from lgla_losses.kernels.autograd import CrossEntropy, Inputs, evaluate, per_sample, total, with_experts
 from lgla_losses.kernels.blockwise import Blockwise
 from lgla_losses.kernels.linear import LinearCrossEntropy
 
@@ -40,28 +33,36 @@ def _engine(backend: str, device: torch.device) -> Engine:
     return autograd.engine_for(backend, device) or chunked
 
 
-def _define(name: str, schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """Define an operator: what computes it, and what result a compiler expects."""
+def _define(
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    shapes: Callable[..., Any],
+    gradients: Callable[..., Any],
+    save: Callable[..., None] | None = None,
+) -> None:
+    """Define an operator: what computes it, what result a compiler expects, and how autograd goes on."""
     _OPERATORS.define(f"{name}({schema}", tags=_IN_ORDER)
     _OPERATORS.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lgla_losses::{name}", shapes, lib=_OPERATORS)
+    torch.library.register_autograd(f"lgla_losses::{name}", gradients, setup_context=save, lib=_OPERATORS)
 
 
 # --- Eq. 9 of logits ----------------------------------------------------------------------------------------
 
 
-def fused_loss(logits: Sequence[Tensor], *rows: Any, backend: str) -> Tensor:
-    """Compute Eq. 9 for logits ``[*B, k, C]`` from the fields of ``Rows``, with an engine that can run."""
+def fused_loss(logits: Sequence[Tensor], rows: Rows, backend: str) -> Tensor:
+    """Compute Eq. 9 for logits ``[*B, k, C]``, with an engine that can run."""
     constants = [value for value in rows if isinstance(value, Tensor)]
     why = None if backend == "reference" else unfit(*logits, *constants)
-    if backend != "reference" and any(v.requires_grad for v in constants if v is not rows[3]):  # the divisor
+    if backend != "reference" and any(v.requires_grad for v in constants if v is not rows.divisor):
         why = "the table and weights are constant to it, and one wants a gradient"
     if why is not None:
         autograd.without_engine(backend, why)
     engine = autograd.engine_for(backend, logits[0].device) if why is None else None
     if logits[0].dim() > 3 and engine is not None:
         engine = None if torch.compiler.is_compiling() else Blockwise(engine)
-    return evaluate(engine, Rows(*rows), logits, CrossEntropy, cross_entropies, backend)
+    return evaluate(engine, rows, logits, CrossEntropy, cross_entropies, backend)
 
 
 class _Call(NamedTuple):
@@ -79,35 +80,18 @@ class _Call(NamedTuple):
 
 def cross_entropies(logits: Inputs, rows: Rows, backend: str) -> Tensor:
     """Compute Eq. 9 for logits ``[N, k, C]``, with one operator call for each tensor."""
-    parts, begin = [], 0
+    losses: list[Tensor] = []
+    begin = 0
     for block in logits if logits[0].dim() > 2 else with_experts(logits):
         experts = slice(begin, begin := begin + block.shape[1])
-        own = rows._replace(
+        own = with_fields(
+            rows,
             table=None if rows.table is None else rows.table[experts],
             weights=None if rows.weights is None else rows.weights[:, experts],
         )
-        parts.append(_operator(block, own, backend))
-    return functools.reduce(torch.add, parts)
-
-
-def _operator(logits: Tensor, rows: Rows, backend: str) -> Tensor:
-    """Call the operator of Eq. 9 for logits ``[N, K, C]``."""
-    # Field by field: the compiler of PyTorch 2.6 takes no slice of a named tuple.
-    loss: Tensor = torch.ops.lgla_losses.cross_entropy(
-        logits,
-        rows.target,
-        rows.table,
-        rows.weights,
-        rows.divisor,
-        rows.class_weight,
-        rows.margin,
-        rows.ignore_index,
-        rows.label_smoothing,
-        rows.gamma,
-        rows.reduce,
-        backend,
-    )[0]
-    return loss
+        loss, _ = torch.ops.lgla_losses.cross_entropy(block, *own, backend)
+        losses.append(loss)
+    return functools.reduce(torch.add, losses)
 
 
 def _cross_entropy(*arguments: Any) -> tuple[Tensor, Tensor | None]:
@@ -164,16 +148,15 @@ _define(
     f"Tensor logits, {_ROWS}, str backend) -> (Tensor, Tensor)",
     _cross_entropy,
     _cross_entropy_shapes,
+    _gradients,
+    _save,
 )
 _define(
     "cross_entropy_backward",
     f"Tensor upstream, Tensor state, Tensor logits, {_ROWS}, str backend) -> Tensor",
     _cross_entropy_backward,
     lambda upstream, state, logits, *_: torch.empty_like(logits),
-)
-torch.library.register_autograd("lgla_losses::cross_entropy", _gradients, setup_context=_save, lib=_OPERATORS)
-torch.library.register_autograd(
-    "lgla_losses::cross_entropy_backward", _refuse_second_derivative, lib=_OPERATORS
+    _refuse_second_derivative,
 )
 
 
@@ -183,9 +166,7 @@ torch.library.register_autograd(
 class _LinearCall(NamedTuple):
     """Name the arguments of the operator of the linear loss."""
 
-    features: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    inputs: tuple[Tensor, Tensor, Tensor | None]
     rows: Rows
     scale: float | None
     backend: str
@@ -193,40 +174,24 @@ class _LinearCall(NamedTuple):
     @classmethod
     def of(cls, features: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> _LinearCall:
         *rows, scale, backend = arguments
-        return cls(features, weight, bias, Rows(*rows), scale, backend)
+        return cls((features, weight, bias), Rows(*rows), scale, backend)
 
     def problem(self) -> LinearCrossEntropy:
-        return LinearCrossEntropy(_engine(self.backend, self.features.device), self.rows, self.scale)
+        return LinearCrossEntropy(_engine(self.backend, self.inputs[0].device), self.rows, self.scale)
 
 
 def linear_cross_entropy(
     inputs: Sequence[Tensor | None], rows: Rows, backend: str, *, scale: float | None
 ) -> Tensor:
     """Compute Eq. 9 from features ``[N, K, d]``, weights ``[K, C, d]`` and a bias ``[K, C]`` or None."""
-    features, weight, bias = inputs
-    losses: Tensor = torch.ops.lgla_losses.linear_cross_entropy(
-        features,
-        weight,
-        bias,
-        rows.target,
-        rows.table,
-        rows.weights,
-        None,
-        rows.class_weight,
-        rows.margin,
-        rows.ignore_index,
-        rows.label_smoothing,
-        rows.gamma,
-        False,
-        scale,
-        backend,
-    )
+    own = with_fields(rows, divisor=None, reduce=False)
+    losses: Tensor = torch.ops.lgla_losses.linear_cross_entropy(*inputs, *own, scale, backend)
     return total(losses, rows.divisor) if rows.reduce else losses
 
 
 def _linear(*arguments: Any) -> Tensor:
     call = _LinearCall.of(*arguments)
-    return call.problem().run((call.features, call.weight, call.bias), (False, False, False))[0]
+    return call.problem().run(call.inputs, (False, False, False))[0]
 
 
 def _linear_shape(features: Tensor, *_: object) -> Tensor:
@@ -235,23 +200,21 @@ def _linear_shape(features: Tensor, *_: object) -> Tensor:
 
 def _linear_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = _LinearCall.of(*arguments)
-    wanted = True, True, call.bias is not None
-    found = call.problem().gradients((call.features, call.weight, call.bias), upstream, None, wanted)
+    wanted = True, True, call.inputs[2] is not None
+    found = call.problem().gradients(call.inputs, upstream, None, wanted)
     return tuple(upstream.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
-def _linear_backward_shapes(
-    upstream: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, *_: object
-) -> tuple[Tensor, ...]:
+def _linear_backward_shapes(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     absent = upstream.new_empty(0)
-    return tuple(absent if v is None else v.new_empty(v.shape) for v in (features, weight, bias))
+    return tuple(absent if v is None else v.new_empty(v.shape) for v in _LinearCall.of(*arguments).inputs)
 
 
 def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     call = _LinearCall.of(*inputs)
     ctx.options, ctx.scale, ctx.backend = tuple(call.rows)[OPTIONS], call.scale, call.backend
-    ctx.has_bias = call.bias is not None
-    ctx.save_for_backward(call.features, call.weight, call.bias, *tuple(call.rows)[TENSORS])
+    ctx.has_bias = call.inputs[2] is not None
+    ctx.save_for_backward(*call.inputs, *tuple(call.rows)[TENSORS])
 
 
 def _linear_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -262,16 +225,13 @@ def _linear_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _LINEAR = f"Tensor features, Tensor weight, Tensor? bias, {_ROWS}, float? scale, str backend"
-_define("linear_cross_entropy", f"{_LINEAR}) -> Tensor", _linear, _linear_shape)
+_define(
+    "linear_cross_entropy", f"{_LINEAR}) -> Tensor", _linear, _linear_shape, _linear_gradients, _linear_save
+)
 _define(
     "linear_cross_entropy_backward",
     f"Tensor upstream, {_LINEAR}) -> (Tensor, Tensor, Tensor)",
     _linear_backward,
     _linear_backward_shapes,
-)
-torch.library.register_autograd(
-    "lgla_losses::linear_cross_entropy", _linear_gradients, setup_context=_linear_save, lib=_OPERATORS
-)
-torch.library.register_autograd(
-    "lgla_losses::linear_cross_entropy_backward", _refuse_second_derivative, lib=_OPERATORS
+    _refuse_second_derivative,
 )

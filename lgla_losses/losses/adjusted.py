@@ -234,7 +234,6 @@ class AdjustedLoss(ConstantBuffers, Loss):
             multiplier = self.constant("multiplier").to(functional.compute_dtype(logits[0].dtype))
             logits = [block * multiplier for block in logits]
         num_experts = len(logits) if batch.of_one else logits[0].shape[-2]
-        weights = None if batch.sample_weight is None else batch.weights_of_experts(num_experts)
         rows = self._rows(
             engine,
             batch,
@@ -242,7 +241,7 @@ class AdjustedLoss(ConstantBuffers, Loss):
             normalizer,
             counted=class_weight if self._divides_by_weights else None,
             table=None if table is None else table.expand(num_experts, -1),
-            weights=weights,
+            weights=batch.weights_of_experts(num_experts),
             class_weight=class_weight,
             margin=margin,
             gamma=self.focusing,

@@ -22,15 +22,6 @@ from lgla_losses._counts import ArrayLike, as_class_weight
 from lgla_losses.adjustment import check_tau
 from lgla_losses.losses.adjusted import AdjustedLoss, Options
 
-__all__ = [
-    "BalancedSoftmaxLoss",
-    "ClassBalancedLoss",
-    "FocalLoss",
-    "LDAMLoss",
-    "LogitAdjustedLoss",
-    "VSLoss",
-]
-
 
 class FocalLoss(AdjustedLoss):
     r"""Focal loss: samples that are easy already weigh less.
