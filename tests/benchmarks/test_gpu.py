@@ -373,6 +373,7 @@ def test_scripts_find_the_package_of_a_checkout_that_nobody_has_installed(bare, 
     assert done.stdout.startswith("usage: ")
 
 
+@pytest.mark.slow
 def test_a_run_of_the_paper_there_ends_with_its_record(bare, tmp_path):
     images = tmp_path / "images.npz"
     bare.run(sys.executable, bare.checkout / "benchmarks" / "random_images.py", images)

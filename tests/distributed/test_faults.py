@@ -69,6 +69,7 @@ def test_a_killed_run_ends_as_one_left_alone(kind, data, tmp_path):
     assert "in mid-training" in output
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job(data):
     status, output, seconds = torchrun("dies", data)
     assert status != 0

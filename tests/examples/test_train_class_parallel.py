@@ -22,7 +22,8 @@ def torchrun(*options):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
-@pytest.mark.parametrize("data_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("data_ranks", [1, 2])
+@pytest.mark.slow
 def test_it_learns(data_ranks):
     done = torchrun("--classes", 301, "--steps", 60, "--data-ranks", data_ranks)
     assert done.returncode == 0, done.stderr

@@ -56,6 +56,7 @@ def test_it_learns_and_logs_what_the_loss_does(digits, tmp_path, capsys):
     assert f"{logged['accuracy/all'][-1][1]:.4f}"[:5] in row
 
 
+@pytest.mark.slow
 def test_copied_alone_it_trains_on_long_tailed_digits_and_resumes(tmp_path):
     shutil.copy(ROOT / "examples" / "train_lightning.py", tmp_path)
     shim = ROOT / "tests" / "helpers" / "torchvision_shim.py"

@@ -41,7 +41,7 @@ FAMILIES = [
     Family("torchvision", "resnext50_32x4d", "layer4.2"),
     Family("torchvision", "wide_resnet50_2", "layer4.1", slow=True),
     Family("torchvision", "regnet_y_400mf", "trunk_output.block4"),
-    Family("torchvision", "convnext_tiny", "features.6"),
+    Family("torchvision", "convnext_tiny", "features.6", slow=True),
     Family("torchvision", "efficientnet_b0", "features.5"),
     Family("torchvision", "densenet121", "features.denseblock4.denselayer8"),
     Family("torchvision", "swin_t", "features.6"),

@@ -35,7 +35,9 @@ def test_without_sybil_pages_are_no_tests():
     assert "line:" not in done.stdout  # as sybil names code blocks
 
 
-@pytest.mark.parametrize("arguments", [(), ("-m", "cuda"), ("-m", "not cuda")])
+@pytest.mark.parametrize(
+    "arguments", [(), ("-m", "cuda"), pytest.param(("-m", "not cuda"), marks=pytest.mark.slow)]
+)
 def test_a_missing_package_is_an_error_but_where_tests_for_a_gpu_are_chosen(arguments):
     files = "tests/package/test_config_files.py", "tests/tools/test_monitor.py"
     done = run_without("jsonargparse", *arguments, "--collect-only", "-rs", *files)
