@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("data", type=Path, nargs="?", metavar="FILE.npz", help="the images; None is long-tailed digits")
+    add("data", type=Path, nargs="?", metavar="FILE.npz", help="the images; without it long-tailed digits")
     add("--epochs", type=positive, default=30, help="passes over the training data")
     add("--batch-size", type=positive, default=64, help="samples of a step and device")
     add("--lr", type=float, default=0.1, help="highest learning rate")

@@ -290,6 +290,19 @@ ADJUSTED(double)
         for (int64_t j = 0; j < C; j++)                                                                 \
             gradient[j * to] = VARIANT(to_##NAME)(factor * kept[j] - (pull ? shift * pull[j] : shift)); \
     }                                                                                                   \
+    /* The gradient of a row, from its exponentials if they are kept, else from its logits. */          \
+    static NOINLINE void VARIANT(derive_##NAME)(V *gradient, const Expert *of, const A *kept, const V *v,\
+                                                const A *table, A max, A factor, A shift, const A *pull,\
+                                                int64_t C) {                                            \
+        if (kept && of->gc == 1)                                                                        \
+            VARIANT(scale_##NAME)(gradient, 1, kept, factor, shift, pull, C);                           \
+        else if (kept)                                                                                  \
+            VARIANT(scale_##NAME)(gradient, of->gc, kept, factor, shift, pull, C);                      \
+        else if (of->vc == 1 && of->gc == 1)                                                            \
+            VARIANT(write_##NAME)(gradient, 1, v, 1, table, max, factor, shift, pull, C);               \
+        else                                                                                            \
+            VARIANT(write_##NAME)(gradient, of->gc, v, of->vc, table, max, factor, shift, pull, C);     \
+    }                                                                                                   \
     static void VARIANT(clear_##NAME)(V *gradient, int64_t to, int64_t C) {                             \
         for (int64_t j = 0; j < C; j++) gradient[j * to] = 0;                                           \
     }                                                                                                   \
@@ -309,7 +322,6 @@ ADJUSTED(double)
             const V *v = (const V *)of->logits + n * of->vn;                                            \
             V *gradient = of->gradient ? (V *)of->gradient + n * of->gn : NULL;                         \
             A *state = (A *)b->state + 2 * nk;                                                          \
-            const int dense = of->vc == 1, dense_gradient = of->gc == 1;                                \
                                                                                                         \
             if (y == b->ignore_index || y < 0 || y >= C) {                                              \
                 if (b->result)                                                                          \
@@ -354,14 +366,7 @@ ADJUSTED(double)
                     scale *= slope;                                                                     \
                 }                                                                                       \
                 const A factor = (A)(scale / sum), shift = (A)(scale * e / C);                          \
-                if (b->result && dense_gradient)                                                        \
-                    VARIANT(scale_##NAME)(gradient, 1, x, factor, shift, NULL, C);                      \
-                else if (b->result)                                                                     \
-                    VARIANT(scale_##NAME)(gradient, of->gc, x, factor, shift, NULL, C);                 \
-                else if (dense && dense_gradient)                                                       \
-                    VARIANT(write_##NAME)(gradient, 1, v, 1, table, max, factor, shift, NULL, C);       \
-                else                                                                                    \
-                    VARIANT(write_##NAME)(gradient, of->gc, v, of->vc, table, max, factor, shift, NULL, C);\
+                VARIANT(derive_##NAME)(gradient, of, b->result ? x : NULL, v, table, max, factor, shift, NULL, C);\
                 const double p = (b->result ? x[y] : VARIANT(exp_##A)(own - max)) / sum;                \
                 gradient[y * of->gc] = VARIANT(to_##NAME)((A)(scale * (p - (1 - e) - e / C)));          \
             }                                                                                           \
@@ -393,7 +398,6 @@ ADJUSTED(double)
             const V *v = (const V *)of->logits + n * of->vn;                                            \
             V *gradient = of->gradient ? (V *)of->gradient + n * of->gn : NULL;                         \
             A *state = (A *)b->state + 2 * row;                                                         \
-            const int dense = of->vc == 1, dense_gradient = of->gc == 1;                                \
             const A *table = tables + k * pitch, *pull = r;                                             \
             if (n != sample) {                                                                          \
                 sample = n;                                                                             \
@@ -453,14 +457,7 @@ ADJUSTED(double)
                                                                                                         \
             const A factor = (A)(scale * pulled / (A)sum), shift = is_few ? 0 : (A)scale;               \
             if (is_few) pull = NULL;                                                                    \
-            if (b->result && dense_gradient)                                                            \
-                VARIANT(scale_##NAME)(gradient, 1, x, factor, shift, pull, C);                          \
-            else if (b->result)                                                                         \
-                VARIANT(scale_##NAME)(gradient, of->gc, x, factor, shift, pull, C);                     \
-            else if (dense && dense_gradient)                                                           \
-                VARIANT(write_##NAME)(gradient, 1, v, 1, table, max, factor, shift, pull, C);           \
-            else                                                                                        \
-                VARIANT(write_##NAME)(gradient, of->gc, v, of->vc, table, max, factor, shift, pull, C); \
+            VARIANT(derive_##NAME)(gradient, of, b->result ? x : NULL, v, table, max, factor, shift, pull, C);\
             for (int64_t i = 0; i < few; i++) {                                                         \
                 const int64_t j = classes[i];                                                           \
                 const A e = b->result ? x[j] : VARIANT(exp_##A)(adjusted[i] - max);                     \
