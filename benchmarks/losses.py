@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
 import importlib.metadata
 import json
 import os
@@ -21,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -92,20 +91,18 @@ def _kinds_of(shape: Shape) -> tuple[Cell, ...]:
 
 def _on_cuda() -> list[Job]:
     """Most wanted first, as time may run out."""
-    small = (Cell(LOGITS[0], launches=True), *_kinds_of(LOGITS[0]))
     large, thousand = Cell(LARGE, _BOTH, _SLOW), Cell(LOGITS[1])
+    small = [Cell(LOGITS[0], launches=True), *_kinds_of(LOGITS[0])]
     words = Cell(LOGITS[4], _BOTH, _SLOW)
     items = Cell(Shape("items", 1024, 3, 100_000, 512), _BF16, _COMPILED_LINEAR[:1])
-    wanted = [Job((large,), EAGER), Job(small, EAGER), Job((thousand,), EAGER), Job((words,), EAGER)]
-    wanted += [Job((items,), EAGER), Job((items,), COMPILED), Job(small, COMPILED), Job((large,), COMPILED)]
     others = [
         Cell(LOGITS[2], _BOTH, _SLOW),
         Cell(LOGITS[3], _BOTH, _SLOW),
         Cell(Shape("words", 256, 3, 50_000, 256)),
-        Cell(Shape("items", 1024, 3, 1_000_000, 128), _BF16),
     ]
-    wanted += [Job((cell,), EAGER) for cell in others]
-    return wanted + [Job((cell,), COMPILED) for cell in (thousand, words, *others)]
+    wanted = [Job((cell,), EAGER) for cell in (large, *small, words, items, thousand)]
+    wanted += [Job((cell,), COMPILED) for cell in (*small, items, large, thousand, words)]
+    return wanted + [Job((cell,), part) for part in (EAGER, COMPILED) for cell in others]
 
 
 SUITES = {
@@ -140,7 +137,7 @@ QUICK = [
     Job((TINY,), COMPILED),
     Job((Cell(Shape("tiny", 16, 3, 20, 8), _F32, _COMPILED_LINEAR),)),
 ]
-EFFORT = {"cpu": measure.Effort(4.0, 5, 100), "cuda": measure.Effort(2.0, 20, 50)}
+EFFORT = {"cpu": measure.Effort(4.0, 5, 100), "cuda": measure.Effort(0.6, 20, 50)}
 QUICK_EFFORT = measure.Effort(0.0, 2, 2)
 
 
@@ -173,15 +170,44 @@ class Found(NamedTuple):
         write_whole(path, json.dumps(self._asdict()))
 
 
-def measure_job(job: Job, setting: Setting, found: Found, save: Callable[[], None]) -> None:
-    """Add the rows of a job, a type after another; what fails leaves the rest alone."""
+class Prepared(NamedTuple):
+    """Columns of a shape and a type that have run once."""
+
+    cell: Cell
+    dtype: torch.dtype
+    columns: list[Column]
+    batches: list[peers.Batch]
+    found: dict[str, measure.Measured]
+    steps: dict[str, Step]
+
+
+def prepare(job: Job, device: str, compiler: str, problems: list[str]) -> Iterator[Prepared]:
+    """Compile and run once, a type of a shape after another; what fails leaves the rest alone."""
     for cell in job.cells:
+        columns, shape = _columns(cell, job.part, device, compiler), cell.shape
+        if job.part == COMPILED and len(columns) < 2:
+            continue
         for dtype in cell.dtypes:
             try:
-                found.rows.extend(measure_cell(cell, dtype, job.part, setting, found.problems))
+                sets = measure.number_of_sets(shape, dtype, device)
+                batches = kinds.make_batches(shape, dtype, device, sets)
+                found, steps = measure.warm_up(columns, batches[0], shape, device)
             except Exception as error:
-                found.problems.append(_told(error, f"{cell.shape.label}, {_name(dtype)}"))
-            save()
+                problems.append(_told(error, f"{shape.label}, {_name(dtype)}"))
+            else:
+                yield Prepared(cell, dtype, columns, batches, found, steps)
+
+
+def measure_job(
+    job: Job, ready: Iterable[Prepared], setting: Setting, found: Found, save: Callable[[], None]
+) -> None:
+    """Add the rows of a job, a type after another; what fails leaves the rest alone."""
+    for prepared in ready:
+        try:
+            found.rows.extend(measure_cell(prepared, job.part, setting, found.problems))
+        except Exception as error:
+            found.problems.append(_told(error, f"{prepared.cell.shape.label}, {_name(prepared.dtype)}"))
+        save()
     if not setting.on_gpu or job.part == COMPILED:
         return
 
@@ -201,9 +227,9 @@ def _told(error: Exception, where: str) -> str:
     return f"{where}: {measure.reason(error)}"
 
 
-def _columns(cell: Cell, part: str, setting: Setting) -> list[Column]:
+def _columns(cell: Cell, part: str, device: str, compiler: str) -> list[Column]:
     """The columns of a part; compiled ones beside the plain loop, their yardstick."""
-    columns = kinds.columns_for(cell.shape, setting.device, setting.compiler)
+    columns = kinds.columns_for(cell.shape, device, compiler)
     columns = [column for column in columns if column.name not in cell.without]
     if part == EAGER:
         return [column for column in columns if not column.compiled]
@@ -212,19 +238,11 @@ def _columns(cell: Cell, part: str, setting: Setting) -> list[Column]:
     return columns
 
 
-def measure_cell(
-    cell: Cell, dtype: torch.dtype, part: str, setting: Setting, problems: list[str]
-) -> list[Row]:
+def measure_cell(prepared: Prepared, part: str, setting: Setting, problems: list[str]) -> list[Row]:
     """The rows of a shape and a type."""
-    columns, shape = _columns(cell, part, setting), cell.shape
-    if part == COMPILED and len(columns) < 2:
-        return []
-    if any(column.compiled for column in columns):
-        torch.compiler.reset()
-    device = setting.device
-    sets = measure.number_of_sets(shape, dtype, device)
-    batches = kinds.make_batches(shape, dtype, device, sets)
-    found, steps = measure.time_columns(columns, batches, shape, device, setting.effort)
+    cell, dtype, columns, batches, found, steps = prepared
+    shape = cell.shape
+    measure.time_columns(found, steps, batches, setting.device, setting.effort)
     plain = found[peers.PLAIN].milliseconds
     like = _like(shape, dtype)
     rows = []
@@ -347,7 +365,8 @@ def _graph_rows(cell: Cell, dtype: torch.dtype, setting: Setting, found: Found) 
     steps: dict[str, Step] = {}  # what the graphs read must stay where it is
     numbers: dict[str, int | None] = {}
     wanted = (*report.DEFAULTS, peers.PLAIN)
-    columns = [column for column in _columns(cell, EAGER, setting) if column.name in wanted]
+    columns = _columns(cell, EAGER, setting.device, setting.compiler)
+    columns = [column for column in columns if column.name in wanted]
     for column in columns:
         try:
             steps[column.name] = step = column.make(cell.shape, setting.device)
@@ -403,24 +422,39 @@ def _add_launches(rows: list[Row], like: dict[str, str], column: str, number: in
 
 def work(job: Job, options: argparse.Namespace) -> int:
     """Measure one job, in a process of its own, and keep what it finds in a file."""
-    if job.part == COMPILED and not options.quick:
-        importlib.import_module("torch._inductor.compile_fx")  # seconds, which need not wait
+    kind = torch.device(options.device).type
+    if kind == "cuda":
+        torch.cuda.set_device(torch.device(options.device).index or 0)
+    compiler = "eager" if options.quick else "inductor"
+    found = Found({}, [], [])
+    ready: Iterable[Prepared] = prepare(job, options.device, compiler, found.problems)
+    if _is_ahead(options):
+        ready = list(ready)
+        if kind == "cuda":
+            torch.cuda.empty_cache()  # others need it
+    _ready_file(options.rows).touch()
     word = sys.stdin.readline()
     if not word:
         return 1  # whoever started this is gone
 
     start = time.perf_counter()
-    kind = torch.device(options.device).type
-    if kind == "cuda":
-        torch.cuda.set_device(torch.device(options.device).index or 0)
     bandwidth = float(word) or _bandwidth(options.device, options.quick)
-    machine = {"device": measure.device_name(options.device), "copy_gb_per_s": _rounded(bandwidth / 1e9)}
-    found = Found(machine, [], [])
+    found.machine.update(device=measure.device_name(options.device), copy_gb_per_s=_rounded(bandwidth / 1e9))
     effort = QUICK_EFFORT if options.quick else EFFORT[kind]
-    setting = Setting(options.device, effort, "eager" if options.quick else "inductor", bandwidth)
-    measure_job(job, setting, found, lambda: found.save(options.rows))
+    setting = Setting(options.device, effort, compiler, bandwidth)
+    measure_job(job, ready, setting, found, lambda: found.save(options.rows))
     print(f"{job.label}: {time.perf_counter() - start:.0f} s", flush=True)
     return 0
+
+
+def _is_ahead(options: argparse.Namespace) -> bool:
+    """Whether all processes compile before any measures: on a CPU that would be beside a measurement."""
+    return bool(options.quick) or torch.device(options.device).type == "cuda"
+
+
+def _ready_file(rows: Path) -> Path:
+    """The file that a process makes when it only waits for its turn."""
+    return rows.with_suffix(".ready")
 
 
 def _bandwidth(device: str, quick: bool) -> float:
@@ -444,9 +478,12 @@ def run(options: argparse.Namespace, path: Path, console: Console) -> Record:
         files = [Path(folder) / f"{number}.json" for number in range(len(jobs))]
         commands = [_command(number, file, options) for number, file in enumerate(files)]
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "PYTHONUNBUFFERED": "1"}
-        # Not beside a measurement on the same processor.
-        ahead = options.quick or record["kind"] == "cuda"
-        with Workers(commands, environment, ahead) as workers:
+        if _is_ahead(options):
+            environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # there are processes enough
+        with Workers(commands, environment) as workers:
+            if _is_ahead(options):
+                workers.prepare([_ready_file(file) for file in files], options.seconds / 2)
+                console.print(f"all compiled: {time.perf_counter() - start:.0f} s", highlight=False)
             for number, job in enumerate(jobs):
                 left = options.seconds - (time.perf_counter() - start)
                 if took and left < statistics.median(took[-3:]):
@@ -469,10 +506,10 @@ def run(options: argparse.Namespace, path: Path, console: Console) -> Record:
 
 
 class Workers:
-    """Processes that run one after another; the next may load its modules ahead, and waits for its turn."""
+    """Processes that run one after another; they may get ready together, and then wait for their turns."""
 
-    def __init__(self, commands: list[list[str]], environment: dict[str, str], ahead: bool) -> None:
-        self.commands, self.environment, self.ahead = commands, environment, ahead
+    def __init__(self, commands: list[list[str]], environment: dict[str, str]) -> None:
+        self.commands, self.environment = commands, environment
         self.processes: dict[int, subprocess.Popen[str]] = {}
 
     def __enter__(self) -> Self:
@@ -480,13 +517,22 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes.values():
+            process.terminate()
+        for process in self.processes.values():
             _stop(process)
+
+    def prepare(self, ready: list[Path], seconds: float) -> None:
+        """Start all, and wait so many seconds at most until each has made its file or has ended."""
+        until = time.perf_counter() + seconds
+        waiting = [(self._started(number), file) for number, file in enumerate(ready)]
+        while waiting and time.perf_counter() < until:
+            waiting = [(process, file) for process, file in waiting if process.poll() is None]
+            waiting = [(process, file) for process, file in waiting if not file.exists()]
+            time.sleep(0.05)
 
     def run(self, number: int, word: str, seconds: float) -> str:
         """Tell a process to begin; how it ended, if not well. It is stopped when time is up."""
         process = self._started(number)
-        if self.ahead and number + 1 < len(self.commands):
-            self._started(number + 1)
         assert process.stdin is not None
         try:
             with suppress(BrokenPipeError):  # it has ended already, and its status says how

@@ -105,30 +105,36 @@ def number_of_sets(shape: Shape, dtype: torch.dtype, device: str) -> int:
     return min(_MOST_SETS, 1 + 2 * cache // size)
 
 
-def time_columns(
-    columns: list[peers.Column], batches: list[Batch], shape: Shape, device: str, effort: Effort
+def warm_up(
+    columns: list[peers.Column], batch: Batch, shape: Shape, device: str
 ) -> tuple[dict[str, Measured], dict[str, Step]]:
-    """All columns of a cell in turn, in a new order every time, after a step of warm-up each.
+    """A first step of all columns of a cell.
 
     Returns:
-        The times by column, and the steps of those that ran. One that fails leaves the others alone.
+        What the times go into, by column, and the steps of those that ran. One that fails leaves the others
+        alone.
     """
-    cuda = peers.on_gpu(device)
-    steps: dict[str, Step] = {}
     found: dict[str, Measured] = {}
+    steps: dict[str, Step] = {}
     for column in columns:
         try:
-            step, first = _warm_up(column, batches[0], shape, device)
+            step, first = _warm_up(column, batch, shape, device)
         except Exception as error:
             found[column.name] = _failure(error, f"{shape.label}, {column.name}")
             continue
         finally:
-            without_gradients(batches[0])
+            without_gradients(batch)
         steps[column.name] = step
-        phases = [FORWARD] * (step.forward is not None) + [TRAIN] + [DEVICE] * cuda
+        phases = [FORWARD] * (step.forward is not None) + [TRAIN] + [DEVICE] * peers.on_gpu(device)
         seconds = first / 1e3 if column.compiled else None
         found[column.name] = Measured({phase: [] for phase in phases}, seconds)
+    return found, steps
 
+
+def time_columns(
+    found: dict[str, Measured], steps: dict[str, Step], batches: list[Batch], device: str, effort: Effort
+) -> None:
+    """Time the steps in turn, in a new order every time; what fails is out."""
     start = time.perf_counter()
     turns = itertools.cycle(batches)
     order = random.Random(0)
@@ -140,10 +146,9 @@ def time_columns(
             try:
                 _take_turn(step, batch, found[name].milliseconds, device)
             except Exception as error:
-                found[name] = _failure(error, f"{shape.label}, {name}")
+                found[name] = _failure(error, name)
                 del steps[name]
             without_gradients(batch)
-    return found, steps
 
 
 def _warm_up(column: peers.Column, batch: Batch, shape: Shape, device: str) -> tuple[Step, float]:

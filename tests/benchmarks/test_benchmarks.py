@@ -326,7 +326,9 @@ def job_on_stand_in(tmp_path, part, *cells):
     setting = benchmark.Setting("cpu", benchmark.QUICK_EFFORT, "eager", 1e9)
     found = benchmark.Found({}, [], [])
     path = tmp_path / "rows.json"
-    benchmark.measure_job(benchmark.Job(cells, part), setting, found, lambda: found.save(path))
+    job = benchmark.Job(cells, part)
+    ready = benchmark.prepare(job, setting.device, setting.compiler, found.problems)
+    benchmark.measure_job(job, ready, setting, found, lambda: found.save(path))
     assert json.loads(path.read_text())["rows"] == found.rows
     return found
 
@@ -364,7 +366,8 @@ def test_a_process_measures_on_the_gpu_that_is_named(
     stand_in_gpu, monkeypatch, tmp_path, tiny, device, index
 ):
     measured = []
-    monkeypatch.setattr(benchmark, "measure_job", lambda job, setting, *_: measured.append(setting.device))
+    monkeypatch.setattr(benchmark, "prepare", lambda *_: [])
+    monkeypatch.setattr(benchmark, "measure_job", lambda job, ready, setting, *_: measured.append(setting.device))
     monkeypatch.setattr(sys, "stdin", io.StringIO("1e12\n"))
     options = SimpleNamespace(device=device, quick=False, rows=tmp_path / "rows.json")
     assert benchmark.work(benchmark.Job([tiny], "uncompiled columns"), options) == 0
@@ -420,7 +423,8 @@ def test_a_column_that_breaks_later_is_a_row_with_a_note_too(tiny):
     weak = contestants.Column("weak", lambda shape, device: contestants.Step(None, train))
     plain = contestants.columns_for(tiny.shape, "cpu", "eager")[2]
     batches = contestants.make_batches(tiny.shape, torch.float32, "cpu")
-    found, steps = measure.time_columns([weak, plain], batches, tiny.shape, "cpu", measure.Effort(0.0, 5, 5))
+    found, steps = measure.warm_up([weak, plain], batches[0], tiny.shape, "cpu")
+    measure.time_columns(found, steps, batches, "cpu", measure.Effort(0.0, 5, 5))
     assert found["weak"] == ({}, None, "failed: RuntimeError: worn out", True)
     assert list(steps) == [plain.name]
     assert len(found[plain.name].milliseconds["forward"]) == 5
@@ -430,7 +434,7 @@ def test_a_run_that_is_ended_keeps_what_it_has(tmp_path):
     path = tmp_path / "record.json"
     command = [sys.executable, ROOT / "benchmarks" / "losses.py", "--quick", "--out", path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline().startswith("tiny 16 x 3 x 20")
+        assert process.stdout.readline().startswith("all compiled")
         while not path.exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)

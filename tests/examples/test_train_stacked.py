@@ -228,10 +228,10 @@ def test_methods_are_the_paper_s():
         "softmax": (3, "softmax", False, None),
         "balms1": (1, "balanced", False, None),
         "balms3": (3, "balanced", False, None),
-        "cla": (3, "lgla", False, 2.5),
-        "lgla": (3, "lgla", True, 2.5),
+        "cla": (3, "lgla", False, 3.0),
+        "lgla": (3, "lgla", True, 3.0),
         "lgla2": (3, "lgla", True, 2.0),
-        "lgla3": (3, "lgla", True, 3.0),
+        "lgla2.5": (3, "lgla", True, 2.5),
     }
     rates = stacked_runs.make_rates(said["lgla"], 2)
     assert rates[:10:2] == pytest.approx([0.0333, 0.0467, 0.06, 0.0733, 0.0867], abs=5e-5)
@@ -262,7 +262,7 @@ def test_a_command_trains_all_and_writes_what_tables_are_made_of(tmp_path):
     assert overview["seeds"][0]["form"] in overview["seeds"][0]["forms"]
     records = [read(out, method) for method in train_stacked.FIVE]
     table = paper_results.cells_table(records)
-    assert "| LGLA, tau = 2.5 |" in table
+    assert "| LGLA, tau = 3 |" in table
     assert "| BALMS x1 |" in table
     for record, k in zip(records, (3, 1, 3, 3, 3), strict=True):
         (one,) = record["runs"]
