@@ -831,11 +831,12 @@ def _forward_swept(
     num_experts: tl.constexpr, all_experts: tl.constexpr, num_classes: tl.constexpr,
     table_k: tl.constexpr, ignore_index: tl.constexpr, smoothing: tl.constexpr, gamma: tl.constexpr,
     reduce: tl.constexpr, align: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
-    group: tl.constexpr, lowest: tl.constexpr, flush: tl.constexpr,
+    group: tl.constexpr, ahead: tl.constexpr, lowest: tl.constexpr, flush: tl.constexpr,
 ):  # fmt: skip
     """Compute the same as :func:`_forward_streamed` with fewer instructions, for plain rows, one at a time.
 
     The loads of a ``group`` of blocks are under way together, and a lane looks for its maximum once a group.
+    With ``ahead`` they are so while the group before is computed with, across sweeps and rows as well.
     As in :func:`_forward_lean` the target's class is stored by itself.
     """
     tl.static_assert(rows == 1)
@@ -848,12 +849,16 @@ def _forward_swept(
     total = tl.zeros((), tl.float64)
     next_y = tl.load(target + (tl.program_id(0) // num_experts) * target_n)
     lanes = tl.arange(0, group)[:, None] * block + tl.arange(0, block)[None, :]
+    if ahead:
+        row = ((tl.program_id(0) // num_experts).to(tl.int64) * stride_n + k * stride_k) * align
+        loaded = _part(logits, row, lanes, next_y != ignore_index, num_classes, stride_c, False)
     for start in range(tl.program_id(0) // num_experts, num_samples, step):
         n = start + tl.zeros((), tl.int64)  # the interpreter's is a plain number
         y = next_y
         next_y = tl.load(target + (n + step) * target_n, mask=n + step < num_samples, other=ignore_index)
         valid = y != ignore_index
         row = (n * stride_n + k * stride_k) * align
+        next_row = ((n + step) * stride_n + k * stride_k) * align
         # Before the gradient, which may overwrite it.
         own = _target_logits(logits, table, margin, row, k, y, valid, num_classes, stride_c, table_k, dtype)
         factor = _factor(weights, n, k, True, weight_n, weight_k, dtype)
@@ -866,7 +871,13 @@ def _forward_swept(
         distances = tl.zeros([block], dtype)
         for i in range(num_groups):
             j = i * size + lanes
-            x = _swept(logits, table, row, k, j, valid, num_classes, stride_c, table_k, dtype, False)
+            if ahead:
+                x = _adjusted_part(loaded, table, k, j, num_classes, table_k, dtype)
+                later = tl.minimum(i + 1, num_groups - 1) * size + lanes
+                loaded = _part(logits, row, later, valid, num_classes, stride_c, False)
+            else:
+                values = _part(logits, row, j, valid, num_classes, stride_c, False)
+                x = _adjusted_part(values, table, k, j, num_classes, table_k, dtype)
             higher = tl.maximum(peaks, tl.max(x, axis=0))
             more = tl.sum(_exp(x - higher[None, :], flush), axis=0)
             exponentials = exponentials * _exp(peaks - higher, flush) + more
@@ -895,34 +906,47 @@ def _forward_swept(
             for i in range(num_groups):
                 j = (num_groups - 1 - i) * size + lanes
                 address = gradient + out_row + j.to(tl.int64) * out_c
-                x = _swept(logits, table, row, k, j, valid, num_classes, stride_c, table_k, dtype, True)
+                if ahead:
+                    x = _adjusted_part(loaded, table, k, j, num_classes, table_k, dtype)
+                    here = i + 1 < num_groups
+                    later = tl.maximum(num_groups - 2 - i, 0) * size + lanes
+                    at = tl.where(here, row, next_row)
+                    read = tl.where(here, valid, next_y != ignore_index)
+                    loaded = _part(logits, at, later, read, num_classes, stride_c, True)
+                else:
+                    values = _part(logits, row, j, valid, num_classes, stride_c, True)
+                    x = _adjusted_part(values, table, k, j, num_classes, table_k, dtype)
                 values = _exp(x - safe, flush) * scale + others
                 tl.store(address, values, mask=j < num_classes, eviction_policy="evict_first")
             tl.debug_barrier()
             value = _exp(own - peak, flush) * scale + (others - factor * (1.0 - smoothing))
             tl.store(gradient + out_row + y * out_c, value, mask=valid & (y >= 0) & (y < num_classes))
+        elif ahead:
+            loaded = _part(logits, next_row, lanes, next_y != ignore_index, num_classes, stride_c, False)
     if reduce:
         tl.store(losses + tl.program_id(0), total)
 
 
 @triton.jit
-def _swept(
-    logits, table, row, k, j, valid, num_classes: tl.constexpr, stride_c, table_k: tl.constexpr,
-    dtype: tl.constexpr, last: tl.constexpr,
-):  # fmt: skip
-    """Load logits of a row's classes j and add the adjustments; give -inf beyond the last class, and of ignored rows.
+def _part(logits, row, j, valid, num_classes: tl.constexpr, stride_c, last: tl.constexpr):
+    """Load logits of a row's classes j; give -inf beyond the last class, and of ignored rows.
 
     What is read again bypasses the L1 cache; what is read for the ``last`` time leaves the L2 cache first.
     """
     modifier: tl.constexpr = "" if last else ".cg"
     policy: tl.constexpr = "evict_first" if last else ""
     address = logits + row + j.to(tl.int64) * stride_c
-    values = tl.load(
-        address, mask=valid & (j < num_classes), other=-float("inf"), cache_modifier=modifier, eviction_policy=policy
-    ).to(dtype)
+    mask = valid & (j < num_classes)
+    return tl.load(address, mask=mask, other=-float("inf"), cache_modifier=modifier, eviction_policy=policy)
+
+
+@triton.jit
+def _adjusted_part(values, table, k, j, num_classes: tl.constexpr, table_k: tl.constexpr, dtype: tl.constexpr):
+    """Add the adjustments of the classes j."""
+    x = values.to(dtype)
     if table is not None:
-        values += tl.load(table + k * table_k + j, mask=j < num_classes, other=0.0).to(dtype)
-    return values
+        x += tl.load(table + k * table_k + j, mask=j < num_classes, other=0.0).to(dtype)
+    return x
 
 
 @triton.jit

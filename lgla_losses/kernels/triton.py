@@ -154,7 +154,7 @@ _LONG = {
     "lean": Tile(1, 4096, 16, 128, lean=True, group=2),
     "lean-3": Tile(1, 8192, 32, 64, lean=True, group=2),
     "lean-4": Tile(1, 2048, 8, 128, lean=True, group=2),
-    "lean-wide": Tile(1, 4096, 16, 128, lean=True, group=2),
+    "lean-wide": Tile(1, 4096, 16, 128, ahead=True, lean=True, group=2),
 }
 
 
@@ -611,7 +611,8 @@ def _form(
     if tile.lean and architecture is not None:
         if whole:
             return kernels._forward_lean, {"keep": tile.keep, "flush": flush}
-        return kernels._forward_swept, {"group": tile.group, "lowest": torch.finfo(dtype).min, "flush": flush}
+        more = {"group": tile.group, "ahead": tile.ahead, "lowest": torch.finfo(dtype).min, "flush": flush}
+        return kernels._forward_swept, more
     if whole:
         return kernels._forward, {"ahead": tile.ahead, "flush": flush}
     return kernels._forward_streamed, {"lowest": torch.finfo(dtype).min, "flush": flush}

@@ -255,7 +255,9 @@ class TestRowsOfSeveralBlocks:
     @pytest.fixture(autouse=True)
     def _small_blocks(self, plan, monkeypatch):
         lean = plan.startswith("lean")
-        tile = kernels.Tile(1, 8, 4, lean=True, group=2) if lean else kernels.Tile(1, 16, 4)
+        tile = kernels.Tile(1, 16, 4)
+        if lean:
+            tile = kernels.Tile(1, 8, 4, ahead=plan == "lean-wide", lean=True, group=2)
         monkeypatch.setattr(kernels, "forward_tile", lambda *_: tile)
 
     # Each is compiled anew on a GPU.
@@ -379,7 +381,7 @@ def test_rows_loaded_ahead_are_those_of_the_next_turn(rows, in_place, monkeypatc
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_rows_of_few_instructions(keep, in_place, smoothing, monkeypatch, close):
-    """Several turns of a program, of which each stores for the one before; exponentials as on NVIDIA."""
+    """Several turns of a program, of which each stores for the one before."""
     tile = kernels.Tile(1, 32, 4, lean=True, keep=keep)
     monkeypatch.setattr(kernels, "forward_tile", lambda *_: tile)
     monkeypatch.setattr(kernels, "_resident_programs", lambda *_: 6)
@@ -390,18 +392,17 @@ def test_rows_of_few_instructions(keep, in_place, smoothing, monkeypatch, close)
     logits[5, 1, :] = -float("inf")
     logits[5, 1, target[5]] = 2.0
     logits[6, 2, :] = torch.finfo(torch.float32).min
-    logits[7, 0, target[7]] = 1e38
+    logits[7, 0, target[7]] = 1e36
     table = -9 * torch.rand(3, 30, dtype=torch.float64, device=DEVICE)
     table[2] = 0.0
     leaf = torch.where((target == -100)[:, None, None], 0.0, logits.double()).requires_grad_()
     losses = functional.lgla_loss(leaf, target, table, None, label_smoothing=smoothing)
-    keep_out = torch.arange(19, device=DEVICE) != 7 if smoothing else torch.ones(19, dtype=torch.bool)
     losses.sum().backward()
 
     gradient = logits if in_place else torch.full_like(logits, float("nan"))
     rows = Rows(target, table, label_smoothing=smoothing)
-    found, state = kernels.forward([logits], rows, [gradient])
-    torch.testing.assert_close(found[keep_out].double(), losses[keep_out], rtol=1e-5, atol=2e-3)
+    found, _ = kernels.forward([logits], rows, [gradient])
+    torch.testing.assert_close(found.double(), losses, rtol=1e-5, atol=2e-3)
     torch.testing.assert_close(gradient.double(), leaf.grad, rtol=1e-5, atol=2e-3)
     usual = torch.arange(19, device=DEVICE) != 4  # there the interpreter, without an FMA, loses digits
     torch.testing.assert_close(gradient[usual].double(), leaf.grad[usual], rtol=1e-5, atol=1e-6)
