@@ -315,11 +315,7 @@ def _exp(x, flush: tl.constexpr):
 
     With ``flush``, on NVIDIA, it takes half the instructions and gives 0 below the normal numbers.
     """
-    if flush:
-        powers = _exp2(x * 1.4426950408889634, flush)
-    else:
-        powers = tl.exp(x)
-    return powers
+    return _exp2(x * 1.4426950408889634, flush) if flush else tl.exp(x)
 
 
 @triton.jit
@@ -941,7 +937,9 @@ def _part(logits, row, j, valid, num_classes: tl.constexpr, stride_c, last: tl.c
 
 
 @triton.jit
-def _adjusted_part(values, table, k, j, num_classes: tl.constexpr, table_k: tl.constexpr, dtype: tl.constexpr):
+def _adjusted_part(
+    values, table, k, j, num_classes: tl.constexpr, table_k: tl.constexpr, dtype: tl.constexpr
+):
     """Add the adjustments of the classes j."""
     x = values.to(dtype)
     if table is not None:

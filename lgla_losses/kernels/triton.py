@@ -53,8 +53,8 @@ __all__ = [
 #: Measured on an H200, at 4,096 x 3 x 8,142 in float32: 0.24 ms of 0.19 that a copy takes with two programs
 #: on a multiprocessor, 0.34 with one, which is what the registers of ``"0.1"`` may come to. Rows read ahead
 #: into shared memory took 0.26, as those that begin at 8 bytes are copied there in small pieces.
-#: Not measured yet: ``"ahead"``, ``"lean"`` and those like it, and longer rows, of which 26 MB wait for their second read at 50,000 classes
-#: in float32, instead of the 154 MB of ``"0.1"``, which no L2 cache holds.
+#: Not measured yet: ``"ahead"``, ``"lean"`` and those like it, and longer rows, of which 26 MB wait for their
+#: second read at 50,000 classes in float32, instead of the 154 MB of ``"0.1"``, which no L2 cache holds.
 PLANS = ("0.1", "resident", "ahead", "paired", "lean", "lean-3", "lean-4", "lean-wide")
 
 _plan = "resident"
@@ -147,8 +147,8 @@ _LEAN = {
     "lean-4": (32, 64, False),
     "lean-wide": (64, 128, False),
 }
-#: Tiles of longer rows by plan. A lean block has at least 8 elements a thread: of 16 bits these are one load, and
-#: no lane of several blocks then concerns two threads.
+#: Tiles of longer rows by plan. A lean block has at least 8 elements a thread: of 16 bits these are one load,
+#: and no lane of several blocks then concerns two threads.
 _LONG = {
     "paired": Tile(1, 2048, 16, 64),
     "lean": Tile(1, 4096, 16, 128, lean=True, group=2),
