@@ -331,6 +331,17 @@ def _exp2(x, flush: tl.constexpr):
 
 
 @triton.jit
+def _base(peak):
+    """Give log2(e), or where its product with ``peak`` would overflow a small number.
+
+    There logits that differ are so far apart that any will do.
+    """
+    usual = tl.full(peak.shape, 1.4426950408889634, peak.dtype)
+    small = tl.full(peak.shape, 5.421010862427522e-20, peak.dtype)
+    return tl.where(tl.abs(peak) > 1.7014118346046923e38, small, usual)
+
+
+@triton.jit
 def _class_constant(values, y, num_classes: tl.constexpr, dtype: tl.constexpr):
     """Load a constant ``[C]`` for the classes y; give 0 where y is no class."""
     return tl.load(values + y, mask=(y >= 0) & (y < num_classes), other=0.0).to(dtype)
@@ -634,8 +645,7 @@ def _forward_lean(
         next_own = _target_logits(
             logits, table, margin, row, k, next_y, known, num_classes, stride_c, table_k, dtype
         )
-        # Where the product with log2(e) would overflow, logits that differ are so far apart that any will do.
-        base = tl.where(tl.abs(peak) > 1.7014118346046923e38, 5.421010862427522e-20, 1.4426950408889634)
+        base = _base(peak)
         top = peak * base
         x = tl.fma(x, base, -top)
         exponentials = _exp2(x, flush)
@@ -897,7 +907,10 @@ def _forward_swept(
             out_row = (n * out_n + k * out_k) * align
             factor *= 1.0 / shares  # as backward has it
             factor = tl.where(valid, factor, 0.0)
-            scale = tl.where(valid, factor / sums, 0.0)
+            # As in _forward_lean.
+            base = _base(safe)
+            top = safe * base
+            scale = tl.where(valid, factor / (sums * _exp2(tl.fma(safe, base, -top), flush)), 0.0)
             others = -factor * (smoothing / num_classes)
             for i in range(num_groups):
                 j = (num_groups - 1 - i) * size + lanes
@@ -912,10 +925,10 @@ def _forward_swept(
                 else:
                     values = _part(logits, row, j, valid, num_classes, stride_c, True)
                     x = _adjusted_part(values, table, k, j, num_classes, table_k, dtype)
-                values = _exp(x - safe, flush) * scale + others
+                values = _exp2(tl.fma(x, base, -top), flush) * scale + others
                 tl.store(address, values, mask=j < num_classes, eviction_policy="evict_first")
             tl.debug_barrier()
-            value = _exp(own - peak, flush) * scale + (others - factor * (1.0 - smoothing))
+            value = _exp2(tl.fma(own, base, -top), flush) * scale + (others - factor * (1.0 - smoothing))
             tl.store(gradient + out_row + y * out_c, value, mask=valid & (y >= 0) & (y < num_classes))
         elif ahead:
             loaded = _part(logits, next_row, lanes, next_y != ignore_index, num_classes, stride_c, False)

@@ -152,7 +152,7 @@ _LEAN = {
 _LONG = {
     "paired": Tile(1, 2048, 16, 64),
     "lean": Tile(1, 4096, 16, 128, lean=True, group=2),
-    "lean-3": Tile(1, 8192, 32, 64, lean=True, group=2),
+    "lean-3": Tile(1, 2048, 8, 128, ahead=True, lean=True, group=2),
     "lean-4": Tile(1, 2048, 8, 128, lean=True, group=2),
     "lean-wide": Tile(1, 4096, 16, 128, ahead=True, lean=True, group=2),
 }
