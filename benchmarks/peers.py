@@ -392,7 +392,7 @@ def under(choice: Choice, loss: Loss) -> Loss:
 
 
 #: Plans of the Triton kernels that are measured beside the default, where there are more classes than these.
-OTHER_PLANS = ("0.1", "ahead", "paired")
+OTHER_PLANS = ("0.1", "ahead", "paired", "lean", "lean-3", "lean-4", "lean-wide")
 _PLANS_DIFFER = 2048
 
 

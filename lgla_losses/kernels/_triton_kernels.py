@@ -315,18 +315,30 @@ def _exp(x, flush: tl.constexpr):
 
     With ``flush``, on NVIDIA, it takes half the instructions and gives 0 below the normal numbers.
     """
+    return _exp2(x * 1.4426950408889634, flush) if flush else tl.exp(x)
+
+
+@triton.jit
+def _exp2(x, flush: tl.constexpr):
+    """Compute the power of 2; ``flush`` is that of :func:`_exp`."""
     if flush:
         powers = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;",
-            "=f,f",
-            [x * 1.4426950408889634],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        powers = tl.exp(x)
+        powers = tl.exp2(x)
     return powers
+
+
+@triton.jit
+def _base(peak):
+    """Give log2(e), or where its product with ``peak`` would overflow a small number.
+
+    There logits that differ are so far apart that any will do.
+    """
+    usual = tl.full(peak.shape, 1.4426950408889634, peak.dtype)
+    small = tl.full(peak.shape, 5.421010862427522e-20, peak.dtype)
+    return tl.where(tl.abs(peak) > 1.7014118346046923e38, small, usual)
 
 
 @triton.jit
@@ -575,6 +587,104 @@ def _forward(
 
 
 @triton.jit
+def _forward_lean(
+    logits, target, table, weights, divisor, class_weight, margin, losses, state, gradient,
+    num_samples, stride_n, stride_k, stride_c, out_n, out_k, out_c, target_n, weight_n, weight_k,
+    num_experts: tl.constexpr, all_experts: tl.constexpr, num_classes: tl.constexpr,
+    table_k: tl.constexpr, ignore_index: tl.constexpr, smoothing: tl.constexpr, gamma: tl.constexpr,
+    reduce: tl.constexpr, align: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
+    keep: tl.constexpr, flush: tl.constexpr,
+):  # fmt: skip
+    """Compute the same as :func:`_forward` with fewer instructions, for plain rows, one at a time.
+
+    A class takes one product for its exponential, a power of 2, and no comparison with the target: what the
+    target's class has beside the others is stored by itself, a turn later and behind a barrier. What is read
+    of a target is read a turn before. Without ``keep`` the table is read for every row.
+    """
+    tl.static_assert(rows == 1)
+    dtype: tl.constexpr = state.dtype.element_ty
+    k = (tl.program_id(0) % num_experts).to(tl.int64)
+    begin = tl.program_id(0) // num_experts
+    step = tl.num_programs(0) // num_experts
+    j = tl.arange(0, block)
+    inside = j < num_classes
+    offsets = j.to(tl.int64)
+    if keep:
+        adjustment = tl.ravel(_adjustment(table, k, j, num_classes, table_k, dtype, False))
+    shares = _divisor(divisor, dtype)
+    total = tl.zeros((), tl.float64)
+
+    n = begin.to(tl.int64)
+    row = (n * stride_n + k * stride_k) * align
+    y = tl.load(target + n * target_n, mask=n < num_samples, other=ignore_index)
+    factor = _factor(weights, n, k, n < num_samples, weight_n, weight_k, dtype)
+    known = y != ignore_index
+    own = _target_logits(logits, table, margin, row, k, y, known, num_classes, stride_c, table_k, dtype)
+    late = n < 0
+    late_place = n
+    late_value = tl.zeros((), dtype)
+    for start in range(begin, num_samples, step):
+        n = start + tl.zeros((), tl.int64)  # the interpreter's is a plain number
+        row = (n * stride_n + k * stride_k) * align
+        if not keep:
+            adjustment = tl.ravel(_adjustment(table, k, j, num_classes, table_k, dtype, False))
+        values = tl.load(logits + row + offsets * stride_c, mask=inside, other=0.0, cache_modifier=".cg")
+        valid = y != ignore_index
+        after = n + step
+        more = after < num_samples
+        next_y = tl.load(target + after * target_n, mask=more, other=ignore_index)
+        next_factor = _factor(weights, after, k, more, weight_n, weight_k, dtype)
+
+        x = values.to(dtype) + adjustment
+        peak = tl.max(x, axis=0)
+        if gradient is not None:
+            tl.debug_barrier()
+            tl.store(gradient + late_place, late_value, mask=late)
+        row = (after * stride_n + k * stride_k) * align
+        known = next_y != ignore_index
+        next_own = _target_logits(
+            logits, table, margin, row, k, next_y, known, num_classes, stride_c, table_k, dtype
+        )
+        base = _base(peak)
+        top = peak * base
+        x = tl.fma(x, base, -top)
+        exponentials = _exp2(x, flush)
+        sums = tl.sum(exponentials, axis=0)
+        # Rounding ``top`` multiplied all of them alike.
+        moved = tl.fma(peak, base, -top)
+        exact = sums * _exp2(-moved, flush)
+        loss = tl.log(exact) - (own - peak)
+        if smoothing != 0.0:
+            mean = (tl.sum(tl.where(inside, x, 0.0), axis=0) / num_classes - moved) / base
+            loss = (1.0 - smoothing) * loss + smoothing * (tl.log(exact) - mean)
+        loss = tl.where(valid, factor * loss, 0.0)
+
+        _store_state(state, n, k, True, peak, exact, all_experts)
+        total = _add_losses(losses, total, n, k, True, loss, all_experts, reduce)
+        if gradient is not None:
+            row = (n * out_n + k * out_k) * align
+            address = gradient + row + offsets * out_c
+            factor *= 1.0 / shares  # as backward has it
+            scale = factor / sums
+            others = -factor * (smoothing / num_classes)
+            if valid:
+                tl.store(address, exponentials * scale + others, mask=inside)
+            else:
+                tl.store(address, tl.zeros([block], dtype), mask=inside)
+            late = valid & (y >= 0) & (y < num_classes)
+            late_place = row + y * out_c
+            late_value = _exp2(tl.fma(own, base, -top), flush) * scale + (others - factor * (1.0 - smoothing))
+        y = next_y
+        factor = next_factor
+        own = next_own
+    if gradient is not None:
+        tl.debug_barrier()
+        tl.store(gradient + late_place, late_value, mask=late)
+    if reduce:
+        tl.store(losses + tl.program_id(0), total)
+
+
+@triton.jit
 def _forward_blocked(
     logits, target, table, weights, divisor, class_weight, margin, losses, state, gradient,
     num_samples, stride_n, stride_k, stride_c, out_n, out_k, out_c, target_n, weight_n, weight_k,
@@ -718,6 +828,136 @@ def _forward_streamed(
                 )  # fmt: skip
     if reduce:
         tl.store(losses + tl.program_id(0), tl.sum(total, axis=0))
+
+
+@triton.jit
+def _forward_swept(
+    logits, target, table, weights, divisor, class_weight, margin, losses, state, gradient,
+    num_samples, stride_n, stride_k, stride_c, out_n, out_k, out_c, target_n, weight_n, weight_k,
+    num_experts: tl.constexpr, all_experts: tl.constexpr, num_classes: tl.constexpr,
+    table_k: tl.constexpr, ignore_index: tl.constexpr, smoothing: tl.constexpr, gamma: tl.constexpr,
+    reduce: tl.constexpr, align: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
+    group: tl.constexpr, ahead: tl.constexpr, lowest: tl.constexpr, flush: tl.constexpr,
+):  # fmt: skip
+    """Compute the same as :func:`_forward_streamed` with fewer instructions, for plain rows, one at a time.
+
+    The loads of a ``group`` of blocks are under way together, and a lane looks for its maximum once a group.
+    With ``ahead`` they are so while the group before is computed with, across sweeps and rows as well.
+    As in :func:`_forward_lean` the target's class is stored by itself.
+    """
+    tl.static_assert(rows == 1)
+    dtype: tl.constexpr = state.dtype.element_ty
+    size: tl.constexpr = group * block
+    num_groups: tl.constexpr = (num_classes + size - 1) // size
+    k = (tl.program_id(0) % num_experts).to(tl.int64)
+    step = tl.num_programs(0) // num_experts
+    shares = _divisor(divisor, dtype)
+    total = tl.zeros((), tl.float64)
+    next_y = tl.load(target + (tl.program_id(0) // num_experts) * target_n)
+    lanes = tl.arange(0, group)[:, None] * block + tl.arange(0, block)[None, :]
+    if ahead:
+        row = ((tl.program_id(0) // num_experts).to(tl.int64) * stride_n + k * stride_k) * align
+        loaded = _part(logits, row, lanes, next_y != ignore_index, num_classes, stride_c, False)
+    for start in range(tl.program_id(0) // num_experts, num_samples, step):
+        n = start + tl.zeros((), tl.int64)  # the interpreter's is a plain number
+        y = next_y
+        next_y = tl.load(target + (n + step) * target_n, mask=n + step < num_samples, other=ignore_index)
+        valid = y != ignore_index
+        row = (n * stride_n + k * stride_k) * align
+        next_row = ((n + step) * stride_n + k * stride_k) * align
+        # Before the gradient, which may overwrite it.
+        own = _target_logits(logits, table, margin, row, k, y, valid, num_classes, stride_c, table_k, dtype)
+        factor = _factor(weights, n, k, True, weight_n, weight_k, dtype)
+
+        # From the lowest finite number, as -inf - -inf would be NaN.
+        peaks = tl.full([block], lowest, dtype)
+        exponentials = tl.zeros([block], dtype)
+        # The mean is taken of differences to a logit of the row: of the logits it would lose their digits.
+        origin = tl.where(own == -float("inf"), 0.0, own)
+        distances = tl.zeros([block], dtype)
+        for i in range(num_groups):
+            j = i * size + lanes
+            if ahead:
+                x = _adjusted_part(loaded, table, k, j, num_classes, table_k, dtype)
+                later = tl.minimum(i + 1, num_groups - 1) * size + lanes
+                loaded = _part(logits, row, later, valid, num_classes, stride_c, False)
+            else:
+                values = _part(logits, row, j, valid, num_classes, stride_c, False)
+                x = _adjusted_part(values, table, k, j, num_classes, table_k, dtype)
+            higher = tl.maximum(peaks, tl.max(x, axis=0))
+            more = tl.sum(_exp(x - higher[None, :], flush), axis=0)
+            exponentials = exponentials * _exp(peaks - higher, flush) + more
+            peaks = higher
+            if smoothing != 0.0:
+                distances += tl.sum(tl.where(j < num_classes, x - origin, 0.0), axis=0)
+        # A lane that met nothing but -inf has no maximum.
+        peaks = tl.where(exponentials == 0.0, -float("inf"), peaks)
+        peak = tl.max(peaks, axis=0)
+        safe = tl.where(peak == -float("inf"), 0.0, peak)
+        sums = tl.sum(exponentials * tl.exp(peaks - safe), axis=0)
+        loss = tl.log(sums) - (own - peak)
+        if smoothing != 0.0:
+            mean = tl.sum(distances, axis=0) / num_classes + (origin - peak)
+            loss = (1.0 - smoothing) * loss + smoothing * (tl.log(sums) - mean)
+        loss = tl.where(valid, factor * loss, 0.0)
+
+        _store_state(state, n, k, True, peak, sums, all_experts)
+        total = _add_losses(losses, total, n, k, True, loss, all_experts, reduce)
+        if gradient is not None:
+            out_row = (n * out_n + k * out_k) * align
+            factor *= 1.0 / shares  # as backward has it
+            factor = tl.where(valid, factor, 0.0)
+            # As in _forward_lean.
+            base = _base(safe)
+            top = safe * base
+            scale = tl.where(valid, factor / (sums * _exp2(tl.fma(safe, base, -top), flush)), 0.0)
+            others = -factor * (smoothing / num_classes)
+            for i in range(num_groups):
+                j = (num_groups - 1 - i) * size + lanes
+                address = gradient + out_row + j.to(tl.int64) * out_c
+                if ahead:
+                    x = _adjusted_part(loaded, table, k, j, num_classes, table_k, dtype)
+                    here = i + 1 < num_groups
+                    later = tl.maximum(num_groups - 2 - i, 0) * size + lanes
+                    at = tl.where(here, row, next_row)
+                    read = tl.where(here, valid, next_y != ignore_index)
+                    loaded = _part(logits, at, later, read, num_classes, stride_c, True)
+                else:
+                    values = _part(logits, row, j, valid, num_classes, stride_c, True)
+                    x = _adjusted_part(values, table, k, j, num_classes, table_k, dtype)
+                values = _exp2(tl.fma(x, base, -top), flush) * scale + others
+                tl.store(address, values, mask=j < num_classes, eviction_policy="evict_first")
+            tl.debug_barrier()
+            value = _exp2(tl.fma(own, base, -top), flush) * scale + (others - factor * (1.0 - smoothing))
+            tl.store(gradient + out_row + y * out_c, value, mask=valid & (y >= 0) & (y < num_classes))
+        elif ahead:
+            loaded = _part(logits, next_row, lanes, next_y != ignore_index, num_classes, stride_c, False)
+    if reduce:
+        tl.store(losses + tl.program_id(0), total)
+
+
+@triton.jit
+def _part(logits, row, j, valid, num_classes: tl.constexpr, stride_c, last: tl.constexpr):
+    """Load logits of a row's classes j; give -inf beyond the last class, and of ignored rows.
+
+    What is read again bypasses the L1 cache; what is read for the ``last`` time leaves the L2 cache first.
+    """
+    modifier: tl.constexpr = "" if last else ".cg"
+    policy: tl.constexpr = "evict_first" if last else ""
+    address = logits + row + j.to(tl.int64) * stride_c
+    mask = valid & (j < num_classes)
+    return tl.load(address, mask=mask, other=-float("inf"), cache_modifier=modifier, eviction_policy=policy)
+
+
+@triton.jit
+def _adjusted_part(
+    values, table, k, j, num_classes: tl.constexpr, table_k: tl.constexpr, dtype: tl.constexpr
+):
+    """Add the adjustments of the classes j."""
+    x = values.to(dtype)
+    if table is not None:
+        x += tl.load(table + k * table_k + j, mask=j < num_classes, other=0.0).to(dtype)
+    return x
 
 
 @triton.jit

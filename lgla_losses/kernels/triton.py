@@ -46,13 +46,16 @@ __all__ = [
 #:   adjustments had, which it reads anew for every row.
 #: - ``"paired"`` differs from ``"resident"`` in longer rows: programs of 16 warps, of which a multiprocessor
 #:   runs two.
+#: - ``"lean"`` and the others of its name take fewer instructions (``_forward_lean``, ``_forward_swept``), by
+#:   threads of 32 or, ``"lean-wide"``, 64 elements. A multiprocessor runs two programs, three, four, or four
+#:   of half the warps; but for the two, the adjustments are read anew for every row.
 #:
 #: Measured on an H200, at 4,096 x 3 x 8,142 in float32: 0.24 ms of 0.19 that a copy takes with two programs
 #: on a multiprocessor, 0.34 with one, which is what the registers of ``"0.1"`` may come to. Rows read ahead
 #: into shared memory took 0.26, as those that begin at 8 bytes are copied there in small pieces.
-#: Not measured yet: ``"ahead"``, and longer rows, of which 26 MB wait for their second read at 50,000 classes
-#: in float32, instead of the 154 MB of ``"0.1"``, which no L2 cache holds.
-PLANS = ("0.1", "resident", "ahead", "paired")
+#: Not measured yet: ``"ahead"``, ``"lean"`` and those like it, and longer rows, of which 26 MB wait for their
+#: second read at 50,000 classes in float32, instead of the 154 MB of ``"0.1"``, which no L2 cache holds.
+PLANS = ("0.1", "resident", "ahead", "paired", "lean", "lean-3", "lean-4", "lean-wide")
 
 _plan = "resident"
 
@@ -78,6 +81,10 @@ def use(name: str) -> str:
     return before
 
 
+#: Registers of an NVIDIA multiprocessor.
+_REGISTERS = 65_536
+
+
 class Tile(NamedTuple):
     """Describe what one program holds at a time: some rows of a block of classes (or experts).
 
@@ -87,6 +94,9 @@ class Tile(NamedTuple):
         num_warps: warps of a program, on NVIDIA.
         registers: the most that a thread may take, on NVIDIA; None leaves it to the compiler.
         ahead: load the next tile before computing with the present one.
+        lean: take fewer instructions, on NVIDIA, for rows that are plain; the tile is one row.
+        keep: keep the adjustments of whole rows in registers; else they are read for every row.
+        group: of longer rows, the blocks that are loaded together.
     """
 
     rows: int
@@ -94,6 +104,9 @@ class Tile(NamedTuple):
     num_warps: int
     registers: int | None = None
     ahead: bool = False
+    lean: bool = False
+    keep: bool = True
+    group: int = 1
 
     def options(self, architecture: int | None) -> dict[str, int]:
         """Give the options for Triton's compiler.
@@ -106,7 +119,8 @@ class Tile(NamedTuple):
         if self.registers is None:
             return {"num_warps": self.num_warps}
         more = 2 if architecture >= 100 and self.block // (32 * self.num_warps) >= 16 else 1
-        return {"num_warps": min(32, more * self.num_warps), "maxnreg": self.registers}
+        num_warps = min(32, more * self.num_warps)
+        return {"num_warps": num_warps, "maxnreg": min(self.registers, _REGISTERS // (32 * num_warps))}
 
 
 # The sizes below give a thread 8 to 32 elements, all in registers: benchmarks/kernel_resources.py prints
@@ -126,6 +140,24 @@ def forward_tile(num_classes: int, dtype: torch.dtype, form: str = "plain") -> T
     return _forward_tile(num_classes, dtype, _plan)
 
 
+#: Elements and registers of a thread by plan, and whether the adjustments stay in registers.
+_LEAN = {
+    "lean": (32, 128, True),
+    "lean-3": (32, 80, False),
+    "lean-4": (32, 64, False),
+    "lean-wide": (64, 128, False),
+}
+#: Tiles of longer rows by plan. A lean block has at least 8 elements a thread: of 16 bits these are one load,
+#: and no lane of several blocks then concerns two threads.
+_LONG = {
+    "paired": Tile(1, 2048, 16, 64),
+    "lean": Tile(1, 4096, 16, 128, lean=True, group=2),
+    "lean-3": Tile(1, 2048, 8, 128, ahead=True, lean=True, group=2),
+    "lean-4": Tile(1, 2048, 8, 128, lean=True, group=2),
+    "lean-wide": Tile(1, 4096, 16, 128, ahead=True, lean=True, group=2),
+}
+
+
 @lru_cache(maxsize=256)
 def _forward_tile(num_classes: int, dtype: torch.dtype, plan: str) -> Tile:
     wide = 2 if dtype == torch.float64 else 1
@@ -137,8 +169,11 @@ def _forward_tile(num_classes: int, dtype: torch.dtype, plan: str) -> Tile:
             return Tile(4, 1024, 8) if wide == 1 else Tile(1, 2048, 8)
         return Tile(rows, block, max(4, min(16, wide * block // 512)))
     if not whole:
-        return Tile(1, 2048, 16, 64) if plan == "paired" else Tile(1, 4096, 32, 64)
+        return _LONG.get(plan, Tile(1, 4096, 32, 64))
     num_warps = max(4, block // 512)
+    if plan in _LEAN and num_warps > 4:
+        elements, registers, keep = _LEAN[plan]
+        return Tile(rows, block, max(4, block // (32 * elements)), registers, lean=True, keep=keep)
     # Small tiles take few registers, or leave the compiler no choice.
     return Tile(rows, block, num_warps, 64 if num_warps > 4 else None, plan == "ahead" and num_warps > 4)
 
@@ -235,14 +270,15 @@ def flushes(architecture: int | None, dtype: torch.dtype) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _resident_programs(device: torch.device, num_warps: int) -> int:
-    """Count the programs that the device runs at once with 64 registers a thread.
+def _resident_programs(device: torch.device, num_warps: int, registers: int) -> int:
+    """Count the programs that the device runs at once with so many registers a thread.
 
     Each of them takes several tiles.
     """
     if device.type != "cuda":
         return 16 // num_warps + 2  # Triton's interpreter, one program after the other
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) * max(1, 32 // num_warps)
+    on_one = max(1, _REGISTERS // (32 * num_warps * registers))
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) * on_one
 
 
 # --- Angles and weights -------------------------------------------------------------------------------------
@@ -570,8 +606,13 @@ def _form(
     whole, flush = tile.block >= num_classes, flushes(architecture, dtype)
     if not whole and _plan == "0.1":
         return kernels._forward_blocked, {}
-    if tile.ahead or not whole:
+    if tile.ahead or not tile.keep or not whole:
         constants.round_table(dtype)
+    if tile.lean and architecture is not None:
+        if whole:
+            return kernels._forward_lean, {"keep": tile.keep, "flush": flush}
+        more = {"group": tile.group, "ahead": tile.ahead, "lowest": torch.finfo(dtype).min, "flush": flush}
+        return kernels._forward_swept, more
     if whole:
         return kernels._forward, {"ahead": tile.ahead, "flush": flush}
     return kernels._forward_streamed, {"lowest": torch.finfo(dtype).min, "flush": flush}
@@ -602,7 +643,8 @@ def _programs(like: Tensor, num_samples: int, columns: int, tile: Tile) -> int:
 
 
 def _resident(like: Tensor, tile: Tile) -> int:
-    return _resident_programs(like.device, _options(tile, like.device)["num_warps"])
+    options = _options(tile, like.device)
+    return _resident_programs(like.device, options["num_warps"], options.get("maxnreg", 64))
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

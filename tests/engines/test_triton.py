@@ -253,8 +253,12 @@ class TestRowsOfSeveralBlocks:
     """Each plan with blocks of 16 classes, so that few classes are a long row."""
 
     @pytest.fixture(autouse=True)
-    def _small_blocks(self, monkeypatch):
-        monkeypatch.setattr(kernels, "forward_tile", lambda *_: kernels.Tile(1, 16, 4))
+    def _small_blocks(self, plan, monkeypatch):
+        lean = plan.startswith("lean")
+        tile = kernels.Tile(1, 16, 4)
+        if lean:
+            tile = kernels.Tile(1, 8, 4, ahead=plan == "lean-wide", lean=True, group=2)
+        monkeypatch.setattr(kernels, "forward_tile", lambda *_: tile)
 
     # Each is compiled anew on a GPU.
     @pytest.mark.parametrize(
@@ -370,6 +374,51 @@ def test_rows_loaded_ahead_are_those_of_the_next_turn(rows, in_place, monkeypatc
     total, _ = kernels.forward([logits], Rows(target, table, reduce=True), [gradient])
     close(total, expected)
     close(gradient, leaf.grad)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_rows_of_few_instructions(keep, in_place, smoothing, monkeypatch, close):
+    """Several turns of a program, of which each stores for the one before."""
+    tile = kernels.Tile(1, 32, 4, lean=True, keep=keep)
+    monkeypatch.setattr(kernels, "forward_tile", lambda *_: tile)
+    monkeypatch.setattr(kernels, "_resident_programs", lambda *_: 6)
+    logits, target = batch(19, 30, torch.float32)
+    target[3] = -100
+    logits[3, 0, 7] = float("nan")
+    logits[4] += 1e4
+    logits[5, 1, :] = -float("inf")
+    logits[5, 1, target[5]] = 2.0
+    logits[6, 2, :] = torch.finfo(torch.float32).min
+    logits[7, 0, target[7]] = 1e36
+    table = -9 * torch.rand(3, 30, dtype=torch.float64, device=DEVICE)
+    table[2] = 0.0
+    leaf = torch.where((target == -100)[:, None, None], 0.0, logits.double()).requires_grad_()
+    losses = functional.lgla_loss(leaf, target, table, None, label_smoothing=smoothing)
+    losses.sum().backward()
+
+    gradient = logits if in_place else torch.full_like(logits, float("nan"))
+    rows = Rows(target, table, label_smoothing=smoothing)
+    found, _ = kernels.forward([logits], rows, [gradient])
+    torch.testing.assert_close(found.double(), losses, rtol=1e-5, atol=2e-3)
+    torch.testing.assert_close(gradient.double(), leaf.grad, rtol=1e-5, atol=2e-3)
+    usual = torch.arange(19, device=DEVICE) != 4  # there the interpreter, without an FMA, loses digits
+    torch.testing.assert_close(gradient[usual].double(), leaf.grad[usual], rtol=1e-5, atol=1e-6)
+
+
+def test_a_class_that_does_not_exist_is_not_stored(monkeypatch):
+    """Its row is not a number, and the others are as they were."""
+    monkeypatch.setattr(kernels, "forward_tile", lambda *_: kernels.Tile(1, 32, 4, lean=True))
+    logits, target = batch(5, 30, torch.float32)
+    expected = torch.empty_like(logits)
+    kernels.forward([logits], Rows(target), [expected])
+    target[2] = 30
+    gradient = torch.empty_like(logits)
+    losses, _ = kernels.forward([logits], Rows(target), [gradient])
+    assert losses.isnan().tolist() == [False, False, True, False, False]
+    assert torch.equal(gradient[[0, 1, 3, 4]], expected[[0, 1, 3, 4]])
 
 
 def test_plans_are_chosen_by_name():
