@@ -38,7 +38,7 @@ LOST_DEVICE = 3
 #: How often a share goes on in another process.
 MOST_RESTARTS = 5
 #: Of the CPU, for float64: a process each.
-THREADS = 2
+THREADS = 1
 PACKAGES = (
     *("torch", "triton", "numpy", "torchvision", "timm", "torchmetrics", "transformers", "tensorboard"),
     *("pytest", "pytest-xdist", "hypothesis", "sybil", "tqdm", "rich", "liger-kernel", "cut-cross-entropy"),
@@ -340,7 +340,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
     parser.add_argument("--out", type=record_file, required=True, help="the record, JSON")
     parser.add_argument(
-        "--processes", type=positive, help="that share the problems (default: up to 8 on a GPU, else 1)"
+        "--processes", type=positive, help="that share the problems (default: up to 16 on a GPU, else 1)"
     )
     parser.add_argument("--share", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -348,7 +348,7 @@ def main() -> None:
         run_share(options)
         return
     if options.processes is None:
-        options.processes = min(8, os.cpu_count() or 1) if options.device.startswith("cuda") else 1
+        options.processes = min(16, os.cpu_count() or 1) if options.device.startswith("cuda") else 1
     raise SystemExit(0 if Checker(options).run() else 1)
 
 

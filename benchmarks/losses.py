@@ -91,17 +91,18 @@ def _kinds_of(shape: Shape) -> tuple[Cell, ...]:
 
 def _on_cuda() -> list[Job]:
     """Most wanted first, as time may run out."""
-    large, thousand = Cell(LARGE, _BOTH, _SLOW), Cell(LOGITS[1])
+    # A type each, as there are many kernels to compile.
+    large, words = ([Cell(shape, types, _SLOW) for types in (_F32, _BF16)] for shape in (LARGE, LOGITS[4]))
     small = [Cell(LOGITS[0], launches=True), *_kinds_of(LOGITS[0])]
-    words = Cell(LOGITS[4], _BOTH, _SLOW)
+    thousand = Cell(LOGITS[1])
     items = Cell(Shape("items", 1024, 3, 100_000, 512), _BF16, _COMPILED_LINEAR[:1])
     others = [
         Cell(LOGITS[2], _BOTH, _SLOW),
         Cell(LOGITS[3], _BOTH, _SLOW),
         Cell(Shape("words", 256, 3, 50_000, 256)),
     ]
-    wanted = [Job((cell,), EAGER) for cell in (large, *small, words, items, thousand)]
-    wanted += [Job((cell,), COMPILED) for cell in (*small, items, large, thousand, words)]
+    wanted = [Job((cell,), EAGER) for cell in (*large, *small, *words, items, thousand)]
+    wanted += [Job((cell,), COMPILED) for cell in (*small, items, *large, thousand, *words)]
     return wanted + [Job((cell,), part) for part in (EAGER, COMPILED) for cell in others]
 
 
