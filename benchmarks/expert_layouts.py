@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -219,11 +219,18 @@ class Times:
 
 
 def measure_layouts(
-    workload: Workload, repeats: int, device: str, deadline: float, times: dict[str, Times]
+    workload: Workload,
+    repeats: int,
+    device: str,
+    deadline: float,
+    times: dict[str, Times],
+    names: Sequence[str] | None = None,
 ) -> None:
     """Fill in seconds and peak memory of every layout, taken in turn, after three rounds of warm-up."""
     torch.manual_seed(0)
     makers_of_all = dict(makers(workload, device))
+    if names is not None:
+        makers_of_all = {name: makers_of_all[name] for name in names if name in makers_of_all}
     times.update({name: Times() for name in makers_of_all})
     # With the layouts, as what a graph reads must stay where it is.
     steps: dict[str, tuple[Callable[[], object], Layout]] = {}
@@ -296,6 +303,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="cpu (float32) or cuda (bfloat16)")
     parser.add_argument("--repeats", type=positive, default=15)
     parser.add_argument("--networks", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--layouts", nargs="+", metavar="NAME", help="only these, as the record names them")
     parser.add_argument("--output", type=record_file, help="default: results/expert_layouts_DEVICE.json")
     parser.add_argument("--quick", action="store_true", help="a tiny network, two repetitions: does it run?")
     parser.add_argument(
@@ -326,7 +334,8 @@ def run(options: argparse.Namespace, output: Path) -> dict[str, Any]:
         times: dict[str, Times] = {}
         try:
             repeats = 2 if options.quick else options.repeats
-            measure_layouts(workload, repeats, options.device, start + options.seconds, times)
+            deadline = start + options.seconds
+            measure_layouts(workload, repeats, options.device, deadline, times, options.layouts)
         except Exception as error:  # of the network itself, as where torchvision is missing
             traceback.print_exception(error)
             times[f"all: {measure.reason(error)}"] = Times()

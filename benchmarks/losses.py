@@ -449,8 +449,15 @@ def work(job: Job, options: argparse.Namespace) -> int:
 
 
 def _is_ahead(options: argparse.Namespace) -> bool:
-    """Whether all processes compile before any measures: on a CPU that would be beside a measurement."""
+    """Whether processes compile side by side, then measure in turn; on a CPU that would disturb."""
     return bool(options.quick) or torch.device(options.device).type == "cuda"
+
+
+def _wave(number: int, jobs: int) -> range:
+    """The jobs that compile beside a job: so many at a time as there are processors."""
+    size = os.cpu_count() or 1
+    first = number - number % size
+    return range(first, min(first + size, jobs))
 
 
 def _ready_file(rows: Path) -> Path:
@@ -482,15 +489,16 @@ def run(options: argparse.Namespace, path: Path, console: Console) -> Record:
         if _is_ahead(options):
             environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # there are processes enough
         with Workers(commands, environment) as workers:
-            if _is_ahead(options):
-                workers.prepare([_ready_file(file) for file in files], options.seconds / 2)
-                console.print(f"all compiled: {time.perf_counter() - start:.0f} s", highlight=False)
             for number, job in enumerate(jobs):
-                left = options.seconds - (time.perf_counter() - start)
+                begin = time.perf_counter()
+                left = start + options.seconds - begin
                 if took and left < statistics.median(took[-3:]):
                     record["left_out"].append(job.label)
                     continue
-                begin = time.perf_counter()
+                if _is_ahead(options):
+                    wave = _wave(number, len(jobs))
+                    workers.prepare({n: _ready_file(files[n]) for n in wave}, left / 2)
+                    left = start + options.seconds - time.perf_counter()
                 try:
                     ended = workers.run(number, f"{1e9 * record['copy_gb_per_s']}", left)
                 finally:
@@ -522,10 +530,10 @@ class Workers:
         for process in self.processes.values():
             _stop(process)
 
-    def prepare(self, ready: list[Path], seconds: float) -> None:
-        """Start all, and wait so many seconds at most until each has made its file or has ended."""
+    def prepare(self, ready: dict[int, Path], seconds: float) -> None:
+        """Start some, and wait so many seconds at most until each has made its file or has ended."""
         until = time.perf_counter() + seconds
-        waiting = [(self._started(number), file) for number, file in enumerate(ready)]
+        waiting = [(self._started(number), file) for number, file in ready.items()]
         while waiting and time.perf_counter() < until:
             waiting = [(process, file) for process, file in waiting if process.poll() is None]
             waiting = [(process, file) for process, file in waiting if not file.exists()]

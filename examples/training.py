@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from lgla_losses import ExpertOutput, count_classes
+from lgla_losses import ExpertOutput, GroupConvExperts, count_classes
 from lgla_losses.metrics import ShotAccuracy
 
 #: Options that may change when a run is resumed.
@@ -139,6 +139,10 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if options.compile:
             self.model.compile()
+        if options.cuda_graphs:  # of small networks, whose experts run faster together from a graph
+            for module in self.model.modules():
+                if isinstance(module, GroupConvExperts):
+                    module.together = True
         # None, not a method of its own: loaders in a cycle of references end their workers late, in disorder.
         self.graphed_pass = GraphedPass(self._pass, self.model) if options.cuda_graphs else None
         self.order = EpochOrder(len(task.train_labels), options)

@@ -22,10 +22,6 @@ from lgla_losses.experts._running import is_tracing, run_separately, run_togethe
 from lgla_losses.experts._stacking import apply_per_copy, copy_module, stack_modules, unstack_module
 from lgla_losses.experts.output import ExpertOutput
 
-#: Devices where stacked copies run together unless told otherwise, for fewer kernels; not measured there yet.
-#: On a CPU they run one after another, which measured faster (benchmarks/expert_layouts.py).
-TOGETHER_ON = ("cuda",)
-
 #: Of stacks, in whose layers one thread at a time puts its copies; it may take its lock again. They stand
 #: here to stay out of copies and pickles.
 LOCKS: MutableMapping[nn.Module, AbstractContextManager[Any]] = WeakKeyDictionary()
@@ -34,11 +30,11 @@ LOCKS: MutableMapping[nn.Module, AbstractContextManager[Any]] = WeakKeyDictionar
 class GroupConvExperts(nn.Module):
     """Run K copies of a network's last stage with a classifier each, on shared features.
 
-    ``layout="grouped"`` stacks the parameters of the copies, which run together under
-    ``torch.func.vmap``, with K-fold grouped convolutions, or one by one where that is faster;
-    ``layout="independent"`` runs K modules. All are the same function, forward and backward. The
-    paper's group convolution (section 4.4) is the same function too, unless channels leak between
-    experts, as through the shortcuts of the authors' released ResNet-32; here they never do.
+    ``layout="grouped"`` stacks the parameters of the copies, which run one by one, or together under
+    ``torch.func.vmap``, with K-fold grouped convolutions; ``layout="independent"`` runs K modules. All are
+    the same function, forward and backward. The paper's group convolution (section 4.4) is the same function
+    too, unless channels leak between experts, as through the shortcuts of the authors' released ResNet-32;
+    here they never do.
 
     The parameters of the grouped layout carry a leading expert dimension. Initialise them through a factory
     or ``init_fn``, which see every copy by itself; ``experts.apply(init)`` would take the stack's fan for a
@@ -64,8 +60,8 @@ class GroupConvExperts(nn.Module):
     Attributes:
         stage: the stacked module, a ``ModuleList`` of K modules, or None.
         classifiers: the K :class:`~lgla_losses.experts.ExpertClassifiers`.
-        together: how stacked copies run: True together, False one by one, None (the default)
-            together on a GPU and one by one on a CPU, while compiling and while exporting. While
+        together: whether stacked copies run together; False (the default) runs them one by one. True is
+            faster for narrow layers whose steps a CUDA graph replays, and slower elsewhere. While
             :func:`torch.jit.trace` looks on they run one by one.
 
     Raises:
@@ -119,7 +115,7 @@ class GroupConvExperts(nn.Module):
         if copies:
             self.stage = nn.ModuleList(copies) if self.layout == "independent" else stack_modules(copies)
         self._attributes = getattr(self.stage, KEY, None)
-        self.together: bool | None = None
+        self.together = False
         self.classifiers = ExpertClassifiers(
             self.num_experts,
             positive_int("num_features", num_features, "give the width of the stage's output"),
@@ -151,7 +147,7 @@ class GroupConvExperts(nn.Module):
             )
 
         versions = [_version(tensor) for tensor in tensors]
-        features = self._features(inputs, tensors[0].device.type)
+        features = self._features(inputs)
         if [_version(tensor) for tensor in tensors] != versions:
             raise ValueError(
                 "stage: expected a stage that leaves its input, which the experts share, alone, got one that "
@@ -169,7 +165,7 @@ class GroupConvExperts(nn.Module):
             weight = weight.view_as(weight)
         return ExpertOutput(self.classifiers(features), features, weight)
 
-    def _features(self, inputs: tuple[Any, ...], device_type: str) -> Tensor:
+    def _features(self, inputs: tuple[Any, ...]) -> Tensor:
         """Pool the outputs of the stages to ``[N, K, d]``."""
         if self.stage is None:
             pooled = _pool(inputs[0], "shared: expected features")
@@ -180,19 +176,11 @@ class GroupConvExperts(nn.Module):
             if not torch.compiler.is_compiling():
                 hand_on(self._attributes, self.stage)
             with nullcontext() if torch.compiler.is_compiling() else LOCKS.setdefault(self.stage, RLock()):
-                if self._runs_together(device_type):
+                if boolean("experts.together", self.together) and not is_tracing():
                     maps = run_together(self.stage, self.num_experts, inputs)
                     return _pool(maps, leading=2).transpose(0, 1)
                 outputs = run_separately(self.stage, self.num_experts, inputs)
         return torch.stack([_pool(output) for output in outputs], dim=1)
-
-    def _runs_together(self, device_type: str) -> bool:
-        if is_tracing():
-            return False
-        if self.together is not None:
-            return boolean("experts.together", self.together)
-        # Compilers and exporters see through a loop; vmap would fix the batch size for them.
-        return device_type in TOGETHER_ON and not torch.compiler.is_compiling()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         per_copy = partial(apply_per_copy, fn=fn) if self.layout == "grouped" else fn

@@ -367,7 +367,9 @@ def test_a_process_measures_on_the_gpu_that_is_named(
 ):
     measured = []
     monkeypatch.setattr(benchmark, "prepare", lambda *_: [])
-    monkeypatch.setattr(benchmark, "measure_job", lambda job, ready, setting, *_: measured.append(setting.device))
+    monkeypatch.setattr(
+        benchmark, "measure_job", lambda job, ready, setting, *_: measured.append(setting.device)
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO("1e12\n"))
     options = SimpleNamespace(device=device, quick=False, rows=tmp_path / "rows.json")
     assert benchmark.work(benchmark.Job([tiny], "uncompiled columns"), options) == 0
@@ -434,7 +436,7 @@ def test_a_run_that_is_ended_keeps_what_it_has(tmp_path):
     path = tmp_path / "record.json"
     command = [sys.executable, ROOT / "benchmarks" / "losses.py", "--quick", "--out", path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline().startswith("all compiled")
+        assert process.stdout.readline().startswith("tiny 16 x 3 x 20")
         while not path.exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)

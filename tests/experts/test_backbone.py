@@ -123,8 +123,8 @@ def test_what_crosses_the_split():
     grouped = GroupConvExperts(stage, 3, 7, reset=False)
     shared = trunk(x)
     torch.testing.assert_close(grouped(shared).features[:, 1], stage(*shared))
-    for wrong in (True, None):  # both ways to run take numbers among the values
-        grouped.together = wrong
+    for together in (True, False):  # both ways to run take numbers among the values
+        grouped.together = together
         assert grouped(shared).logits.shape == (4, 3, 7)
 
 

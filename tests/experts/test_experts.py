@@ -547,7 +547,7 @@ def test_autocast_trains(layout, name, from_autocast, low, device):
     body = (lambda: nn.Linear(8, 8)) if name == "linear" else STAGES[name]
     experts = GroupConvExperts(lambda: nn.Sequential(body(), Spy()), 3, 7, num_features=8)
     experts = experts.to_independent() if layout == "independent" else experts
-    experts.together = True if layout == "together" else None
+    experts.together = layout == "together"
     criterion = LGLALoss([9, 8, 7, 6, 5, 4, 3]).to(device)
     experts.to(device)
     shared = torch.randn(6, 8, device=device) if name == "linear" else torch.randn(6, 4, 8, 8, device=device)
@@ -672,7 +672,7 @@ def test_layers_without_a_rule_are_named():
     shared = torch.randn(2, 5, 4)
     with pytest.raises(ValueError, match=r"layer 'gru' of type GRU cannot run grouped.*together = False"):
         experts(shared)
-    experts.together = None
+    experts.together = False
     torch.testing.assert_close(experts(shared).features, experts.to_independent()(shared).features)
 
 
