@@ -106,8 +106,8 @@ def test_few_classes_cost_what_is_recorded(row):
     assert (
         f"a step is {launches[0]} kernels, one of them PyTorch's own, and {microseconds(ours[0])} "
         f"microseconds of the device, where the plain loop has {launches[1]} and {microseconds(plain[0])}. "
-        f"From a CUDA graph it takes {microseconds(ours[1])}, of which {launches[0]} empty kernels alone take {microseconds(empty)}: "
-        f"a ratio of {ratio:.2f}"
+        f"From a CUDA graph it takes {microseconds(ours[1])}, of which {launches[0]} empty kernels alone "
+        f"take {microseconds(empty)}: a ratio of {ratio:.2f}"
     ) in BENCHMARKS
     assert (
         f"take {ours[1]['median_ms']:.3f} ms from a CUDA graph, where the plain loop takes "
@@ -158,7 +158,8 @@ def test_the_speed_of_the_experts_is_the_recorded_one():
     assert (
         f"independent experts: {called[alone]:,.0f} images a second step by step and {graph[alone]:,.0f} "
         f"from a CUDA graph. One by one takes little longer ({called[in_turn]:,.0f} and "
-        f"{graph[in_turn]:,.0f}). Together is slower by far ({called[together]:,.0f} and {graph[together]:,.0f})"
+        f"{graph[in_turn]:,.0f}). Together is slower by far ({called[together]:,.0f} and "
+        f"{graph[together]:,.0f})"
     ) in BENCHMARKS
     called, graph = rates("ResNet-32")
     assert max(called, key=called.get) == "hand-grouped"
