@@ -165,7 +165,8 @@ class Batch(NamedTuple):
 
         few = len(blocks) > 1 and sum(v.numel() for v in blocks) < _WORTH_JOINING.get(first.device.type, 0)
         if few and of_one and not torch.compiler.is_compiling():
-            blocks, of_one = (torch.stack(tuple(blocks), dim=1),), False
+            # An expert after the other in memory, so that the gradients are handed over without a copy.
+            blocks, of_one = (torch.stack(tuple(blocks)).movedim(0, 1),), False
         if is_map:
             blocks = [v.movedim(1, -1) if of_one else v.movedim((1, 2), (-2, -1)) for v in blocks]
             features = None if features is None else features.movedim((1, 2), (-2, -1))

@@ -294,6 +294,15 @@ def test_many_logits_in_k_tensors_are_not_copied(monkeypatch):
     assert criterion(experts, torch.arange(7) % 6) > 0
 
 
+def test_gradients_of_joined_logits_are_handed_over_without_a_copy(monkeypatch):
+    """A GPU launched a kernel for each."""
+    monkeypatch.setattr(_batch, "_WORTH_JOINING", {"cpu": 1 << 20})
+    experts = [torch.zeros(7, 6, requires_grad=True) for _ in range(3)]
+    LGLALoss(COUNTS)(experts, torch.arange(7) % 6).backward()
+    assert all(v.grad.is_contiguous() for v in experts)
+    assert len({v.grad.untyped_storage().data_ptr() for v in experts}) == 1
+
+
 @pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("aaw", [True, False])
 def test_the_number_of_samples_survives_any_default_dtype(default, aaw, close):
