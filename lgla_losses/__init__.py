@@ -3,7 +3,8 @@
 The modules compose the paper: :class:`ClassGrouper` (section 3.2), :class:`CLALogitAdjuster`
 (Eqs. 4 to 6), :class:`AAWWeighter` (Eqs. 7 and 8), :class:`LGLALoss` (Eq. 9), or
 :class:`LinearLGLALoss` for more classes than there is memory for logits, and
-:class:`GroupConvExperts` (section 4.4), for which :func:`split_backbone` divides a network.
+:class:`GroupConvExperts` (section 4.4), for which :func:`split_backbone` divides a network;
+:class:`ExpertModel` does both in one call.
 :mod:`lgla_losses.functional` holds the equations.
 """
 
@@ -14,7 +15,14 @@ from typing import TYPE_CHECKING
 from lgla_losses import functional
 from lgla_losses._labels import count_classes
 from lgla_losses.adjustment import CLALogitAdjuster
-from lgla_losses.experts import ExpertOutput, GroupConvExperts, split_backbone
+from lgla_losses.experts import (
+    ExpertModel,
+    ExpertOutput,
+    GroupConvExperts,
+    parameter_groups,
+    split_backbone,
+    split_points,
+)
 from lgla_losses.grouping import ClassGrouper
 from lgla_losses.losses.lgla import LGLALoss
 from lgla_losses.losses.linear import LinearLGLALoss
@@ -26,13 +34,16 @@ __all__ = [
     "AAWWeighter",
     "CLALogitAdjuster",
     "ClassGrouper",
+    "ExpertModel",
     "ExpertOutput",
     "GroupConvExperts",
     "LGLALoss",
     "LinearLGLALoss",
     "count_classes",
     "functional",
+    "parameter_groups",
     "split_backbone",
+    "split_points",
 ]
 
 #: Modules that are imported when they are first asked for: ``metrics`` and ``plot`` need extras.

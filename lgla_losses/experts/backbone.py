@@ -7,6 +7,7 @@ torchvision, timm, transformers and networks of one's own, whose layers need not
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import pickle
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -62,8 +63,8 @@ def split_backbone(
 
     The stage is the module at ``at`` and all that depends on its output, up to the classifier, which is
     dropped; the trunk is the rest. Pooling, norms and class tokens behind the last block stay in the
-    stage as the network has them; the tokens of a transformers encoder, which has no pooling, are
-    averaged where its ``attention_mask`` is 1.
+    stage as the network has them. Of a transformers model the encoder is taken, whose tokens are averaged
+    where its ``attention_mask`` is 1; with the path of its classifier as ``head`` its own pooling stays.
 
     Trunk and stage hold the network's modules, not copies, and keep its weights. Experts keep them too with
     ``GroupConvExperts(stage, ..., reset=False)``; its default gives each the ``reset_parameters()`` of its
@@ -77,12 +78,14 @@ def split_backbone(
             encoder of transformers, with or without a head.
         at: dotted path of the module that begins the stage, as in ``model.named_modules()``.
         head: dotted path of the classifier. ``"auto"`` takes the linear layer that gives the output,
-            whatever its name; None says that there is none, as timm does by ``num_classes=0``.
+            whatever its name; None says that there is none, as timm does by ``num_classes=0``. Of a
+            transformers model both mean its encoder; images take the path.
 
     Returns:
-        ``(trunk, stage)``. ``trunk(images)``, or ``trunk(input_ids, attention_mask)``, gives what the stage
-        takes: a tensor, or a tuple where it takes several values; ``experts(trunk(...))`` works with
-        both. The keys of their ``state_dict`` are the network's.
+        ``(trunk, stage)``. ``trunk(images)``, or ``trunk(input_ids, attention_mask)``, with a head named
+        also ``token_type_ids`` where the model takes them, gives what the stage takes: a tensor, or a tuple
+        where it takes several values; ``experts(trunk(...))`` works with both. The keys of their
+        ``state_dict`` are the network's.
 
     Raises:
         TypeError: ``model`` is no module, or a path no string.
@@ -101,6 +104,34 @@ def split_backbone(
         >>> experts(trunk(torch.randn(4, 3, 9, 9))).logits.shape
         torch.Size([4, 3, 10])
     """
+    check_network(model)
+    wrap: type[Network] = Network
+    if is_transformers_model(model):
+        if head in ("auto", None) or model.base_model is model:
+            return _split_text_encoder(model, at, head)
+        wrap = _wrapper_of(model)
+
+    check_path("at", model, at)
+    if head is not None and head != "auto":
+        check_path("head", model, head)
+
+    if head is None or getattr(model, "num_classes", None) == 0:  # timm's sign of a network without one
+        root, graph = _trace(model, _ancestors(at))
+        return _divide(graph, root, at, _output(graph), getattr(model, "num_features", None))
+
+    if head == "auto":
+        root, graph, classifier = trace_to_classifier(model, at)
+    else:
+        opened = _ancestors(at) | {path for path in _ancestors(head) if not is_below(path, at)}
+        root, graph = _trace(model, opened, wrap)
+        classifier = _call_of(graph, "head", head)
+
+    width = getattr(root.get_submodule(str(classifier.target)), "in_features", None)
+    return _divide(graph, root, at, classifier.all_input_nodes[0], width)
+
+
+def check_network(model: nn.Module) -> None:
+    """Raise unless this is a module whose code can be read."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {describe(model)}")
     if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
@@ -108,28 +139,9 @@ def split_backbone(
             f"model: expected a plain network, got a {type(model).__name__}; split it before compiling"
         )
 
-    if _is_transformers_model(model):
-        return _split_text_encoder(model, at, head)
 
-    _check_path("at", model, at)
-    if head is not None and head != "auto":
-        _check_path("head", model, head)
-
-    if head is None or getattr(model, "num_classes", None) == 0:  # timm's sign of a network without one
-        root, graph = _trace(model, _ancestors(at))
-        return _divide(graph, root, at, _output(graph), getattr(model, "num_features", None))
-
-    if head == "auto":
-        root, graph, classifier = _find_classifier(model, at)
-    else:
-        root, graph = _trace(model, _ancestors(at) | {p for p in _ancestors(head) if not _is_below(p, at)})
-        classifier = _call_of(graph, "head", head)
-
-    width = getattr(root.get_submodule(str(classifier.target)), "in_features", None)
-    return _divide(graph, root, at, classifier.all_input_nodes[0], width)
-
-
-def _is_transformers_model(model: nn.Module) -> bool:
+def is_transformers_model(model: nn.Module) -> TypeGuard[Any]:
+    """Tell whether transformers, where it is imported at all, made the class of this model."""
     transformers: Any = sys.modules.get("transformers")
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
@@ -154,14 +166,8 @@ def _split_text_encoder(model: Any, at: str, head: str | None) -> tuple[Backbone
 
     if isinstance(at, str) and encoder is not model:
         at = at.removeprefix(f"{model.base_model_prefix}.")
-    _check_path("at", encoder, at)
-
-    opened = _ancestors(at)
-    files = {type(encoder.get_submodule(path)).__module__ for path in opened}
-    # Its functions, which build masks and the like, become calls as its modules do.
-    leaves = [sys.modules[name] for name in sorted(files) if name.startswith("transformers.")]
-
-    root, graph = _trace(encoder, opened, leaves, TextEncoder)
+    check_path("at", encoder, at)
+    root, graph = _trace(encoder, _ancestors(at), TextEncoder)
     return _divide(graph, root, at, _output(graph), encoder.config.hidden_size)
 
 
@@ -186,6 +192,41 @@ class TextEncoder(Network):
         return mean_of_tokens(output.last_hidden_state, attention_mask)
 
 
+class ImageClassifier(Network):
+    """Call a classifier of images of transformers."""
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        """Return the logits."""
+        return self.model(pixel_values=pixel_values).logits
+
+
+class TextClassifier(Network):
+    """Call a classifier of texts of transformers."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        """Return the logits of token ids ``[N, L]`` and a mask ``[N, L]`` that is 0 at padding."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+class PairClassifier(Network):
+    """Call a classifier of texts of transformers that may tell two sentences apart."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Any:
+        """Return the logits; ``token_type_ids`` ``[N, L]`` say which sentence a token is of."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        return self.model(**inputs).logits
+
+
+def _wrapper_of(model: Any) -> type[Network]:
+    """Choose how a classifier of transformers is called."""
+    if model.main_input_name == "pixel_values":
+        return ImageClassifier
+    takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+    return PairClassifier if takes_types else TextClassifier
+
+
 def mean_of_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Average the tokens ``[N, L, d]`` that a mask ``[N, L]`` keeps to ``[N, d]``; 0 where it keeps none."""
     if mask is None:
@@ -197,7 +238,7 @@ def mean_of_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor:
 fx.wrap("mean_of_tokens")
 
 
-def _check_path(name: str, model: nn.Module, path: str) -> None:
+def check_path(name: str, model: nn.Module, path: str) -> None:
     """Raise unless there is a module; the message lists the names where the path goes wrong."""
     if not isinstance(path, str):
         raise TypeError(f"{name}: expected the dotted path of a module, got {describe(path)}")
@@ -220,7 +261,8 @@ def _ancestors(path: str | None) -> set[str]:
     return {".".join(parts[:i]) for i in range(len(parts))}
 
 
-def _is_below(path: str, other: str) -> bool:
+def is_below(path: str, other: str) -> bool:
+    """Tell whether a path is another, or of a module below it."""
     return f"{path}.".startswith(f"{other}.")
 
 
@@ -257,6 +299,24 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.opened
 
+    def path_of_module(self, mod: nn.Module) -> str:
+        try:
+            return super().path_of_module(mod)
+        except NameError:  # made on the way, as by nn.ReLU()(x)
+            if next(mod.parameters(), None) is not None:
+                raise
+            path: str = self.get_fresh_qualname("_made")
+            self.root.add_module(path, mod)
+            return path
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        # Inputs have the dtype of the weights that they meet: transformers compares and converts.
+        operands = [getattr(value, "node", value) for value in obj.node.args]
+        left = operands[0] if operands else None
+        if obj.node.target is operator.ne and isinstance(left, fx.Node) and left.args[1:] == ("dtype",):
+            return False
+        return super().to_bool(obj)
+
     def create_arg(self, a: Any) -> Any:
         # fx would make a configuration anew at every run, and lose what was set on it.
         if is_dataclass(a) and not isinstance(a, type):
@@ -271,14 +331,12 @@ class _Tracer(fx.Tracer):
         return super().create_node(kind, *args, **kwargs)
 
 
-def _trace(
-    model: nn.Module,
-    opened: set[str],
-    leaves: Iterable[ModuleType] = (),
-    wrap: type[Network] = Network,
-) -> tuple[Network, fx.Graph]:
+def _trace(model: nn.Module, opened: set[str], wrap: type[Network] = Network) -> tuple[Network, fx.Graph]:
     """Trace the calls of a network, with ``self.training`` left open, and what they refer to."""
     modules = {f"model.{path}".rstrip("."): model.get_submodule(path) for path in sorted(opened)}
+    files = {type(module).__module__ for module in modules.values()}
+    # The functions of transformers, which build masks and the like, become calls as its modules do.
+    leaves = [sys.modules[name] for name in sorted(files) if name.startswith("transformers.")]
     traces = []
 
     for training in (True, False):
@@ -396,7 +454,7 @@ def _called(node: fx.Node, root: Network) -> nn.Module | None:
     return root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _find_classifier(model: nn.Module, at: str) -> tuple[Network, fx.Graph, fx.Node]:
+def trace_to_classifier(model: nn.Module, at: str = "") -> tuple[Network, fx.Graph, fx.Node]:
     """Trace a network, and find the call of the linear layer that gives its output."""
     opened = _ancestors(at)
     while True:
@@ -410,14 +468,39 @@ def _find_classifier(model: nn.Module, at: str) -> tuple[Network, fx.Graph, fx.N
         if isinstance(module, nn.Linear):
             return root, graph, node
         path = str(node.target).removeprefix("model.")
-        if module is None or not list(module.children()) or _is_below(path, at):
+        if module is None or not list(module.children()) or is_below(path, at):
             raise ValueError(
                 f"head: expected a network whose output is a linear layer's, got {type(model).__name__}, "
                 f"where it is that of {node.name.removeprefix('model_')!r}; pass the classifier's path as "
-                "head=, or head=None if there is none, or remove it first (timm: model.reset_classifier(0))"
+                "head=, or to split_backbone head=None where there is none or it was removed (timm: "
+                "model.reset_classifier(0))"
             )
 
         opened = opened | {path}
+
+
+def is_traceable(model: nn.Module) -> bool:
+    """Tell whether the code of a network itself, not that of its layers, can be traced."""
+    try:
+        _trace(model, _ancestors(""))
+    except ValueError:
+        return False
+    return True
+
+
+def calls_behind_classifier(model: nn.Module, head: str) -> list[fx.Node]:
+    """List the calls, as of a softmax, behind the classifier; none where the code cannot be traced."""
+    try:
+        graph = _trace(model, _ancestors(head))[1]
+    except ValueError:
+        return []
+    behind = {_call_of(graph, "head", head)}
+    calls = []
+    for node in graph.nodes:
+        if node.op != "output" and not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+            calls.append(node)
+    return calls
 
 
 def _divide(

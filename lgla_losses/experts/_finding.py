@@ -1,0 +1,216 @@
+"""Finds the layer of a network that classifies, and where the network can be split."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lgla_losses._checks import describe
+from lgla_losses.experts.backbone import (
+    calls_behind_classifier,
+    check_network,
+    check_path,
+    is_below,
+    is_traceable,
+    is_transformers_model,
+    split_backbone,
+    trace_to_classifier,
+)
+
+#: What torchvision, timm and transformers call their classifiers, or the modules around them.
+NAMES = ("fc", "classifier", "score", "heads", "head", "classification_head")
+#: What may be done to logits and does nothing to features ``[N, d]``.
+RESHAPING = (torch.flatten, torch.squeeze, "flatten", "squeeze")
+#: Modules that follow one another.
+LISTS = (nn.Sequential, nn.ModuleList)
+#: How the errors end.
+WAY_OUT = "pass the path of the linear layer that classifies as head="
+
+
+def find_classifier(model: nn.Module, head: str = "auto") -> str:
+    """Find the path of the linear layer that gives a network's output.
+
+    Asks timm's ``get_classifier()``, else follows the network's code from its output back, else, where that
+    cannot be traced, goes by the names of the field and takes the last linear layer.
+
+    Args:
+        model: the network.
+        head: the path where it is known; it is checked.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``head`` no string.
+        ValueError: there is no such layer, or several could be it.
+    """
+    check_network(model)
+    if head != "auto":
+        check_path("head", model, head)
+        if not isinstance(model.get_submodule(head), nn.Linear):
+            raise ValueError(
+                f"head: expected the path of an nn.Linear, got {head!r}, a "
+                f"{type(model.get_submodule(head)).__name__}; {_linear_layers(model)}"
+            )
+        return head
+
+    get_classifier = getattr(model, "get_classifier", None)
+    classifier = get_classifier() if callable(get_classifier) else model
+    if isinstance(classifier, nn.Linear):
+        return _path_of(model, classifier)
+    if isinstance(classifier, tuple | nn.Identity):  # of a distilled network, and of one without
+        raise ValueError(
+            f"model: expected a network with one linear classifier, got a {type(model).__name__} whose "
+            f"get_classifier() gives {describe(classifier)}; {WAY_OUT}, or create it with num_classes="
+        )
+
+    if not is_transformers_model(model) and is_traceable(model):
+        return str(trace_to_classifier(model)[2].target).removeprefix("model.")
+    return _path_by_name(model) or _last_linear(model)
+
+
+def _path_of(model: nn.Module, layer: nn.Module) -> str:
+    return str(next(path for path, module in model.named_modules() if module is layer))
+
+
+def _path_by_name(model: nn.Module) -> str | None:
+    for name in NAMES:
+        named = getattr(model, name, None)
+        if isinstance(named, nn.Module):
+            layers = [layer for layer in named.modules() if isinstance(layer, nn.Linear)]
+            if layers:
+                return _path_of(model, layers[-1])
+    return None
+
+
+def _last_linear(model: nn.Module) -> str:
+    """Take the last linear layer, unless others of its shape could be meant as well."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    shapes = [layer.weight.shape for layer in layers]
+    # A model of transformers without a head has linear layers, but none that classifies.
+    if not layers or is_transformers_model(model) or shapes.count(shapes[-1]) > 1:
+        raise ValueError(
+            f"model: expected a network with one linear classifier, got a {type(model).__name__}, where it "
+            f"was not found by get_classifier(), by its code, nor by the names {', '.join(NAMES)}; "
+            f"{_linear_layers(model)}; {WAY_OUT}"
+        )
+    return _path_of(model, layers[-1])
+
+
+def _linear_layers(model: nn.Module) -> str:
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not paths:
+        return "it has no nn.Linear"
+    return f"its last linear layers are {', '.join(map(repr, paths[-3:]))}"
+
+
+def remove_classifier(model: nn.Module, path: str) -> nn.Module:
+    """Put an identity in the place of the classifier, and of a softmax behind it; give what is left.
+
+    Raises:
+        ValueError: the network's own code makes something else of the logits, as a softmax.
+    """
+    gone = [model.get_submodule(path)]
+    # What transformers makes of logits is an output that holds them, or a choice of tokens.
+    for call in [] if is_transformers_model(model) else calls_behind_classifier(model, path):
+        called = str(call.target).removeprefix("model.")
+        layer = model.get_submodule(called) if call.op == "call_module" else None
+
+        if isinstance(layer, nn.Softmax | nn.LogSoftmax):
+            gone.append(layer)
+        elif not isinstance(layer, nn.Identity | nn.Flatten) and call.target not in RESHAPING:
+            raise ValueError(
+                f"model: expected a network that returns the logits of {path!r}, got a "
+                f"{type(model).__name__}, whose code makes something else of them "
+                f"({call.name.removeprefix('model_')}); remove that, as the losses take logits"
+            )
+
+    if model in gone:
+        return nn.Identity()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in gone:
+            model.set_submodule(name, nn.Identity())
+    return model
+
+
+def split_points(model: nn.Module) -> list[str]:
+    """List where a network can be split, as ``at`` of :class:`ExpertModel` and :func:`split_backbone` says.
+
+    These are the stages or blocks of a network, or the layers of one without such, from which on the
+    rest can be copied and before which something with weights is left to share. The first of the list is the
+    default advice: the last point behind which a third of the blocks' parameters lie. That is the last
+    stage of a ResNet or ConvNeXt, and the last third of the blocks of a ViT or BERT. The others follow in the
+    network's order; the authors split a ResNet-50 at ``"layer3"``, which is dearer.
+
+    Each is tried, which runs the code around it, but no layer.
+
+    Args:
+        model: a network of torchvision, timm or transformers, or one's own.
+
+    Returns:
+        Dotted paths; an empty list where the network cannot be split.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``model`` is compiled.
+
+    Example:
+        >>> layers = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+        >>> split_points(nn.Sequential(*layers))
+        ['2']
+    """
+    check_network(model)
+    try:
+        head = find_classifier(model)
+    except ValueError:
+        head = None
+
+    sizes = _blocks(model, head)
+    points = [path for path in sizes if _splits(model, path, head)]
+
+    behind = 0
+    for path in reversed(sizes):
+        behind += sizes[path]
+        if path in points and 3 * behind >= sum(sizes.values()):
+            return [path, *(point for point in points if point != path)]
+    return points
+
+
+def _blocks(model: nn.Module, head: str | None) -> dict[str, int]:
+    """Find the outermost modules that follow one another, and the numbers of their parameters."""
+    path, module = "", model
+    while True:
+        body = _body(path, module, head)
+        is_list = isinstance(module, LISTS) and len(body) > 1
+        holders = {} if is_list else {p: child for p, child in body.items() if _holds_blocks(child)}
+        if len(holders or body) != 1:
+            break
+        ((path, module),) = (holders or body).items()
+
+    if not holders and not is_list:  # lists of layers, not of blocks: every layer
+        opened = {p: _body(p, child, head) if isinstance(child, LISTS) else {} for p, child in body.items()}
+        lists = [children if len(children) > 1 else {p: body[p]} for p, children in opened.items()]
+        body = {p: child for children in lists for p, child in children.items()}
+    return {p: _size(child) for p, child in (holders or body).items()}
+
+
+def _body(path: str, module: nn.Module, head: str | None) -> dict[str, nn.Module]:
+    """Take the children with parameters, but for the one with the classifier where there are others."""
+    children = {f"{path}.{name}".lstrip("."): child for name, child in module.named_children()}
+    children = {p: child for p, child in children.items() if _size(child) and p != head}
+    return {p: child for p, child in children.items() if not (head and is_below(head, p))} or children
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """Tell whether there is a list of modules that consist of layers themselves."""
+    lists = (layer for layer in module.modules() if isinstance(layer, LISTS))
+    return any(sum(any(True for _ in child.children()) for child in blocks) > 1 for blocks in lists)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _splits(model: nn.Module, path: str, head: str | None) -> bool:
+    try:
+        trunk, _ = split_backbone(model, path, head=head)
+    except ValueError:
+        return False
+    return next(trunk.parameters(), None) is not None

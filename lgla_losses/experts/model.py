@@ -1,0 +1,280 @@
+"""A network and its K experts as one module, which validation code takes for the network."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Protocol, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from lgla_losses._checks import boolean, describe, one_of
+from lgla_losses.experts._finding import find_classifier, remove_classifier
+from lgla_losses.experts._stacking import copy_module
+from lgla_losses.experts.backbone import check_network, is_transformers_model, split_backbone
+from lgla_losses.experts.group_conv import GroupConvExperts
+from lgla_losses.experts.output import ExpertOutput
+from lgla_losses.functional import compute_dtype
+
+
+class Calibrated(Protocol):
+    """Turn logits into probabilities under a test prior, as a calibration fitted in advance."""
+
+    def probabilities(self, logits: Tensor, prior: Any = None) -> Tensor:
+        """Give ``[N, C]`` of logits ``[N, C]``; ``prior=None`` is uniform."""
+
+
+class ExpertModel(nn.Module):
+    """Hold a trunk and its experts: train it with the loss, validate it as any network.
+
+    In training mode it gives an :class:`ExpertOutput`, which :class:`LGLALoss` takes; in eval mode the
+    logits ``[N, C]`` of the ensemble, as torchvision's Inception changes what it gives.
+
+    A model of transformers gives in eval mode what it gave before, an output whose ``logits`` are the
+    ensemble's. In training it gives an ``ExpertOutput``, which has ``logits`` ``[N, K, C]`` too, so that
+    ``criterion(outputs.logits, labels)`` is right in both modes (with ``classifier="linear"`` train by
+    ``criterion(outputs, labels)``, as the weights need the features). It takes no ``labels``: ``Trainer``
+    keeps them back where ``compute_loss_func`` is given, and passes all columns with
+    ``remove_unused_columns=False``.
+
+    :meth:`from_model` makes one of a network. To load it later, make it so again and use
+    ``load_state_dict``.
+
+    Args:
+        trunk: gives what the experts share.
+        experts: takes that.
+        eval_output: what eval mode gives: ``"ensemble"``, or ``"experts"`` for the ExpertOutput there too.
+
+    Attributes:
+        trunk: the shared part of the network.
+        experts: the :class:`GroupConvExperts`.
+        eval_output: as given.
+
+    Raises:
+        TypeError: a part is of a wrong type.
+        ValueError: ``eval_output`` is neither.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> model = ExpertModel.from_model(network, num_experts=3)
+        >>> model(torch.randn(2, 8)).logits.shape
+        torch.Size([2, 3, 4])
+        >>> model.eval()(torch.randn(2, 8)).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(self, trunk: nn.Module, experts: GroupConvExperts, *, eval_output: str = "ensemble") -> None:
+        super().__init__()
+        if not isinstance(trunk, nn.Module):
+            raise TypeError(f"trunk: expected a torch.nn.Module, got {describe(trunk)}")
+        if not isinstance(experts, GroupConvExperts):
+            raise TypeError(f"experts: expected a GroupConvExperts, got {describe(experts)}")
+        self.trunk = trunk
+        self.experts = experts
+        self.eval_output = one_of("eval_output", eval_output, ("ensemble", "experts"))
+        self._output_class: type | None = None
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        num_experts: int = 3,
+        num_classes: int | None = None,
+        at: str | None = None,
+        *,
+        classifier: str = "cosine",
+        scale: float = 30.0,
+        layout: str = "grouped",
+        reset: bool | None = None,
+        keep_head: bool = False,
+        eval_output: str = "ensemble",
+        head: str = "auto",
+    ) -> Self:
+        """Make a network of torchvision, timm, transformers or one's own into one with K experts.
+
+        The network is copied, with its weights, and left as it is. Its classifier is found and replaced by
+        one for each expert.
+
+        Args:
+            model: a network that gives the logits of one linear layer.
+            num_experts: number of experts ``K``.
+            num_classes: number of classes ``C``; None takes the classifier's.
+            at: dotted path of the module from which on every expert has layers of its own, one of
+                :func:`split_points`. None gives the experts a classifier each, on features that they share.
+            classifier: ``"cosine"`` or ``"linear"`` (with bias).
+            scale: factor of cosine logits.
+            layout: of :class:`GroupConvExperts`.
+            reset: None and False keep the weights of the stage that is copied; True draws fresh ones by
+                ``reset_parameters()``.
+            keep_head: begin every expert's classifier with the network's. A cosine classifier takes the
+                directions of its weights, so its logits are others; a linear one is the same function.
+            eval_output: what eval mode gives.
+            head: path of the classifier, where it cannot be found.
+
+        Returns:
+            The new module, in the mode of the network.
+
+        Raises:
+            TypeError: an argument is of a wrong type.
+            ValueError: the classifier cannot be found or is of another size than ``keep_head`` needs, there
+                is no module at ``at``, the network cannot be split there, or weights are tied across.
+        """
+        check_network(model)
+        keep = boolean("keep_head", keep_head)
+        path = find_classifier(model, head)
+        output_class = _output_class_of(model)
+
+        source = copy_module(model)
+        linear = cast(nn.Linear, source.get_submodule(path))
+        if keep:
+            _check_kept(linear, num_classes, classifier)
+
+        stage: nn.Module | None = None
+        if at is None:
+            trunk = remove_classifier(source, path)
+        else:
+            trunk, stage = split_backbone(source, at, head=path)
+        _check_untied(trunk, stage, linear)
+
+        experts = GroupConvExperts(
+            stage,
+            num_experts,
+            linear.out_features if num_classes is None else num_classes,
+            num_features=linear.in_features,
+            classifier=classifier,
+            scale=scale,
+            layout=layout,
+            reset=False if reset is None else reset,
+        )
+        experts.classifiers.to(linear.weight.device, linear.weight.dtype)
+        if keep:
+            _keep_head(experts, linear)
+
+        result = cls(trunk, experts, eval_output=eval_output)
+        result._output_class = output_class
+        for module in (result, experts, experts.classifiers):  # the parts have their modes from the network
+            module.training = model.training
+        return result
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Give an :class:`ExpertOutput` in training mode, in eval mode the ensemble's logits ``[N, C]``.
+
+        Args:
+            *inputs: what the network takes.
+            **kwargs: likewise.
+
+        Raises:
+            TypeError: the trunk gives no tensors.
+            ValueError: ``labels`` for a model of transformers.
+        """
+        output, shared = self._run(*inputs, **kwargs)
+        if self.training or self.eval_output == "experts":
+            return output
+        if self._output_class is None:
+            return output.ensemble()
+        if isinstance(shared, dict):  # what else the model gave, as hidden states, stays
+            return type(shared)(**{**shared, "logits": output.ensemble()})
+        return self._output_class(logits=output.ensemble())
+
+    def _run(self, *inputs: Any, **kwargs: Any) -> tuple[ExpertOutput, Any]:
+        """Give what the experts and what the trunk give."""
+        if self._output_class is not None and kwargs.get("labels") is not None:
+            raise ValueError(
+                "labels: expected none, as the loss is the criterion's, got some; keep them for "
+                "criterion(outputs.logits, labels), in a Trainer by compute_loss_func="
+            )
+        shared = self.trunk(*inputs, **kwargs)
+        features = shared["logits"] if isinstance(shared, dict) and "logits" in shared else shared
+        return self.experts(features), shared
+
+    @torch.no_grad()
+    def predict(
+        self, *inputs: Any, prior: Any = None, calibration: Calibrated | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Give probabilities ``[N, C]``, in eval mode and without gradient; the mode is as before afterwards.
+
+        Args:
+            *inputs: what the network takes.
+            prior: of the classes in the test set, for the calibration; None is uniform.
+            calibration: what makes probabilities of the ensemble's logits; None takes their softmax.
+            **kwargs: inputs by name.
+
+        Raises:
+            TypeError: ``calibration`` has no ``probabilities``.
+            ValueError: a ``prior`` without ``calibration``.
+        """
+        if calibration is None and prior is not None:
+            raise ValueError(
+                "prior: expected None without calibration=, as a softmax knows no prior, got one; fit a "
+                "calibration on a validation split and pass it"
+            )
+        if calibration is not None and not callable(getattr(calibration, "probabilities", None)):
+            raise TypeError(
+                "calibration: expected an object with probabilities(logits, prior=None), got "
+                f"{describe(calibration)}"
+            )
+
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            logits = self._run(*inputs, **kwargs)[0].ensemble()
+        finally:
+            for module, training in modes:
+                module.training = training
+
+        if calibration is not None:
+            return calibration.probabilities(logits, prior=prior)
+        return logits.softmax(dim=1, dtype=compute_dtype(logits.dtype))
+
+    def extra_repr(self) -> str:
+        """Describe the configuration, as ``repr`` shows it."""
+        return f"eval_output={self.eval_output!r}"
+
+
+def _output_class_of(model: nn.Module) -> type | None:
+    """Find the class of what a classifier of transformers gives."""
+    if not is_transformers_model(model):
+        return None
+    outputs: Any = sys.modules["transformers"].modeling_outputs
+    images = model.main_input_name == "pixel_values"
+    found: type = outputs.ImageClassifierOutput if images else outputs.SequenceClassifierOutput
+    return found
+
+
+def _check_kept(linear: nn.Linear, num_classes: int | None, classifier: str) -> None:
+    """Raise unless every expert can begin with this classifier."""
+    if num_classes not in (None, linear.out_features):
+        raise ValueError(
+            f"keep_head: expected as many classes as the classifier has, {linear.out_features}, got "
+            f"num_classes={num_classes}; leave keep_head=False for a new classifier"
+        )
+    if classifier == "cosine" and linear.bias is not None:
+        raise ValueError(
+            "keep_head: expected classifier='linear' for a classifier with bias, got 'cosine', which has "
+            "none; pass classifier='linear', or keep_head=False"
+        )
+
+
+def _check_untied(trunk: nn.Module, stage: nn.Module | None, linear: nn.Module) -> None:
+    """Raise where parts that are to be copied have a parameter in common with others."""
+    parts = [trunk, linear] if stage is None else [trunk, stage, linear]
+    seen: dict[int, str] = {}
+    for part in parts:
+        names = {id(parameter): name for name, parameter in part.named_parameters()}
+        for tied in names.keys() & seen.keys():
+            where = "the classifier's" if part is linear else "the stage's"
+            raise ValueError(
+                f"model: expected weights that trunk, stage and classifier have for themselves, got {where} "
+                f"{names[tied]!r} tied to {seen[tied]!r}; copies would part them: untie them first, or "
+                "choose another split"
+            )
+        seen |= names
+
+
+def _keep_head(experts: GroupConvExperts, linear: nn.Linear) -> None:
+    """Give every expert the weights of a classifier."""
+    classifiers = experts.classifiers
+    with torch.no_grad():
+        classifiers.weight.copy_(linear.weight.expand_as(classifiers.weight))
+        if classifiers.bias is not None:
+            classifiers.bias.copy_(torch.zeros(()) if linear.bias is None else linear.bias)
