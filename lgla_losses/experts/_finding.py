@@ -107,11 +107,14 @@ def remove_classifier(model: nn.Module, path: str) -> nn.Module:
     Raises:
         ValueError: the network's own code makes something else of the logits, as a softmax.
     """
-    gone = [model.get_submodule(path)]
+    if not path:
+        return nn.Identity()
+
+    layers = {f"model.{name}": module for name, module in model.named_modules(remove_duplicate=False)}
+    gone = [layers[f"model.{path}"]]
     # What transformers makes of logits is an output that holds them, or a choice of tokens.
     for call in [] if is_transformers_model(model) else calls_behind_classifier(model, path):
-        called = str(call.target).removeprefix("model.")
-        layer = model.get_submodule(called) if call.op == "call_module" else None
+        layer = layers.get(str(call.target))
 
         if isinstance(layer, nn.Softmax | nn.LogSoftmax):
             gone.append(layer)
@@ -122,11 +125,9 @@ def remove_classifier(model: nn.Module, path: str) -> nn.Module:
                 f"({call.name.removeprefix('model_')}); remove that, as the losses take logits"
             )
 
-    if model in gone:
-        return nn.Identity()
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    for name, module in layers.items():
         if module in gone:
-            model.set_submodule(name, nn.Identity())
+            model.set_submodule(name.removeprefix("model."), nn.Identity().train(module.training))
     return model
 
 

@@ -34,8 +34,8 @@ class ExpertModel(nn.Module):
     ensemble's. In training it gives an ``ExpertOutput``, which has ``logits`` ``[N, K, C]`` too, so that
     ``criterion(outputs.logits, labels)`` is right in both modes (with ``classifier="linear"`` train by
     ``criterion(outputs, labels)``, as the weights need the features). It takes no ``labels``: ``Trainer``
-    keeps them back where ``compute_loss_func`` is given, and passes all columns with
-    ``remove_unused_columns=False``.
+    keeps them back where ``compute_loss_func`` is given, and finds them and its columns by
+    ``TrainingArguments(label_names=["labels"], remove_unused_columns=False)``.
 
     :meth:`from_model` makes one of a network. To load it later, make it so again and use
     ``load_state_dict``.
@@ -62,6 +62,9 @@ class ExpertModel(nn.Module):
         >>> model.eval()(torch.randn(2, 8)).shape
         torch.Size([2, 4])
     """
+
+    #: For the ``Trainer`` of transformers: the number of samples goes to the loss, not to the network.
+    accepts_loss_kwargs = False
 
     def __init__(self, trunk: nn.Module, experts: GroupConvExperts, *, eval_output: str = "ensemble") -> None:
         super().__init__()
@@ -152,7 +155,8 @@ class ExpertModel(nn.Module):
 
         result = cls(trunk, experts, eval_output=eval_output)
         result._output_class = output_class
-        for module in (result, experts, experts.classifiers):  # the parts have their modes from the network
+        new: list[nn.Module] = [result, experts, *experts.children()]
+        for module in new:  # the others have the mode that each had in the network
             module.training = model.training
         return result
 
