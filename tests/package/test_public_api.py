@@ -44,7 +44,14 @@ SIGNATURES = {
     "GroupConvExperts.to_independent": "self",
     "GroupConvExperts.to_grouped": "self",
     "GroupConvExperts.extract": "self, expert",
+    "ExpertModel": "trunk, experts, *, eval_output='ensemble'",
+    "ExpertModel.from_model": "model, num_experts=3, num_classes=None, at=None, *, classifier='cosine', "
+    "scale=30.0, layout='grouped', reset=None, keep_head=False, eval_output='ensemble', head='auto'",
+    "ExpertModel.forward": "self, *inputs, **kwargs",
+    "ExpertModel.predict": "self, *inputs, prior=None, calibration=None, **kwargs",
+    "parameter_groups": "model, weight_decay",
     "split_backbone": "model, at, *, head='auto'",
+    "split_points": "model",
 }
 
 
