@@ -168,17 +168,17 @@ class ExpertModel(nn.Module):
             **kwargs: likewise.
 
         Raises:
-            TypeError: the trunk gives no tensors.
+            TypeError: the network gives something beside its logits.
             ValueError: ``labels`` for a model of transformers.
         """
         output, shared = self._run(*inputs, **kwargs)
         if self.training or self.eval_output == "experts":
             return output
-        if self._output_class is None:
-            return output.ensemble()
         if isinstance(shared, dict):  # what else the model gave, as hidden states, stays
             return type(shared)(**{**shared, "logits": output.ensemble()})
-        return self._output_class(logits=output.ensemble())
+        if self._output_class is not None:
+            return self._output_class(logits=output.ensemble())
+        return output.ensemble()
 
     def _run(self, *inputs: Any, **kwargs: Any) -> tuple[ExpertOutput, Any]:
         """Give what the experts and what the trunk give."""
@@ -189,6 +189,12 @@ class ExpertModel(nn.Module):
             )
         shared = self.trunk(*inputs, **kwargs)
         features = shared["logits"] if isinstance(shared, dict) and "logits" in shared else shared
+        if self.experts.stage is None and not isinstance(features, Tensor):
+            raise TypeError(
+                f"model: expected a network that returns logits alone, got {describe(shared)} in "
+                f"{'training' if self.training else 'eval'} mode; switch off what it gives beside, as an "
+                "auxiliary classifier"
+            )
         return self.experts(features), shared
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
-from families import FAMILIES, Family, build, inputs_of
+from families import DISTILBERT, FAMILIES, SMALL_TEXT, TOKENS, Family, build, inputs_of
 from reference import assert_raises
 from torch import nn
 
@@ -261,6 +261,34 @@ def test_the_encoder_below_a_transformers_head(path):
     torch.testing.assert_close(features_of((trunk, stage), *padded), features)
     every = model.bert(input_ids=ids).last_hidden_state.mean(1)
     torch.testing.assert_close(features_of((trunk, stage), ids), every)
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "head"),
+    [
+        ("bert", "bert.encoder.layer.1", "classifier"),  # its pooler
+        ("roberta", "roberta.encoder.layer.1", "classifier.out_proj"),  # a class token, and a layer
+        ("distilbert", "distilbert.transformer.layer.1", "classifier"),  # an activation made on the way
+    ],
+)
+def test_the_own_pooling_of_a_transformers_model_whose_head_is_named(kind, at, head):
+    sizes = DISTILBERT if kind == "distilbert" else SMALL_TEXT
+    config = transformers.AutoConfig.for_model(kind, **sizes, **TOKENS)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    ids, mask = inputs_of(BERT)
+    parts = split_backbone(model, at, head=head)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(model.get_submodule(head)(features_of(parts, ids, mask)), logits)
+
+
+def test_an_image_classifier_of_transformers_whose_head_is_named():
+    """Its code compares dtypes, which tracing cannot."""
+    config = transformers.ViTConfig(**SMALL_TEXT, image_size=32, patch_size=8)
+    model = transformers.ViTForImageClassification(config).eval()
+    images = torch.randn(2, 3, 32, 32)
+    layers = next(path for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    parts = split_backbone(model, f"{layers}.1", head="classifier")
+    torch.testing.assert_close(model.classifier(features_of(parts, images)), model(images).logits)
 
 
 def test_the_mean_of_no_tokens_is_zero():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
-from families import NARROW_TIMM, SMALL_TEXT, SMALL_VIT, TOKENS
+from families import DISTILBERT, NARROW_TIMM, SMALL_TEXT, SMALL_VIT, TOKENS
 from reference import assert_raises
 from timm.optim import param_groups_weight_decay
 from torch import nn
@@ -87,7 +87,6 @@ def of_transformers(kind, images=False, **options):
     return getattr(transformers, auto).from_config(config)
 
 
-DISTILBERT = {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48}
 SMALL_CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
 
 #: How each is made, what it takes, and the default advice.
@@ -407,6 +406,16 @@ def test_code_that_cannot_be_traced_is_left_as_it_is():
     torch.testing.assert_close(model.predict(images, numbers), network(images, numbers).softmax(1))
 
 
+def test_a_network_of_ones_own_keeps_its_dictionary():
+    network = Ends(lambda logits: {"logits": logits, "more": 3})
+    model = ExpertModel.from_model(network, head="fc", classifier="linear", keep_head=True)
+    x = torch.randn(4, 6)
+    assert model(x).logits.shape == (4, 3, CLASSES)
+    output = model.eval()(x)
+    assert output["more"] == 3
+    torch.testing.assert_close(output["logits"], network(x)["logits"])
+
+
 def test_a_classifier_that_stands_before_its_body_is_found_by_the_code():
     class HeadFirst(nn.Module):
         def __init__(self):
@@ -494,6 +503,18 @@ class Twice(nn.Module):
         return self.coarse(y) if y.sum() > 0 else self.fine(y)
 
 
+class Auxiliary(nn.Module):
+    """Gives two outputs in training, as Inception does."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.aux, self.fc = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.body(x)
+        return (self.fc(y), self.aux(y)) if self.training else self.fc(y)
+
+
 class Ends(nn.Module):
     """Makes something else of its logits."""
 
@@ -560,6 +581,29 @@ CASES = {
         "'out'",
     ),
     "head that is not there": (make(CNN(), head="outs"), ValueError, "head", "'outs'", "did you mean 'out'"),
+    "an auxiliary classifier": (
+        lambda: ExpertModel.from_model(Auxiliary())(torch.randn(2, 6)),
+        TypeError,
+        "model",
+        "logits alone",
+        "tuple",
+        "training mode",
+        "auxiliary",
+    ),
+    "a split beside an auxiliary classifier": (
+        make(Auxiliary(), at="body"),
+        ValueError,
+        "model",
+        "auxiliary classifier",
+        "switch that off",
+    ),
+    "a dictionary": (
+        make(Ends(lambda y: {"logits": y})),
+        ValueError,
+        "model",
+        "returns one tensor",
+        "logits",
+    ),
     "a softmax in the code": (
         make(Ends(lambda y: y.log_softmax(1))),
         ValueError,
