@@ -155,7 +155,8 @@ def _split_text_encoder(model: Any, at: str, head: str | None) -> tuple[Backbone
             + (
                 "which has a decoder; pass its encoder"
                 if encoder.config.is_encoder_decoder
-                else f"which takes {encoder.main_input_name}; torchvision and timm have networks for images"
+                else f"which takes {encoder.main_input_name}; name its classifier by head=, or take a network "
+                "of torchvision or timm"
             )
         )
     if head not in ("auto", None):
@@ -369,15 +370,16 @@ def _random_state() -> tuple[object, ...]:
 
 @contextmanager
 def _in_mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
-    """Set the modules' own flags, not those of the modules below them."""
-    before = [(module, module.training) for module in modules]
+    """Set the modules' own flags, not those of the modules below them; undo what their code assigns."""
+    before = [(module, dict(vars(module))) for module in modules]
     try:
         for module, _ in before:
             module.training = training
         yield
     finally:
-        for module, mode in before:
-            module.training = mode
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 def _leave_mode_open(root: Network, train: fx.Graph, other: Network, evaluation: fx.Graph) -> None:

@@ -750,6 +750,31 @@ def test_errors_say_what_to_do(case):
     assert_raises(*CASES[case])
 
 
+class Noting(nn.Module):
+    """Keeps what it saw, as for maps of activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc, self.calls = nn.Linear(6, 8), nn.Linear(8, 5), 0
+
+    def forward(self, x):
+        self.seen = self.body(x)
+        self.calls += 1
+        return self.fc(self.seen)
+
+
+@pytest.mark.parametrize("at", ["body", None])
+def test_what_a_network_notes_is_of_batches_only(at):
+    network = Noting()
+    split_points(network)
+    model = copy.deepcopy(ExpertModel.from_model(network, at=at))
+    assert network.calls == 0
+    assert not hasattr(network, "seen")
+    assert not hasattr(model.trunk, "seen")
+    model(torch.randn(2, 6))
+    assert getattr(model.trunk, "calls", 1) == 1
+
+
 @pytest.mark.parametrize("at", ["body", None])
 def test_an_error_leaves_the_network_as_it_was(at):
     network = Ends(lambda y: y.log_softmax(1) if y.sum() > 0 else y)
