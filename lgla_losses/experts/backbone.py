@@ -155,7 +155,7 @@ def _split_text_encoder(model: Any, at: str, head: str | None) -> tuple[Backbone
             + (
                 "which has a decoder; pass its encoder"
                 if encoder.config.is_encoder_decoder
-                else f"which takes {encoder.main_input_name}; name its classifier by head=, or take a network "
+                else f"which takes {encoder.main_input_name}; name its classifier by head=, or take one "
                 "of torchvision or timm"
             )
         )
