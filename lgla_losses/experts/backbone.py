@@ -66,8 +66,8 @@ def split_backbone(
     averaged where its ``attention_mask`` is 1.
 
     Trunk and stage hold the network's modules, not copies, and keep its weights, as do experts with
-    ``GroupConvExperts(stage, ..., reset=False)``. For experts that begin afresh as the network itself does, make the stage anew for each:
-    ``GroupConvExperts(lambda: split_backbone(make_network(), at)[1], ...)``.
+    ``GroupConvExperts(stage, ..., reset=False)``. For experts that begin afresh as the network itself does,
+    make the stage anew for each: ``GroupConvExperts(lambda: split_backbone(make_network(), at)[1], ...)``.
 
     Source: Fig. 3 and section 4.2; the authors' code begins the stage of ResNet-50 at ``"layer3"``.
 

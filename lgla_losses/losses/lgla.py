@@ -185,7 +185,7 @@ class LGLALoss(ExpertLoss):
             return
         seen = self._batches + 1
         self.__dict__["_batches"] = seen  # an attribute of a module takes longer to set
-        if seen & (seen - 1):
+        if seen & (seen - 1) or torch.jit.is_tracing():
             return
 
         problem = self._misfit(batch, self.scale)
