@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lgla_losses._batch import Batch, is_of_ensemble
 from lgla_losses._torch import values_readable
+from lgla_losses.experts._running import is_tracing
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.kernels.autograd import CrossEntropy, evaluate
 from lgla_losses.kernels.operators import cross_entropies
@@ -185,7 +186,7 @@ class LGLALoss(ExpertLoss):
             return
         seen = self._batches + 1
         self.__dict__["_batches"] = seen  # an attribute of a module takes longer to set
-        if seen & (seen - 1) or torch.jit.is_tracing():
+        if seen & (seen - 1) or is_tracing():
             return
 
         problem = self._misfit(batch, self.scale)
