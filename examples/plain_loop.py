@@ -25,7 +25,8 @@ train = rest[long_tailed_indices(labels[rest], class_counts)]
 
 trunk = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
 stage = nn.Sequential(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU())
-model = nn.Sequential(trunk, GroupConvExperts(stage, num_experts=3, num_classes=10, scale=16.0))
+experts = GroupConvExperts(stage, num_experts=3, num_classes=10, scale=16.0, reset=True)
+model = nn.Sequential(trunk, experts)
 criterion = LGLALoss(class_counts, num_experts=3, scale=16.0)
 
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)

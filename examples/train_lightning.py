@@ -79,7 +79,7 @@ class LongTailedClassifier(LightningModule):
             nn.BatchNorm2d(64),
             nn.ReLU(),
         )
-        self.experts = GroupConvExperts(stage, num_experts, num_classes=len(class_counts))
+        self.experts = GroupConvExperts(stage, num_experts, len(class_counts), reset=True)
         # As a part of the module the loss goes to its device, and into its checkpoints.
         self.criterion = LGLALoss(class_counts, num_experts)
         self.accuracy = ShotAccuracy(class_counts)

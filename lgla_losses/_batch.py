@@ -14,7 +14,6 @@ from lgla_losses._checks import (
     FLOATING,
     WAY_OUT,
     computable_tensor,
-    dense_tensor,
     describe,
     finite_tensors,
     floating_tensor,
@@ -102,6 +101,13 @@ class Batch(NamedTuple):
         if isinstance(target, Tensor):
             dims = target.dim() - int(target.is_floating_point())
         blocks, of_one = one_or_more_experts(output, num_classes, dims)
+        if not of_one and isinstance(target, Tensor) and target.dim() > 0:
+            found, samples = blocks[0].shape[:2], target.shape[0]
+            if found[0] != samples == found[1]:
+                raise ValueError(
+                    f"logits: expected shape [N, K, C] of {samples} samples, as the target has, "
+                    f"got {list(blocks[0].shape)}; experts lie on dimension 1: pass logits.transpose(0, 1)"
+                )
         return cls._arranged(blocks, of_one, target, None, None, sample_weight, constant)
 
     @classmethod
@@ -238,6 +244,31 @@ class Batch(NamedTuple):
         largest = torch.cat(found)
         return float(largest.max()) if largest.numel() else -math.inf
 
+    def is_within(self, bound: float) -> bool:
+        """Say whether there are logits, not all 0, and none is beyond ``bound``. This reads the values."""
+        ends = [end.item() for block in self.logits if block.numel() for end in block.detach().aminmax()]
+        return any(ends) and all(-bound <= end <= bound for end in ends)
+
+    def share_without_cosines(self) -> float:
+        """Find the part of the logits' norm that no multiple of the cosines of features and weights gives.
+
+        It looks at some samples and classes, of maps at one row, and reads the values. Cosine heads of any
+        scale give 0 but for rounding; the expert with the largest part counts.
+        """
+        if self.features is None or self.weight is None:
+            return 0.0
+        some, dtype = (0,) * (self.features.dim() - 3), functional.widest_dtype(self.features.device)
+        logits = torch.stack([expert[some][:32, :256] for expert in self.experts()], dim=1).to(dtype)
+        features = functional.unit_vectors(self.features.detach()[some][:32].to(dtype))
+        weight = functional.unit_vectors(self.weight.detach()[:, :256].to(dtype))
+        cosines = torch.einsum("nkd,kcd->nkc", features, weight)
+
+        masked = ~(logits.isfinite() & cosines.isfinite())
+        logits, cosines = logits.masked_fill(masked, 0.0), cosines.masked_fill(masked, 0.0)
+        scale = (logits * cosines).sum(dim=(0, 2)) / cosines.square().sum(dim=(0, 2)).clamp_min(1e-30)
+        rest = (logits - scale[:, None] * cosines).square().sum(dim=(0, 2))
+        return float((rest / logits.square().sum(dim=(0, 2)).clamp_min(1e-30)).amax().sqrt())
+
     def check_angles(self, ignore_index: int) -> None:
         """Raise for angles of class indices that are not finite. This reads them."""
         if self.features is None or self.weight is None:
@@ -265,6 +296,15 @@ class Batch(NamedTuple):
                 f"logits: expected no NaN or +inf, and no -inf on the target, got one from expert {k}; "
                 f"{WAY_OUT}"
             )
+
+
+def is_of_ensemble(logits: Tensor, target: object, num_classes: int) -> bool:
+    """Say whether logits are those of an ensemble, ``[N, C]``, of maps ``[N, C, *S]``, for such a target."""
+    if logits.dim() == 2 or not isinstance(target, Tensor) or target.is_nested:
+        return logits.dim() == 2
+    maps = target.shape[2:] if target.is_floating_point() else target.shape[1:]
+    of_one = logits.dim() == 2 + len(maps) > 2
+    return of_one and logits.shape[1] == num_classes and logits.shape[2:] == maps
 
 
 def check_features(
@@ -323,18 +363,26 @@ def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool 
             f"logits: expected an ExpertOutput, a tensor {shape} or {num_experts} tensors "
             f"[N, {num_classes}], got {describe(logits)}"
         )
-    if dense_tensor("logits", logits).is_floating_point() and logits.dim() == 2:
+    computable_tensor("logits", logits, shape)
+    if logits.dim() < 3 or (not maps and logits.dim() > 3) or logits.shape[1:3] != (num_experts, num_classes):
+        gradient = " with a gradient" if logits.requires_grad else ""
         raise ValueError(
-            f"logits: expected shape [N, K, C], got {list(logits.shape)}; experts lie on dimension 1, "
-            "so those of one model are logits[:, None], and K heads are stacked by torch.stack(heads, dim=1)"
-        )
-    _expert_tensor("logits", logits, "[N, K, C]", maps)
-    if logits.shape[1:3] != (num_experts, num_classes):
-        raise ValueError(
-            f"logits: expected shape {shape}, got {list(logits.shape)}; experts lie on dimension 1, "
-            "so K heads are stacked by torch.stack(heads, dim=1) or passed as a list"
+            f"logits: expected an ExpertOutput or shape {shape}, got {list(logits.shape)}{gradient}; "
+            f"{_way_out(logits, num_experts, num_classes)}"
         )
     return logits
+
+
+def _way_out(logits: Tensor, num_experts: int, num_classes: int) -> str:
+    """Say what to do with logits that are not those of K experts."""
+    if logits.dim() > 2 and (logits.shape[0], logits.shape[2]) == (num_experts, num_classes):
+        return "experts lie on dimension 1: pass logits.transpose(0, 1)"
+    of_one = " or logits[:, None]" if num_experts == 1 else ""
+    return (
+        f"to train one model take BalancedSoftmaxLoss(class_counts){of_one}; to train experts pass their "
+        "whole ExpertOutput, not its .ensemble(), or torch.stack(heads, dim=1) of K heads; in validation a "
+        f"loss of experts takes the ensemble's logits [N, {num_classes}], without a gradient"
+    )
 
 
 def _expert_tensor(name: str, value: object, shape: str, maps: bool) -> Tensor:

@@ -66,10 +66,9 @@ def split_backbone(
     stage as the network has them. Of a transformers model the encoder is taken, whose tokens are averaged
     where its ``attention_mask`` is 1; with the path of its classifier as ``head`` its own pooling stays.
 
-    Trunk and stage hold the network's modules, not copies, and keep its weights. Experts keep them too with
-    ``GroupConvExperts(stage, ..., reset=False)``; its default gives each the ``reset_parameters()`` of its
-    layers. For experts that begin afresh as the network itself does, make the stage anew for each:
-    ``GroupConvExperts(lambda: split_backbone(make_network(), at)[1], ...)``.
+    Trunk and stage hold the network's modules, not copies, and keep its weights, as do experts with
+    ``GroupConvExperts(stage, ..., reset=False)``. For experts that begin afresh as the network itself does,
+    make the stage anew for each: ``GroupConvExperts(lambda: split_backbone(make_network(), at)[1], ...)``.
 
     Source: Fig. 3 and section 4.2; the authors' code begins the stage of ResNet-50 at ``"layer3"``.
 

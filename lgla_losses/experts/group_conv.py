@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -25,6 +26,9 @@ from lgla_losses.experts.output import ExpertOutput
 #: Of stacks, in whose layers one thread at a time puts its copies; it may take its lock again. They stand
 #: here to stay out of copies and pickles.
 LOCKS: MutableMapping[nn.Module, AbstractContextManager[Any]] = WeakKeyDictionary()
+
+#: Whether this process was told that a module's weights are kept.
+_told_what_is_kept = False
 
 
 class GroupConvExperts(nn.Module):
@@ -52,10 +56,11 @@ class GroupConvExperts(nn.Module):
         classifier: ``"cosine"`` or ``"linear"`` (with bias).
         scale: factor of cosine logits, as for :class:`LGLALoss`; linear classifiers have none.
         layout: ``"grouped"`` or ``"independent"``.
-        reset: initialise every copy of a module afresh, by ``reset_parameters()`` of its layers
-            and then ``init_fn``; False keeps the weights, as of a pretrained network.
-        init_fn: applied to every layer of every copy, as by :meth:`torch.nn.Module.apply`; needed
-            where a layer with parameters has no ``reset_parameters()``.
+        reset: True initialises every copy afresh, by ``reset_parameters()`` of its layers and then
+            ``init_fn``; False keeps the weights. None keeps those of a module, as it may be pretrained, and
+            takes a factory's as they come; with ``init_fn`` a module's copies are initialised afresh.
+        init_fn: applied to every layer of every copy, as by :meth:`torch.nn.Module.apply`; needed for fresh
+            weights where a layer with parameters has no ``reset_parameters()``.
 
     Attributes:
         stage: the stacked module, a ``ModuleList`` of K modules, or None.
@@ -78,7 +83,7 @@ class GroupConvExperts(nn.Module):
 
     Example:
         >>> stage = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU())
-        >>> experts = GroupConvExperts(stage, num_experts=3, num_classes=10)
+        >>> experts = GroupConvExperts(stage, num_experts=3, num_classes=10, reset=True)
         >>> output = experts(torch.randn(8, 16, 12, 12))
         >>> output.logits.shape, output.ensemble().shape
         (torch.Size([8, 3, 10]), torch.Size([8, 10]))
@@ -94,7 +99,7 @@ class GroupConvExperts(nn.Module):
         classifier: str = "cosine",
         scale: float = 30.0,
         layout: str = "grouped",
-        reset: bool = True,
+        reset: bool | None = None,
         init_fn: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__()
@@ -107,7 +112,11 @@ class GroupConvExperts(nn.Module):
         if init_fn is not None and not callable(init_fn):
             raise TypeError(f"init_fn: expected a function of a layer or None, got {describe(init_fn)}")
 
-        copies = _make_copies(stage, self.num_experts, boolean("reset", reset), init_fn)
+        if reset is not None:
+            reset = boolean("reset", reset)
+        copies = _make_copies(stage, self.num_experts, reset, init_fn)
+        if isinstance(stage, nn.Module) and reset is None and init_fn is None:
+            _tell_what_is_kept(stage)
         if num_features is None:
             num_features = _features_of(copies)
 
@@ -264,7 +273,7 @@ class Expert(nn.Module):
 def _make_copies(
     stage: nn.Module | Callable[[], nn.Module] | None,
     num_experts: int,
-    reset: bool,
+    reset: bool | None,
     init_fn: Callable[[nn.Module], None] | None,
 ) -> list[nn.Module]:
     if stage is None:
@@ -275,19 +284,35 @@ def _make_copies(
         copies = [stage() for _ in range(num_experts)]
     else:
         raise TypeError(f"stage: expected a module, a factory of modules or None, got {describe(stage)}")
-    if init_fn is not None and not reset:
+    if init_fn is not None and reset is False:
         raise ValueError("init_fn: expected None with reset=False, which keeps the weights, got a function")
+    if reset is None:  # a function that initialises is a wish for fresh weights
+        reset = isinstance(stage, nn.Module) and init_fn is not None
 
     _check_copies(copies)
     for expert in copies:
-        marked = isinstance(stage, nn.Module) and reset
-        if marked:
+        if reset:
             _reset(expert)
         if init_fn is not None:
             expert.apply(init_fn)
-        if marked:
+        if reset:
             _check_initialised(expert)
     return copies
+
+
+def _tell_what_is_kept(stage: nn.Module) -> None:
+    """Warn once a process that a module's weights are kept, which version 0.1.0 threw away."""
+    global _told_what_is_kept
+    if _told_what_is_kept or next(stage.parameters(), None) is None:
+        return
+    _told_what_is_kept = True
+    warnings.warn(
+        "reset: expected True or False beside a module as stage, got none, so every expert keeps the "
+        "module's weights; version 0.1.0 drew new ones. Keep them by reset=False (a pretrained network), or "
+        "draw new ones for each expert by reset=True (a new network)",
+        FutureWarning,
+        stacklevel=3,
+    )
 
 
 def _check_copies(copies: list[nn.Module]) -> None:
@@ -328,7 +353,7 @@ def _check_initialised(module: nn.Module) -> None:
             layer = type(module.get_submodule(path.rpartition(".")[0])).__name__
             raise ValueError(
                 f"stage: parameter {path!r} of a {layer} is initialised by no reset_parameters(); "
-                "pass a factory as stage, an init_fn= that sets it, or reset=False to keep the weights"
+                "pass an init_fn= that sets it, or keep a module's or a factory's weights by reset=False"
             )
 
 

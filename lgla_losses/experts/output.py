@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ ExpertLogits: TypeAlias = Tensor | Sequence[Tensor]
 
 class ExpertOutput(NamedTuple):
     """Hold the output of K experts on a batch; what :class:`LGLALoss` takes.
+
+    It is a tuple of tensors and no tensor: predictions are those of :meth:`ensemble`, as
+    ``output.ensemble().argmax(dim=1)``.
 
     Attributes:
         logits: unadjusted logits ``[N, K, C]``, of maps ``[N, K, C, H, W]``.
@@ -48,7 +51,7 @@ class ExpertOutput(NamedTuple):
         if self.logits.dim() < 3:
             raise ValueError(
                 f"logits: expected shape [N, K, C] or of maps [N, K, C, ...], got {list(self.logits.shape)}; "
-                "those of one model are logits[:, None]"
+                "those of one model need no fusion, predict by them as they are"
             )
         if fusion is None:
             return self.logits.mean(dim=1)
@@ -59,6 +62,21 @@ class ExpertOutput(NamedTuple):
         # An expert without weight takes no part, even where it masks a class with -inf.
         logits = torch.where(weights == 0, 0.0, self.logits.to(dtype))
         return (logits * weights).sum(dim=1).to(self.logits.dtype)
+
+
+def _explain_missing(output: ExpertOutput, name: str) -> NoReturn:
+    """Raise for what an output has not; of what tensors have, say where it is."""
+    problem = f"{type(output).__name__} has no attribute {name!r}"
+    if hasattr(Tensor, name) and not name.startswith("_"):
+        problem += (
+            f": it is a tuple of what K experts give, no tensor; output.ensemble().{name} is that of the "
+            f"ensemble's logits [N, C], output.logits.{name} that of all experts' [N, K, C]"
+        )
+    raise AttributeError(problem)  # without its keywords, which compilers do not know
+
+
+# Not in the class, where it would make every name an attribute to type checkers.
+ExpertOutput.__getattr__ = _explain_missing  # type: ignore[attr-defined]
 
 
 def normalized_fusion(

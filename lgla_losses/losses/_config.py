@@ -84,7 +84,8 @@ def number_of_experts(
     if number == 1 and needs_groups:
         raise ValueError(
             f"num_experts: expected at least 2 for adjustment='lgla' or aaw=True, got {number}; "
-            "one expert goes with adjustment='softmax', 'balanced' or 'logit' and aaw=False"
+            "for one model take BalancedSoftmaxLoss(class_counts), or adjustment='softmax', 'balanced' or "
+            "'logit' with aaw=False"
         )
     return number
 

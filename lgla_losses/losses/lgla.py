@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lgla_losses._batch import Batch
+from lgla_losses._batch import Batch, is_of_ensemble
 from lgla_losses._torch import values_readable
+from lgla_losses.experts._running import is_tracing
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.kernels.autograd import CrossEntropy, evaluate
 from lgla_losses.kernels.operators import cross_entropies
@@ -30,6 +31,10 @@ class LGLALoss(ExpertLoss):
     For inference average the experts' unadjusted logits: :meth:`ExpertOutput.ensemble`. The loss is a
     sum over the experts: expect about K times a single model's. A loaded ``state_dict`` brings its own
     class counts and adjustments.
+
+    It is the same function with and without gradients, hard-sample weights included. The number to watch in
+    validation is another: of an ensemble's logits ``[N, C]`` without a gradient it gives the cross entropy,
+    without adjustments and weights.
 
     Source: Tao et al., ICCV 2023, Eq. 9.
 
@@ -70,7 +75,8 @@ class LGLALoss(ExpertLoss):
         ValueError: an argument is out of range, or shapes, devices or values do not fit.
 
     Shape:
-        - output: an :class:`ExpertOutput`, logits ``[N, K, C]``, or K tensors ``[N, C]``
+        - output: an :class:`ExpertOutput`, logits ``[N, K, C]``, or K tensors ``[N, C]``; without a gradient
+          an ensemble's ``[N, C]``
         - target: int64 ``[N]``, or class probabilities ``[N, C]`` (mixup, distillation)
         - features: ``[N, K, d]``, weight: ``[K, C, d]``, for the angles of Eq. 7 of any head
         - sample_weight: ``[N]``
@@ -100,7 +106,8 @@ class LGLALoss(ExpertLoss):
         """Compute Eq. 9 of a batch.
 
         Args:
-            output: what the experts gave.
+            output: what the experts gave; or, without a gradient, the ensemble's logits, whose cross entropy
+                it then gives.
             target: class indices ``[N]``, or class probabilities ``[N, C]``.
             features: inputs of the classifiers ``[N, K, d]``, where ``output`` is logits.
             weight: weights of the classifiers ``[K, C, d]``, where ``output`` is logits.
@@ -112,6 +119,13 @@ class LGLALoss(ExpertLoss):
                 micro-batch.
         """
         table = self.adjuster.constant("table")
+        if (
+            isinstance(output, Tensor)
+            and not (output.requires_grad or features is not None or weight is not None)
+            and is_of_ensemble(output, target, table.shape[1])
+        ):
+            return self._of_ensemble(output, target, table, sample_weight, normalizer)
+
         group_index = self.adjuster.grouper.constant("group_index")
         batch = Batch.of_experts(
             output,
@@ -133,7 +147,7 @@ class LGLALoss(ExpertLoss):
 
         if readable:
             self._explain_unless_finite(batch, loss)
-        if self.aaw and batch.features is None and values_readable(batch.target, self.validate_args):
+        if self.aaw and values_readable(batch.target, self.validate_args):
             self._look_at_scale(batch)
         return loss
 
@@ -141,8 +155,29 @@ class LGLALoss(ExpertLoss):
         # nn.Module declares it as returning Any.
         __call__ = forward
 
+    @torch.no_grad()  # so that it waits for no other rank
+    def _of_ensemble(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        table: Tensor,
+        sample_weight: Tensor | None,
+        normalizer: float | Tensor | None,
+    ) -> Tensor:
+        """Compute the cross entropy of an ensemble's logits ``[N, C]``; of ``table`` it takes the classes."""
+        batch = Batch.of_any(logits, target, table.shape[1], sample_weight, table)
+        engine, ranks, readable = self._step(batch, normalizer)
+
+        rows = self._rows(engine, batch, ranks, normalizer, weights=batch.weights_of_experts(1))
+        problem = functools.partial(CrossEntropy, of_one=batch.of_one)
+        loss = evaluate(engine, rows, batch.logits, problem, cross_entropies, self.backend)
+
+        if readable:
+            self._explain_unless_finite(batch, loss)
+        return loss
+
     def _look_at_scale(self, batch: Batch) -> None:
-        """Warn once if the logits are too large for cosines times ``scale``.
+        """Warn once if the logits are no cosines times ``scale``.
 
         It looks only at batches whose number is a power of two.
         """
@@ -151,15 +186,36 @@ class LGLALoss(ExpertLoss):
             return
         seen = self._batches + 1
         self.__dict__["_batches"] = seen  # an attribute of a module takes longer to set
-        if seen & (seen - 1):
+        if seen & (seen - 1) or is_tracing():
             return
-        largest = batch.largest_target_logit(self.ignore_index)
-        if largest <= 1.05 * self.scale:
-            return
-        self._batches = -1  # once warned
-        warnings.warn(
-            f"a target logit of {largest:.4g} exceeds scale={self.scale}: these are no "
-            "cosine logits, so their angles, and with them the adaptive angular weights, are wrong; with "
-            "a linear head set scale=None and pass features and weight",
-            stacklevel=5,
-        )
+
+        problem = self._misfit(batch, self.scale)
+        if problem is not None:
+            self._batches = -1  # once warned
+            warnings.warn(problem, stacklevel=5)
+
+    def _misfit(self, batch: Batch, scale: float) -> str | None:
+        """Say in which way the logits are no cosines times ``scale``, or None."""
+        if batch.features is not None:
+            share = batch.share_without_cosines()
+            if share > 0.02:  # that of bfloat16 is 0.004
+                return (
+                    f"scale={scale} says that the logits are cosines of features and weight times a number, "
+                    f"but {share:.0%} of their norm is not, as with a linear head, for which the margins of "
+                    "LGLA are not made; take a cosine head, or set scale=None for a linear one"
+                )
+        else:
+            largest = batch.largest_target_logit(self.ignore_index)
+            if largest > 1.05 * scale:
+                return (
+                    f"a target logit of {largest:.4g} exceeds scale={scale}: these are no "
+                    "cosine logits, so their angles, and with them the adaptive angular weights, are wrong; "
+                    "with a linear head set scale=None and pass features and weight"
+                )
+        if scale >= 10 and batch.is_within(1.01):  # scaled cosines are larger, those of some class
+            return (
+                f"all logits of the batch lie within [-1, 1] under scale={scale}, as bare cosines do, of "
+                f"which softmax learns next to nothing; pass {scale:g} * cosines, or with a linear head set "
+                "scale=None and pass features and weight"
+            )
+        return None

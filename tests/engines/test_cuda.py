@@ -62,7 +62,8 @@ def of_logits(device, dtype, make=lambda v: v, criterion=None, target=None, maps
 def of_output(device, dtype):
     features = torch.randn(12, 3, 16).to(device, dtype)
     weight = torch.randn(3, NUM_CLASSES, 16).to(device)
-    return of_logits(device, dtype, lambda v: ExpertOutput(v, features, weight))
+    form = lambda v: ExpertOutput(v, features, weight)  # noqa: E731
+    return of_logits(device, dtype, form, criterion=LGLALoss(COUNTS, scale=None))
 
 
 def of_linear_head(device, dtype):

@@ -48,7 +48,7 @@ def loss_and_gradients(criterion, inputs, *arguments, **options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_every_engine_is_the_reference(engine, reduction, aaw, form, dtype, close):
     options = {"reduction": reduction, "aaw": aaw, "label_smoothing": 0.1}
-    if form == "linear head":
+    if form in ("output", "linear head"):
         options["scale"] = None
     logits, target = batch(dtype)
     features, weight = torch.randn(7, 3, 8, dtype=dtype), torch.randn(3, 6, 8, dtype=dtype)
@@ -86,7 +86,7 @@ def test_normalizer(engine, kind, close):
 def test_second_derivatives(engine, reduction):
     logits, target = (v[:2] if engine is triton else v for v in batch())  # the interpreter is slow
     features, weight = torch.randn(len(target), 3, 8), torch.randn(3, 6, 8)
-    module = criterion(reduction=reduction, label_smoothing=0.1)
+    module = criterion(scale=None, reduction=reduction, label_smoothing=0.1)
 
     def loss(logits):
         return module(logits, target, features=features, weight=weight)

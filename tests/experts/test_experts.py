@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from scripts import load
 from torch import nn
 
 from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss
+from lgla_losses.experts import group_conv
 
 
 class Residual(nn.Module):
@@ -234,7 +236,7 @@ def test_random_layers_draw_independently_per_expert(together, device):
 @pytest.mark.parametrize("layout", ["grouped", "independent"])
 def test_every_expert_is_initialised_as_its_ungrouped_self(layout):
     """The authors' ResNet-50 used the K-fold fan-out."""
-    experts = GroupConvExperts(nn.Conv2d(64, 128, 3), 3, 7, layout=layout).to_grouped()
+    experts = GroupConvExperts(nn.Conv2d(64, 128, 3), 3, 7, layout=layout, reset=True).to_grouped()
     weight = experts.stage.weight
     bound = 1 / (64 * 9) ** 0.5
     for k in range(3):
@@ -259,7 +261,7 @@ def test_a_block_initialises_after_its_layers():
             return self.norm(x)
 
     for stage in (ZeroNorm, ZeroNorm()):
-        assert (GroupConvExperts(stage, 3, 7).stage.norm.weight == 0).all()
+        assert (GroupConvExperts(stage, 3, 7, reset=True).stage.norm.weight == 0).all()
 
 
 def test_classifiers_follow_the_stage():
@@ -337,7 +339,7 @@ def test_a_parameter_that_no_reset_sets_is_named():
             self.extra = nn.Parameter(torch.randn(4))
 
     with pytest.raises(ValueError, match=r"'extra' of a Scaled is initialised by no reset_parameters"):
-        GroupConvExperts(Scaled(), 3, 7)
+        GroupConvExperts(Scaled(), 3, 7, reset=True)
 
 
 def test_experts_that_came_to_differ_are_not_stacked():
@@ -410,17 +412,51 @@ def test_the_per_expert_stages_of_resnet32_are_exact():
         assert_same(parameter.grad, torch.stack([e.get_parameter(name).grad for e in independent.stage]))
 
 
-def test_reset_false_keeps_pretrained_weights_and_the_module_is_left_alone():
+def test_pretrained_weights_are_kept_unless_fresh_ones_are_asked_for():
     stage = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))
     stage[1].running_mean.fill_(3.0)
     before = copy.deepcopy(stage.state_dict())
-    for reset in (True, False):
-        experts = GroupConvExperts(stage, 3, 7, reset=reset)
+    for reset in (True, False, None):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            experts = GroupConvExperts(stage, 3, 7, reset=reset)
         experts(torch.randn(2, 4, 8, 8))
         same = torch.equal(experts.stage[0].weight, stage[0].weight.expand(3, -1, -1, -1, -1))
-        assert same != reset
+        assert same == (not reset)
         for name, tensor in before.items():
             assert torch.equal(stage.state_dict()[name], tensor)
+
+
+def test_a_module_without_reset_is_told_once_what_became_of_its_weights(monkeypatch):
+    monkeypatch.setattr(group_conv, "_told_what_is_kept", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing to tell: chosen, a factory, fresh by init_fn, no weights
+        GroupConvExperts(nn.Linear(4, 4), 3, 7, reset=False)
+        GroupConvExperts(lambda: nn.Linear(4, 4), 3, 7)
+        GroupConvExperts(nn.Linear(4, 4), 3, 7, init_fn=lambda _: None)
+        GroupConvExperts(nn.ReLU(), 3, 7, num_features=4)
+    with pytest.warns(FutureWarning, match=r"keeps.*0\.1\.0.*reset=False.*reset=True") as record:
+        [GroupConvExperts(nn.Linear(4, 4), 3, 7) for _ in range(3)]
+    assert len(record) == 1
+    assert record[0].filename == __file__
+
+
+def test_a_convnext_with_layer_scale_needs_no_option():
+    stage = nn.Sequential(torchvision.models.convnext.CNBlock(4, 1e-6, 0.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        experts = GroupConvExperts(stage, 3, 7)
+    assert torch.equal(experts.stage[0].layer_scale, stage[0].layer_scale.expand(3, -1, -1, -1))
+    experts(torch.randn(2, 4, 8, 8)).ensemble().sum().backward()
+    with pytest.raises(ValueError, match=r"layer_scale.*reset=False"):
+        GroupConvExperts(stage, 3, 7, reset=True)
+
+
+def test_a_factorys_weights_come_as_they_are_or_fresh():
+    pretrained = nn.Linear(4, 4)
+    for reset in (None, False, True):
+        experts = GroupConvExperts(lambda: copy.deepcopy(pretrained), 3, 7, reset=reset)
+        assert torch.equal(experts.stage.weight, pretrained.weight.expand(3, -1, -1)) == (not reset)
 
 
 def test_factory_and_init_fn_initialise_every_expert():
@@ -492,6 +528,34 @@ def test_the_ensemble_of_maps_fuses_experts_not_classes(maps, dtype):
     assert torch.equal(output.ensemble([1, 0, 0]), output.logits[:, 0])
 
 
+@pytest.mark.parametrize(
+    "name", ["argmax", "softmax", "log_softmax", "max", "size", "shape", "device", "detach"]
+)
+def test_code_that_expects_logits_is_told_of_the_ensemble(name):
+    output = ExpertOutput(torch.zeros(2, 3, 7), torch.zeros(2, 3, 4), torch.zeros(3, 7, 4))
+    assert not hasattr(output, name)
+    with pytest.raises(AttributeError, match=rf"no attribute '{name}'.*output\.ensemble\(\)\.{name}"):
+        getattr(output, name)
+
+
+def test_an_output_is_a_tuple_that_pickles_and_compiles():
+    output = ExpertOutput(torch.rand(2, 3, 7), torch.rand(2, 3, 4), torch.rand(3, 7, 4))
+    assert isinstance(output, tuple)
+    with pytest.raises(AttributeError) as caught:
+        output.loss  # noqa: B018 - as trainers look for it
+    assert "ensemble" not in str(caught.value)
+
+    def predict(output):
+        return (output.argmax if hasattr(output, "argmax") else output.ensemble)(), output
+
+    twins = [pickle.loads(pickle.dumps(output)), copy.deepcopy(output)]
+    fused, through = torch.compile(predict, fullgraph=True, backend="eager")(output)
+    for twin in (*twins, through):
+        assert type(twin) is ExpertOutput
+        assert torch.equal(twin.ensemble(), output.ensemble())
+    assert torch.equal(fused, output.ensemble())
+
+
 def test_ensemble_is_the_mean_or_a_weighted_mean_of_the_logits(close):
     output = ExpertOutput(torch.randn(5, 3, 7, dtype=torch.float64), torch.empty(0), torch.empty(0))
     close(output.ensemble(), output.logits.mean(1))
@@ -527,7 +591,7 @@ def test_state_dict_deepcopy_and_pickle(layout):
     loaded.load_state_dict(source.state_dict())
     assert torch.equal(loaded(shared).logits, expected)
     assert torch.equal(copy.deepcopy(source)(shared).logits, expected)
-    experts = GroupConvExperts(nn.Conv2d(4, 6, 3), 3, 7, layout=layout)
+    experts = GroupConvExperts(nn.Conv2d(4, 6, 3), 3, 7, layout=layout, reset=True)
     assert torch.equal(pickle.loads(pickle.dumps(experts))(shared).logits, experts(shared).logits)
 
 
@@ -610,7 +674,7 @@ class Fills(nn.Module):
 @RUNS
 def test_random_fills_are_one_per_expert(together):
     """torchvision's stochastic depth fills a tensor in place, of which vmap would have only one."""
-    experts = GroupConvExperts(Fills(), 3, 7, num_features=32)
+    experts = GroupConvExperts(Fills(), 3, 7, num_features=32, reset=True)
     with torch.no_grad():
         for parameter in experts.stage.parameters():
             parameter.copy_(parameter[0].expand_as(parameter).clone())
@@ -651,7 +715,7 @@ def test_running_out_of_memory_is_passed_on(together):
         def forward(self, x):
             raise torch.OutOfMemoryError("no more")
 
-    experts = GroupConvExperts(Greedy(4, 6, 3), 3, 7)
+    experts = GroupConvExperts(Greedy(4, 6, 3), 3, 7, reset=True)
     experts.together = together
     with pytest.raises(torch.OutOfMemoryError):
         experts(torch.randn(2, 4, 8, 8))
@@ -678,14 +742,14 @@ def test_layers_without_a_rule_are_named():
 
 @RUNS
 def test_an_error_of_the_users_own_stage_is_passed_on(together):
-    experts = GroupConvExperts(nn.Conv2d(4, 6, 3), 3, 7)
+    experts = GroupConvExperts(nn.Conv2d(4, 6, 3), 3, 7, reset=True)
     experts.together = together
     with pytest.raises(RuntimeError, match="to have 4 channels, but got 5"):
         experts(torch.randn(2, 5, 8, 8))
 
 
 def test_hooks_on_experts_and_classifiers_are_called():
-    experts, seen = GroupConvExperts(nn.Linear(4, 4), 3, 7), []
+    experts, seen = GroupConvExperts(nn.Linear(4, 4), 3, 7, reset=True), []
     for module in (experts, experts.classifiers):
         module.register_forward_hook(lambda *arguments: seen.append(type(arguments[2]).__name__))
     experts(torch.randn(2, 4))

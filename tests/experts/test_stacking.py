@@ -534,7 +534,7 @@ def test_hooks_are_called_whatever_they_hold(lock, kind, when, layout):
     stage = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     if when == "before":
         stage[0].register_forward_hook(HOOKS[kind](recorder))
-    experts = GroupConvExperts(stage, 3, 7, layout=layout)
+    experts = GroupConvExperts(stage, 3, 7, layout=layout, reset=True)
     if when == "after":
         for layer in [experts.stage[0]] if layout == "grouped" else [e[0] for e in experts.stage]:
             layer.register_forward_hook(HOOKS[kind](recorder))
@@ -562,7 +562,7 @@ def test_a_hook_that_is_a_method_of_a_layer_belongs_to_that_layers_copy():
         def change(self, x):
             return x * self.width
 
-    experts = GroupConvExperts(Watches(), 3, 7, layout="independent")
+    experts = GroupConvExperts(Watches(), 3, 7, layout="independent", reset=True)
     experts(torch.randn(2, 4))
     hooks = [hook for expert in experts.stage for hook in expert.linear._forward_hooks.values()]
     assert [hook.__self__ for hook in hooks[::3]] == list(experts.stage)

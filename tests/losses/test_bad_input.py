@@ -35,6 +35,7 @@ from lgla_losses.distributed import class_shard
 COUNTS = [40, 9, 5, 1]
 LOGITS = torch.zeros(2, 3, 4)
 TARGET = torch.tensor([0, 3])
+WITH_GRADIENT = LOGITS.clone().requires_grad_()
 META = torch.device("meta")
 FLOAT8 = torch.float8_e4m3fn
 ADJUSTER = CLALogitAdjuster(ClassGrouper(COUNTS, 2))
@@ -51,7 +52,7 @@ def criterion(**options):
 
 
 def experts(stage=nn.Conv2d(2, 4, 3), num_experts=3, num_classes=4, **options):  # noqa: B008
-    return GroupConvExperts(stage, num_experts, num_classes, **options)
+    return GroupConvExperts(stage, num_experts, num_classes, **{"reset": True} | options)
 
 
 def together(value):
@@ -184,7 +185,27 @@ CASES = {
     "tau beyond every float": (lambda: criterion(tau=10**400), ValueError, "tau", "finite", "10000"),
     "float ignore_index": (lambda: criterion(ignore_index=0.5), TypeError, "ignore_index", "integer", "0.5"),
     # logits
-    "2-D logits": (lambda: criterion()(LOGITS[:, 0], TARGET), ValueError, "logits", "[N, K, C]", "[2, 4]", "logits[:, None]"),
+    "2-D logits": (lambda: criterion()(WITH_GRADIENT[:, 0], TARGET), ValueError, "logits", "[N, 3, 4]", "[2, 4] with a gradient", "BalancedSoftmaxLoss", "ExpertOutput", ".ensemble()", "validation"),
+    "2-D logits of a loss of one expert": (
+        lambda: criterion(num_experts=1, adjustment="balanced", aaw=False)(WITH_GRADIENT[:, 0], TARGET), ValueError, "logits", "[N, 1, 4]", "[2, 4]", "BalancedSoftmaxLoss", "logits[:, None]",
+    ),
+    "one expert of three": (lambda: criterion()(LOGITS[:, :1], TARGET), ValueError, "logits", "[N, 3, 4]", "[2, 1, 4]", "BalancedSoftmaxLoss", "ExpertOutput"),
+    "map of one model": (
+        lambda: criterion()(WITH_GRADIENT[:, 0, :, None, None], TARGET[:, None, None]), ValueError, "logits", "[N, 3, 4]", "[2, 4, 1, 1]", "BalancedSoftmaxLoss",
+    ),
+    "experts before samples": (lambda: criterion()(LOGITS.transpose(0, 1), TARGET), ValueError, "logits", "[N, 3, 4]", "[3, 2, 4]", "logits.transpose(0, 1)"),
+    "experts before samples: maps": (
+        lambda: criterion()(LOGITS.transpose(0, 1)[..., None], TARGET[:, None]), ValueError, "logits", "[N, 3, 4]", "[3, 2, 4, 1]", "logits.transpose(0, 1)",
+    ),
+    "experts before samples: baseline": (
+        lambda: VSLoss(COUNTS)(LOGITS.transpose(0, 1), TARGET), ValueError, "logits", "[N, K, C]", "[3, 2, 4]", "logits.transpose(0, 1)",
+    ),
+    "ensemble of other classes": (lambda: criterion()(LOGITS[:, 0, :3], TARGET), ValueError, "logits", "[N, 4]", "[2, 3]"),
+    "ensemble: features besides": (
+        lambda: criterion()(LOGITS[:, 0], TARGET, features=LOGITS, weight=torch.zeros(3, 4, 4)), ValueError, "logits", "[N, 3, 4]", "[2, 4]", "ExpertOutput",
+    ),
+    "ensemble: target out of range": (lambda: criterion()(LOGITS[:, 0], TARGET + 9), ValueError, "target", "0..3", "got 9"),
+    "ensemble: NaN": (lambda: criterion()(LOGITS[:, 0] * math.nan, TARGET), ValueError, "logits", "NaN", "expert 0"),
     "other experts": (lambda: criterion()(LOGITS[:, :2], TARGET), ValueError, "logits", "[N, 3, 4]", "[2, 2, 4]", "stack"),
     "other classes": (lambda: criterion()(torch.zeros(2, 3, 5), TARGET), ValueError, "logits", "[N, 3, 4]", "[2, 3, 5]"),
     "integer logits": (lambda: criterion()(LOGITS.long(), TARGET), TypeError, "logits", "floating", "int64"),
@@ -336,7 +357,7 @@ CASES = {
     ),
     "sparse fusion": (lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble(torch.ones(3).to_sparse()), TypeError, "fusion", "dense", "to_dense"),
     "prior of a fusion without values": (lambda: ADJUSTER.implied_prior(torch.ones(3, device=META)), ValueError, "fusion", "have values", "meta"),
-    "ensemble of one model": (lambda: ExpertOutput(LOGITS[:, 0], LOGITS, LOGITS).ensemble(), ValueError, "logits", "[N, K, C, ...]", "[2, 4]", "logits[:, None]"),
+    "ensemble of one model": (lambda: ExpertOutput(LOGITS[:, 0], LOGITS, LOGITS).ensemble(), ValueError, "logits", "[N, K, C, ...]", "[2, 4]", "as they are"),
     "ensemble of a list": (lambda: ExpertOutput([LOGITS[:, 0]] * 3, LOGITS, LOGITS).ensemble(), TypeError, "logits", "floating-point tensor [N, K, C, ...]", "list"),
     "ensemble of sparse logits": (lambda: ExpertOutput(LOGITS.to_sparse(), LOGITS, LOGITS).ensemble([1, 2, 3]), TypeError, "logits", "dense", "to_dense"),
     "short fusion of a map": (lambda: ExpertOutput(LOGITS[..., None], LOGITS, LOGITS).ensemble([1, 1]), ValueError, "fusion", "3 experts", "[2]"),
@@ -404,7 +425,7 @@ CASES = {
     ),
     "layer without reset": (
         lambda: experts(stage=nn.Sequential(nn.Conv2d(2, 4, 3), NoReset())),
-        ValueError, "stage", "'1.scale'", "NoReset", "factory", "init_fn=", "reset=False",
+        ValueError, "stage", "'1.scale'", "NoReset", "init_fn=", "factory", "reset=False",
     ),
     "linear: sparse weight": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4).to_sparse(), torch.zeros(2).long()), TypeError, "weight", "dense", "weight.to_dense()"),
     "linear: bias of 8 bits": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4), torch.zeros(2).long(), torch.zeros(3, 2).to(FLOAT8)), TypeError, "bias", "16 bits", "float8"),

@@ -36,7 +36,8 @@ def _fresh_compiler():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("form", ["tensor", "list", "features"])
 def test_criterion_compiles_with_a_dynamic_batch(backend, form, reduction):
-    criterion = LGLALoss(COUNTS, label_smoothing=0.1, reduction=reduction)
+    scale = None if form == "features" else 30.0
+    criterion = LGLALoss(COUNTS, scale=scale, label_smoothing=0.1, reduction=reduction)
     compiled = torch.compile(criterion, fullgraph=True, dynamic=True, backend=backend)
     weight = torch.randn(3, 4, 6, dtype=torch.float64)
     for step, num_samples in enumerate((8, 5, 13)):
@@ -189,7 +190,7 @@ def test_parts_compile(backend):
 @pytest.mark.parametrize("layout", ["grouped", "independent"])
 def test_a_whole_step_compiles(backend, layout):
     stage = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-    experts = GroupConvExperts(stage, 3, 4, layout=layout)
+    experts = GroupConvExperts(stage, 3, 4, layout=layout, reset=True)
     criterion = LGLALoss(COUNTS)
 
     def step(images, target):
@@ -209,7 +210,7 @@ def test_a_whole_step_compiles(backend, layout):
 @pytest.mark.parametrize("layout", ["grouped", "independent"])
 def test_a_step_under_autocast_compiles(layout):
     stage = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-    experts, criterion = GroupConvExperts(stage, 3, 4, layout=layout), LGLALoss(COUNTS)
+    experts, criterion = GroupConvExperts(stage, 3, 4, layout=layout, reset=True), LGLALoss(COUNTS)
 
     def step(images, target):
         with torch.autocast("cpu", torch.bfloat16):

@@ -71,7 +71,7 @@ BASELINES = {
     ),
     "balanced softmax": Case(BalancedSoftmaxLoss, table=log_priors(1.0), divides_by_weights=True),
     "vector-scaling": Case(
-        VSLoss,
+        lambda n, **o: VSLoss(n, 0.3, **o),
         table=log_priors(1.0),
         multiplier=[(n / max(COUNTS)) ** 0.3 for n in COUNTS],
         divides_by_weights=True,

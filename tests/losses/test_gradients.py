@@ -30,7 +30,7 @@ def test_gradcheck_without_aaw(reduction, smoothing, adjustment, device):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradcheck_with_fixed_angles(reduction, device):
     """The weights are constants to autograd; features that do not move keep them so."""
-    criterion = LGLALoss(COUNTS, reduction=reduction).to(device)
+    criterion = LGLALoss(COUNTS, scale=None, reduction=reduction).to(device)
     features, weight = torch.randn(5, 3, 6).to(device), torch.randn(3, 4, 6).to(device)
     target = TARGET.to(device)
 

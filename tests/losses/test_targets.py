@@ -247,9 +247,9 @@ def test_a_map_is_a_batch_of_its_positions(form, maps, soft, backend, small_bloc
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "cropped"])
 def test_gradients_of_maps_lie_as_the_logits_do(layout, small_blocks):
     memory = {
-        "contiguous": lambda: torch.rand(2, 3, 6, 4, 5).double(),
-        "channels last": lambda: torch.rand(2, 4, 5, 3, 6).double().movedim((3, 4), (1, 2)),
-        "cropped": lambda: torch.rand(2, 3, 6, 6, 7).double()[..., 1:5, 1:6],
+        "contiguous": lambda: torch.randn(2, 3, 6, 4, 5).double(),
+        "channels last": lambda: torch.randn(2, 4, 5, 3, 6).double().movedim((3, 4), (1, 2)),
+        "cropped": lambda: torch.randn(2, 3, 6, 6, 7).double()[..., 1:5, 1:6],
     }
     logits = memory[layout]().requires_grad_()
     target = torch.randint(0, 6, (2, 4, 5))
@@ -368,7 +368,7 @@ def test_nothing_of_the_callers_changes():
     inputs = logits, features, weight, q, sample_weight
     before = [v.clone() for v in inputs]
     leaf = logits.requires_grad_()
-    loss = LGLALoss(COUNTS, backend="fused")(
+    loss = LGLALoss(COUNTS, scale=None, backend="fused")(
         leaf, q, features=features, weight=weight, sample_weight=sample_weight
     )
     loss.backward()

@@ -32,7 +32,7 @@ CONFIGURATIONS = {
     ),
     "GroupConvExperts of a stage": (
         "{stage: {class_path: torch.nn.Linear, init_args: {in_features: 4, out_features: 5}}, "
-        "num_experts: 2, num_classes: 4}",
+        "num_experts: 2, num_classes: 4, reset: true}",
         "Linear",
     ),
 }

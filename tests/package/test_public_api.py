@@ -39,7 +39,7 @@ SIGNATURES = {
     "ExpertOutput": "logits, features, weight",
     "ExpertOutput.ensemble": "self, fusion=None",
     "GroupConvExperts": "stage, num_experts, num_classes, *, num_features=None, classifier='cosine', "
-    "scale=30.0, layout='grouped', reset=True, init_fn=None",
+    "scale=30.0, layout='grouped', reset=None, init_fn=None",
     "GroupConvExperts.forward": "self, shared",
     "GroupConvExperts.to_independent": "self",
     "GroupConvExperts.to_grouped": "self",
@@ -63,7 +63,7 @@ BASELINES = {
     "LDAMLoss": "class_counts, max_margin=0.5, scale=30.0, beta=0.9999, **options",
     "LDAMLoss.reweight": "self, enabled=True",
     "LogitAdjustedLoss": "class_counts, tau=1.0, **options",
-    "VSLoss": "class_counts, gamma=0.3, tau=1.0, **options",
+    "VSLoss": "class_counts, gamma=0.05, tau=1.0, **options",
 }
 PICTURES = {
     "fusion_sweep": "logits, target, class_counts, weights=None, *, many=100, few=20",

@@ -31,7 +31,7 @@ LGLALoss([3, 2, 1], ignore_index="none")  # Argument "ignore_index" to "LGLALoss
 focal = FocalLoss(alpha=[1.0, 2.0, 0.5], label_smoothing=0.1, sync=False)
 reveal_type(focal(logits, target, sample_weight=torch.ones(2)))  # torch._tensor.Tensor
 BalancedSoftmaxLoss([3, 2, 1], class_weigth=[1.0, 2.0, 0.5])  # Unexpected keyword argument "class_weigth"
-experts = GroupConvExperts(nn.Linear(4, 4), 3, 7)
+experts = GroupConvExperts(nn.Linear(4, 4), 3, 7, reset=True)
 reveal_type(experts(torch.zeros(2, 4)))  # fallback=lgla_losses.experts.output.ExpertOutput]"
 reveal_type(experts.extract(0)(torch.zeros(2, 4)))  # Revealed type is "torch._tensor.Tensor"
 reveal_type(experts.classifiers(torch.zeros(2, 3, 4)))  # Revealed type is "torch._tensor.Tensor"
