@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import timm
@@ -299,7 +300,7 @@ def test_eval_mode_gives_the_experts_where_that_is_asked_for():
 
 
 def test_parts_of_ones_own_make_a_model():
-    experts = GroupConvExperts(nn.Linear(8, 4), 3, CLASSES)
+    experts = GroupConvExperts(partial(nn.Linear, 8, 4), 3, CLASSES)
     model = ExpertModel(nn.Linear(6, 8), experts)
     x = torch.randn(4, 6)
     assert torch.equal(model.eval()(x), experts(model.trunk(x)).ensemble())
