@@ -47,9 +47,9 @@ __all__ = [
 #:   multiprocessor runs one or two programs. Not measured yet. Rows of one tile are those of ``"wide"``.
 #:
 #: An H200 took, at 4,096 x 3 x 8,142 in float32, 0.24 ms by either of the first two, and a copy 0.19; in
-#: bfloat16 0.138 by ``"wide"`` (which then took an instruction less for a class, and was less exact), 0.178 by
-#: ``"resident"``, and a copy 0.097. In float32 three or four programs on a multiprocessor were slower, and so
-#: were rows loaded ahead.
+#: bfloat16 0.138 by ``"wide"``, 0.178 by ``"resident"``, and a copy 0.097. (Then ``"wide"`` took one
+#: instruction less a class, and was wrong for huge logits.) In float32 three or four programs on a
+#: multiprocessor were slower, and so were rows loaded ahead.
 PLANS = ("wide", "resident", "swept-1", "swept-2")
 
 _plan = "wide"
