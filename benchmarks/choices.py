@@ -42,20 +42,31 @@ chunks_of_32_mb: Choice = _chunks_of(1 << 25)
 small_chunks: Choice = _chunks_of(1)
 
 
-def plans() -> tuple[str, ...]:
-    """The names of what Triton's kernels may be compiled as; one without a name where there is no choice."""
+#: Plans of Triton's kernels beside the default, and the numbers of classes for which each differs from it.
+OTHER_PLANS = {
+    "resident": range(2_049, 16_385),
+    "swept-1": range(16_385, 1 << 31),
+    "swept-2": range(16_385, 1 << 31),
+}
+
+
+def other_plans(num_classes: int) -> list[str]:
+    """The names of what Triton's kernels may be compiled as otherwise, for so many classes."""
+    return [plan for plan, where in OTHER_PLANS.items() if num_classes in where]
+
+
+def has_triton() -> bool:
+    """Whether Triton's kernels can be compiled at all."""
     try:
-        return tuple(import_module("lgla_losses.kernels.triton").PLANS)
-    except (ImportError, AttributeError):
-        return ("",)
+        import_module("lgla_losses.kernels.triton")
+    except ImportError:
+        return False
+    return True
 
 
 @contextmanager
 def use_plan(plan: str) -> Iterator[None]:
     """Compile Triton's kernels as the plan says."""
-    if not plan:
-        yield
-        return
     kernels = import_module("lgla_losses.kernels.triton")
     before = kernels.use(plan)
     try:

@@ -167,14 +167,15 @@ def losses_of_logits() -> Iterator[Problem]:
 
 
 def many_classes() -> Iterator[Problem]:
-    """Rows that one block of a kernel holds, and longer ones; by every plan of the kernels."""
+    """Rows that one block of a kernel holds, and longer ones; by every plan of the kernels that differs."""
     for num_samples, num_classes in ((64, 8142), (16, 50_000)):
         v, y = cosine_logits(num_samples, NUM_EXPERTS, num_classes), labels(num_samples, most=num_classes)
         for dtype in (torch.float32, torch.bfloat16):
-            for plan in choices.plans():
-                name = named(f"LGLALoss, {num_classes} classes{plan and f', kernels {plan}'}", dtype)
-                around = partial(choices.use_plan, plan)
-                yield Problem(name, dtype, make_loss(num_classes), of_stacked, [v], [y], around=around)
+            loss = make_loss(num_classes), of_stacked, [v], [y]
+            yield Problem(named(f"LGLALoss, {num_classes} classes", dtype), dtype, *loss)
+            for plan in choices.other_plans(num_classes) if choices.has_triton() else ():
+                name = named(f"LGLALoss, {num_classes} classes, kernels {plan}", dtype)
+                yield Problem(name, dtype, *loss, around=partial(choices.use_plan, plan))
 
 
 def experts() -> Iterator[Problem]:

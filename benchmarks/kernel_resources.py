@@ -64,7 +64,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
 
-def recorded(call: Any, *arguments: Any, **options: Any) -> list[Launch]:
+def recorded(call: Any, *arguments: Any) -> list[Launch]:
     """The launches of one of the launchers, which are not run."""
     launches = []
 
@@ -72,8 +72,14 @@ def recorded(call: Any, *arguments: Any, **options: Any) -> list[Launch]:
         launches.append(Launch(kernel, tile, arguments, constants))
 
     with mock.patch.object(kernels, "_launch", record):
-        call(*arguments, **options)
+        call(*arguments)
     return launches
+
+
+def launches_on(target: GPUTarget, *arguments: Any, **options: Any) -> list[Launch]:
+    """What :func:`loss_launches` gives on such a GPU."""
+    with mock.patch.object(kernels, "_architecture", return_value=architecture(target)):
+        return list(loss_launches(*arguments, **options))
 
 
 def loss_launches(
@@ -125,19 +131,11 @@ def architecture(target: GPUTarget) -> int | None:
     return None if target.backend == "hip" else int(target.arch)
 
 
-def options_for(tile: kernels.Tile, target: GPUTarget) -> dict[str, int]:
-    """What the launcher tells the compiler on such a GPU."""
-    return tile.options(architecture(target))
-
-
 def compiled(launch: Launch, target: GPUTarget) -> Any:
     """The kernel as the just-in-time compiler would make it for this launch."""
     names = launch.kernel.arg_names
     signature = dict.fromkeys(names, "constexpr")
     constants = dict(launch.constants)
-    if "flush" in constants:  # as the launcher has it on that GPU
-        state = launch.arguments[names.index("state")]
-        constants["flush"] = kernels.flushes(architecture(target), state.dtype)
     attributes = {}
     for i, (name, argument) in enumerate(zip(names, launch.arguments, strict=False)):
         if argument is None or (type(argument) is int and argument == 1):
@@ -152,7 +150,7 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options_for(launch.tile, target))
+    return triton.compile(source, target=target, options=launch.tile.options(architecture(target)))
 
 
 def resources(launch: Launch, target: GPUTarget) -> dict[str, int]:
@@ -177,24 +175,20 @@ def resources(launch: Launch, target: GPUTarget) -> dict[str, int]:
     return {"registers": registers, "spill_bytes": spilled, "shared_bytes": kernel.metadata.shared}
 
 
-def rows_of(launch: Launch, num_classes: int, dtype: str, targets: list[str]) -> list[dict[str, Any]]:
-    """The record's rows of one launch, one for each GPU."""
-    rows = []
-    for name in targets:
-        target = TARGETS[name]
-        options = options_for(launch.tile, target)
-        configuration = {
-            "plan": kernels.plan(),
-            "classes": num_classes,
-            "dtype": dtype,
-            "rows": launch.constants.get("rows", 1),
-            "block": launch.constants["block"],
-            "num_warps": options["num_warps"],
-            "register_limit": options.get("maxnreg"),
-        }
-        row = {"kernel": launch.kernel.__name__, "configuration": configuration, "target": name}
-        rows.append({**row, **resources(launch, target)})
-    return rows
+def row_of(launch: Launch, num_classes: int, dtype: str, target: str) -> dict[str, Any]:
+    """The record's row of one launch on a GPU."""
+    options = launch.tile.options(architecture(TARGETS[target]))
+    configuration = {
+        "plan": kernels.plan(),
+        "classes": num_classes,
+        "dtype": dtype,
+        "rows": launch.constants.get("rows", 1),
+        "block": launch.constants["block"],
+        "num_warps": options["num_warps"],
+        "register_limit": options.get("maxnreg"),
+    }
+    row = {"kernel": launch.kernel.__name__, "configuration": configuration, "target": target}
+    return {**row, **resources(launch, TARGETS[target])}
 
 
 def cell(row: dict[str, Any]) -> str:
@@ -206,19 +200,26 @@ def cell(row: dict[str, Any]) -> str:
 def report(plan: str, options: argparse.Namespace, *, whole: bool) -> list[dict[str, Any]]:
     """Compile and print what a plan launches; without ``whole`` only the kernels in which plans differ."""
     table = Table(title=f"Plan {plan}: registers a thread, and bytes spilled where any are")
-    for column in ("kernel", "C", "type", "tile", "warps", *options.targets):
+    for column in ("kernel", "C", "type", "tile", *options.targets):
         table.add_column(column, justify="left" if column in ("kernel", "type") else "right")
     rows = []
     before = kernels.use(plan)
     for dtype, num_classes in itertools.product(options.dtypes, options.classes):
-        launches = loss_launches(num_classes, DTYPES[dtype], smoothing=options.smoothing, form=options.form)
-        for launch in launches:
-            if whole or launch.kernel.__name__.startswith("_forward"):
-                own = rows_of(launch, num_classes, dtype, options.targets)
-                tile = f"{launch.constants.get('rows', 1)} x {launch.constants['block']}"
-                facts = own[0]["kernel"], str(num_classes), dtype, tile, str(launch.tile.num_warps)
-                table.add_row(*facts, *map(cell, own))
-                rows += own
+        # What differs between the GPUs has a line for each.
+        lines: dict[tuple[str, str], dict[str, str]] = {}
+        for target in options.targets:
+            launches = launches_on(
+                TARGETS[target], num_classes, DTYPES[dtype], smoothing=options.smoothing, form=options.form
+            )
+            for launch in launches:
+                if whole or launch.kernel.__name__.startswith("_forward"):
+                    row = row_of(launch, num_classes, dtype, target)
+                    tile = f"{row['configuration']['rows']} x {row['configuration']['block']}"
+                    lines.setdefault((row["kernel"], tile), {})[target] = cell(row)
+                    rows.append(row)
+        for (kernel, tile), cells in lines.items():
+            found = (cells.get(target, "") for target in options.targets)
+            table.add_row(kernel, str(num_classes), dtype, tile, *found)
         table.add_section()
     kernels.use(before)
     Console(width=110).print(table)

@@ -391,16 +391,15 @@ def under(choice: Choice, loss: Loss) -> Loss:
     return chosen
 
 
-#: Plans of the Triton kernels that are measured beside the default, where there are more classes than these.
-OTHER_PLANS = ("0.1", "ahead", "paired", "lean", "lean-3", "lean-4", "lean-wide")
-_PLANS_DIFFER = 2048
+#: Where there are more classes than these, a GPU has choices to decide.
+_MANY_CLASSES = 2048
 
 
 def other_plans(name: str, make: MakeLoss, shape: Shape) -> list[Column]:
     """A column for every other plan of the Triton kernels, where it differs."""
 
     def planned(plan: str, shape: Shape, device: str) -> Step:
-        if choices.plans() == ("",):
+        if not choices.has_triton():
             raise MissingError("not installed (triton)")
         return step_of(under(partial(choices.use_plan, plan), make(shape, device)))
 
@@ -411,8 +410,7 @@ def other_plans(name: str, make: MakeLoss, shape: Shape) -> list[Column]:
             ours=True,
             note=f"Triton kernels by the plan {plan}",
         )
-        for plan in OTHER_PLANS
-        if shape.classes > _PLANS_DIFFER
+        for plan in choices.other_plans(shape.classes)
     ]
 
 
@@ -440,7 +438,7 @@ def _linear(choice: Choice, shape: Shape, device: str) -> Step:
 
 def other_choices(shape: Shape) -> list[Column]:
     """A column for every choice that a GPU has yet to decide, where there are many classes."""
-    if shape.classes <= _PLANS_DIFFER:
+    if shape.classes <= _MANY_CLASSES:
         return []
     if shape.features is not None:
         return [Column(name, partial(_linear, choice), ours=True) for name, choice in LINEAR_CHOICES.items()]

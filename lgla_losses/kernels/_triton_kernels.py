@@ -152,9 +152,11 @@ def _mean_angles(
 
     The last column of ``parts`` counts the samples.
     """
+    # Of few experts many blocks at a time, as each turn waits for memory.
+    together: tl.constexpr = 256 // k.shape[0] if k.shape[0] < 16 else 16
     sums = tl.zeros(k.shape, tl.float64)
-    for start in range(0, num_blocks, 16):
-        b = start + tl.arange(0, 16)
+    for start in range(0, num_blocks, together):
+        b = start + tl.arange(0, together)
         column = tl.where(k < num_experts, k, last)
         address = parts + (b * num_groups + g)[:, None] * (all_experts + 1) + column[None, :]
         mask = (b < num_blocks)[:, None] & (k <= num_experts)[None, :]
@@ -315,30 +317,15 @@ def _exp(x, flush: tl.constexpr):
 
     With ``flush``, on NVIDIA, it takes half the instructions and gives 0 below the normal numbers.
     """
-    return _exp2(x * 1.4426950408889634, flush) if flush else tl.exp(x)
-
-
-@triton.jit
-def _exp2(x, flush: tl.constexpr):
-    """Compute the power of 2; ``flush`` is that of :func:`_exp`."""
     if flush:
+        # x is a difference to a maximum: the product of a logit itself may be beyond the numbers.
+        x *= 1.4426950408889634
         powers = tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        powers = tl.exp2(x)
+        powers = tl.exp(x)
     return powers
-
-
-@triton.jit
-def _base(peak):
-    """Give log2(e), or where its product with ``peak`` would overflow a small number.
-
-    There logits that differ are so far apart that any will do.
-    """
-    usual = tl.full(peak.shape, 1.4426950408889634, peak.dtype)
-    small = tl.full(peak.shape, 5.421010862427522e-20, peak.dtype)
-    return tl.where(tl.abs(peak) > 1.7014118346046923e38, small, usual)
 
 
 @triton.jit
@@ -525,8 +512,7 @@ def _forward(
     num_samples, stride_n, stride_k, stride_c, out_n, out_k, out_c, target_n, weight_n, weight_k,
     num_experts: tl.constexpr, all_experts: tl.constexpr, num_classes: tl.constexpr,
     table_k: tl.constexpr, ignore_index: tl.constexpr, smoothing: tl.constexpr, gamma: tl.constexpr,
-    reduce: tl.constexpr, align: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
-    ahead: tl.constexpr, flush: tl.constexpr,
+    reduce: tl.constexpr, align: tl.constexpr, rows: tl.constexpr, block: tl.constexpr, flush: tl.constexpr,
 ):  # fmt: skip
     """Compute losses (or their sum), state and gradient in one pass, for rows that fit a tile.
 
@@ -540,10 +526,6 @@ def _forward(
     adjustment = _adjustment(table, k, j, num_classes, table_k, dtype, False)
     shares = _divisor(divisor, dtype)
     total = tl.zeros([rows], tl.float64)
-    if ahead:
-        n = begin + tl.arange(0, rows).to(tl.int64)
-        row = (n * stride_n + k * stride_k) * align
-        loaded = _logits(logits, row, j, n < num_samples, num_classes, stride_c, False, False)
     for start in range(begin, num_samples, step):
         n = start + tl.arange(0, rows).to(tl.int64)
         here = n < num_samples
@@ -554,15 +536,8 @@ def _forward(
         own = _target_logits(logits, table, margin, row, k, y, valid, num_classes, stride_c, table_k, dtype)
         factor = _factor(weights, n, k, here, weight_n, weight_k, dtype)
 
-        if ahead:
-            adjustment = _adjustment(table, k, j, num_classes, table_k, dtype, True)
-            x = _adjusted(loaded, adjustment, margin, j, y, num_classes)
-            later = n + step
-            row = (later * stride_n + k * stride_k) * align
-            loaded = _logits(logits, row, j, later < num_samples, num_classes, stride_c, False, False)
-        else:
-            values = _logits(logits, row, j, here, num_classes, stride_c, False, False)
-            x = _adjusted(values, adjustment, margin, j, y, num_classes)
+        values = _logits(logits, row, j, here, num_classes, stride_c, False, False)
+        x = _adjusted(values, adjustment, margin, j, y, num_classes)
         peak = tl.max(x, axis=1)
         x -= peak[:, None]
         exponentials = _exp(x, flush)
@@ -597,9 +572,9 @@ def _forward_lean(
 ):  # fmt: skip
     """Compute the same as :func:`_forward` with fewer instructions, for plain rows, one at a time.
 
-    A class takes one product for its exponential, a power of 2, and no comparison with the target: what the
-    target's class has beside the others is stored by itself, a turn later and behind a barrier. What is read
-    of a target is read a turn before. Without ``keep`` the table is read for every row.
+    No class is compared with the target: what the target's class has beside the others is stored by itself,
+    a turn later and behind a barrier. What is read of a target is read a turn before. Without ``keep`` the
+    table is read for every row.
     """
     tl.static_assert(rows == 1)
     dtype: tl.constexpr = state.dtype.element_ty
@@ -645,21 +620,16 @@ def _forward_lean(
         next_own = _target_logits(
             logits, table, margin, row, k, next_y, known, num_classes, stride_c, table_k, dtype
         )
-        base = _base(peak)
-        top = peak * base
-        x = tl.fma(x, base, -top)
-        exponentials = _exp2(x, flush)
+        x -= peak
+        exponentials = _exp(x, flush)
         sums = tl.sum(exponentials, axis=0)
-        # Rounding ``top`` multiplied all of them alike.
-        moved = tl.fma(peak, base, -top)
-        exact = sums * _exp2(-moved, flush)
-        loss = tl.log(exact) - (own - peak)
+        loss = tl.log(sums) - (own - peak)
         if smoothing != 0.0:
-            mean = (tl.sum(tl.where(inside, x, 0.0), axis=0) / num_classes - moved) / base
-            loss = (1.0 - smoothing) * loss + smoothing * (tl.log(exact) - mean)
+            mean = tl.sum(tl.where(inside, x, 0.0), axis=0) / num_classes
+            loss = (1.0 - smoothing) * loss + smoothing * (tl.log(sums) - mean)
         loss = tl.where(valid, factor * loss, 0.0)
 
-        _store_state(state, n, k, True, peak, exact, all_experts)
+        _store_state(state, n, k, True, peak, sums, all_experts)
         total = _add_losses(losses, total, n, k, True, loss, all_experts, reduce)
         if gradient is not None:
             row = (n * out_n + k * out_k) * align
@@ -673,7 +643,7 @@ def _forward_lean(
                 tl.store(address, tl.zeros([block], dtype), mask=inside)
             late = valid & (y >= 0) & (y < num_classes)
             late_place = row + y * out_c
-            late_value = _exp2(tl.fma(own, base, -top), flush) * scale + (others - factor * (1.0 - smoothing))
+            late_value = _exp(own - peak, flush) * scale + (others - factor * (1.0 - smoothing))
         y = next_y
         factor = next_factor
         own = next_own
@@ -682,72 +652,6 @@ def _forward_lean(
         tl.store(gradient + late_place, late_value, mask=late)
     if reduce:
         tl.store(losses + tl.program_id(0), total)
-
-
-@triton.jit
-def _forward_blocked(
-    logits, target, table, weights, divisor, class_weight, margin, losses, state, gradient,
-    num_samples, stride_n, stride_k, stride_c, out_n, out_k, out_c, target_n, weight_n, weight_k,
-    num_experts: tl.constexpr, all_experts: tl.constexpr, num_classes: tl.constexpr,
-    table_k: tl.constexpr, ignore_index: tl.constexpr, smoothing: tl.constexpr, gamma: tl.constexpr,
-    reduce: tl.constexpr, align: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    """Compute the same as :func:`_forward` for longer rows: one sweep for the sums, one for the gradient."""
-    dtype: tl.constexpr = state.dtype.element_ty
-    k = (tl.program_id(0) % num_experts).to(tl.int64)
-    step = tl.num_programs(0) // num_experts * rows
-    shares = _divisor(divisor, dtype)
-    total = tl.zeros([rows], tl.float64)
-    for start in range(tl.program_id(0) // num_experts * rows, num_samples, step):
-        n = start + tl.arange(0, rows).to(tl.int64)
-        here = n < num_samples
-        y = tl.load(target + n * target_n, mask=here, other=ignore_index)
-        valid = y != ignore_index
-        row = (n * stride_n + k * stride_k) * align
-        own = _target_logits(logits, table, margin, row, k, y, valid, num_classes, stride_c, table_k, dtype)
-        factor = _factor(weights, n, k, here, weight_n, weight_k, dtype)
-
-        peak = tl.full([rows], -float("inf"), dtype)
-        exponentials = tl.zeros([rows, block], dtype)
-        # The mean is taken of differences to a logit of the row: of the logits it would lose their digits.
-        origin = tl.zeros([rows], dtype)
-        distance = tl.zeros([rows], dtype)
-        for first in range(0, num_classes, block):
-            j = first + tl.arange(0, block)
-            adjustment = _adjustment(table, k, j, num_classes, table_k, dtype, False)
-            values = _logits(logits, row, j, here, num_classes, stride_c, False, False)
-            x = _adjusted(values, adjustment, margin, j, y, num_classes)
-            higher = tl.maximum(peak, tl.max(x, axis=1))
-            # As long as all is -inf any finite number serves; -inf - -inf would be NaN.
-            safe = tl.where(higher == -float("inf"), 0.0, higher)
-            exponentials = exponentials * tl.exp(peak - safe)[:, None] + tl.exp(x - safe[:, None])
-            peak = higher
-            if smoothing != 0.0:
-                origin = tl.where(first == 0, safe, origin)
-                distance += tl.sum(tl.where((j < num_classes)[None, :], x - origin[:, None], 0.0), axis=1)
-        sums = tl.sum(exponentials, axis=1)
-        loss = tl.log(sums) - (own - peak)
-        if smoothing != 0.0:
-            mean = distance / num_classes + (origin - peak)
-            loss = (1.0 - smoothing) * loss + smoothing * (tl.log(sums) - mean)
-        loss, factor = _weighed(class_weight, y, valid, loss, factor, num_classes, gamma)
-
-        _store_state(state, n, k, here, peak, sums, all_experts)
-        total = _add_losses(losses, total, n, k, here, loss, all_experts, reduce)
-        if gradient is not None:
-            factor *= 1.0 / shares  # as backward has it
-            out_row = (n * out_n + k * out_k) * align
-            for first in range(0, num_classes, block):
-                j = first + tl.arange(0, block)
-                adjustment = _adjustment(table, k, j, num_classes, table_k, dtype, False)
-                values = _logits(logits, row, j, here, num_classes, stride_c, False, False)
-                x = _adjusted(values, adjustment, margin, j, y, num_classes)
-                _store_gradient(
-                    gradient, out_row, j, here, tl.exp(x - peak[:, None]), sums, y, valid, factor,
-                    num_classes, out_c, smoothing, False,
-                )  # fmt: skip
-    if reduce:
-        tl.store(losses + tl.program_id(0), tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -837,12 +741,11 @@ def _forward_swept(
     num_experts: tl.constexpr, all_experts: tl.constexpr, num_classes: tl.constexpr,
     table_k: tl.constexpr, ignore_index: tl.constexpr, smoothing: tl.constexpr, gamma: tl.constexpr,
     reduce: tl.constexpr, align: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
-    group: tl.constexpr, ahead: tl.constexpr, lowest: tl.constexpr, flush: tl.constexpr,
+    group: tl.constexpr, lowest: tl.constexpr, flush: tl.constexpr,
 ):  # fmt: skip
     """Compute the same as :func:`_forward_streamed` with fewer instructions, for plain rows, one at a time.
 
     The loads of a ``group`` of blocks are under way together, and a lane looks for its maximum once a group.
-    With ``ahead`` they are so while the group before is computed with, across sweeps and rows as well.
     As in :func:`_forward_lean` the target's class is stored by itself.
     """
     tl.static_assert(rows == 1)
@@ -853,18 +756,12 @@ def _forward_swept(
     step = tl.num_programs(0) // num_experts
     shares = _divisor(divisor, dtype)
     total = tl.zeros((), tl.float64)
-    next_y = tl.load(target + (tl.program_id(0) // num_experts) * target_n)
     lanes = tl.arange(0, group)[:, None] * block + tl.arange(0, block)[None, :]
-    if ahead:
-        row = ((tl.program_id(0) // num_experts).to(tl.int64) * stride_n + k * stride_k) * align
-        loaded = _part(logits, row, lanes, next_y != ignore_index, num_classes, stride_c, False)
     for start in range(tl.program_id(0) // num_experts, num_samples, step):
         n = start + tl.zeros((), tl.int64)  # the interpreter's is a plain number
-        y = next_y
-        next_y = tl.load(target + (n + step) * target_n, mask=n + step < num_samples, other=ignore_index)
+        y = tl.load(target + n * target_n)
         valid = y != ignore_index
         row = (n * stride_n + k * stride_k) * align
-        next_row = ((n + step) * stride_n + k * stride_k) * align
         # Before the gradient, which may overwrite it.
         own = _target_logits(logits, table, margin, row, k, y, valid, num_classes, stride_c, table_k, dtype)
         factor = _factor(weights, n, k, True, weight_n, weight_k, dtype)
@@ -877,13 +774,7 @@ def _forward_swept(
         distances = tl.zeros([block], dtype)
         for i in range(num_groups):
             j = i * size + lanes
-            if ahead:
-                x = _adjusted_part(loaded, table, k, j, num_classes, table_k, dtype)
-                later = tl.minimum(i + 1, num_groups - 1) * size + lanes
-                loaded = _part(logits, row, later, valid, num_classes, stride_c, False)
-            else:
-                values = _part(logits, row, j, valid, num_classes, stride_c, False)
-                x = _adjusted_part(values, table, k, j, num_classes, table_k, dtype)
+            x = _part(logits, table, row, k, j, valid, num_classes, stride_c, table_k, dtype, False)
             higher = tl.maximum(peaks, tl.max(x, axis=0))
             more = tl.sum(_exp(x - higher[None, :], flush), axis=0)
             exponentials = exponentials * _exp(peaks - higher, flush) + more
@@ -907,38 +798,27 @@ def _forward_swept(
             out_row = (n * out_n + k * out_k) * align
             factor *= 1.0 / shares  # as backward has it
             factor = tl.where(valid, factor, 0.0)
-            # As in _forward_lean.
-            base = _base(safe)
-            top = safe * base
-            scale = tl.where(valid, factor / (sums * _exp2(tl.fma(safe, base, -top), flush)), 0.0)
+            scale = tl.where(valid, factor / sums, 0.0)
             others = -factor * (smoothing / num_classes)
             for i in range(num_groups):
                 j = (num_groups - 1 - i) * size + lanes
                 address = gradient + out_row + j.to(tl.int64) * out_c
-                if ahead:
-                    x = _adjusted_part(loaded, table, k, j, num_classes, table_k, dtype)
-                    here = i + 1 < num_groups
-                    later = tl.maximum(num_groups - 2 - i, 0) * size + lanes
-                    at = tl.where(here, row, next_row)
-                    read = tl.where(here, valid, next_y != ignore_index)
-                    loaded = _part(logits, at, later, read, num_classes, stride_c, True)
-                else:
-                    values = _part(logits, row, j, valid, num_classes, stride_c, True)
-                    x = _adjusted_part(values, table, k, j, num_classes, table_k, dtype)
-                values = _exp2(tl.fma(x, base, -top), flush) * scale + others
+                x = _part(logits, table, row, k, j, valid, num_classes, stride_c, table_k, dtype, True)
+                values = _exp(x - safe, flush) * scale + others
                 tl.store(address, values, mask=j < num_classes, eviction_policy="evict_first")
             tl.debug_barrier()
-            value = _exp2(tl.fma(own, base, -top), flush) * scale + (others - factor * (1.0 - smoothing))
+            value = _exp(own - safe, flush) * scale + (others - factor * (1.0 - smoothing))
             tl.store(gradient + out_row + y * out_c, value, mask=valid & (y >= 0) & (y < num_classes))
-        elif ahead:
-            loaded = _part(logits, next_row, lanes, next_y != ignore_index, num_classes, stride_c, False)
     if reduce:
         tl.store(losses + tl.program_id(0), total)
 
 
 @triton.jit
-def _part(logits, row, j, valid, num_classes: tl.constexpr, stride_c, last: tl.constexpr):
-    """Load logits of a row's classes j; give -inf beyond the last class, and of ignored rows.
+def _part(
+    logits, table, row, k, j, valid,
+    num_classes: tl.constexpr, stride_c, table_k: tl.constexpr, dtype: tl.constexpr, last: tl.constexpr,
+):  # fmt: skip
+    """Compute adjusted logits of a row's classes j; give -inf beyond the last class, and of ignored rows.
 
     What is read again bypasses the L1 cache; what is read for the ``last`` time leaves the L2 cache first.
     """
@@ -946,15 +826,8 @@ def _part(logits, row, j, valid, num_classes: tl.constexpr, stride_c, last: tl.c
     policy: tl.constexpr = "evict_first" if last else ""
     address = logits + row + j.to(tl.int64) * stride_c
     mask = valid & (j < num_classes)
-    return tl.load(address, mask=mask, other=-float("inf"), cache_modifier=modifier, eviction_policy=policy)
-
-
-@triton.jit
-def _adjusted_part(
-    values, table, k, j, num_classes: tl.constexpr, table_k: tl.constexpr, dtype: tl.constexpr
-):
-    """Add the adjustments of the classes j."""
-    x = values.to(dtype)
+    x = tl.load(address, mask=mask, other=-float("inf"), cache_modifier=modifier, eviction_policy=policy)
+    x = x.to(dtype)
     if table is not None:
         x += tl.load(table + k * table_k + j, mask=j < num_classes, other=0.0).to(dtype)
     return x

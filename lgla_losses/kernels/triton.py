@@ -36,28 +36,23 @@ __all__ = [
     "weights",
 ]
 
-#: Ways to compute the loss that :func:`use` chooses between, so that a benchmark can hold one to another:
+#: Ways to compute the loss that :func:`use` chooses between on NVIDIA, so that a benchmark can hold one to
+#: another. They differ in plain rows (:func:`_form_of`) of more than 2,048 classes, but for float64:
 #:
-#: - ``"0.1"`` is that of the first release. Rows of one tile take as many registers as the compiler likes;
-#:   of longer rows a program takes four at a time, with a maximum across each block of their classes.
-#: - ``"resident"`` limits the registers, so that a multiprocessor runs 32 warps; of longer rows a program of
-#:   32 warps takes one at a time (``_forward_streamed``).
-#: - ``"ahead"`` loads the next row of one tile before it computes with the last, in the registers that the
-#:   adjustments had, which it reads anew for every row.
-#: - ``"paired"`` differs from ``"resident"`` in longer rows: programs of 16 warps, of which a multiprocessor
-#:   runs two.
-#: - ``"lean"`` and the others of its name take fewer instructions (``_forward_lean``, ``_forward_swept``), by
-#:   threads of 32 or, ``"lean-wide"``, 64 elements. A multiprocessor runs two programs, three, four, or four
-#:   of half the warps; but for the two, the adjustments are read anew for every row.
+#: - ``"wide"``: a row of one tile takes fewer instructions (``_forward_lean``), by threads of 32 elements in
+#:   float32 and of 64 in 16 bits. Longer rows are those of ``"resident"``.
+#: - ``"resident"`` was the one before: threads of 16 elements, of which a multiprocessor runs 32 warps; of
+#:   longer rows a program of 32 warps takes one at a time (``_forward_streamed``). On AMD there is no other.
+#: - ``"swept-1"`` and ``"swept-2"``: longer rows take fewer instructions (``_forward_swept``), and a
+#:   multiprocessor runs one or two programs. Not measured yet. Rows of one tile are those of ``"wide"``.
 #:
-#: Measured on an H200, at 4,096 x 3 x 8,142 in float32: 0.24 ms of 0.19 that a copy takes with two programs
-#: on a multiprocessor, 0.34 with one, which is what the registers of ``"0.1"`` may come to. Rows read ahead
-#: into shared memory took 0.26, as those that begin at 8 bytes are copied there in small pieces.
-#: Not measured yet: ``"ahead"``, ``"lean"`` and those like it, and longer rows, of which 26 MB wait for their
-#: second read at 50,000 classes in float32, instead of the 154 MB of ``"0.1"``, which no L2 cache holds.
-PLANS = ("0.1", "resident", "ahead", "paired", "lean", "lean-3", "lean-4", "lean-wide")
+#: An H200 took, at 4,096 x 3 x 8,142 in float32, 0.24 ms by either of the first two, and a copy 0.19; in
+#: bfloat16 0.138 by ``"wide"``, 0.178 by ``"resident"``, and a copy 0.097. (Then ``"wide"`` took one
+#: instruction less a class, and was wrong for huge logits.) In float32 three or four programs on a
+#: multiprocessor were slower, and so were rows loaded ahead.
+PLANS = ("wide", "resident", "swept-1", "swept-2")
 
-_plan = "resident"
+_plan = "wide"
 
 
 def plan() -> str:
@@ -93,8 +88,7 @@ class Tile(NamedTuple):
         block: its columns.
         num_warps: warps of a program, on NVIDIA.
         registers: the most that a thread may take, on NVIDIA; None leaves it to the compiler.
-        ahead: load the next tile before computing with the present one.
-        lean: take fewer instructions, on NVIDIA, for rows that are plain; the tile is one row.
+        lean: take fewer instructions, for rows that are plain; the tile is one row.
         keep: keep the adjustments of whole rows in registers; else they are read for every row.
         group: of longer rows, the blocks that are loaded together.
     """
@@ -103,7 +97,6 @@ class Tile(NamedTuple):
     block: int
     num_warps: int
     registers: int | None = None
-    ahead: bool = False
     lean: bool = False
     keep: bool = True
     group: int = 1
@@ -112,7 +105,7 @@ class Tile(NamedTuple):
         """Give the options for Triton's compiler.
 
         AMD, here None, runs up to 16 warps, and has no limit of registers to ask for. From sm_100 on, the
-        compiler spills if a thread has 64 registers and 16 elements, so a thread has 8 elements there.
+        compiler spills if a thread has 64 registers and 16 elements, so it has half of 16 and more there.
         """
         if architecture is None:
             return {"num_warps": min(16, self.num_warps)}
@@ -123,38 +116,31 @@ class Tile(NamedTuple):
         return {"num_warps": num_warps, "maxnreg": min(self.registers, _REGISTERS // (32 * num_warps))}
 
 
-# The sizes below give a thread 8 to 32 elements, all in registers: benchmarks/kernel_resources.py prints
+# The sizes below give a thread 8 to 64 elements, all in registers: benchmarks/kernel_resources.py prints
 # what they need. With 64 registers a thread an NVIDIA multiprocessor runs 32 warps, whatever programs they
 # belong to.
 
 
-def forward_tile(num_classes: int, dtype: torch.dtype, form: str = "plain") -> Tile:
+def forward_tile(
+    num_classes: int, dtype: torch.dtype, form: str = "plain", architecture: int | None = 0
+) -> Tile:
     """Choose a tile: whole rows up to 16,384 classes (4,096 in float64), else blocks.
 
-    Rows that are not plain (:func:`_form_of`) take more registers: for them, whole rows up to 8,192.
+    Rows that are not plain (:func:`_form_of`) take more registers: for them, whole rows up to 8,192. The
+    architecture is that of :func:`_architecture`.
     """
     if form in SHARED:
         return _shared_tile(num_classes, dtype, form)
-    if form == "own" and _plan != "0.1" and dtype != torch.float64:
+    if form == "own" and dtype != torch.float64:
         return _own_tile(num_classes)
-    return _forward_tile(num_classes, dtype, _plan)
+    return _forward_tile(num_classes, dtype, "resident" if architecture is None else _plan)
 
 
-#: Elements and registers of a thread by plan, and whether the adjustments stay in registers.
-_LEAN = {
-    "lean": (32, 128, True),
-    "lean-3": (32, 80, False),
-    "lean-4": (32, 64, False),
-    "lean-wide": (64, 128, False),
-}
-#: Tiles of longer rows by plan. A lean block has at least 8 elements a thread: of 16 bits these are one load,
-#: and no lane of several blocks then concerns two threads.
+#: Tiles of longer rows by plan. A block has at least 8 elements a thread: of 16 bits these are one load, and
+#: no lane of several blocks then concerns two threads.
 _LONG = {
-    "paired": Tile(1, 2048, 16, 64),
-    "lean": Tile(1, 4096, 16, 128, lean=True, group=2),
-    "lean-3": Tile(1, 2048, 8, 128, ahead=True, lean=True, group=2),
-    "lean-4": Tile(1, 2048, 8, 128, lean=True, group=2),
-    "lean-wide": Tile(1, 4096, 16, 128, ahead=True, lean=True, group=2),
+    "swept-1": Tile(1, 4096, 16, 128, lean=True, group=2),
+    "swept-2": Tile(1, 2048, 8, 128, lean=True, group=2),
 }
 
 
@@ -164,18 +150,18 @@ def _forward_tile(num_classes: int, dtype: torch.dtype, plan: str) -> Tile:
     block = _power_of_two(num_classes, least=16)
     whole = wide**2 * block <= 16384
     rows = max(1, 1024 // (wide * block))
-    if plan == "0.1" or wide == 2:
-        if not whole:
-            return Tile(4, 1024, 8) if wide == 1 else Tile(1, 2048, 8)
-        return Tile(rows, block, max(4, min(16, wide * block // 512)))
+    if wide == 2:
+        return Tile(rows, block, max(4, block // 256)) if whole else Tile(1, 2048, 8)
     if not whole:
         return _LONG.get(plan, Tile(1, 4096, 32, 64))
-    num_warps = max(4, block // 512)
-    if plan in _LEAN and num_warps > 4:
-        elements, registers, keep = _LEAN[plan]
-        return Tile(rows, block, max(4, block // (32 * elements)), registers, lean=True, keep=keep)
-    # Small tiles take few registers, or leave the compiler no choice.
-    return Tile(rows, block, num_warps, 64 if num_warps > 4 else None, plan == "ahead" and num_warps > 4)
+    if block <= 2048:  # which takes few registers, or leaves the compiler no choice
+        return Tile(rows, block, 4)
+
+    if plan == "resident":
+        return Tile(1, block, block // 512, 64)
+    # In float32 threads of 64 elements spill at 16,384 classes, and were not faster at 8,142.
+    elements = 64 if dtype.itemsize == 2 else 32
+    return Tile(1, block, max(4, block // (32 * elements)), 128, lean=True, keep=elements == 32)
 
 
 @lru_cache(maxsize=256)
@@ -205,10 +191,15 @@ def backward_tile(num_classes: int, dtype: torch.dtype) -> Tile:
 
 
 @lru_cache(maxsize=256)
-def sample_tile(num_experts: int) -> Tile:
-    """Choose a tile of samples by experts; one more column counts the samples."""
+def sample_tile(num_experts: int, num_samples: int) -> Tile:
+    """Choose a tile of samples by experts; one more column counts the samples.
+
+    Up to 128 programs share the samples, and more only where a tile is as large as it gets: each of them adds
+    the sums of all.
+    """
     block = _power_of_two(num_experts + 1)
-    return Tile(max(1, 4096 // block), block, 16)
+    rows = max(1, min(4096 // block, max(32, _power_of_two(-(-num_samples // 128)))))
+    return Tile(rows, block, max(1, min(16, rows * block // 256)))
 
 
 @lru_cache(maxsize=256)
@@ -266,7 +257,7 @@ def _options(tile: Tile, device: torch.device) -> dict[str, int]:
 
 def flushes(architecture: int | None, dtype: torch.dtype) -> bool:
     """Say whether exponentials below the normal numbers may be 0; see ``_exp``."""
-    return bool(architecture) and dtype == torch.float32 and _plan != "0.1"
+    return bool(architecture) and dtype == torch.float32
 
 
 @lru_cache(maxsize=64)
@@ -291,7 +282,7 @@ def statistics(angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
         return angles, _soft_statistics(angles, samples)
     source = _first(angles)
     num_samples, num_experts = len(target), _num_experts(angles)
-    tile = sample_tile(num_experts) if angles.weight is None else feature_tile(num_experts)
+    tile = sample_tile(num_experts, num_samples) if angles.weight is None else feature_tile(num_experts)
     num_blocks = -(-num_samples // tile.rows)
     made = angles.angles
     if made is None:
@@ -353,7 +344,7 @@ def weights(angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1)
     }  # fmt: skip
     # An empty batch has its program too: the divisor counts the samples of all ranks.
     if target.dim() == 1:
-        tile = sample_tile(num_experts)
+        tile = sample_tile(num_experts, num_samples)
         _launch(
             kernels._weights, max(1, -(-num_samples // tile.rows)), tile,
             source, target, samples.sample_weight, group_index, parts, result, divisor,
@@ -443,7 +434,8 @@ def forward(
         return torch.zeros(() if rows.reduce else 0, dtype=dtype, device=like.device), state
 
     form = _form_of(rows)
-    shared, tile = form in SHARED, forward_tile(num_classes, dtype, form)
+    architecture = _architecture(like.device)
+    shared, tile = form in SHARED, forward_tile(num_classes, like.dtype, form, architecture)
     programs = [_programs(v, num_samples, v.shape[1], tile) for v in logits]
     if rows.reduce:
         losses = _empty(like, (sum(programs),), torch.float64)
@@ -453,7 +445,7 @@ def forward(
         places = [_from(first, losses) for first, _ in _by_expert(logits)]
 
     constants = _Constants(rows, num_experts, num_classes)
-    kernel, more = _form(tile, num_classes, dtype, _architecture(like.device), constants, shared)
+    kernel, more = _form(tile, num_classes, dtype, architecture, constants, shared)
     for (first, one), gradient, number, place in zip(
         _by_expert(logits), gradients, programs, places, strict=True
     ):
@@ -604,18 +596,16 @@ def _form(
     if shared:
         return kernels._shared, {}
     whole, flush = tile.block >= num_classes, flushes(architecture, dtype)
-    if not whole and _plan == "0.1":
-        return kernels._forward_blocked, {}
-    if tile.ahead or not tile.keep or not whole:
+    if not tile.keep or not whole:
         constants.round_table(dtype)
-    if tile.lean and architecture is not None:
-        if whole:
-            return kernels._forward_lean, {"keep": tile.keep, "flush": flush}
-        more = {"group": tile.group, "ahead": tile.ahead, "lowest": torch.finfo(dtype).min, "flush": flush}
-        return kernels._forward_swept, more
+    if whole and tile.lean:
+        return kernels._forward_lean, {"keep": tile.keep, "flush": flush}
     if whole:
-        return kernels._forward, {"ahead": tile.ahead, "flush": flush}
-    return kernels._forward_streamed, {"lowest": torch.finfo(dtype).min, "flush": flush}
+        return kernels._forward, {"flush": flush}
+    ends = {"lowest": torch.finfo(dtype).min, "flush": flush}
+    if tile.lean:
+        return kernels._forward_swept, {"group": tile.group, **ends}
+    return kernels._forward_streamed, ends
 
 
 # --- Launches -----------------------------------------------------------------------------------------------
