@@ -12,7 +12,7 @@ from peers import SCALE, Batch, Column, Loss, PlainLoop, Shape, class_counts, cr
 from torch import Generator, Tensor
 
 from lgla_losses import ExpertOutput, baselines
-from lgla_losses.functional import angles_from_features, angles_from_logits, angles_of
+from lgla_losses.functional import angles_from_features, angles_from_logits, angles_of, unit_vectors
 
 #: Of the features that come with the logits of an ``ExpertOutput``.
 WIDTH = 64
@@ -66,8 +66,10 @@ def _k_tensors(batch: Batch, generator: Generator) -> Batch:
 def _expert_output(batch: Batch, generator: Generator) -> Batch:
     (logits,) = batch.leaves
     n, k, c = logits.shape
-    extras = logits.new_empty(n, k, WIDTH), logits.new_empty(k, c, WIDTH)
-    return batch._replace(extras=tuple(extra.uniform_(-1, 1, generator=generator) for extra in extras))
+    empty = logits.new_empty(n, k, WIDTH), logits.new_empty(k, c, WIDTH)
+    features, weight = (tensor.uniform_(-1, 1, generator=generator) for tensor in empty)
+    cosines = torch.einsum("nkd,kcd->nkc", unit_vectors(features), unit_vectors(weight))
+    return batch._replace(leaves=(_leaf(SCALE * cosines),), extras=(features, weight))
 
 
 def _sample_weights(batch: Batch, generator: Generator) -> Batch:
