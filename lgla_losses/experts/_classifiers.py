@@ -12,9 +12,10 @@ from lgla_losses._checks import one_of
 from lgla_losses.experts._running import is_tracing
 from lgla_losses.functional import compute_dtype, unit_vectors
 
-#: The most that a sample pulls at its features: the length of a row of a new :class:`torch.nn.Linear`.
-MOST_PULL = 1 / math.sqrt(3)
-#: The most that a sample turns a class centre: as under a scale of 3, found by benchmarks/learning_rate.py.
+#: The most that a sample pulls at its features; a row of a new :class:`torch.nn.Linear` has length 0.58. As the
+#: next number it is what measured best over two networks with batch norm (benchmarks/learning_rate.py).
+MOST_PULL = 0.4
+#: The most that a sample turns a class centre: as under a scale of 3.
 MOST_TURN = 3.0
 
 
@@ -26,10 +27,10 @@ class ExpertClassifiers(nn.Module):
 
     The gradient of a cosine is large: :math:`s / |f|` for features, :math:`s / |W|` for class centres, which
     turn by :math:`s / |W|^2` a step. At a usual learning rate the first steps then lengthen the class centres
-    and the convolutions below batch norms, none of which turns any more when it is long. So in training mode
-    the backward pass takes at most :math:`1 / \sqrt 3`, as of a new linear layer, for the features, and turns
-    class centres at most as :math:`s = 3` would. The factors do not depend on the gradient: sums over
-    micro-batches and loss scaling stay exact, and AdamW hardly sees them.
+    and the convolutions below batch norms, and what is long hardly turns any more. So in training mode the
+    backward pass takes at most 0.4 for the features, about as a new linear layer, and turns class centres at
+    most as :math:`s = 3` would. The factors do not depend on the gradient: sums over micro-batches and loss
+    scaling stay exact, and AdamW hardly sees them.
 
     Args:
         num_experts: ``K``.

@@ -45,7 +45,7 @@ def test_the_exact_gradient_is_that_of_the_cosine(features):
         torch.testing.assert_close(one, other)
 
 
-def test_a_sample_pulls_no_more_than_at_a_linear_layer(features):
+def test_a_sample_pulls_about_as_at_a_linear_layer_at_most(features):
     _, bounded, _ = gradients(features)
     _, exact, _ = gradients(features, gradient="exact")
     factor = (MOST_PULL * features.norm(dim=-1, keepdim=True) / 30).clamp(max=1)
