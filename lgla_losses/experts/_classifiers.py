@@ -12,8 +12,8 @@ from lgla_losses._checks import one_of
 from lgla_losses.experts._running import is_tracing
 from lgla_losses.functional import compute_dtype, unit_vectors
 
-#: The most that a sample pulls at its features; a row of a new :class:`torch.nn.Linear` has length 0.58. As the
-#: next number it is what measured best over two networks with batch norm (benchmarks/learning_rate.py).
+#: The most that a sample pulls at its features; a row of a new :class:`torch.nn.Linear` has length 0.58.
+#: Both numbers are compromises between small networks: benchmarks/learning_rate.py shows what they give.
 MOST_PULL = 0.4
 #: The most that a sample turns a class centre: as under a scale of 3.
 MOST_TURN = 3.0

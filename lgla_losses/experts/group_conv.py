@@ -55,8 +55,8 @@ class GroupConvExperts(nn.Module):
             stage or its last layer; required without a stage.
         classifier: ``"cosine"`` or ``"linear"`` (with bias).
         scale: factor of cosine logits, as for :class:`LGLALoss`; linear classifiers have none.
-        gradient: ``"bounded"``: in training mode cosine classifiers hand on about as large a gradient as linear
-            ones, so that a usual learning rate works without warm-up or clipping
+        gradient: ``"bounded"``: in training mode cosine classifiers hand on about as large a gradient as
+            linear ones, so that a usual learning rate works without warm-up or clipping
             (:class:`~lgla_losses.experts.ExpertClassifiers`); ``"exact"``: as the paper's loss has it.
         layout: ``"grouped"`` or ``"independent"``.
         reset: initialise every copy of a module afresh, by ``reset_parameters()`` of its layers
