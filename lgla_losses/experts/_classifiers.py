@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lgla_losses._checks import one_of
+from lgla_losses.experts._running import is_tracing
 from lgla_losses.functional import compute_dtype, unit_vectors
+
+#: The most that a sample pulls at its features; a row of a new :class:`torch.nn.Linear` has length 0.58.
+#: Both numbers are compromises between small networks: benchmarks/learning_rate.py shows what they give.
+MOST_PULL = 0.4
+#: The most that a sample turns a class centre: as under a scale of 3.
+MOST_TURN = 3.0
 
 
 class ExpertClassifiers(nn.Module):
@@ -17,12 +25,20 @@ class ExpertClassifiers(nn.Module):
     Cosine: :math:`v_k^j = s \cos(W_k^j, f_k)`, without bias, as in the authors' code. Linear:
     :math:`v_k^j = W_k^j \cdot f_k + b_k^j`.
 
+    The gradient of a cosine is large: :math:`s / |f|` for features, :math:`s / |W|` for class centres, which
+    turn by :math:`s / |W|^2` a step. At a usual learning rate the first steps then lengthen the class centres
+    and the convolutions below batch norms, and what is long hardly turns any more. So in training mode the
+    backward pass takes at most 0.4 for the features, about as a new linear layer, and turns class centres at
+    most as :math:`s = 3` would. The factors do not depend on the gradient: sums over micro-batches and loss
+    scaling stay exact, and AdamW hardly sees them.
+
     Args:
         num_experts: ``K``.
         num_features: ``d``.
         num_classes: ``C``.
         scale: the factor ``s`` of cosine classifiers; None for linear ones.
         like: a tensor whose dtype and device the parameters take; None for torch's defaults.
+        gradient: of cosine classifiers in training mode, ``"bounded"`` as above, or ``"exact"``.
 
     Shape:
         - features: ``[N, K, d]``
@@ -36,9 +52,11 @@ class ExpertClassifiers(nn.Module):
         num_classes: int,
         scale: float | None,
         like: Tensor | None = None,
+        gradient: str = "bounded",
     ) -> None:
         super().__init__()
         self.scale = scale
+        self.gradient = one_of("gradient", gradient, ("bounded", "exact"))
         new = torch.empty if like is None else like.detach().new_empty
         self.weight = nn.Parameter(new((num_experts, num_classes, num_features)))
         self.bias = nn.Parameter(new((num_experts, num_classes))) if scale is None else None
@@ -57,7 +75,7 @@ class ExpertClassifiers(nn.Module):
     def only(self, expert: int) -> ExpertClassifiers:
         """Take the classifier of one expert, ``K = 1``; a new module."""
         _, num_classes, num_features = self.weight.shape
-        single = ExpertClassifiers(1, num_features, num_classes, self.scale, like=self.weight)
+        single = ExpertClassifiers(1, num_features, num_classes, self.scale, self.weight, self.gradient)
         one = slice(expert, expert + 1)
         single.load_state_dict({name: tensor[one] for name, tensor in self.state_dict().items()})
         for name, parameter in single.named_parameters():
@@ -73,7 +91,14 @@ class ExpertClassifiers(nn.Module):
         """Compute the logits of every expert from its own features."""
         weight: Tensor = self.weight
         if self.scale is not None:
-            features, weight = self.scale * _directions(features), _directions(weight)
+            # Not while tracing, which runs with and without gradients and compares.
+            bounds = (
+                self.training and self.gradient == "bounded" and torch.is_grad_enabled() and not is_tracing()
+            )
+            pull, turn = (MOST_PULL / self.scale, MOST_TURN / self.scale) if bounds else (None, None)
+            features = self.scale * _directions(features, pull, power=1)
+            weight = _directions(weight, turn, power=2)
+
         rows, columns = features.transpose(0, 1), weight.transpose(1, 2)
         if self.bias is None:
             return torch.bmm(rows, columns).transpose(0, 1)
@@ -82,10 +107,17 @@ class ExpertClassifiers(nn.Module):
     def extra_repr(self) -> str:
         """Describe the configuration, as ``repr`` shows it."""
         num_experts, num_classes, num_features = self.weight.shape
-        kind = "linear" if self.scale is None else f"cosine, scale={self.scale}"
+        kind = "linear" if self.scale is None else f"cosine, scale={self.scale}, gradient={self.gradient!r}"
         return f"{num_experts} x {num_features} -> {num_classes}, {kind}"
 
 
-def _directions(vectors: Tensor) -> Tensor:
+def _directions(vectors: Tensor, bound: float | None, power: int) -> Tensor:
+    """Divide vectors by their lengths; the gradient is multiplied by ``bound * length**power``, at most 1."""
     # The squares of half-precision numbers would over- or underflow.
-    return unit_vectors(vectors.to(compute_dtype(vectors.dtype))).to(vectors.dtype)
+    wide = vectors.to(compute_dtype(vectors.dtype))
+    directions = unit_vectors(wide)
+    if bound is not None:
+        length = torch.linalg.vector_norm(wide.detach(), dim=-1, keepdim=True)
+        factor = (bound * length**power).clamp(max=1.0)
+        directions = torch.lerp(directions.detach(), directions, factor)  # between equals: changes no value
+    return directions.to(vectors.dtype)

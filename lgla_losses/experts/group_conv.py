@@ -55,6 +55,9 @@ class GroupConvExperts(nn.Module):
             stage or its last layer; required without a stage.
         classifier: ``"cosine"`` or ``"linear"`` (with bias).
         scale: factor of cosine logits, as for :class:`LGLALoss`; linear classifiers have none.
+        gradient: ``"bounded"``: in training mode cosine classifiers hand on about as large a gradient as
+            linear ones, so that a usual learning rate works without warm-up or clipping
+            (:class:`~lgla_losses.experts.ExpertClassifiers`); ``"exact"``: as the paper's loss has it.
         layout: ``"grouped"`` or ``"independent"``.
         reset: True initialises every copy afresh, by ``reset_parameters()`` of its layers and then
             ``init_fn``; False keeps the weights. None keeps those of a module, as it may be pretrained, and
@@ -101,6 +104,7 @@ class GroupConvExperts(nn.Module):
         layout: str = "grouped",
         reset: bool | None = None,
         init_fn: Callable[[nn.Module], None] | None = None,
+        gradient: str = "bounded",
     ) -> None:
         super().__init__()
         self.num_experts = positive_int("num_experts", num_experts, "the paper uses 3")
@@ -131,6 +135,7 @@ class GroupConvExperts(nn.Module):
             num_classes,
             scale if classifier == "cosine" else None,
             like=next(self.parameters(), None),
+            gradient=gradient,
         )
 
     if TYPE_CHECKING:
