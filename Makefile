@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow test-torch sanitize lint docs hero bench gpu bench-class-parallel bench-layouts paper-smoke paper-cpu paper-gpu dist clean
+.PHONY: demo test test-slow test-torch sanitize lint docs hero bench gpu bench-class-parallel bench-learning-rate bench-layouts paper-smoke paper-cpu paper-gpu dist clean
 # What says that an extra is installed is kept.
 .SECONDARY:
 
@@ -42,6 +42,9 @@ bench: $(VENV)/.bench      ## the losses beside their peers and the physical lim
 
 bench-class-parallel: $(VENV)/.bench  ## classes spread over ranks: memory, numbers sent, time
 	$(RUN) benchmarks/class_parallel.py
+
+bench-learning-rate: $(VENV)/.bench  ## what the usual learning rate makes of three experts; DATA=cifar10.npz for images
+	$(RUN) benchmarks/learning_rate.py $(if $(DATA),--data "$(DATA)")
 
 bench-layouts: $(VENV)/.bench  ## what grouped experts cost against independent ones
 	$(RUN) tests/helpers/torchvision_shim.py benchmarks/expert_layouts.py

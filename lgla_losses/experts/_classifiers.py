@@ -38,7 +38,7 @@ class ExpertClassifiers(nn.Module):
         num_classes: ``C``.
         scale: the factor ``s`` of cosine classifiers; None for linear ones.
         like: a tensor whose dtype and device the parameters take; None for torch's defaults.
-        gradient: of cosine classifiers in training mode, ``"bounded"`` as above, or ``"exact"``.
+        gradient: of cosine classifiers in training mode: ``"exact"``, or ``"bounded"`` as above.
 
     Shape:
         - features: ``[N, K, d]``
@@ -52,7 +52,7 @@ class ExpertClassifiers(nn.Module):
         num_classes: int,
         scale: float | None,
         like: Tensor | None = None,
-        gradient: str = "bounded",
+        gradient: str = "exact",
     ) -> None:
         super().__init__()
         self.scale = scale

@@ -55,15 +55,15 @@ class GroupConvExperts(nn.Module):
             stage or its last layer; required without a stage.
         classifier: ``"cosine"`` or ``"linear"`` (with bias).
         scale: factor of cosine logits, as for :class:`LGLALoss`; linear classifiers have none.
-        gradient: ``"bounded"``: in training mode cosine classifiers hand on about as large a gradient as
-            linear ones, so that a usual learning rate works without warm-up or clipping
-            (:class:`~lgla_losses.experts.ExpertClassifiers`); ``"exact"``: as the paper's loss has it.
         layout: ``"grouped"`` or ``"independent"``.
         reset: True initialises every copy afresh, by ``reset_parameters()`` of its layers and then
             ``init_fn``; False keeps the weights. None keeps those of a module, as it may be pretrained, and
             takes a factory's as they come; with ``init_fn`` a module's copies are initialised afresh.
         init_fn: applied to every layer of every copy, as by :meth:`torch.nn.Module.apply`; needed for fresh
             weights where a layer with parameters has no ``reset_parameters()``.
+        gradient: of cosine classifiers in training mode: ``"exact"``, as the paper has it, or ``"bounded"``,
+            about that of linear ones, so that a usual learning rate works without warm-up or clipping
+            (:class:`~lgla_losses.experts.ExpertClassifiers`).
 
     Attributes:
         stage: the stacked module, a ``ModuleList`` of K modules, or None.
@@ -104,7 +104,7 @@ class GroupConvExperts(nn.Module):
         layout: str = "grouped",
         reset: bool | None = None,
         init_fn: Callable[[nn.Module], None] | None = None,
-        gradient: str = "bounded",
+        gradient: str = "exact",
     ) -> None:
         super().__init__()
         self.num_experts = positive_int("num_experts", num_experts, "the paper uses 3")

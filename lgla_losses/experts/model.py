@@ -87,6 +87,7 @@ class ExpertModel(nn.Module):
         *,
         classifier: str = "cosine",
         scale: float = 30.0,
+        gradient: str = "bounded",
         layout: str = "grouped",
         reset: bool | None = None,
         keep_head: bool = False,
@@ -106,6 +107,9 @@ class ExpertModel(nn.Module):
                 :func:`split_points`. None gives the experts a classifier each, on features that they share.
             classifier: ``"cosine"`` or ``"linear"`` (with bias).
             scale: factor of cosine logits.
+            gradient: of cosine classifiers: ``"bounded"``, so that a usual learning rate works without
+                warm-up or clipping, or ``"exact"``, as the paper has it
+                (:class:`~lgla_losses.experts.ExpertClassifiers`).
             layout: of :class:`GroupConvExperts`.
             reset: None and False keep the weights of the stage that is copied; True draws fresh ones by
                 ``reset_parameters()``.
@@ -146,6 +150,7 @@ class ExpertModel(nn.Module):
             num_features=linear.in_features,
             classifier=classifier,
             scale=scale,
+            gradient=gradient,
             layout=layout,
             reset=False if reset is None else reset,
         )

@@ -1,11 +1,13 @@
 """What cosine classifiers hand back in training, so that a usual learning rate works."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lgla_losses import GroupConvExperts, LGLALoss
+from lgla_losses import ExpertModel, GroupConvExperts, LGLALoss
 from lgla_losses.experts import ExpertClassifiers
 from lgla_losses.experts._classifiers import MOST_PULL, MOST_TURN
 
@@ -13,6 +15,7 @@ from lgla_losses.experts._classifiers import MOST_PULL, MOST_TURN
 def gradients(features, lengths=1.0, **options):
     """Logits, and the gradients of features and class centres of one expert, of some sum of logits."""
     torch.manual_seed(1)
+    options = {"gradient": "bounded", **options}
     head = ExpertClassifiers(1, 9, 7, options.pop("scale", 30.0), **options).double()
     with torch.no_grad():
         head.weight *= lengths
@@ -64,7 +67,7 @@ def test_a_class_centre_turns_no_more_than_at_scale_three(features, length):
 
 def test_the_gradient_is_linear_in_the_loss(features):
     """So that GradScaler and micro-batches change nothing."""
-    head = ExpertClassifiers(1, 9, 7, 30.0).double()
+    head = ExpertClassifiers(1, 9, 7, 30.0, gradient="bounded").double()
     once = torch.autograd.grad(head(features).logsumexp(-1).sum(), head.weight)[0]
     scaled = torch.autograd.grad(1024 * head(features).logsumexp(-1).sum(), head.weight)[0]
     parts = sum(
@@ -75,7 +78,7 @@ def test_the_gradient_is_linear_in_the_loss(features):
 
 
 def test_eval_mode_a_small_scale_and_linear_heads_have_the_exact_gradient(features):
-    head = ExpertClassifiers(1, 9, 7, 30.0).double()
+    head = ExpertClassifiers(1, 9, 7, 30.0, gradient="bounded").double()
     twin = ExpertClassifiers(1, 9, 7, 30.0, gradient="exact").double()
     twin.load_state_dict(head.state_dict())
     ours, theirs = (
@@ -92,20 +95,23 @@ def test_eval_mode_a_small_scale_and_linear_heads_have_the_exact_gradient(featur
 
 @pytest.mark.parametrize("layout", ["grouped", "independent"])
 def test_experts_pass_the_choice_on_and_keep_it(layout):
-    experts = GroupConvExperts(nn.Linear(4, 9), 3, 7, layout=layout, gradient="exact")
+    experts = GroupConvExperts(partial(nn.Linear, 4, 9), 3, 7, layout=layout, gradient="bounded")
     for other in (experts.to_grouped(), experts.to_independent()):
-        assert other.classifiers.gradient == "exact"
-    assert experts.extract(0).classifier.gradient == "exact"
-    assert GroupConvExperts(nn.Linear(4, 9), 3, 7).classifiers.gradient == "bounded"
+        assert other.classifiers.gradient == "bounded"
+    assert experts.extract(0).classifier.gradient == "bounded"
+    assert GroupConvExperts(None, 3, 7, num_features=9).classifiers.gradient == "exact"
+    network = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 7))
+    assert ExpertModel.from_model(network).experts.classifiers.gradient == "bounded"
+    assert ExpertModel.from_model(network, gradient="exact").experts.classifiers.gradient == "exact"
 
 
 def test_an_unknown_gradient_is_refused():
     with pytest.raises(ValueError, match=r"gradient: expected .*'bounded'.*'exact'.*got 'clipped'"):
-        GroupConvExperts(nn.Linear(4, 9), 3, 7, gradient="clipped")
+        GroupConvExperts(None, 3, 7, num_features=9, gradient="clipped")
 
 
 def test_compiled_gradients_are_the_same(features):
-    head = ExpertClassifiers(1, 9, 7, 30.0).double()
+    head = ExpertClassifiers(1, 9, 7, 30.0, gradient="bounded").double()
     compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
     ours, theirs = (torch.autograd.grad(f(features).square().sum(), head.weight)[0] for f in (compiled, head))
     torch.testing.assert_close(ours, theirs)
@@ -113,7 +119,7 @@ def test_compiled_gradients_are_the_same(features):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gradients_of_low_precision_are_finite_where_lengths_overflow_or_vanish(dtype):
-    head = ExpertClassifiers(1, 9, 7, 30.0).to(dtype)
+    head = ExpertClassifiers(1, 9, 7, 30.0, gradient="bounded").to(dtype)
     features = torch.tensor([0.0, 1e-4, 1.0, 3e4], dtype=dtype)[:, None, None].expand(4, 1, 9)
     features = features.clone().requires_grad_()
     head(features).float().sum().backward()
@@ -126,7 +132,8 @@ def lengths_after_twenty_steps(gradient):
     labels = torch.arange(64) % 4
     images = torch.randn(64, 8) + torch.randn(4, 8)[labels]
     net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU())
-    experts = GroupConvExperts(nn.Sequential(nn.Linear(16, 16), nn.ReLU()), 3, 4, gradient=gradient)
+    stage = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+    experts = GroupConvExperts(stage, 3, 4, reset=True, gradient=gradient)
     criterion = LGLALoss([100, 30, 10, 3])
     optimizer = torch.optim.SGD([*net.parameters(), *experts.parameters()], lr=0.1, momentum=0.9)
     for _ in range(20):

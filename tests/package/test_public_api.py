@@ -39,14 +39,15 @@ SIGNATURES = {
     "ExpertOutput": "logits, features, weight",
     "ExpertOutput.ensemble": "self, fusion=None",
     "GroupConvExperts": "stage, num_experts, num_classes, *, num_features=None, classifier='cosine', "
-    "scale=30.0, layout='grouped', reset=None, init_fn=None",
+    "scale=30.0, layout='grouped', reset=None, init_fn=None, gradient='exact'",
     "GroupConvExperts.forward": "self, shared",
     "GroupConvExperts.to_independent": "self",
     "GroupConvExperts.to_grouped": "self",
     "GroupConvExperts.extract": "self, expert",
     "ExpertModel": "trunk, experts, *, eval_output='ensemble'",
     "ExpertModel.from_model": "model, num_experts=3, num_classes=None, at=None, *, classifier='cosine', "
-    "scale=30.0, layout='grouped', reset=None, keep_head=False, eval_output='ensemble', head='auto'",
+    "scale=30.0, gradient='bounded', layout='grouped', reset=None, keep_head=False, eval_output='ensemble', "
+    "head='auto'",
     "ExpertModel.forward": "self, *inputs, **kwargs",
     "ExpertModel.predict": "self, *inputs, prior=None, calibration=None, **kwargs",
     "parameter_groups": "model, weight_decay",
