@@ -200,9 +200,9 @@ class LGLALoss(ExpertLoss):
             share = batch.share_without_cosines()
             if share > 0.02:  # that of bfloat16 is 0.004
                 return (
-                    f"scale={scale} says that the logits are cosines of features and weight times a number, "
-                    f"but {share:.0%} of their norm is not, as with a linear head, for which the margins of "
-                    "LGLA are not made; take a cosine head, or set scale=None for a linear one"
+                    f"scale={scale}: expected the logits of a cosine head, got logits of which {share:.0%} "
+                    "is no multiple of the cosines of features and weight, as with a linear head; take a cosine "
+                    "head, for which LGLA's margins are made, or set scale=None for a linear one"
                 )
         else:
             largest = batch.largest_target_logit(self.ignore_index)
@@ -214,8 +214,8 @@ class LGLALoss(ExpertLoss):
                 )
         if scale >= 10 and batch.is_within(1.01):  # scaled cosines are larger, those of some class
             return (
-                f"all logits of the batch lie within [-1, 1] under scale={scale}, as bare cosines do, of "
-                f"which softmax learns next to nothing; pass {scale:g} * cosines, or with a linear head set "
+                f"all logits of the batch lie within [-1, 1] under scale={scale}, as bare cosines do, "
+                f"from which a softmax learns next to nothing; pass {scale:g} * cosines, or with a linear head set "
                 "scale=None and pass features and weight"
             )
         return None

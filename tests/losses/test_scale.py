@@ -47,7 +47,9 @@ def test_a_linear_classifier_of_the_library_is_told_at_the_first_batch():
     criterion = LGLALoss(COUNTS)
     experts = GroupConvExperts(None, 3, 6, num_features=16, classifier="linear")
     output = experts(torch.randn(12, 16))
-    with pytest.warns(UserWarning, match=r"scale=30\.0.*of their norm.*linear head.*scale=None") as record:
+    with pytest.warns(
+        UserWarning, match=r"scale=30\.0: expected the logits of a cosine head.*scale=None"
+    ) as record:
         [criterion(output, TARGET) for _ in range(5)]
     assert len(record) == 1
     silent(lambda: LGLALoss(COUNTS, scale=None)(output, TARGET))
