@@ -201,8 +201,8 @@ class LGLALoss(ExpertLoss):
             if share > 0.02:  # that of bfloat16 is 0.004
                 return (
                     f"scale={scale}: expected the logits of a cosine head, got logits of which {share:.0%} "
-                    "is no multiple of the cosines of features and weight, as with a linear head; take a cosine "
-                    "head, for which LGLA's margins are made, or set scale=None for a linear one"
+                    "is no multiple of the cosines of features and weight, as with a linear head; take a "
+                    "cosine head, for which LGLA's margins are made, or set scale=None for a linear one"
                 )
         else:
             largest = batch.largest_target_logit(self.ignore_index)
@@ -215,7 +215,7 @@ class LGLALoss(ExpertLoss):
         if scale >= 10 and batch.is_within(1.01):  # scaled cosines are larger, those of some class
             return (
                 f"all logits of the batch lie within [-1, 1] under scale={scale}, as bare cosines do, "
-                f"from which a softmax learns next to nothing; pass {scale:g} * cosines, or with a linear head set "
-                "scale=None and pass features and weight"
+                f"from which a softmax learns next to nothing; pass {scale:g} * cosines, or with a linear "
+                "head set scale=None and pass features and weight"
             )
         return None
