@@ -56,7 +56,7 @@ class Problem(NamedTuple):
 class ExpertsAndLoss(nn.Module):
     """Experts of two convolutions each, and their loss of shared features."""
 
-    def __init__(self, layout: str, together: bool | None, channels_last: bool, backend: str) -> None:
+    def __init__(self, layout: str, together: bool, channels_last: bool, backend: str) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.experts = GroupConvExperts(make_stage, NUM_EXPERTS, NUM_CLASSES, layout=layout)
@@ -181,10 +181,10 @@ def many_classes() -> Iterator[Problem]:
 def experts() -> Iterator[Problem]:
     """Experts together, in turn and as modules of their own, by autocast in low precision."""
     shared, y = torch.randn(BATCH_SIZE, 16, 16, 16), labels(BATCH_SIZE)
-    layouts: dict[str, tuple[str, bool | None, bool]] = {
+    layouts: dict[str, tuple[str, bool, bool]] = {
         "together": ("grouped", True, False),
         "in turn": ("grouped", False, False),
-        "independent": ("independent", None, False),
+        "independent": ("independent", False, False),
         "together, channels_last": ("grouped", True, True),
     }
     for dtype in (torch.float32, torch.bfloat16):

@@ -111,7 +111,8 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """The block's feature map."""
-        return maps + self.body(maps)
+        result: Tensor = maps + self.body(maps)
+        return result
 
 
 def resnet() -> tuple[nn.Module, Callable[[], nn.Module], int]:
@@ -234,7 +235,8 @@ def train(setting: Setting, method: Method, split: Split, seed: int) -> dict[str
         else torch.optim.AdamW(parameters, weight_decay=0.05)
     )
     batches = math.ceil(len(split.labels) / setting.batch)
-    steps, step, first = batches * setting.epochs, 0, {}
+    steps, step = batches * setting.epochs, 0
+    first: dict[str, float] = {}
 
     for _ in range(setting.epochs):
         for chosen in torch.randperm(len(split.labels), generator=generator).split(setting.batch):
