@@ -249,25 +249,28 @@ class Batch(NamedTuple):
         ends = [end.item() for block in self.logits if block.numel() for end in block.detach().aminmax()]
         return any(ends) and all(-bound <= end <= bound for end in ends)
 
-    def share_without_cosines(self) -> float:
-        """Find the part of the logits' norm that no multiple of the cosines of features and weights gives.
+    def compared_with_cosines(self) -> tuple[float, float]:
+        """Find what the logits are of the cosines of features and weights.
 
-        It looks at some samples and classes, of maps at one row, and reads the values. Cosine heads of any
-        scale give 0 but for rounding; the expert with the largest part counts.
+        Gives the part of the logits' norm that no multiple of the cosines gives, and the multiple. It looks
+        at some samples and classes, of maps at one row, and reads the values. Cosine heads of any scale give
+        0 but for rounding; the expert with the largest part counts, and the largest multiple. Large negative
+        numbers count as masks.
         """
-        if self.features is None or self.weight is None:
-            return 0.0
+        assert self.features is not None
+        assert self.weight is not None
         some, dtype = (0,) * (self.features.dim() - 3), functional.widest_dtype(self.features.device)
         logits = torch.stack([expert[some][:32, :256] for expert in self.experts()], dim=1).to(dtype)
         features = functional.unit_vectors(self.features.detach()[some][:32].to(dtype))
         weight = functional.unit_vectors(self.weight.detach()[:, :256].to(dtype))
         cosines = torch.einsum("nkd,kcd->nkc", features, weight)
 
-        masked = ~(logits.isfinite() & cosines.isfinite())
+        masked = ~(logits.isfinite() & cosines.isfinite()) | (logits < -1e3)
         logits, cosines = logits.masked_fill(masked, 0.0), cosines.masked_fill(masked, 0.0)
         scale = (logits * cosines).sum(dim=(0, 2)) / cosines.square().sum(dim=(0, 2)).clamp_min(1e-30)
         rest = (logits - scale[:, None] * cosines).square().sum(dim=(0, 2))
-        return float((rest / logits.square().sum(dim=(0, 2)).clamp_min(1e-30)).amax().sqrt())
+        share = (rest / logits.square().sum(dim=(0, 2)).clamp_min(1e-30)).amax().sqrt()
+        return float(share), float(scale.abs().amax())
 
     def check_angles(self, ignore_index: int) -> None:
         """Raise for angles of class indices that are not finite. This reads them."""

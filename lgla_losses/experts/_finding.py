@@ -31,7 +31,7 @@ def find_classifier(model: nn.Module, head: str = "auto") -> str:
     """Find the path of the linear layer that gives a network's output.
 
     Asks timm's ``get_classifier()``, else follows the network's code from its output back, else, where that
-    cannot be traced, goes by the names of the field and takes the last linear layer.
+    cannot be traced, takes the last linear layer if it has one of the field's names, or a shape of its own.
 
     Args:
         model: the network.
@@ -63,7 +63,8 @@ def find_classifier(model: nn.Module, head: str = "auto") -> str:
 
     if not is_transformers_model(model) and is_traceable(model):
         return str(trace_to_classifier(model)[2].target).removeprefix("model.")
-    return _path_by_name(model) or _last_linear(model)
+    named, last = _path_by_name(model), _last_linear_path(model)
+    return named if named and (named == last or is_transformers_model(model)) else _last_linear(model)
 
 
 def _path_of(model: nn.Module, layer: nn.Module) -> str:
@@ -78,6 +79,11 @@ def _path_by_name(model: nn.Module) -> str | None:
             if layers:
                 return _path_of(model, layers[-1])
     return None
+
+
+def _last_linear_path(model: nn.Module) -> str | None:
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return paths[-1] if paths else None
 
 
 def _last_linear(model: nn.Module) -> str:

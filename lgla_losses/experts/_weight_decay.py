@@ -32,7 +32,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Example:
         >>> import torch
         >>> stage = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16))
-        >>> experts = GroupConvExperts(stage, num_experts=3, num_classes=10)
+        >>> experts = GroupConvExperts(stage, num_experts=3, num_classes=10, reset=True)
         >>> groups = parameter_groups(experts, weight_decay=5e-4)
         >>> [[list(p.shape) for p in group["params"]] for group in groups]
         [[[3, 16], [3, 16], [3, 16]], [[3, 16, 8, 3, 3], [3, 10, 16]]]

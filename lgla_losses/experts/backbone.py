@@ -13,6 +13,7 @@ import operator
 import pickle
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -246,7 +247,7 @@ def check_path(name: str, model: nn.Module, path: str) -> None:
     for part in path.split("."):
         children = dict(parent.named_children())
         if part not in children:
-            near = get_close_matches(path, [p for p, _ in model.named_modules()], n=1)
+            near = get_close_matches(path, [p for p, _ in model.named_modules() if p], n=1)
             raise ValueError(
                 f"{name}: expected the path of a module of {type(model).__name__}, got {path!r}; there "
                 f"{'are ' + ', '.join(known + child for child in children) if children else 'is none below'}"
@@ -369,11 +370,15 @@ def _random_state() -> tuple[object, ...]:
 
 @contextmanager
 def _in_mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
-    """Set the modules' own flags, not those of the modules below them; undo what their code assigns."""
+    """Set the modules' own flags, not those of the modules below them; undo what their code assigns.
+
+    Their hooks, which take values, see none of a trace.
+    """
     before = [(module, dict(vars(module))) for module in modules]
     try:
         for module, _ in before:
             module.training = training
+            vars(module).update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
         yield
     finally:
         for module, attributes in before:
@@ -521,7 +526,8 @@ def _divide(
     if features not in stage:
         raise ValueError(
             f"at: expected a module before the classifier, got {at!r}, on which the features do not depend; "
-            "for classifiers alone on shared features pass GroupConvExperts stage=None"
+            "for classifiers alone on shared features pass at=None to ExpertModel.from_model, or stage=None "
+            "to GroupConvExperts"
         )
 
     # Parameters that the stage alone reads go with it; the mode and configurations are read by either part.

@@ -62,8 +62,8 @@ class GroupConvExperts(nn.Module):
         init_fn: applied to every layer of every copy, as by :meth:`torch.nn.Module.apply`; needed for fresh
             weights where a layer with parameters has no ``reset_parameters()``.
         gradient: of cosine classifiers in training mode: ``"exact"``, as the paper has it, or ``"bounded"``,
-            about that of linear ones, so that a usual learning rate works without warm-up or clipping
-            (:class:`~lgla_losses.experts.ExpertClassifiers`).
+            about that of linear ones, which gives most of what warm-up or clipping would at a usual learning
+            rate (:class:`~lgla_losses.experts.ExpertClassifiers`).
 
     Attributes:
         stage: the stacked module, a ``ModuleList`` of K modules, or None.
@@ -174,8 +174,9 @@ class GroupConvExperts(nn.Module):
                 f"got {weight.shape[-1]}; pass num_features={features.shape[-1]}"
             )
 
-        if torch.is_grad_enabled() and not is_tracing():  # which runs with and without gradients and compares
-            # A view: FSDP2 hooks what a module gives, and on the parameter hooks of all steps would add up.
+        if not is_tracing():  # which runs with and without gradients and compares
+            # A view: FSDP2 hooks what a module gives, and on the parameter hooks of all steps would add up;
+            # and reentrant checkpoints make what a module gives a part of their graph.
             weight = weight.view_as(weight)
         return ExpertOutput(self.classifiers(features), features, weight)
 

@@ -105,16 +105,20 @@ class ExpertModel(nn.Module):
             num_classes: number of classes ``C``; None takes the classifier's.
             at: dotted path of the module from which on every expert has layers of its own, one of
                 :func:`split_points`. None gives the experts a classifier each, on features that they share.
+                With a path the module takes the inputs that :func:`split_backbone`'s trunk takes, hooks on
+                the modules around the split are not kept, and activation checkpointing in what the experts
+                copy needs ``layout="independent"``.
             classifier: ``"cosine"`` or ``"linear"`` (with bias).
             scale: factor of cosine logits.
-            gradient: of cosine classifiers: ``"bounded"``, so that a usual learning rate works without
-                warm-up or clipping, or ``"exact"``, as the paper has it
+            gradient: of cosine classifiers: ``"bounded"``, which gives most of what warm-up or clipping would
+                at a usual learning rate, or ``"exact"``, as the paper has it
                 (:class:`~lgla_losses.experts.ExpertClassifiers`).
             layout: of :class:`GroupConvExperts`.
-            reset: None and False keep the weights of the stage that is copied; True draws fresh ones by
-                ``reset_parameters()``.
-            keep_head: begin every expert's classifier with the network's. A cosine classifier takes the
-                directions of its weights, so its logits are others; a linear one is the same function.
+            reset: None and False keep the weights of the layers that are copied; True draws fresh ones by
+                ``reset_parameters()``. Without ``at`` there are none.
+            keep_head: begin every expert's classifier with the network's; with a bias it needs
+                ``classifier="linear"``, which is the same function. A cosine classifier takes the directions
+                of the weights, so its logits are others.
             eval_output: what eval mode gives.
             head: path of the classifier, where it cannot be found.
 
@@ -141,7 +145,7 @@ class ExpertModel(nn.Module):
             trunk = remove_classifier(source, path)
         else:
             trunk, stage = split_backbone(source, at, head=path)
-        _check_untied(trunk, stage, linear)
+        _check_untied(trunk, stage, linear if keep else None)
 
         experts = GroupConvExperts(
             stage,
@@ -270,11 +274,10 @@ def _check_kept(linear: nn.Linear, num_classes: int | None, classifier: str) -> 
         )
 
 
-def _check_untied(trunk: nn.Module, stage: nn.Module | None, linear: nn.Module) -> None:
+def _check_untied(trunk: nn.Module, stage: nn.Module | None, linear: nn.Module | None) -> None:
     """Raise where parts that are to be copied have a parameter in common with others."""
-    parts = [trunk, linear] if stage is None else [trunk, stage, linear]
     seen: dict[int, str] = {}
-    for part in parts:
+    for part in filter(None, (trunk, stage, linear)):
         names = {id(parameter): name for name, parameter in part.named_parameters()}
         for tied in names.keys() & seen.keys():
             where = "the classifier's" if part is linear else "the stage's"

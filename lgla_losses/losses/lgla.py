@@ -17,6 +17,9 @@ from lgla_losses.kernels.autograd import CrossEntropy, evaluate
 from lgla_losses.kernels.operators import cross_entropies
 from lgla_losses.losses._base import ExpertLoss
 
+#: Batches after which trained cosine logits are no longer as small as cosines without a scale.
+_SETTLED = 16
+
 
 class LGLALoss(ExpertLoss):
     r"""Local and Global Logit Adjustments for long-tailed learning.
@@ -121,7 +124,9 @@ class LGLALoss(ExpertLoss):
         table = self.adjuster.constant("table")
         if (
             isinstance(output, Tensor)
-            and not (output.requires_grad or features is not None or weight is not None)
+            and not (output.requires_grad and torch.is_grad_enabled())
+            and features is None
+            and weight is None
             and is_of_ensemble(output, target, table.shape[1])
         ):
             return self._of_ensemble(output, target, table, sample_weight, normalizer)
@@ -189,20 +194,22 @@ class LGLALoss(ExpertLoss):
         if seen & (seen - 1) or is_tracing():
             return
 
-        problem = self._misfit(batch, self.scale)
+        problem = self._misfit(batch, self.scale, seen)
         if problem is not None:
             self._batches = -1  # once warned
             warnings.warn(problem, stacklevel=5)
 
-    def _misfit(self, batch: Batch, scale: float) -> str | None:
+    def _misfit(self, batch: Batch, scale: float, seen: int) -> str | None:
         """Say in which way the logits are no cosines times ``scale``, or None."""
-        if batch.features is not None:
-            share = batch.share_without_cosines()
+        if batch.features is not None and batch.weight is not None:
+            share, multiple = batch.compared_with_cosines()
+            are_bare = multiple < 1.1
             if share > 0.02:  # that of bfloat16 is 0.004
                 return (
                     f"scale={scale}: expected the logits of a cosine head, got logits of which {share:.0%} "
-                    "is no multiple of the cosines of features and weight, as with a linear head; take a "
-                    "cosine head, for which LGLA's margins are made, or set scale=None for a linear one"
+                    "is no multiple of the cosines of features and weight, as with a linear head, or where "
+                    "something was added to the logits; take a cosine head, for which LGLA's margins are "
+                    "made, or set scale=None for a linear one"
                 )
         else:
             largest = batch.largest_target_logit(self.ignore_index)
@@ -212,7 +219,9 @@ class LGLALoss(ExpertLoss):
                     "cosine logits, so their angles, and with them the adaptive angular weights, are wrong; "
                     "with a linear head set scale=None and pass features and weight"
                 )
-        if scale >= 10 and batch.is_within(1.01):  # scaled cosines are larger, those of some class
+            # Of many features and new weights scaled cosines are small, too, but not for long.
+            are_bare = seen >= _SETTLED
+        if scale >= 10 and are_bare and batch.is_within(1.01):
             return (
                 f"all logits of the batch lie within [-1, 1] under scale={scale}, as bare cosines do, "
                 f"from which a softmax learns next to nothing; pass {scale:g} * cosines, or with a linear "

@@ -754,3 +754,12 @@ def test_hooks_on_experts_and_classifiers_are_called():
         module.register_forward_hook(lambda *arguments: seen.append(type(arguments[2]).__name__))
     experts(torch.randn(2, 4))
     assert seen == ["Tensor", "ExpertOutput"]
+
+
+def test_a_reentrant_checkpoint_leaves_the_class_weights_alone():
+    experts = GroupConvExperts(None, 3, 4, num_features=8)
+    shared = torch.randn(5, 8, requires_grad=True)
+    logits, _, _ = torch.utils.checkpoint.checkpoint(experts, shared, use_reentrant=True)
+    assert experts.classifiers.weight.is_leaf
+    logits.sum().backward()
+    assert experts.classifiers.weight.grad is not None

@@ -693,7 +693,7 @@ CASES = {
         "untie",
     ),
     "trunk tied to classifier": (
-        make(Tied("a", "fc")),
+        make(Tied("a", "fc"), keep_head=True, classifier="linear"),
         ValueError,
         "model",
         "the classifier's 'weight'",
@@ -701,7 +701,7 @@ CASES = {
         "untie",
     ),
     "stage tied to classifier": (
-        make(Tied("c", "fc"), at="b"),
+        make(Tied("c", "fc"), at="b", keep_head=True, classifier="linear"),
         ValueError,
         "model",
         "the classifier's",
@@ -786,3 +786,42 @@ def test_an_error_leaves_the_network_as_it_was(at):
     assert_unchanged(network, state, text)
     assert network.training
     assert not network.body.training
+
+
+class NotTraced(nn.Module):
+    """Its code asks for a value."""
+
+    def __init__(self, inner, outer):
+        super().__init__()
+        self.fc, self.out = nn.Linear(8, inner), nn.Linear(inner, outer)
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            x = 2 * x
+        return self.out(torch.relu(self.fc(x)))
+
+
+def test_a_layer_that_only_bears_a_classifiers_name_is_not_taken_for_it():
+    model = ExpertModel.from_model(NotTraced(6, 4))
+    assert isinstance(model.trunk.out, nn.Identity)
+    assert isinstance(model.trunk.fc, nn.Linear)
+    with pytest.raises(ValueError, match=r"head="):
+        ExpertModel.from_model(NotTraced(8, 8))
+
+
+@pytest.mark.parametrize("at", [None, "0"])
+def test_hooks_of_the_network_see_nothing_while_it_is_made(at):
+    network, seen = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), []
+    network.register_forward_hook(lambda module, inputs, output: seen.append(float(output.detach().max())))
+    ExpertModel.from_model(network, at=at, reset=False)
+    assert seen == []
+    network(torch.randn(2, 8))
+    assert len(seen) == 1
+
+
+def test_a_classifier_tied_to_an_embedding_is_dropped_like_any_other():
+    network = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 8, bias=False))
+    network[2].weight = network[0].weight
+    assert ExpertModel.from_model(network)(torch.randn(2, 8)).logits.shape == (2, 3, 8)
+    with pytest.raises(ValueError, match="tied"):
+        ExpertModel.from_model(network, keep_head=True)

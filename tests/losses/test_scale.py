@@ -101,11 +101,31 @@ def test_cosines_that_nobody_multiplied_are_told_once(with_features):
     options = {"features": features, "weight": weight} if with_features else {}
     criterion = LGLALoss(COUNTS)
     with pytest.warns(UserWarning, match=r"within \[-1, 1\] under scale=30\.0.*30 \* cosines") as record:
-        [criterion(cosines, TARGET, **options) for _ in range(4)]
+        [criterion(cosines, TARGET, **options) for _ in range(20)]
     assert len(record) == 1
     output = ExpertOutput(cosines, features, weight)
     for scale in (None, 1.0, 5.0):
         silent(lambda scale=scale: LGLALoss(COUNTS, scale=scale)(output, TARGET))
+
+
+@pytest.mark.parametrize("with_features", [False, True])
+def test_small_logits_of_a_new_cosine_head_tell_nothing(with_features):
+    """Of 2048 features 30 cosines are often below 1."""
+
+    def look():
+        features, weight = torch.randn(1, 3, 2048), torch.randn(3, 6, 2048)
+        options = {"features": features, "weight": weight} if with_features else {}
+        LGLALoss(COUNTS)(head(features, weight), TARGET[:1], **options)
+
+    for _ in range(30):
+        silent(look)
+
+
+def test_a_class_that_is_masked_by_a_number_tells_nothing_of_the_head():
+    features, weight = inputs()
+    logits = head(features, weight)
+    logits[:, :, 5] = -1e4
+    silent(lambda: LGLALoss(COUNTS)(ExpertOutput(logits, features, weight), TARGET % 5))
 
 
 def test_logits_of_zero_tell_nothing():

@@ -109,3 +109,11 @@ def test_validation_compiles():
     criterion, v = LGLALoss(COUNTS), logits()
     compiled = torch.compile(criterion, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(v, TARGET), criterion(v, TARGET))
+
+
+def test_logits_made_with_a_gradient_are_validated_under_no_grad():
+    logits = torch.randn(4, 4, requires_grad=True) * 2
+    target = torch.arange(4)
+    with torch.no_grad():
+        loss = LGLALoss([9, 5, 3, 1])(logits, target)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.detach(), target))
