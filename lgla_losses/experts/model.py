@@ -120,7 +120,8 @@ class ExpertModel(nn.Module):
                 ``classifier="linear"``, which is the same function. A cosine classifier takes the directions
                 of the weights, so its logits are others.
             eval_output: what eval mode gives.
-            head: path of the classifier, where it cannot be found.
+            head: path of the classifier, where it cannot be found. A network whose code torch.fx cannot trace
+                must return its logits as they are: what it does with them cannot be seen.
 
         Returns:
             The new module, in the mode of the network.
