@@ -432,6 +432,7 @@ def test_a_column_that_breaks_later_is_a_row_with_a_note_too(tiny):
     assert len(found[plain.name].milliseconds["forward"]) == 5
 
 
+@pytest.mark.slow
 def test_a_run_that_is_ended_keeps_what_it_has(tmp_path):
     path = tmp_path / "record.json"
     command = [sys.executable, ROOT / "benchmarks" / "losses.py", "--quick", "--out", path]
@@ -455,6 +456,7 @@ def test_sizes_that_no_time_is_left_for_are_named(tmp_path, monkeypatch):
     assert record["left_out"] == [job.label for job in benchmark.QUICK[1:]]
 
 
+@pytest.mark.slow
 def test_a_process_that_crashes_or_takes_too_long_is_named(tmp_path, monkeypatch):
     ends = [[sys.executable, "-c", "import os; os.abort()"], ["sleep", "60"], ["true"]]
     monkeypatch.setattr(benchmark, "_command", lambda number, *others: ends[number])

@@ -542,7 +542,7 @@ def compile_kernels(directory, *options):
     ("form", "names"),
     [
         ("usual", {"_statistics", "_weights", "_forward", "_forward_streamed", "_backward"}),
-        ("all", {"_soft_statistics", "_soft_weights", "_shared"}),
+        pytest.param("all", {"_soft_statistics", "_soft_weights", "_shared"}, marks=pytest.mark.slow),
     ],
 )
 def test_kernels_compile_for_a_gpu(form, names, tmp_path):

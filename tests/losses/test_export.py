@@ -67,7 +67,7 @@ GROUPED = pytest.param(
 )
 
 
-@pytest.mark.parametrize("layout", [GROUPED, "independent"])
+@pytest.mark.parametrize("layout", [GROUPED, pytest.param("independent", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", EXPORTED)
 def test_a_compiled_ensemble_is_one_graph_for_all_batch_sizes(family, layout):
     network, inputs = ensemble(family, layout), inputs_of(family, torch.float32)

@@ -27,6 +27,7 @@ def run_without(package, *arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_without_sybil_pages_are_no_tests():
     done = run_without("sybil", "--collect-only", "CONTRIBUTING.md", "tests/tools/test_counts.py")
     assert done.returncode == 0, done.stdout
