@@ -257,13 +257,12 @@ class Batch(NamedTuple):
         0 but for rounding; the expert with the largest part counts, and the largest multiple. Large negative
         numbers count as masks.
         """
-        assert self.features is not None
-        assert self.weight is not None
-        some, dtype = (0,) * (self.features.dim() - 3), functional.widest_dtype(self.features.device)
+        features, weight = cast(Tensor, self.features).detach(), cast(Tensor, self.weight).detach()
+        some, dtype = (0,) * (features.dim() - 3), functional.widest_dtype(features.device)
         logits = torch.stack([expert[some][:32, :256] for expert in self.experts()], dim=1).to(dtype)
-        features = functional.unit_vectors(self.features.detach()[some][:32].to(dtype))
-        weight = functional.unit_vectors(self.weight.detach()[:, :256].to(dtype))
-        cosines = torch.einsum("nkd,kcd->nkc", features, weight)
+        directions = functional.unit_vectors(features[some][:32].to(dtype))
+        centres = functional.unit_vectors(weight[:, :256].to(dtype))
+        cosines = torch.einsum("nkd,kcd->nkc", directions, centres)
 
         masked = ~(logits.isfinite() & cosines.isfinite()) | (logits < -1e3)
         logits, cosines = logits.masked_fill(masked, 0.0), cosines.masked_fill(masked, 0.0)

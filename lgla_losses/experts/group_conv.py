@@ -177,7 +177,7 @@ class GroupConvExperts(nn.Module):
         if not is_tracing():  # which runs with and without gradients and compares
             # A view: FSDP2 hooks what a module gives, and on the parameter hooks of all steps would add up;
             # and reentrant checkpoints make what a module gives a part of their graph.
-            weight = weight.view_as(weight)
+            weight = weight.view_as(weight) if torch.is_grad_enabled() else weight.detach()
         return ExpertOutput(self.classifiers(features), features, weight)
 
     def _features(self, inputs: tuple[Any, ...]) -> Tensor:
