@@ -10,18 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from arguments import positive, record_file
-from measure import commit, cpu_model, resident
+from measure import made_here, resident
 from tables import grid
 from torch.multiprocessing import get_context
 
@@ -165,12 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
         "features": options.features,
         "experts": 3,
         "repeats": options.repeats,
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "device": cpu_model(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **made_here(),
         "rows": rows,
     }
     options.output.write_text(json.dumps(record, indent=2) + "\n")

@@ -312,6 +312,10 @@ def main() -> int:
     options = parser.parse_args()
     kind = torch.device(options.device).type
     output = options.output or RESULTS / f"expert_layouts_{kind}.json"
+    networks = [TINY] if options.quick else [WORKLOADS[name] for name in options.networks]
+    known = [name for workload in networks for name, _ in makers(workload, options.device)]
+    if unknown := set(options.layouts or ()) - set(known):
+        parser.error(f"--layouts: expected some of {sorted(set(known))}, got {sorted(unknown)}")
     # Else cuDNN takes what its rules of thumb say, which know grouped convolutions badly.
     torch.backends.cudnn.benchmark = kind == "cuda"
     leave_on_sigterm()

@@ -13,11 +13,8 @@ import argparse
 import itertools
 import json
 import math
-import os
-import platform
 import statistics
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +22,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from arguments import positive, record_file
-from measure import commit, cpu_model
+from expert_layouts import Block
+from measure import made_here
 from recording import write_whole
 from sklearn.datasets import load_digits
 from tables import grid
@@ -68,26 +66,6 @@ class Method(NamedTuple):
     warmup: int = 0
 
 
-class Block(nn.Module):
-    """Two 3x3 convolutions with batch norm and a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """The block's feature map."""
-        return F.relu(self.body(maps) + self.shortcut(maps))
-
-
 class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of maps."""
 
@@ -118,7 +96,7 @@ class ConvNeXtBlock(nn.Module):
 def resnet() -> tuple[nn.Module, Callable[[], nn.Module], int]:
     """Trunk, maker of a stage and its width: three stages of one block, the last one an expert's own."""
     stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-    return nn.Sequential(stem, Block(16, 16, 1), Block(16, 32, 2)), lambda: Block(32, 64, 2), 64
+    return nn.Sequential(stem, Block(16, 16, 1, 1), Block(16, 32, 2, 1)), lambda: Block(32, 64, 2, 1), 64
 
 
 def convnext() -> tuple[nn.Module, Callable[[], nn.Module], int]:
@@ -210,7 +188,7 @@ def rate_at(step: int, steps: int, warmup: int) -> float:
 
 def gradient_norm(module: nn.Module) -> float:
     """The norm of all gradients of a module."""
-    return math.sqrt(sum(float(p.grad.square().sum()) for p in module.parameters() if p.grad is not None))
+    return float(nn.utils.get_total_norm(p.grad for p in module.parameters() if p.grad is not None))
 
 
 def make(setting: Setting, method: Method, counts: Tensor) -> tuple[nn.Module, GroupConvExperts, nn.Module]:
@@ -309,12 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     record: dict[str, Any] = {
         "what": f"{EXPERTS} experts, balanced accuracy in percent, cosine schedule, one thread",
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "device": cpu_model(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **made_here(),
         "runs": [],
     }
     if options.output.exists():

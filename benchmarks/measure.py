@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import itertools
 import multiprocessing
+import os
 import platform
 import random
 import statistics
@@ -118,7 +120,7 @@ def warm_up(
     steps: dict[str, Step] = {}
     for column in columns:
         try:
-            step, first = _warm_up(column, batch, shape, device)
+            step, first = _first_step(column, batch, shape, device)
         except Exception as error:
             found[column.name] = _failure(error, f"{shape.label}, {column.name}")
             continue
@@ -151,7 +153,7 @@ def time_columns(
             without_gradients(batch)
 
 
-def _warm_up(column: peers.Column, batch: Batch, shape: Shape, device: str) -> tuple[Step, float]:
+def _first_step(column: peers.Column, batch: Batch, shape: Shape, device: str) -> tuple[Step, float]:
     """The step of a column, which has run once, and the milliseconds of that."""
     step = column.make(shape, device)
     first = timed(partial(step.train, without_gradients(batch)), device)
@@ -341,6 +343,18 @@ def cpu_model() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return model or platform.processor() or platform.machine()
+
+
+def made_here() -> dict[str, object]:
+    """When, of what and where a record of a CPU is made."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "device": cpu_model(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def commit() -> str | None:

@@ -27,10 +27,10 @@ class ExpertClassifiers(nn.Module):
 
     The gradient of a cosine is large: :math:`s / |f|` for features, :math:`s / |W|` for class centres, which
     turn by :math:`s / |W|^2` a step. At a usual learning rate the first steps then lengthen the class centres
-    and the convolutions below batch norms, and what is long hardly turns any more. So in training mode the
-    backward pass takes at most 0.4 for the features, about as a new linear layer, and turns class centres at
-    most as :math:`s = 3` would. The factors do not depend on the gradient: sums over micro-batches and loss
-    scaling stay exact, and AdamW hardly sees them.
+    and the convolutions below batch norms, and what is long hardly turns any more. In training mode
+    ``gradient="bounded"`` lets the backward pass take at most 0.4 for the features, about as a new linear
+    layer, and turn class centres at most as :math:`s = 3` would. The factors do not depend on the gradient:
+    sums over micro-batches and loss scaling stay exact, and AdamW hardly sees them.
 
     Args:
         num_experts: ``K``.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from lgla_losses._checks import describe
 from lgla_losses.experts.backbone import (
+    RESHAPING_CALLS,
     calls_behind_classifier,
     check_network,
     check_path,
@@ -19,8 +19,6 @@ from lgla_losses.experts.backbone import (
 
 #: What torchvision, timm and transformers call their classifiers, or the modules around them.
 NAMES = ("fc", "classifier", "score", "heads", "head", "classification_head")
-#: What may be done to logits and does nothing to features ``[N, d]``.
-RESHAPING = (torch.flatten, torch.squeeze, "flatten", "squeeze")
 #: Modules that follow one another.
 LISTS = (nn.Sequential, nn.ModuleList)
 #: How the errors end.
@@ -47,7 +45,7 @@ def find_classifier(model: nn.Module, head: str = "auto") -> str:
         if not isinstance(model.get_submodule(head), nn.Linear):
             raise ValueError(
                 f"head: expected the path of an nn.Linear, got {head!r}, a "
-                f"{type(model.get_submodule(head)).__name__}; {_linear_layers(model)}"
+                f"{type(model.get_submodule(head)).__name__}; {_told_layers(model)}"
             )
         return head
 
@@ -63,8 +61,7 @@ def find_classifier(model: nn.Module, head: str = "auto") -> str:
 
     if not is_transformers_model(model) and is_traceable(model):
         return str(trace_to_classifier(model)[2].target).removeprefix("model.")
-    named, last = _path_by_name(model), _last_linear_path(model)
-    return named if named and (named == last or is_transformers_model(model)) else _last_linear(model)
+    return _path_by_name(model) or _last_linear(model)
 
 
 def _path_of(model: nn.Module, layer: nn.Module) -> str:
@@ -72,36 +69,39 @@ def _path_of(model: nn.Module, layer: nn.Module) -> str:
 
 
 def _path_by_name(model: nn.Module) -> str | None:
+    """Find the last linear layer of what has one of the field's names, if it is the last of the network."""
     for name in NAMES:
         named = getattr(model, name, None)
         if isinstance(named, nn.Module):
-            layers = [layer for layer in named.modules() if isinstance(layer, nn.Linear)]
+            layers = _linear_layers(named)
             if layers:
-                return _path_of(model, layers[-1])
+                path = _path_of(model, layers[-1][1])
+                # Models of transformers name what classifies, and may have more behind it.
+                is_last = is_transformers_model(model) or path == _linear_layers(model)[-1][0]
+                return path if is_last else None
     return None
-
-
-def _last_linear_path(model: nn.Module) -> str | None:
-    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return paths[-1] if paths else None
 
 
 def _last_linear(model: nn.Module) -> str:
     """Take the last linear layer, unless others of its shape could be meant as well."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    shapes = [layer.weight.shape for layer in layers]
+    layers = _linear_layers(model)
+    shapes = [layer.weight.shape for _, layer in layers]
     # A model of transformers without a head has linear layers, but none that classifies.
     if not layers or is_transformers_model(model) or shapes.count(shapes[-1]) > 1:
         raise ValueError(
             f"model: expected a network with one linear classifier, got a {type(model).__name__}, where it "
             f"was not found by get_classifier(), by its code, nor by the names {', '.join(NAMES)}; "
-            f"{_linear_layers(model)}; {WAY_OUT}"
+            f"{_told_layers(model)}; {WAY_OUT}"
         )
-    return _path_of(model, layers[-1])
+    return layers[-1][0]
 
 
-def _linear_layers(model: nn.Module) -> str:
-    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+def _linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _told_layers(model: nn.Module) -> str:
+    paths = [path for path, _ in _linear_layers(model)]
     if not paths:
         return "it has no nn.Linear"
     return f"its last linear layers are {', '.join(map(repr, paths[-3:]))}"
@@ -124,7 +124,7 @@ def remove_classifier(model: nn.Module, path: str) -> nn.Module:
 
         if isinstance(layer, nn.Softmax | nn.LogSoftmax):
             gone.append(layer)
-        elif not isinstance(layer, nn.Identity | nn.Flatten) and call.target not in RESHAPING:
+        elif not isinstance(layer, nn.Identity | nn.Flatten) and call.target not in RESHAPING_CALLS:
             raise ValueError(
                 f"model: expected a network that returns the logits of {path!r}, got a "
                 f"{type(model).__name__}, whose code makes something else of them "

@@ -31,9 +31,10 @@ from lgla_losses._checks import describe
 
 #: What may follow a classifier: modules, and functions and methods.
 FOLLOWING_MODULES = (nn.Identity, nn.Flatten, nn.Softmax, nn.LogSoftmax)
-FOLLOWING_CALLS = {
-    *(torch.flatten, torch.squeeze, torch.softmax, torch.log_softmax, F.softmax, F.log_softmax),
-    *("flatten", "squeeze", "softmax", "log_softmax"),
+#: Calls that do nothing to features ``[N, d]``.
+RESHAPING_CALLS = {torch.flatten, torch.squeeze, "flatten", "squeeze"}
+FOLLOWING_CALLS = RESHAPING_CALLS | {
+    *(torch.softmax, torch.log_softmax, F.softmax, F.log_softmax, "softmax", "log_softmax")
 }
 
 

@@ -42,7 +42,8 @@ class GroupConvExperts(nn.Module):
 
     The parameters of the grouped layout carry a leading expert dimension. Initialise them through a factory
     or ``init_fn``, which see every copy by itself; ``experts.apply(init)`` would take the stack's fan for a
-    layer's. Filters by dimension, as of weight decay, should count one dimension less.
+    layer's. Filters by dimension, as of weight decay, should count one dimension less, as
+    :func:`~lgla_losses.parameter_groups` does.
 
     Source: Tao et al., ICCV 2023, Fig. 3 and section 4.4.
 

@@ -35,9 +35,9 @@ class LGLALoss(ExpertLoss):
     sum over the experts: expect about K times a single model's. A loaded ``state_dict`` brings its own
     class counts and adjustments.
 
-    It is the same function with and without gradients, hard-sample weights included. The number to watch in
-    validation is another: of an ensemble's logits ``[N, C]`` without a gradient it gives the cross entropy,
-    without adjustments and weights.
+    The loss of experts is the same with and without gradients, hard-sample weights included. To validate,
+    pass the ensemble's logits ``[N, C]`` without a gradient: it gives their cross entropy, without
+    adjustments and weights.
 
     Source: Tao et al., ICCV 2023, Eq. 9.
 
