@@ -66,9 +66,11 @@ class Job(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The first size, how many others, and which columns."""
+        """The first size, how many others, the type where it is one, and which columns."""
         others = f" and {len(self.cells) - 1} kinds of input" if len(self.cells) > 1 else ""
-        return f"{self.cells[0].shape.label}{others}, {self.part}"
+        types = {dtype for cell in self.cells for dtype in cell.dtypes}
+        only = f", {_name(*types)}" if len(types) == 1 else ""
+        return f"{self.cells[0].shape.label}{others}{only}, {self.part}"
 
 
 LOGITS = [

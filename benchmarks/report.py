@@ -290,11 +290,21 @@ def page(record: Record) -> str:
     lines = [f"Measured on: {machine(record)}. {record.get('note', '')}".strip()]
     first, *lost = balance(record)
     lines.append("\n".join([f"{first[0].upper()}{first[1:]}", "", *(f"- {line}" for line in lost)]))
-    for key, title in (("problems", "Failed"), ("left_out", "Not measured")):
-        if record.get(key):
-            lines.append("\n".join([f"{title}:", "", *(f"- {line}" for line in record[key])]))
+    for title, told in (("Failed", record.get("problems")), ("Not measured", _by_columns(record))):
+        if told:
+            lines.append("\n".join([f"{title}:", "", *(f"- {line}" for line in told)]))
     lines += [f"**{title}**\n\n{table}" for title, table in markdown(record).items()]
     return "\n\n".join(lines)
+
+
+def _by_columns(record: Record) -> list[str]:
+    """What is missing, the sizes that lack the same columns in one line."""
+    sizes: dict[str, list[str]] = {}
+    for line in dict.fromkeys(record.get("left_out", ())):
+        size, _, columns = line.rpartition(", ")
+        key, text = (columns, size) if columns.endswith(" columns") else (line, "")
+        sizes.setdefault(key, []).append(text)
+    return [f"{key}: {'; '.join(texts)}" if any(texts) else key for key, texts in sizes.items()]
 
 
 def _markdown_table(rows: list[Row], quantity: str) -> str:
