@@ -254,7 +254,7 @@ def markdown(record: dict[str, Any]) -> str:
         if not runs:
             continue
         scores = [run["balanced_accuracy"] for run in runs]
-        spread = f" +- {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+        spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
         means = [
             statistics.mean(run[name] for run in runs)
             for name in ("first_gradient_trunk", "first_gradient_heads", "class_centres_length")
