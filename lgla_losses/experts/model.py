@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, Protocol, Self, cast
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lgla_losses._checks import boolean, describe, one_of
+from lgla_losses.experts import _saving
 from lgla_losses.experts._finding import find_classifier, remove_classifier
 from lgla_losses.experts._stacking import copy_module
 from lgla_losses.experts.backbone import check_network, is_transformers_model, split_backbone
@@ -37,8 +39,8 @@ class ExpertModel(nn.Module):
     keeps them back where ``compute_loss_func`` is given, and finds them and its columns by
     ``TrainingArguments(label_names=["labels"], remove_unused_columns=False)``.
 
-    :meth:`from_model` makes one of a network. To load it later, make it so again and use
-    ``load_state_dict``.
+    :meth:`from_model` makes one of a network, :meth:`save_pretrained` and :meth:`from_pretrained` save and
+    load it. A ``state_dict`` is loaded by a model that is made as before.
 
     Args:
         trunk: gives what the experts share.
@@ -76,6 +78,7 @@ class ExpertModel(nn.Module):
         self.experts = experts
         self.eval_output = one_of("eval_output", eval_output, ("ensemble", "experts"))
         self._output_class: type | None = None
+        self._origin: _saving.Origin | None = None
 
     @classmethod
     def from_model(
@@ -165,10 +168,57 @@ class ExpertModel(nn.Module):
 
         result = cls(trunk, experts, eval_output=eval_output)
         result._output_class = output_class
+        result._origin = _saving.Origin.of(model, path, at)
         new: list[nn.Module] = [result, experts, *experts.children()]
         for module in new:  # the others have the mode that each had in the network
             module.training = model.training
         return result
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the model into a folder, for :meth:`from_pretrained`.
+
+        The weights are ``model.safetensors``, ``experts.json`` says how the model was made, and of a network
+        of transformers ``config.json`` is its config, which ``AutoConfig`` and ``AutoTokenizer`` read. Its
+        ``AutoModel`` knows nothing of experts and makes new weights. What is in the folder is replaced
+        when all is written.
+
+        Args:
+            directory: the folder, which is made where there is none.
+
+        Raises:
+            TypeError: ``directory`` is no path.
+            ValueError: it is a file, or the model was not made by :meth:`from_model`.
+            ImportError: safetensors is not installed.
+        """
+        _saving.save(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], model: nn.Module | None = None) -> Self:
+        """Make the model that :meth:`save_pretrained` wrote; nothing is downloaded.
+
+        Args:
+            directory: the folder.
+            model: a network as :meth:`from_model` was given, of whatever weights. None makes it of its
+                config, where its class is one of transformers.
+
+        Returns:
+            The model, in eval mode, in the precision of its weights.
+
+        Raises:
+            TypeError: an argument is of a wrong type.
+            ValueError: the folder lacks a file, ``model`` is needed or does not fit the weights.
+            ImportError: safetensors, or transformers for its networks, is not installed.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+            >>> with TemporaryDirectory() as folder:
+            ...     ExpertModel.from_model(network, num_experts=3).save_pretrained(folder)
+            ...     model = ExpertModel.from_pretrained(folder, model=network)
+            >>> model(torch.randn(2, 8)).shape
+            torch.Size([2, 4])
+        """
+        return cast(Self, _saving.load(cls, directory, model))
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Give an :class:`ExpertOutput` in training mode, in eval mode the ensemble's logits ``[N, C]``.

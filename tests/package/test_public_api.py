@@ -48,6 +48,8 @@ SIGNATURES = {
     "ExpertModel.from_model": "model, num_experts=3, num_classes=None, at=None, *, classifier='cosine', "
     "scale=30.0, gradient='bounded', layout='grouped', reset=None, keep_head=False, eval_output='ensemble', "
     "head='auto'",
+    "ExpertModel.save_pretrained": "self, directory",
+    "ExpertModel.from_pretrained": "directory, model=None",
     "ExpertModel.forward": "self, *inputs, **kwargs",
     "ExpertModel.predict": "self, *inputs, prior=None, calibration=None, **kwargs",
     "parameter_groups": "model, weight_decay",

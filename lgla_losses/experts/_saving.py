@@ -1,0 +1,184 @@
+"""Writes a model of experts into a folder, and makes it again of what lies there."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lgla_losses._checks import describe
+from lgla_losses.experts.backbone import is_transformers_model
+
+if TYPE_CHECKING:
+    from lgla_losses.experts.model import ExpertModel
+
+#: What a folder holds, beside the ``config.json`` of transformers.
+WEIGHTS, RECORD = "model.safetensors", "experts.json"
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Say of which network a model of experts was made, and where it was divided."""
+
+    network: str
+    head: str
+    at: str | None
+    config: Any = None
+    #: Whether transformers has this class, so that the config is all that it takes to make one.
+    in_transformers: bool = False
+
+    @classmethod
+    def of(cls, network: nn.Module, head: str, at: str | None) -> Origin:
+        """Note the class of the network; of transformers its config too."""
+        kind = type(network)
+        config = copy.deepcopy(network.config) if is_transformers_model(network) else None
+        return cls(
+            kind.__qualname__, head, at, config, in_transformers=kind.__module__.startswith("transformers.")
+        )
+
+
+def save(model: ExpertModel, directory: str | os.PathLike[str]) -> None:
+    """Write weights, record and config; what is there stays as it is until all of them are written."""
+    folder, origin = _folder(directory), model._origin
+    if origin is None:
+        raise ValueError(
+            "model: expected one that from_model made, got an ExpertModel of parts, which no record can make "
+            "again; save its state_dict() and load it into one of the same parts"
+        )
+    safetensors = _imported("safetensors.torch")
+    record = {
+        "network": origin.network,
+        "in_transformers": origin.in_transformers,
+        "options": _options(model, origin),
+    }
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
+        new = Path(name)
+        (new / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        if origin.config is not None:
+            _config_of(model, origin).save_pretrained(new)
+        safetensors.save_model(model, str(new / WEIGHTS), metadata={"format": "pt"})
+        for file in (CONFIG, RECORD, WEIGHTS):
+            if (new / file).exists():
+                (new / file).replace(folder / file)
+
+
+def _options(model: ExpertModel, origin: Origin) -> dict[str, Any]:
+    """Read what from_model is to be called with off the model as it is now."""
+    experts, classifiers = model.experts, model.experts.classifiers
+    options = {
+        "num_experts": experts.num_experts,
+        "num_classes": classifiers.weight.shape[1],
+        "at": origin.at,
+        "head": origin.head or "auto",  # of a linear layer alone the path is empty
+        "layout": experts.layout,
+        "eval_output": model.eval_output,
+        "classifier": "linear" if classifiers.scale is None else "cosine",
+        "gradient": classifiers.gradient,
+    }
+    return options if classifiers.scale is None else {**options, "scale": classifiers.scale}
+
+
+def _config_of(model: ExpertModel, origin: Origin) -> Any:
+    """Give the config of the network with the class, the classes and the precision that the model has."""
+    # The trunk's own says what was changed since, as by resize_token_embeddings.
+    config = copy.deepcopy(model.trunk.config if is_transformers_model(model.trunk) else origin.config)
+    weight = model.experts.classifiers.weight
+    if config.num_labels != weight.shape[1]:
+        config.num_labels = weight.shape[1]
+    config.architectures = [origin.network]
+    config.dtype = str(weight.dtype).removeprefix("torch.")
+    return config
+
+
+def load(cls: type[ExpertModel], directory: str | os.PathLike[str], network: nn.Module | None) -> ExpertModel:
+    """Make a model as the record says, and give it the weights."""
+    folder = _folder(directory)
+    record = _record(folder)
+    safetensors = _imported("safetensors.torch")
+
+    made = _network(folder, record) if network is None else network
+    model = cls.from_model(made, **record["options"], reset=False)
+
+    _load_weights(model, safetensors.load_file(folder / WEIGHTS), folder)
+    return model.eval()
+
+
+def _folder(directory: object) -> Path:
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"directory: expected the path of a folder, got {describe(directory)}")
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"directory: expected a folder, got the file {str(folder)!r}; name another path")
+    return folder
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    missing = [name for name in (RECORD, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"directory: expected a folder that save_pretrained wrote, got {str(folder)!r} without "
+            f"{' and '.join(missing)}; a checkpoint of Trainer holds weights alone: make the model as before "
+            "and load them by load_state_dict"
+        )
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        if {"network", "in_transformers", "options"} <= record.keys():
+            return record
+        raise ValueError(f"it has {', '.join(record)}")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"directory: expected the record of save_pretrained in {str(folder / RECORD)!r}, got another "
+            f"file ({error}); save the model again"
+        ) from error
+
+
+def _network(folder: Path, record: dict[str, Any]) -> nn.Module:
+    """Make a network of transformers of its config."""
+    name = record["network"]
+    transformers: Any = _imported("transformers") if record["in_transformers"] else None
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"model: expected a {name}, as the class is not one of transformers, which could be made by its "
+            f"name, got None; make one as for from_model and pass it: from_pretrained({str(folder)!r}, "
+            "model=network)"
+        )
+    made: Any = kind
+    network: nn.Module = made(made.config_class.from_pretrained(folder))
+    return network
+
+
+def _load_weights(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
+    """Load all weights, in the precision that they were saved in."""
+    own = model.state_dict(keep_vars=True)
+    for name in saved.keys() & own.keys():
+        own[name].data = own[name].data.to(saved[name].dtype)
+
+    # Of tied weights one name is saved.
+    tied = {id(own[name]): tensor for name, tensor in saved.items() if name in own}
+    aliases = {name: tied[id(tensor)] for name, tensor in own.items() if id(tensor) in tied}
+    try:
+        model.load_state_dict({**aliases, **saved})
+    except RuntimeError as error:
+        raise ValueError(
+            f"model: expected the network that the weights in {str(folder)!r} are of, got another: {error}; "
+            "make it as it was made for from_model and pass it as model="
+        ) from error
+
+
+def _imported(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise ImportError(f"{name} cannot be imported ({error}): pip install {package}") from error
