@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from lgla_losses._checks import describe
 from lgla_losses.experts.backbone import (
+    BEHIND,
     RESHAPING_CALLS,
     calls_behind_classifier,
     check_network,
@@ -14,6 +17,7 @@ from lgla_losses.experts.backbone import (
     is_traceable,
     is_transformers_model,
     split_backbone,
+    told_replacement,
     trace_to_classifier,
 )
 
@@ -42,26 +46,50 @@ def find_classifier(model: nn.Module, head: str = "auto") -> str:
     check_network(model)
     if head != "auto":
         check_path("head", model, head)
-        if not isinstance(model.get_submodule(head), nn.Linear):
+        layer = model.get_submodule(head)
+        if not isinstance(layer, nn.Linear):
             raise ValueError(
-                f"head: expected the path of an nn.Linear, got {head!r}, a "
-                f"{type(model.get_submodule(head)).__name__}; {_told_layers(model)}"
+                f"head: expected the path of an nn.Linear, got {head!r}, a {type(layer).__name__}; "
+                + (
+                    told_replacement(layer)
+                    if isinstance(layer, nn.Conv2d) and not _linear_layers(model)
+                    else _told_layers(model)
+                )
             )
         return head
 
-    get_classifier = getattr(model, "get_classifier", None)
-    classifier = get_classifier() if callable(get_classifier) else model
+    _refuse_two_classifiers(model)
+    classifier = _classifier_of(model)
     if isinstance(classifier, nn.Linear):
         return _path_of(model, classifier)
-    if isinstance(classifier, tuple | nn.Identity):  # of a distilled network, and of one without
+    if isinstance(classifier, nn.Identity):
         raise ValueError(
             f"model: expected a network with one linear classifier, got a {type(model).__name__} whose "
-            f"get_classifier() gives {describe(classifier)}; {WAY_OUT}, or create it with num_classes="
+            f"get_classifier() gives {describe(classifier)}; create it with num_classes=, or pass {BEHIND}"
         )
 
     if not is_transformers_model(model) and is_traceable(model):
         return str(trace_to_classifier(model)[2].target).removeprefix("model.")
     return _path_by_name(model) or _last_linear(model)
+
+
+def _classifier_of(model: nn.Module) -> Any:
+    """Ask timm's ``get_classifier()``; give the network where there is no such method."""
+    get_classifier = getattr(model, "get_classifier", None)
+    return get_classifier() if callable(get_classifier) else model
+
+
+def _refuse_two_classifiers(model: nn.Module) -> None:
+    """Raise for a distilled network, which gives the mean of two classifiers' logits."""
+    heads = _classifier_of(model)
+    if isinstance(heads, tuple):
+        paths = [_path_of(model, _linear_layers(head)[-1][1]) for head in heads if _linear_layers(head)]
+        raise ValueError(
+            f"model: expected a network with one linear classifier, got a {type(model).__name__}, whose "
+            f"get_classifier() gives {' and '.join(map(repr, paths))}; for the features of both create it "
+            f"with num_classes=0 and pass {BEHIND}; for those of one pass its path as head= and a split as "
+            "at=; or create it without distillation (deit_tiny_patch16_224; LeViT: distilled=False)"
+        )
 
 
 def _path_of(model: nn.Module, layer: nn.Module) -> str:
@@ -111,10 +139,12 @@ def remove_classifier(model: nn.Module, path: str) -> nn.Module:
     """Put an identity in the place of the classifier, and of a softmax behind it; give what is left.
 
     Raises:
-        ValueError: the network's own code makes something else of the logits, as a softmax.
+        ValueError: there are two classifiers, or the network's own code makes something else of the
+            logits, as a softmax.
     """
     if not path:
         return nn.Identity()
+    _refuse_two_classifiers(model)
 
     layers = {f"model.{name}": module for name, module in model.named_modules(remove_duplicate=False)}
     gone = [layers[f"model.{path}"]]

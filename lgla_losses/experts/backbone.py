@@ -31,6 +31,10 @@ from lgla_losses._checks import describe
 
 #: What may follow a classifier: modules, and functions and methods.
 FOLLOWING_MODULES = (nn.Identity, nn.Flatten, nn.Softmax, nn.LogSoftmax)
+#: How a network of timm without a classifier gets one; part of errors.
+BEHIND = "nn.Sequential(model, nn.Linear(model.num_features, C))"
+#: What may stand between a convolution that classifies and the output.
+POOLING_MODULES = (nn.Identity, nn.Flatten, nn.Dropout, nn.ReLU, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 #: Calls that do nothing to features ``[N, d]``.
 RESHAPING_CALLS = {torch.flatten, torch.squeeze, "flatten", "squeeze"}
 FOLLOWING_CALLS = RESHAPING_CALLS | {
@@ -476,6 +480,7 @@ def trace_to_classifier(model: nn.Module, at: str = "") -> tuple[Network, fx.Gra
             return root, graph, node
         path = str(node.target).removeprefix("model.")
         if module is None or not list(module.children()) or is_below(path, at):
+            _refuse_convolution(model, root, node)
             raise ValueError(
                 f"head: expected a network whose output is a linear layer's, got {type(model).__name__}, "
                 f"where it is that of {node.name.removeprefix('model_')!r}; pass the classifier's path as "
@@ -484,6 +489,29 @@ def trace_to_classifier(model: nn.Module, at: str = "") -> tuple[Network, fx.Gra
             )
 
         opened = opened | {path}
+
+
+def _refuse_convolution(model: nn.Module, root: Network, node: fx.Node) -> None:
+    """Raise where a convolution classifies every place of a map, as in SqueezeNet."""
+    module = _called(node, root)
+    while isinstance(module, POOLING_MODULES):
+        node = node.all_input_nodes[0]
+        module = _called(node, root)
+
+    if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
+        raise ValueError(
+            f"head: expected a network whose output is a linear layer's, got {type(model).__name__}, where "
+            f"{str(node.target).removeprefix('model.')!r} classifies, a Conv2d; {told_replacement(module)}"
+        )
+
+
+def told_replacement(convolution: nn.Conv2d) -> str:
+    """Say what to put in the place of a convolution that classifies."""
+    sizes = f"{convolution.in_channels}, {convolution.out_channels}"
+    return (
+        f"put nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear({sizes})) in the place of it "
+        f"and of what follows, or, of timm, create the network with num_classes=0 and pass {BEHIND}"
+    )
 
 
 def is_traceable(model: nn.Module) -> bool:

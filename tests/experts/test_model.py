@@ -547,14 +547,47 @@ CASES = {
         "model",
         "get_classifier()",
         "Identity",
-        "head=",
+        "nn.Linear(model.num_features, C)",
     ),
     "two classifiers in timm": (
         make(of_timm("deit_tiny_distilled_patch16_224", depth=2)),
         ValueError,
         "one linear classifier",
         "get_classifier()",
-        "head=",
+        "'head' and 'head_dist'",
+        "num_classes=0",
+        "deit_tiny_patch16_224",
+    ),
+    "one of two classifiers on features of both": (
+        make(of_timm("deit_tiny_distilled_patch16_224", depth=2), head="head"),
+        ValueError,
+        "'head' and 'head_dist'",
+        "at=",
+    ),
+    "two classifiers with norms in timm": (
+        make(of_timm("levit_128s")),
+        ValueError,
+        "'head.linear' and 'head_dist.linear'",
+        "distilled=False",
+    ),
+    "a convolution that classifies": (
+        make(torchvision.models.squeezenet1_1(num_classes=CLASSES)),
+        ValueError,
+        "head",
+        "SqueezeNet",
+        "'classifier.1' classifies, a Conv2d",
+        "nn.Linear(512, 5)",
+    ),
+    "a convolution named as the classifier": (
+        make(torchvision.models.squeezenet1_1(num_classes=CLASSES), head="classifier.1"),
+        ValueError,
+        "'classifier.1', a Conv2d",
+        "nn.Linear(512, 5)",
+    ),
+    "a split of a network where a convolution classifies": (
+        make(torchvision.models.squeezenet1_1(num_classes=CLASSES), at="features.12"),
+        ValueError,
+        "'classifier.1' classifies",
     ),
     "an encoder without head": (
         make(transformers.BertModel(transformers.BertConfig(**SMALL_TEXT, **TOKENS))),
@@ -749,6 +782,44 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_errors_say_what_to_do(case):
     assert_raises(*CASES[case])
+
+
+def squeezenet():
+    network = torchvision.models.squeezenet1_1()
+    network.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, CLASSES))
+    return network
+
+
+def with_new_classifier(name, **options):
+    network = timm.create_model(name, num_classes=0, **options)
+    return nn.Sequential(network, nn.Linear(network.num_features, CLASSES))
+
+
+DEIT = {"depth": 2, "img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2}
+#: Of the networks that are refused: how made anew, split, and with which head.
+WAYS_OUT = {
+    "squeezenet": (squeezenet, "features.12", "auto"),
+    "deit": (lambda: with_new_classifier("deit_tiny_distilled_patch16_224", **DEIT), "0.blocks.1", "auto"),
+    "deit by one": (lambda: of_timm("deit_tiny_distilled_patch16_224", **DEIT), "blocks.1", "head"),
+    "deit without distillation": (lambda: of_timm("deit_tiny_patch16_224", **DEIT), "blocks.1", "auto"),
+    "levit": (lambda: with_new_classifier("levit_128s", img_size=64), "0.stages.2", "auto"),
+    "levit by one": (lambda: of_timm("levit_128s", img_size=64), "stages.2", "head.linear"),
+    "levit without distillation": (
+        lambda: of_timm("levit_128s", img_size=64, distilled=False),
+        "stages.2",
+        "auto",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_OUT)
+def test_what_errors_advise_works(way):
+    create, at, head = WAYS_OUT[way]
+    images = torch.randn(4, 3, *[32 if "deit" in way else 64] * 2)
+    for split in [at] if "by one" in way else [None, at]:
+        model = ExpertModel.from_model(create(), at=split, head=head)
+        LGLALoss(COUNTS)(model(images), torch.arange(4)).backward()
+        assert model.eval()(images).shape == (4, CLASSES)
 
 
 class Noting(nn.Module):

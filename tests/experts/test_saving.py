@@ -160,6 +160,12 @@ def test_what_was_changed_since_comes_back(tmp_path):
     assert_same_weights(loaded, model)
     assert (loaded.eval_output, loaded.experts.classifiers.scale) == ("experts", 20.0)
 
+    network = of_transformers("bert")
+    model = ExpertModel.from_model(network, at="bert.encoder.layer.2")
+    network.resize_token_embeddings(120, mean_resizing=False)  # no longer the model's
+    model.save_pretrained(tmp_path)
+    assert_same_weights(ExpertModel.from_pretrained(tmp_path), model)
+
     model = ExpertModel.from_model(mlp(), at="3")
     model.experts = model.experts.to_independent()
     model.save_pretrained(tmp_path)
