@@ -161,9 +161,9 @@ class GroupConvExperts(nn.Module):
                 "move the experts to meta as well, or give values"
             )
 
-        versions = [_version(tensor) for tensor in tensors]
+        versions = [version_of(tensor) for tensor in tensors]
         features = self._features(inputs)
-        if [_version(tensor) for tensor in tensors] != versions:
+        if [version_of(tensor) for tensor in tensors] != versions:
             raise ValueError(
                 "stage: expected a stage that leaves its input, which the experts share, alone, got one that "
                 "wrote into it; set inplace=False on its first layer, or make it the trunk's last"
@@ -364,7 +364,7 @@ def _check_initialised(module: nn.Module) -> None:
             )
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     """Count writes into a tensor; compilers and inference mode do not count them."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 

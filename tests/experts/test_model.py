@@ -872,6 +872,68 @@ class NotTraced(nn.Module):
         return self.out(torch.relu(self.fc(x)))
 
 
+class NotSeen(Branching):
+    """Does something with its logits where no trace can see it."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.end = end
+
+    def forward(self, images, numbers=None):
+        return self.end(super().forward(images, numbers))
+
+
+@pytest.mark.parametrize("no_grad", [False, True])
+def test_what_an_untraceable_network_does_with_its_logits_is_seen_in_the_first_batch(no_grad):
+    images = torch.randn(2, 3, 8, 8)
+    for end in (lambda y: y.softmax(1), lambda y: 2 * y, lambda y: y.mul_(2)):
+        model = copy.deepcopy(ExpertModel.from_model(NotSeen(end)))
+        with torch.set_grad_enabled(not no_grad):
+            for _ in range(2):  # it is not forgotten
+                assert_raises(
+                    lambda model=model: model(images), ValueError, "'classes'", "NotSeen", "something else"
+                )
+    model = ExpertModel.from_model(NotSeen(lambda y: y), head="numbers")
+    assert_raises(lambda: model.predict(images), ValueError, "'numbers'", "does not call")
+
+
+@pytest.mark.parametrize(
+    "end", [lambda y: y, lambda y: y.flatten(1), lambda y: y[:, :, None].squeeze(2), lambda y: y.float()]
+)
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode, partial(torch.autocast, "cpu")])
+def test_an_untraceable_network_may_return_its_logits_as_a_view_or_in_full_precision(end, context):
+    network, images = NotSeen(end).eval(), torch.randn(2, 3, 8, 8)
+    with context():
+        model = ExpertModel.from_model(network, classifier="linear", keep_head=True)
+        torch.testing.assert_close(model(images), network(images), rtol=2e-2, atol=2e-2, check_dtype=False)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class Flattening(nn.Module):
+    """Its code asks for the number of dimensions, which torch.fx does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        if x.dim() > 2:
+            x = x.flatten(1)
+        return self.fc(self.body(x).relu())
+
+
+@pytest.mark.parametrize("how", ["compiled", "vmapped", "traced"])
+def test_transforms_take_an_untraceable_network(how):
+    images, model = torch.randn(2, 6), ExpertModel.from_model(Flattening()).eval()
+    expected = copy.deepcopy(model)(images)
+    transformed = {
+        "compiled": lambda: torch.compile(model, backend="eager"),
+        "vmapped": lambda: lambda x: torch.func.vmap(model)(x[:, None])[:, 0],
+        "traced": lambda: torch.jit.trace(model, (images,)),
+    }[how]()
+    torch.testing.assert_close(transformed(images), expected)
+
+
 def test_a_layer_that_only_bears_a_classifiers_name_is_not_taken_for_it():
     model = ExpertModel.from_model(NotTraced(6, 4))
     assert isinstance(model.trunk.out, nn.Identity)
