@@ -221,25 +221,27 @@ def test_what_lies_in_the_folder_stays_where_saving_fails(tmp_path, monkeypatch)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_trainer_of_transformers_saves_and_takes_the_best(tmp_path):
+def test_a_trainer_of_transformers_saves_resumes_and_takes_the_best(tmp_path):
     network = of_transformers("bert")
     samples = [{n: t[i] for n, t in inputs_of(network).items()} | {"labels": i % CLASSES} for i in range(6)]
     criterion, losses = LGLALoss(COUNTS), []
 
     def loss(outputs, labels, num_items_in_batch=None):
-        value = criterion(outputs.logits, labels)
-        if not value.requires_grad:
-            losses.append(float(value))
-        return value
+        return criterion(outputs.logits, labels)
+
+    def worse_by_the_epoch(predictions):
+        losses.append(float(criterion(*map(torch.from_numpy, predictions))))
+        return {"score": 1 / len(losses)}
 
     arguments = transformers.TrainingArguments(
-        str(tmp_path / "run"),
+        str(tmp_path),
         num_train_epochs=3,
-        learning_rate=0.5,  # so high that the last epoch is not the best
+        learning_rate=0.1,
         per_device_train_batch_size=6,
         eval_strategy="epoch",
         save_strategy="epoch",
         load_best_model_at_end=True,
+        metric_for_best_model="score",
         label_names=["labels"],
         remove_unused_columns=False,
         report_to=[],
@@ -253,14 +255,21 @@ def test_a_trainer_of_transformers_saves_and_takes_the_best(tmp_path):
         train_dataset=samples,
         eval_dataset=samples,
         compute_loss_func=loss,
+        compute_metrics=worse_by_the_epoch,
     )
     trainer.train()
-    assert trainer.state.best_model_checkpoint
-    best, last = min(losses), losses[-1]
-    assert best < last
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-5)
+    first, _, last = losses
+    trainer.evaluate()
+    assert losses[-1] == pytest.approx(first, rel=1e-5)
+    assert first != pytest.approx(last, rel=1e-2)
 
-    trainer.save_model(tmp_path / "saved")  # weights alone, into a folder that has a record
+    trained(trainer.model)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert losses[-1] == pytest.approx(last, rel=1e-5)
+    trainer.evaluate()
+    assert losses[-1] == pytest.approx(first, rel=1e-5)
+
+    trainer.save_model(tmp_path / "saved")  # the weights alone
     trainer.model.save_pretrained(tmp_path / "saved")
     assert_same_weights(ExpertModel.from_pretrained(tmp_path / "saved"), trainer.model)
     checkpoint = trainer.state.best_model_checkpoint
