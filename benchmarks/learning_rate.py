@@ -2,9 +2,10 @@
 
 Trains small networks on long-tailed data at one learning rate with a cosine schedule, and compares them with
 one model's balanced softmax: as they are, with the gradient's norm clipped at 1, and with three epochs of
-warm-up. Beside the balanced accuracy it records what grows: the gradient of the first step, and the mean
-length of the class centres at the end. The record is written after every run, and a run that it has is not
-repeated; where code or settings change, start a new one.
+warm-up. Every seed draws data for training and for the test of its own. Beside the balanced accuracy the
+record has what grows: the gradient of the first step, and the mean length of the class centres at the end.
+It is written after every run, and a run that it has is not repeated; where code or settings change, start a
+new one.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Method(NamedTuple):
 
     loss: str
     gradient: str = "bounded"
+    scale: float = 30.0
     clip: float | None = None
     warmup: int = 0
 
@@ -93,6 +95,49 @@ class ConvNeXtBlock(nn.Module):
         return result
 
 
+class Attention(nn.Module):
+    """Self-attention over tokens, and a perceptron, each behind a layer norm and beside a shortcut."""
+
+    def __init__(self, width: int, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.mix = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * width))
+        self.project = nn.Linear(width, width)
+        self.perceptron = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The block's tokens ``[N, T, width]``."""
+        query, key, value = self.mix(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        tokens = tokens + self.project(seen)
+        result: Tensor = tokens + self.perceptron(tokens)
+        return result
+
+
+class Patches(nn.Module):
+    """Tokens of patches of 4 x 4 pixels, each with a vector of its place."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.places = nn.Parameter(0.02 * torch.randn(1, (PIXELS // 4) ** 2, width))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Tokens ``[N, T, width]``."""
+        result: Tensor = self.patches(maps).flatten(2).transpose(1, 2) + self.places
+        return result
+
+
+class Mean(nn.Module):
+    """The mean of the tokens."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Features ``[N, width]``."""
+        return tokens.mean(1)
+
+
 def resnet() -> tuple[nn.Module, Callable[[], nn.Module], int]:
     """Trunk, maker of a stage and its width: three stages of one block, the last one an expert's own."""
     stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
@@ -112,6 +157,12 @@ def convnext() -> tuple[nn.Module, Callable[[], nn.Module], int]:
     return trunk, stage, 64
 
 
+def vit() -> tuple[nn.Module, Callable[[], nn.Module], int]:
+    """Trunk, maker of a stage and its width: a ViT of three blocks."""
+    trunk = nn.Sequential(Patches(64), Attention(64), Attention(64))
+    return trunk, lambda: nn.Sequential(Attention(64), nn.LayerNorm(64), Mean()), 64
+
+
 def perceptron() -> tuple[nn.Module, Callable[[], nn.Module], int]:
     """Trunk, maker of a stage and its width: linear layers without any norm."""
     trunk = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
@@ -119,43 +170,46 @@ def perceptron() -> tuple[nn.Module, Callable[[], nn.Module], int]:
 
 
 SETTINGS = {
-    "MLP, SGD 0.1": Setting(perceptron, False, "sgd", 0.1, 30, 32),
-    "ResNet, SGD 0.1": Setting(resnet, True, "sgd", 0.1, 15, 64),
-    "ConvNeXt, SGD 0.1": Setting(convnext, True, "sgd", 0.1, 15, 64),
-    "ConvNeXt, AdamW 1e-3": Setting(convnext, True, "adamw", 1e-3, 15, 64),
+    "MLP, SGD 0.1, 30 epochs": Setting(perceptron, False, "sgd", 0.1, 30, 32),
+    "ResNet, SGD 0.1, 15 epochs": Setting(resnet, True, "sgd", 0.1, 15, 64),
+    "ResNet, SGD 0.1, 60 epochs": Setting(resnet, True, "sgd", 0.1, 60, 64),
+    "ViT, SGD 0.1, 30 epochs": Setting(vit, True, "sgd", 0.1, 30, 64),
+    "ViT, AdamW 1e-3, 30 epochs": Setting(vit, True, "adamw", 1e-3, 30, 64),
+    "ConvNeXt, SGD 0.1, 30 epochs": Setting(convnext, True, "sgd", 0.1, 30, 64),
+    "ConvNeXt, AdamW 1e-3, 30 epochs": Setting(convnext, True, "adamw", 1e-3, 30, 64),
 }
 METHODS = {
     "balanced softmax, one model": Method("balanced"),
+    "balanced softmax, one model, clipped": Method("balanced", clip=1.0),
     "LGLA": Method("lgla"),
+    "LGLA, clipped": Method("lgla", clip=1.0),
+    "LGLA, warm-up": Method("lgla", warmup=3),
+    "LGLA, scale 10, clipped": Method("lgla", scale=10.0, clip=1.0),
     "LGLA, exact gradient": Method("lgla", "exact"),
     "LGLA, exact gradient, clipped": Method("lgla", "exact", clip=1.0),
     "LGLA, exact gradient, warm-up": Method("lgla", "exact", warmup=3),
-    "LGLA, clipped": Method("lgla", clip=1.0),
-    "LGLA, warm-up": Method("lgla", warmup=3),
-    "balanced softmax, one model, clipped": Method("balanced", clip=1.0),
 }
 
 
-def digits() -> Split:
+def digits(seed: int) -> Split:
     """scikit-learn's digits, of which the classes keep 90 to 2 for training and 80 for the test."""
     data, labels = load_digits(return_X_y=True)
     inputs = torch.from_numpy(data).float() / 16
-    order = np.random.default_rng(0).permutation(len(labels))
+    order = np.random.default_rng(seed).permutation(len(labels))
     test = np.concatenate([order[labels[order] == c][:80] for c in range(CLASSES)])
     rest = np.setdiff1d(order, test)
-    kept = rest[long_tailed_indices(labels[rest], long_tailed_counts(90, CLASSES, 45.0), seed=0)]
+    kept = rest[long_tailed_indices(labels[rest], long_tailed_counts(90, CLASSES, 45.0), seed=seed)]
     mean, deviation = inputs[kept].mean(0), inputs[kept].std()
     inputs = (inputs - mean) / deviation
     target = torch.from_numpy(labels)
     return Split(inputs[kept], target[kept], inputs[test], target[test])
 
 
-def images(path: Path) -> Split:
-    """Images of an ``.npz`` file in 16 x 16 pixels: 400 to 4 a class for training, 200 for the test."""
-    data = read_npz(path)
+def images(data: dict[str, ImageData], seed: int) -> Split:
+    """Images in 16 x 16 pixels: 400 to 4 a class for training, 200 for the test."""
     labels = {half: np.asarray(data[half].targets) for half in data}
-    kept = long_tailed_indices(labels["train"], long_tailed_counts(400, CLASSES, 100.0), seed=0)
-    test = long_tailed_indices(labels["val"], [200] * CLASSES, seed=0)
+    kept = long_tailed_indices(labels["train"], long_tailed_counts(400, CLASSES, 100.0), seed=seed)
+    test = long_tailed_indices(labels["val"], [200] * CLASSES, seed=seed)
 
     inputs, test_inputs = _small(data["train"], kept), _small(data["val"], test)
     mean, deviation = inputs.mean((0, 2, 3), keepdim=True), inputs.std((0, 2, 3), keepdim=True)
@@ -197,8 +251,10 @@ def make(setting: Setting, method: Method, counts: Tensor) -> tuple[nn.Module, G
     if method.loss == "balanced":
         experts = GroupConvExperts(stage, 1, CLASSES, num_features=width, classifier="linear")
         return trunk, experts, BalancedSoftmaxLoss(counts)
-    experts = GroupConvExperts(stage, EXPERTS, CLASSES, num_features=width, gradient=method.gradient)
-    return trunk, experts, LGLALoss(counts, EXPERTS)
+    experts = GroupConvExperts(
+        stage, EXPERTS, CLASSES, num_features=width, scale=method.scale, gradient=method.gradient
+    )
+    return trunk, experts, LGLALoss(counts, EXPERTS, scale=method.scale)
 
 
 def train(setting: Setting, method: Method, split: Split, seed: int) -> dict[str, float]:
@@ -279,6 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--data", type=Path, help="CIFAR-10 in an .npz file; without it the MLP alone is trained"
     )
     parser.add_argument("--seeds", type=positive, default=5)
+    parser.add_argument("--first-seed", type=positive, default=1)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--output", type=record_file, default=RESULTS / "learning_rate_cpu.json")
@@ -295,15 +352,16 @@ def main(arguments: list[str] | None = None) -> None:
     there = {(run["setting"], run["method"], run["seed"]) for run in record["runs"]}
 
     settings = [name for name in options.settings if options.data or not SETTINGS[name].images]
-    splits = {
-        kind: images(options.data) if kind else digits() for kind in {SETTINGS[s].images for s in settings}
-    }
-    for setting, seed, method in itertools.product(settings, range(options.seeds), options.methods):
-        if (setting, method, seed) in there:
-            continue
-        made = train(SETTINGS[setting], METHODS[method], splits[SETTINGS[setting].images], seed)
-        record["runs"].append({"setting": setting, "method": method, "seed": seed, **made})
-        write_whole(options.output, json.dumps(record, indent=1) + "\n")
+    data = read_npz(options.data) if options.data else {}
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    for setting, seed in itertools.product(settings, seeds):
+        split = images(data, seed) if SETTINGS[setting].images else digits(seed)
+        for method in options.methods:
+            if (setting, method, seed) in there:
+                continue
+            made = train(SETTINGS[setting], METHODS[method], split, seed)
+            record["runs"].append({"setting": setting, "method": method, "seed": seed, **made})
+            write_whole(options.output, json.dumps(record, indent=1) + "\n")
     print(markdown(record))
 
 

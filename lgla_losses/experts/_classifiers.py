@@ -12,11 +12,13 @@ from lgla_losses._checks import one_of
 from lgla_losses.experts._running import is_tracing
 from lgla_losses.functional import compute_dtype, unit_vectors
 
+# Compromises between small networks: benchmarks/learning_rate.py shows what they give.
 #: The most that a sample pulls at its features; a row of a new :class:`torch.nn.Linear` has length 0.58.
-#: Both numbers are compromises between small networks: benchmarks/learning_rate.py shows what they give.
 MOST_PULL = 0.4
 #: The most that a sample turns a class centre: as under a scale of 3.
 MOST_TURN = 3.0
+#: How far class centres begin from the direction that those of an expert have in common.
+FIRST_SPREAD = 0.1
 
 
 class ExpertClassifiers(nn.Module):
@@ -30,7 +32,8 @@ class ExpertClassifiers(nn.Module):
     and the convolutions below batch norms, and what is long hardly turns any more. In training mode
     ``gradient="bounded"`` lets the backward pass take at most 0.4 for the features, about as a new linear
     layer, and turn class centres at most as :math:`s = 3` would. The factors do not depend on the gradient:
-    sums over micro-batches and loss scaling stay exact, and AdamW hardly sees them.
+    sums over micro-batches and loss scaling stay exact, and AdamW hardly sees them. And the class centres of
+    an expert begin close to each other, so that its first logits differ about as those of a linear layer.
 
     Args:
         num_experts: ``K``.
@@ -38,7 +41,8 @@ class ExpertClassifiers(nn.Module):
         num_classes: ``C``.
         scale: the factor ``s`` of cosine classifiers; None for linear ones.
         like: a tensor whose dtype and device the parameters take; None for torch's defaults.
-        gradient: of cosine classifiers in training mode: ``"exact"``, or ``"bounded"`` as above.
+        gradient: of cosine classifiers: ``"bounded"`` as above, or ``"exact"``, with class centres that begin
+            in any direction, as in the authors' code.
 
     Shape:
         - features: ``[N, K, d]``
@@ -52,7 +56,7 @@ class ExpertClassifiers(nn.Module):
         num_classes: int,
         scale: float | None,
         like: Tensor | None = None,
-        gradient: str = "exact",
+        gradient: str = "bounded",
     ) -> None:
         super().__init__()
         self.scale = scale
@@ -63,10 +67,14 @@ class ExpertClassifiers(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weights: linear as :class:`torch.nn.Linear`, cosine of length 1 and uniform directions."""
+        """Draw weights: linear as :class:`torch.nn.Linear`, cosine of length 1, as the class says."""
         with torch.no_grad():
             if self.bias is None:
-                self.weight.copy_(unit_vectors(self.weight.normal_()))
+                directions = unit_vectors(self.weight.normal_())
+                if self.gradient == "bounded":
+                    common = unit_vectors(torch.randn_like(directions[:, :1]))
+                    directions = unit_vectors(common + FIRST_SPREAD * directions)
+                self.weight.copy_(directions)
             else:
                 bound = 1 / math.sqrt(self.weight.shape[-1])
                 self.weight.uniform_(-bound, bound)

@@ -62,9 +62,9 @@ class GroupConvExperts(nn.Module):
             takes a factory's as they come; with ``init_fn`` a module's copies are initialised afresh.
         init_fn: applied to every layer of every copy, as by :meth:`torch.nn.Module.apply`; needed for fresh
             weights where a layer with parameters has no ``reset_parameters()``.
-        gradient: of cosine classifiers in training mode: ``"exact"``, as the paper has it, or ``"bounded"``,
-            about that of linear ones, which gives most of what warm-up or clipping would at a usual learning
-            rate (:class:`~lgla_losses.experts.ExpertClassifiers`).
+        gradient: of cosine classifiers: ``"bounded"``, about that of linear ones, so that a usual learning
+            rate works, or ``"exact"``, as the paper has it
+            (:class:`~lgla_losses.experts.ExpertClassifiers`).
 
     Attributes:
         stage: the stacked module, a ``ModuleList`` of K modules, or None.
@@ -105,7 +105,7 @@ class GroupConvExperts(nn.Module):
         layout: str = "grouped",
         reset: bool | None = None,
         init_fn: Callable[[nn.Module], None] | None = None,
-        gradient: str = "exact",
+        gradient: str = "bounded",
     ) -> None:
         super().__init__()
         self.num_experts = positive_int("num_experts", num_experts, "the paper uses 3")

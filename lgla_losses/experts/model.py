@@ -116,9 +116,7 @@ class ExpertModel(nn.Module):
                 copy needs ``layout="independent"``.
             classifier: ``"cosine"`` or ``"linear"`` (with bias).
             scale: factor of cosine logits.
-            gradient: of cosine classifiers: ``"bounded"``, which gives most of what warm-up or clipping would
-                at a usual learning rate, or ``"exact"``, as the paper has it
-                (:class:`~lgla_losses.experts.ExpertClassifiers`).
+            gradient: of cosine classifiers: ``"bounded"`` or ``"exact"``, as of :class:`GroupConvExperts`.
             layout: of :class:`GroupConvExperts`.
             reset: None and False keep the weights of the layers that are copied; True draws fresh ones by
                 ``reset_parameters()``. Without ``at`` there are none.
