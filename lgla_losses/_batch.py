@@ -249,6 +249,13 @@ class Batch(NamedTuple):
         ends = [end.item() for block in self.logits if block.numel() for end in block.detach().aminmax()]
         return any(ends) and all(-bound <= end <= bound for end in ends)
 
+    def differs_by_class(self) -> bool:
+        """Say whether the logits of a sample differ more than new heads', whose class centres are close."""
+        experts = [expert.float() for expert in self.experts()]
+        common = [expert.mean(dim=-1, keepdim=True) for expert in experts]
+        own = sum(float((e - c).square().mean()) for e, c in zip(experts, common, strict=True))
+        return own > 0.25 * sum(float(c.square().mean()) for c in common)
+
     def compared_with_cosines(self) -> tuple[float, float]:
         """Find what the logits are of the cosines of features and weights.
 

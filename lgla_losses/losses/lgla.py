@@ -219,8 +219,8 @@ class LGLALoss(ExpertLoss):
                     "cosine logits, so their angles, and with them the adaptive angular weights, are wrong; "
                     "with a linear head set scale=None and pass features and weight"
                 )
-            # Of many features and new weights scaled cosines are small, too, but not for long.
-            are_bare = seen >= _SETTLED
+            # Of many features and new weights scaled cosines are small, too, but not for long, or alike.
+            are_bare = seen >= _SETTLED and batch.is_within(1.01) and batch.differs_by_class()
         if scale >= 10 and are_bare and batch.is_within(1.01):
             return (
                 f"all logits of the batch lie within [-1, 1] under scale={scale}, as bare cosines do, "

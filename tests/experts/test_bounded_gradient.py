@@ -1,5 +1,6 @@
 """What cosine classifiers hand back in training, so that a usual learning rate works."""
 
+import math
 from functools import partial
 
 import pytest
@@ -14,11 +15,11 @@ from lgla_losses.experts._classifiers import MOST_PULL, MOST_TURN
 
 def gradients(features, lengths=1.0, **options):
     """Logits, and the gradients of features and class centres of one expert, of some sum of logits."""
-    torch.manual_seed(1)
     options = {"gradient": "bounded", **options}
     head = ExpertClassifiers(1, 9, 7, options.pop("scale", 30.0), **options).double()
+    torch.manual_seed(1)
     with torch.no_grad():
-        head.weight *= lengths
+        head.weight.copy_(lengths * F.normalize(torch.randn(1, 7, 9), dim=-1))
     features = features.clone().requires_grad_()
     logits = head(features)
     direction = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
@@ -62,7 +63,7 @@ def test_a_class_centre_turns_no_more_than_at_scale_three(features, length):
     _, _, bounded = gradients(features, length)
     _, _, exact = gradients(features, length, gradient="exact")
     factor = min(1.0, MOST_TURN * length**2 / 30)
-    torch.testing.assert_close(bounded, exact * factor, rtol=1e-6, atol=1e-6)  # lengths are 1 in float32
+    torch.testing.assert_close(bounded, exact * factor, rtol=1e-6, atol=1e-6)
 
 
 def test_the_gradient_is_linear_in_the_loss(features):
@@ -99,10 +100,42 @@ def test_experts_pass_the_choice_on_and_keep_it(layout):
     for other in (experts.to_grouped(), experts.to_independent()):
         assert other.classifiers.gradient == "bounded"
     assert experts.extract(0).classifier.gradient == "bounded"
-    assert GroupConvExperts(None, 3, 7, num_features=9).classifiers.gradient == "exact"
+    assert GroupConvExperts(None, 3, 7, num_features=9).classifiers.gradient == "bounded"
     network = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 7))
     assert ExpertModel.from_model(network).experts.classifiers.gradient == "bounded"
     assert ExpertModel.from_model(network, gradient="exact").experts.classifiers.gradient == "exact"
+
+
+def test_first_logits_differ_about_as_those_of_a_linear_layer():
+    """The scale of 30 alone makes first losses of 10 to 20 an expert."""
+    torch.manual_seed(0)
+    features = torch.randn(200, 3, 64).relu()
+    spread = {
+        name: GroupConvExperts(None, 3, 100, num_features=64, **options)(features[:, 0]).logits.std(-1).mean()
+        for name, options in {
+            "linear": {"classifier": "linear"},
+            "bounded": {},
+            "exact": {"gradient": "exact"},
+        }.items()
+    }
+    assert 0.5 < spread["bounded"] / spread["linear"] < 2
+    assert spread["exact"] > 5 * spread["linear"]
+
+
+def test_first_losses_are_those_of_a_guess():
+    torch.manual_seed(0)
+    labels = torch.arange(200) % 100
+    experts = GroupConvExperts(None, 3, 100, num_features=64)
+    loss = LGLALoss([5] * 100, 3, aaw=False)(experts(torch.randn(200, 64)), labels)
+    torch.testing.assert_close(loss, torch.tensor(3 * math.log(100)), rtol=0.05, atol=0)
+
+
+def test_class_centres_begin_close_to_each_other_and_apart_from_those_of_other_experts():
+    torch.manual_seed(0)
+    weight = GroupConvExperts(None, 3, 100, num_features=64).classifiers.weight.detach()
+    torch.testing.assert_close(weight.norm(dim=-1), torch.ones(3, 100))
+    assert (weight @ weight.mT).min() > 0.95
+    assert (weight.mean(1) @ weight.mean(1).T).fill_diagonal_(0).abs().max() < 0.5
 
 
 def test_an_unknown_gradient_is_refused():

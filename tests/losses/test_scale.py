@@ -121,6 +121,23 @@ def test_small_logits_of_a_new_cosine_head_tell_nothing(with_features):
         silent(look)
 
 
+def test_new_experts_that_train_at_a_low_rate_tell_nothing():
+    """Their class centres are close to each other, so all logits of a sample are about the same."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        experts, criterion = GroupConvExperts(None, 3, 6, num_features=2048), LGLALoss(COUNTS)
+        features = torch.randn(2048) + 0.3 * torch.randn(12, 2048)
+        optimizer = torch.optim.AdamW(experts.parameters(), lr=2e-6)
+
+        def step(experts=experts, criterion=criterion, features=features, optimizer=optimizer):
+            optimizer.zero_grad()
+            criterion(experts(features).logits, TARGET).backward()
+            optimizer.step()
+
+        for _ in range(18):
+            silent(step)
+
+
 def test_a_class_that_is_masked_by_a_number_tells_nothing_of_the_head():
     features, weight = inputs()
     logits = head(features, weight)
