@@ -154,7 +154,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="of all but norms and biases")
     add("--decay-all", action="store_true", help="let norms and biases decay too")
-    add("--clip-norm", type=number(float, 1e-12), help="largest norm of the gradient")
+    add("--clip-norm", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0 is any")
     add("--schedule", choices=("cosine", "step"), default="cosine", help="how the rate falls")
     add(
         "--milestones",

@@ -147,6 +147,7 @@ def fit(
         for batch in torch.randperm(len(split.train_labels), device=device).split(64):
             optimizer.zero_grad()
             criterion(model(split.train_images[batch]), split.train_labels[batch]).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         schedule.step()
         on_epoch()

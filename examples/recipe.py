@@ -36,6 +36,7 @@ class Task(NamedTuple):
         split: whether the network is to be split into a trunk and experts.
         augment: is given the inputs of every batch where it trains, and in evaluation mode those of ``val``:
             it has all randomness, and samples are the same in every epoch. None where samples have it.
+        gradient: of cosine classifiers, as GroupConvExperts takes it; ``"exact"`` is the paper's.
     """
 
     make_network: Callable[[], nn.Module]
@@ -49,6 +50,7 @@ class Task(NamedTuple):
     keep: Callable[[Path], object] = lambda folder: None
     split: bool = True
     augment: nn.Module | None = None
+    gradient: str = "bounded"
 
     def prepared(self, inputs: list[Tensor], training: bool) -> list[Tensor]:
         """The inputs as the network takes them."""
@@ -90,6 +92,7 @@ def build_model(task: Task, options: argparse.Namespace) -> nn.Module:
             scale=options.scale,
             layout=options.layout,
             reset=False,
+            gradient=task.gradient,
         )
         model = ExpertModel(trunk, experts)
         with torch.no_grad():

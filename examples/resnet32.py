@@ -83,7 +83,7 @@ class LeakyExperts(nn.Module):
         self.num_experts = num_experts
         self.stage = expert_stages(num_experts, blocks)
         self.classifiers = ExpertClassifiers(
-            num_experts, 64, num_classes, scale if classifier == "cosine" else None
+            num_experts, 64, num_classes, scale if classifier == "cosine" else None, gradient="exact"
         )
 
     def forward(self, shared: Tensor) -> ExpertOutput:
@@ -130,7 +130,9 @@ class ResNet32(nn.Module):
         make = (
             partial(LeakyExperts, blocks)
             if layout == "grouped-leaky"
-            else partial(GroupConvExperts, partial(expert_stages, blocks=blocks), layout=layout)
+            else partial(
+                GroupConvExperts, partial(expert_stages, blocks=blocks), layout=layout, gradient="exact"
+            )
         )
         self.experts = make(num_experts, num_classes, scale=scale, classifier=classifier)
 

@@ -35,6 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=number(int, 1), default=256, help="samples of a step on all ranks together")
     add("--steps", type=number(int, 1), default=30, help="of the optimizer")
     add("--lr", type=number(float, 0), default=0.01, help="learning rate of Adam")
+    add("--clip-norm", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0 is any")
     add("--seed", type=number(int, 1), default=1, help="of weights and samples")
     add(
         "--timeout", type=number(float, 1, 1e9), default=600.0, help="seconds until a rank gives up on others"
@@ -132,6 +133,8 @@ def train(options: argparse.Namespace, ranks: Ranks) -> None:
         if num_data_ranks > 1 and weight.grad is not None:  # as DDP does for the experts
             dist.all_reduce(weight.grad, group=ranks.data)
             weight.grad /= num_data_ranks
+        if options.clip_norm:
+            clip_gradients(experts, weight, options.clip_norm, ranks)
         optimizer.step()
         losses.append(loss.detach())
     seconds = (time.monotonic() - begun) / options.steps
@@ -142,6 +145,22 @@ def train(options: argparse.Namespace, ranks: Ranks) -> None:
             f"{float(losses[0]):.2f} -> {float(losses[-1]):.2f}, balanced accuracy {100 * hits:.2f} % "
             f"(chance {100 / options.classes:.4f} %)"
         )
+
+
+@torch.no_grad()
+def clip_gradients(experts: nn.Module, weight: nn.Parameter, max_norm: float, ranks: Ranks) -> None:
+    """Clip by the norm of all gradients, those of the other ranks' classes among them.
+
+    By its own norm every rank would clip the shared parameters otherwise, and they would drift apart.
+    """
+    square = torch.zeros((), device=ranks.device)
+    if weight.grad is not None:
+        square += weight.grad.square().sum()
+    dist.all_reduce(square, group=ranks.classes)
+
+    shared = nn.utils.get_total_norm([p.grad for p in experts.parameters() if p.grad is not None])
+    total = (square + shared**2).sqrt()
+    nn.utils.clip_grads_with_norm_([*experts.parameters(), weight], max_norm, total)
 
 
 @torch.no_grad()

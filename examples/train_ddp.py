@@ -41,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=number(int, 1), default=30, help="passes over the training data")
     add("--batch-size", type=number(int, 1), default=64, help="samples of a step on all ranks together")
     add("--lr", type=number(float, 0), default=0.1, help="highest learning rate, of a cosine")
+    add("--clip-norm", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0 is any")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights and order")
     add(
         "--timeout",
@@ -169,6 +170,8 @@ class Run:
             loss = self.criterion(output, target.to(self.device, non_blocking=True))
             self.optimizer.zero_grad()
             loss.backward()
+            if self.options.clip_norm:  # the norm over all ranks, of FSDP's shards as well
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
             self.optimizer.step()
             self.schedule.step()
             total += loss.detach() * len(step)

@@ -68,6 +68,7 @@ DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 128,
     "learning_rate": 5e-4,
     "weight_decay": 0.01,
+    "max_grad_norm": 1.0,  # Trainer's own default too: it clips, as several experts with cosine heads want
     "warmup_steps": 0.1,  # of all
     "lr_scheduler_type": "cosine",
     "eval_strategy": "epoch",

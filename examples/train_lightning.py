@@ -37,6 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=positive, default=30, help="passes over the training data")
     add("--batch-size", type=positive, default=64, help="samples of a step and device")
     add("--lr", type=float, default=0.1, help="highest learning rate")
+    add("--clip-norm", type=float, default=1.0, help="largest norm of the gradient; 0 is any, as for FSDP")
     add("--devices", default="auto", help="Lightning's: how many, or auto")
     add("--strategy", default="auto", help="Lightning's, ddp say")
     add("--log-every", type=positive, default=5, help="steps from one log to the next")
@@ -200,6 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
             devices=options.devices,
             strategy=options.strategy,
             max_epochs=options.epochs,
+            gradient_clip_val=options.clip_norm,
             log_every_n_steps=options.log_every,
             logger=TensorBoardLogger(options.log_dir, name=None),
             callbacks=[*checkpoints, LogLoss(every=options.log_every)],

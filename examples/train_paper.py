@@ -81,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--pretrained", type=Path, help="a state_dict of a torchvision or timm backbone")
     parser.set_defaults(small_images=False)
     add_options(parser)
-    parser.set_defaults(split_at="layer3")
+    parser.set_defaults(split_at="layer3", clip_norm=None)  # the authors clip no gradient
     return parser
 
 
@@ -220,6 +220,7 @@ def prepare(options: argparse.Namespace) -> Task:
         ("torchvision", *(("timm",) if "timm" in options.backbone + options.augment else ())),
         split=not small,
         augment=augment,
+        gradient="exact",
     )
 
 

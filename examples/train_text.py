@@ -40,9 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--vocabulary", type=number(int, 100, 10**7), default=8000, help="word pieces, without --checkpoint")
     add("--max-length", type=number(int, 3), default=128, help="tokens of a text; the rest is cut off")
     add_options(parser)
-    parser.set_defaults(
-        epochs=10, batch_size=32, optimizer="adamw", lr=5e-4, weight_decay=0.01, clip_norm=1.0
-    )
+    parser.set_defaults(epochs=10, batch_size=32, optimizer="adamw", lr=5e-4, weight_decay=0.01)
     return parser
 
 

@@ -235,11 +235,11 @@ class Trainer:
         if not total.isfinite():
             raise SystemExit(
                 f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}: expected a finite loss, "
-                f"got {total.item()}; lower --lr, set --clip-norm, or use --amp bf16 or none. What was saved "
+                f"got {total.item()}; lower --lr or --clip-norm, or use --amp bf16 or none. What was saved "
                 f"in {self.options.log_dir} is kept"
             )
         self.scaler.unscale_(self.optimizer)
-        if self.options.clip_norm is not None:
+        if self.options.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()

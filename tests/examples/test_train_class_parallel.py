@@ -4,8 +4,10 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from scripts import ROOT, load
 
 
@@ -33,6 +35,23 @@ def test_it_learns(data_ranks):
     )
     assert last < first / 2
     assert hits > 20  # chance is 0.3 %
+
+
+def test_gradients_are_clipped_by_the_norm_over_the_classes_of_all_ranks(monkeypatch):
+    """Every rank scales the shared parameters alike, whatever the norm of its own classes."""
+    script = load("examples/train_class_parallel.py")
+    shared, weight = torch.nn.Linear(2, 1, bias=False), torch.nn.Parameter(torch.zeros(1, 3))
+    shared.weight.grad, weight.grad = torch.tensor([[2.0, 4.0]]), torch.tensor([[0.0, 3.0, 6.0]])
+    others = 35.0  # 20 + 45 + 35 is 10 squared
+    monkeypatch.setattr(script.dist, "all_reduce", lambda square, group: square.add_(others))
+    ranks = SimpleNamespace(device=torch.device("cpu"), classes=None)
+
+    script.clip_gradients(shared, weight, 1.0, ranks)
+    close = {"rtol": 1e-5, "atol": 0.0}
+    torch.testing.assert_close(shared.weight.grad, torch.tensor([[0.2, 0.4]]), **close)
+    torch.testing.assert_close(weight.grad, torch.tensor([[0.0, 0.3, 0.6]]), **close)
+    script.clip_gradients(shared, weight, 100.0, ranks)
+    torch.testing.assert_close(weight.grad, torch.tensor([[0.0, 0.3, 0.6]]), **close)
 
 
 def test_more_experts_than_classes_allow_are_refused_before_ranks_meet(monkeypatch, capsys):

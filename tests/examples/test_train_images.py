@@ -321,6 +321,19 @@ def test_accumulated_steps_are_those_of_a_large_batch(npz, tmp_path, tiny):
         torch.testing.assert_close(weights(tmp_path / name), weights(tmp_path / "once"), rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_are_clipped_unless_the_user_says_no(npz, tmp_path, tiny, monkeypatch):
+    norms, clip = [], nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda p, most: norms.append(most) or clip(p, most))
+    data = npz()
+    run(data, tmp_path / "clipped")
+    assert norms == [1.0] * 6
+    run(data, tmp_path / "other", "--clip-norm", "5", "--epochs", "1")
+    run(data, tmp_path / "none", "--clip-norm", "0", "--epochs", "1")
+    assert norms[6:] == [5.0] * 3
+    first, last = weights(tmp_path / "clipped"), weights(tmp_path / "none")
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
 def test_the_loss_of_an_epoch_is_the_mean_over_its_samples(npz, tmp_path, tiny, monkeypatch):
     """At a rate of 0, without augmentation, the criterion's of all samples at once."""
     trainers, fit = [], training.Trainer.fit

@@ -112,6 +112,17 @@ def test_the_recipe_of_cifar_is_the_authors():
     )
 
 
+@pytest.mark.parametrize(
+    "settings", [(), ("leaky=true",), ("layout=independent",), ("backbone=torchvision:resnet18",)], ids=str
+)
+def test_the_papers_gradients_are_neither_clipped_nor_bounded(settings, digits):
+    data = (f"data={digits}", "format=npz", 'imbalance_factor=""', "augment=cifar-weak", "num_experts=2")
+    options = options_of(*data, *settings, files=["table5_lgla.toml"])
+    assert options.clip_norm is None
+    model = recipe.build_model(train_paper.prepare(options), options)
+    assert model.experts.classifiers.gradient == "exact"
+
+
 def test_a_cosine_ends_at_the_final_rate():
     options = options_of(files=["table3_inaturalist_gc.toml"])
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.lr)

@@ -65,7 +65,7 @@ def assert_same_gradients(parallel, single):
 
 
 def check_training(rank, layout, distribute, criterion=LGLALoss):
-    """Loss and every gradient in steps of uneven and empty shares, and the weights after them."""
+    """Loss, every gradient and their norm in steps of uneven and empty shares, and the weights after them."""
     single, parallel = make(layout, distribute)
     optimizers = [torch.optim.SGD(model.parameters(), 0.01, momentum=0.9) for model in (single, parallel)]
     for sizes in SIZES:
@@ -79,6 +79,8 @@ def check_training(rank, layout, distribute, criterion=LGLALoss):
             optimizer.zero_grad()
             total.backward()
         assert_same_gradients(parallel, single)
+        norms = [nn.utils.clip_grad_norm_(model.parameters(), 1.0) for model in (parallel, single)]
+        torch.testing.assert_close(gathered(norms[0]), norms[1], **CLOSE)
         for optimizer in optimizers:
             optimizer.step()
     for actual, expected in zip(parallel.parameters(), single.parameters(), strict=True):
