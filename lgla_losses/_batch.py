@@ -179,6 +179,21 @@ class Batch(NamedTuple):
             target = target.movedim(1, -1) if is_soft else target
         return cls(blocks, target, features, weight, sample_weight, is_soft, is_map, of_one)
 
+    def with_classifiers(self, output: ExpertOutput) -> Batch:
+        """Add the features and class weights of an output, where they are whole and fit the logits."""
+        first, (_, features, weight) = self.logits[0], output
+        if features is None or weight is None:
+            return self
+        num_experts = len(self.logits) if self.of_one else first.shape[-2]
+        samples = self.target.shape[: self.target.dim() - int(self.is_soft)]
+        try:
+            check_features(features, weight, samples, num_experts, first.shape[-1])
+            same_device(logits=first, features=features, weight=weight)
+        except (TypeError, ValueError):
+            return self
+        features = features.movedim((1, 2), (-2, -1)) if self.is_map else features
+        return self._replace(features=features, weight=weight)
+
     def experts(self) -> list[Tensor]:
         """Give the logits of every expert ``[*B, C]``, detached."""
         if self.of_one:

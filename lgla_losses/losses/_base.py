@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -26,6 +27,8 @@ from lgla_losses._checks import (
 from lgla_losses._counts import ArrayLike
 from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size, refuse_data_parallel
 from lgla_losses._torch import is_watched, unfit, values_readable
+from lgla_losses.experts._running import is_tracing
+from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.grouping import ClassGrouper
 from lgla_losses.kernels import Engine, Rows, Samples, autograd, chunked
 from lgla_losses.kernels.autograd import without_engine
@@ -47,6 +50,9 @@ if TYPE_CHECKING:
 #: With fewer classes a compiler's own code takes less time than the call of an operator opaque to it.
 WORTH_AN_OPERATOR = 512
 
+#: Batches after which trained cosine logits are no longer as small as cosines without a scale.
+_SETTLED = 16
+
 _ALONE = Ranks()
 
 
@@ -55,6 +61,11 @@ class Loss(nn.Module):
 
     #: Whether bad values are told before anything is computed, as they need not show in the loss.
     _explains_first = False
+    #: Batches whose logits were compared with the scale of cosine logits.
+    _batches = 0
+    #: What is wrong where the logits are no cosines times ``scale``, and what to set for a linear head.
+    _without_cosines = "their angles, and with them the adaptive angular weights, are wrong"
+    _for_linear_heads = "scale=None and pass features and weight"
 
     def _take_options(
         self,
@@ -249,6 +260,58 @@ class Loss(nn.Module):
         finite = math.isfinite(loss.item()) if loss.dim() == 0 else loss.detach().isfinite().all()
         if not finite:
             self._explain(batch)
+
+    def _look_at_scale(
+        self, batch: Batch, scale: float | None, output: ExpertOutput | ExpertLogits | None = None
+    ) -> None:
+        """Warn once if the logits are no cosines times ``scale``; None is that of linear heads.
+
+        It looks only at batches whose number is a power of two. ``output`` may have the features and class
+        weights that the batch lacks.
+        """
+        # The compiler first: it would compile anew for every change of the number.
+        if torch.compiler.is_compiling() or scale is None or self._batches < 0:
+            return
+        seen = self._batches + 1
+        self.__dict__["_batches"] = seen  # an attribute of a module takes longer to set
+        if seen & (seen - 1) or is_tracing():
+            return
+
+        if isinstance(output, ExpertOutput):
+            batch = batch.with_classifiers(output)
+        problem = self._misfit(batch, scale, seen)
+        if problem is not None:
+            self._batches = -1  # once warned
+            warnings.warn(problem, stacklevel=5)
+
+    def _misfit(self, batch: Batch, scale: float, seen: int) -> str | None:
+        """Say in which way the logits are no cosines times ``scale``, or None."""
+        if batch.features is not None and batch.weight is not None:
+            share, multiple = batch.compared_with_cosines()
+            are_bare = multiple < 1.1
+            if share > 0.02:  # that of bfloat16 is 0.004
+                return (
+                    f"scale={scale}: expected the logits of a cosine head, got logits of which {share:.0%} "
+                    "is no multiple of the cosines of features and weight, as with a linear head, or where "
+                    "something was added to the logits; take a cosine head, for which the margins are made, "
+                    f"or with a linear head set {self._for_linear_heads}"
+                )
+        else:
+            largest = batch.largest_target_logit(self.ignore_index)
+            if largest > 1.05 * scale:
+                return (
+                    f"a target logit of {largest:.4g} exceeds scale={scale}: these are no cosine logits, so "
+                    f"{self._without_cosines}; with a linear head set {self._for_linear_heads}"
+                )
+            # Of many features and new weights scaled cosines are small, too, but not for long, or alike.
+            are_bare = seen >= _SETTLED and batch.is_within(1.01) and batch.differs_by_class()
+        if scale >= 10 and are_bare and batch.is_within(1.01):
+            return (
+                f"all logits of the batch lie within [-1, 1] under scale={scale}, as bare cosines do, from "
+                f"which a softmax learns next to nothing; pass {scale:g} * cosines, or with a linear head "
+                f"set {self._for_linear_heads}"
+            )
+        return None
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         refuse_data_parallel(self)

@@ -13,6 +13,7 @@ from lgla_losses import functional
 from lgla_losses._batch import Batch
 from lgla_losses._buffers import ConstantBuffers, read_only, same_constants, scalar
 from lgla_losses._counts import ArrayLike, as_class_counts, as_class_weight
+from lgla_losses._torch import values_readable
 from lgla_losses.adjustment import check_tau, strength_of
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.grouping import same_classes
@@ -81,6 +82,8 @@ class AdjustedLoss(ConstantBuffers, Loss):
     focusing = 0.0
     #: Whether ``"mean"`` divides by the sum of the samples' weights, not by their number.
     divides_by_weights = False
+    #: The factor of the cosine logits that the loss expects; None where it takes any logits.
+    _cosine_scale: float | None = None
 
     def __init__(
         self,
@@ -251,6 +254,8 @@ class AdjustedLoss(ConstantBuffers, Loss):
 
         if readable:
             self._explain_unless_finite(batch, loss)
+        if self._cosine_scale is not None and values_readable(batch.target, self.validate_args):
+            self._look_at_scale(batch, self._cosine_scale, output)
         return loss
 
     if TYPE_CHECKING:

@@ -223,7 +223,7 @@ class LDAMLoss(AdjustedLoss):
 
     The logits are those of a cosine head, :math:`v = s \cos`, scaled already, as for
     :class:`~lgla_losses.LGLALoss`; the authors' code takes the cosines and scales them itself. For a linear
-    head set ``scale=1``.
+    head set ``scale=1``. Logits that are no cosines times another ``scale`` are warned of once, on a CPU.
 
     The weights :math:`w` are 1 until :meth:`reweight` switches them to those of :class:`ClassBalancedLoss`,
     as the authors' code does at epoch 160 of 200; the paper's algorithm weighs by :math:`1 / n_j`, which they
@@ -255,6 +255,8 @@ class LDAMLoss(AdjustedLoss):
     """
 
     divides_by_weights = True
+    _without_cosines = "their margins, which are of cosines times scale, do not fit them"
+    _for_linear_heads = "scale=1"
 
     def __init__(
         self,
@@ -271,6 +273,10 @@ class LDAMLoss(AdjustedLoss):
         super().__init__(_given(class_counts), numbers, **options)
         self._keep("reweighting", scalar(0.0))  # no bool, of which averages of weights cannot make a mean
         self.scale = positive_float("scale", scale, "1 for a linear head")
+
+    @property
+    def _cosine_scale(self) -> float | None:  # type: ignore[override]
+        return None if self.scale == 1 else self.scale
 
     def constants(self, counts: Tensor, **numbers: float) -> dict[str, Tensor]:
         """Compute the margins and the weights."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,14 +10,10 @@ from torch import Tensor
 
 from lgla_losses._batch import Batch, is_of_ensemble
 from lgla_losses._torch import values_readable
-from lgla_losses.experts._running import is_tracing
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.kernels.autograd import CrossEntropy, evaluate
 from lgla_losses.kernels.operators import cross_entropies
 from lgla_losses.losses._base import ExpertLoss
-
-#: Batches after which trained cosine logits are no longer as small as cosines without a scale.
-_SETTLED = 16
 
 
 class LGLALoss(ExpertLoss):
@@ -93,9 +88,6 @@ class LGLALoss(ExpertLoss):
         >>> criterion(cosine_logits, torch.arange(8) % 3).backward()
     """
 
-    #: Batches whose values were read.
-    _batches = 0
-
     def forward(
         self,
         output: ExpertOutput | ExpertLogits,
@@ -153,7 +145,7 @@ class LGLALoss(ExpertLoss):
         if readable:
             self._explain_unless_finite(batch, loss)
         if self.aaw and values_readable(batch.target, self.validate_args):
-            self._look_at_scale(batch)
+            self._look_at_scale(batch, self.scale)
         return loss
 
     if TYPE_CHECKING:
@@ -180,51 +172,3 @@ class LGLALoss(ExpertLoss):
         if readable:
             self._explain_unless_finite(batch, loss)
         return loss
-
-    def _look_at_scale(self, batch: Batch) -> None:
-        """Warn once if the logits are no cosines times ``scale``.
-
-        It looks only at batches whose number is a power of two.
-        """
-        # The compiler first: it would compile anew for every change of the number.
-        if torch.compiler.is_compiling() or self.scale is None or self._batches < 0:
-            return
-        seen = self._batches + 1
-        self.__dict__["_batches"] = seen  # an attribute of a module takes longer to set
-        if seen & (seen - 1) or is_tracing():
-            return
-
-        problem = self._misfit(batch, self.scale, seen)
-        if problem is not None:
-            self._batches = -1  # once warned
-            warnings.warn(problem, stacklevel=5)
-
-    def _misfit(self, batch: Batch, scale: float, seen: int) -> str | None:
-        """Say in which way the logits are no cosines times ``scale``, or None."""
-        if batch.features is not None and batch.weight is not None:
-            share, multiple = batch.compared_with_cosines()
-            are_bare = multiple < 1.1
-            if share > 0.02:  # that of bfloat16 is 0.004
-                return (
-                    f"scale={scale}: expected the logits of a cosine head, got logits of which {share:.0%} "
-                    "is no multiple of the cosines of features and weight, as with a linear head, or where "
-                    "something was added to the logits; take a cosine head, for which LGLA's margins are "
-                    "made, or set scale=None for a linear one"
-                )
-        else:
-            largest = batch.largest_target_logit(self.ignore_index)
-            if largest > 1.05 * scale:
-                return (
-                    f"a target logit of {largest:.4g} exceeds scale={scale}: these are no "
-                    "cosine logits, so their angles, and with them the adaptive angular weights, are wrong; "
-                    "with a linear head set scale=None and pass features and weight"
-                )
-            # Of many features and new weights scaled cosines are small, too, but not for long, or alike.
-            are_bare = seen >= _SETTLED and batch.is_within(1.01) and batch.differs_by_class()
-        if scale >= 10 and are_bare and batch.is_within(1.01):
-            return (
-                f"all logits of the batch lie within [-1, 1] under scale={scale}, as bare cosines do, "
-                f"from which a softmax learns next to nothing; pass {scale:g} * cosines, or with a linear "
-                "head set scale=None and pass features and weight"
-            )
-        return None

@@ -435,6 +435,7 @@ def test_nothing_to_learn_from(case, backend, reduction):
         assert not logits.grad.any()
 
 
+@pytest.mark.filterwarnings("ignore:a target logit of .* exceeds scale")  # as LDAM says
 @every_loss
 @pytest.mark.parametrize("backend", ["reference", "fused"])
 def test_masked_classes_and_confident_rows(case, backend):

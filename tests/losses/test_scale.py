@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lgla_losses import ExpertOutput, GroupConvExperts, LGLALoss
+from lgla_losses.baselines import LDAMLoss
 from lgla_losses.functional import unit_vectors
 
 COUNTS = [50, 20, 10, 5, 3, 2]
@@ -177,3 +178,44 @@ def test_what_was_told_is_no_state():
     assert set(criterion.state_dict()) == keys
     for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
         silent(lambda twin=twin: twin(torch.full((12, 3, 6), 40.0), TARGET))
+
+
+def test_a_linear_classifier_under_ldam_is_told_once():
+    """Whose margins are 30 times those of cosines, so that the logits never reach them."""
+    criterion = LDAMLoss(COUNTS)
+    output = GroupConvExperts(None, 3, 6, num_features=16, classifier="linear")(torch.randn(12, 16))
+    with pytest.warns(
+        UserWarning, match=r"scale=30\.0: expected the logits of a cosine head.*set scale=1$"
+    ) as record:
+        [criterion(output, TARGET) for _ in range(5)]
+    assert len(record) == 1
+    assert record[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"target logit of 40 exceeds scale=30\.0.*margins.*set scale=1$"):
+        LDAMLoss(COUNTS)(torch.full((12, 6), 40.0), TARGET)
+    silent(lambda: LDAMLoss(COUNTS, scale=1.0)(output, TARGET))
+    silent(lambda: LDAMLoss(COUNTS, scale=1.0)(torch.full((12, 6), 40.0), TARGET))
+
+
+def test_cosines_under_ldam_are_told_as_its_authors_code_takes_them():
+    features, weight = inputs()
+    cosines = head(features, weight, 1.0)
+    criterion = LDAMLoss(COUNTS)
+    with pytest.warns(UserWarning, match=r"within \[-1, 1\] under scale=30\.0.*30 \* cosines") as record:
+        [criterion(cosines[:, 0], TARGET) for _ in range(20)]
+    assert len(record) == 1
+    silent(lambda: [LDAMLoss(COUNTS)(30 * cosines[:, 0], TARGET) for _ in range(20)])
+
+
+def test_cosine_heads_under_ldam_are_left_alone():
+    features, weight = inputs()
+    output = ExpertOutput(head(features, weight), features, weight)
+    silent(lambda: LDAMLoss(COUNTS)(output, TARGET))
+    maps = ExpertOutput(output.logits[..., None, None], features[..., None, None], weight)
+    silent(lambda: LDAMLoss(COUNTS)(maps, TARGET[:, None, None]))
+    silent(lambda: LDAMLoss(COUNTS)(maps, torch.eye(6)[TARGET][..., None, None]))
+
+
+@pytest.mark.parametrize("shapes", [((12, 3, 5), (3, 6, 4)), ((12, 2, 4), (2, 6, 4)), ((7, 3, 4), (3, 6, 4))])
+def test_features_that_ldam_needs_not_may_have_any_shape(shapes):
+    features, weight = map(torch.randn, shapes)
+    silent(lambda: LDAMLoss(COUNTS)(ExpertOutput(torch.randn(12, 3, 6), features, weight), TARGET))
