@@ -130,6 +130,20 @@ def test_nobody_is_told_to_install_a_name_that_is_not_on_pypi():
     assert [str(page.relative_to(ROOT)) for page in PAGES if told.search(page.read_text())] == []
 
 
+def test_every_loop_that_trains_experts_clips_its_gradients():
+    """But for the page that shows the paper's training as it is."""
+    loops = re.compile(r"```(?:python|\{code-cell\} python)\n(.*?)```", re.DOTALL)
+    plain = ("nn.CrossEntropyLoss()\noptimizer", "LDAMLoss(")  # of one model
+    found = Counter()
+    for page in PAGES:
+        for loop in loops.findall(page.read_text()):
+            steps = re.search(r"optimizer\.step\(\)|scaler\.step\(", loop)  # LBFGS, of a closure, searches
+            if steps and not any(text in loop for text in plain):
+                found[page.name, "clip_grad_norm_(" in loop] += 1
+    assert [name for name, clips in found if not clips] == ["hard-samples.md"]
+    assert sum(found.values()) >= 6
+
+
 def test_python_of_a_command_is_python():
     with pytest.raises(SyntaxError):
         check_commands(SimpleNamespace(parsed="python -c 'print 1'"))

@@ -56,6 +56,19 @@ def test_it_learns_and_logs_what_the_loss_does(digits, tmp_path, capsys):
     assert f"{logged['accuracy/all'][-1][1]:.4f}"[:5] in row
 
 
+@pytest.mark.parametrize(("options", "largest"), [((), 1.0), (("--clip-norm", "0"), 0.0)])
+def test_gradients_are_clipped_unless_the_user_says_no(digits, tmp_path, monkeypatch, options, largest):
+    clipped, clip = [], train_lightning.LongTailedClassifier.configure_gradient_clipping
+
+    def record(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        clipped.append(gradient_clip_val)
+        clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    monkeypatch.setattr(train_lightning.LongTailedClassifier, "configure_gradient_clipping", record)
+    run(digits, tmp_path, "--epochs", "1", *options)
+    assert set(clipped) == {largest}
+
+
 @pytest.mark.slow
 def test_copied_alone_it_trains_on_long_tailed_digits_and_resumes(tmp_path):
     shutil.copy(ROOT / "examples" / "train_lightning.py", tmp_path)
