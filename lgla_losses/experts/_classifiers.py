@@ -29,11 +29,12 @@ class ExpertClassifiers(nn.Module):
 
     The gradient of a cosine is large: :math:`s / |f|` for features, :math:`s / |W|` for class centres, which
     turn by :math:`s / |W|^2` a step. At a usual learning rate the first steps then lengthen the class centres
-    and the convolutions below batch norms, and what is long hardly turns any more. In training mode
+    and the convolutions below batch norms, and long vectors change direction only slowly. In training mode
     ``gradient="bounded"`` lets the backward pass take at most 0.4 for the features, about as a new linear
-    layer, and turn class centres at most as :math:`s = 3` would. The factors do not depend on the gradient:
-    sums over micro-batches and loss scaling stay exact, and AdamW hardly sees them. And the class centres of
-    an expert begin close to each other, so that its first logits differ about as those of a linear layer.
+    layer, and change the direction of class centres at most as fast as a scale of 3 would. The factors do
+    not depend on the gradient: sums over micro-batches and loss scaling stay exact, and AdamW hardly sees
+    them. And the class centres of an expert begin close to each other, so that its first logits differ about
+    as those of a linear layer.
 
     Args:
         num_experts: ``K``.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lgla_losses._checks import describe
 from lgla_losses._torch import is_wrapped
+from lgla_losses.experts._running import is_tracing
 from lgla_losses.experts.backbone import (
     BEHIND,
     RESHAPING_CALLS,
@@ -21,7 +23,6 @@ from lgla_losses.experts.backbone import (
     told_replacement,
     trace_to_classifier,
 )
-from lgla_losses.experts.group_conv import version_of
 
 #: What torchvision, timm and transformers call their classifiers, or the modules around them.
 NAMES = ("fc", "classifier", "score", "heads", "head", "classification_head")
@@ -137,25 +138,21 @@ def _told_layers(model: nn.Module) -> str:
     return f"its last linear layers are {', '.join(map(repr, paths[-3:]))}"
 
 
-def remove_classifier(model: nn.Module, path: str) -> tuple[nn.Module, bool]:
-    """Put an identity in the place of the classifier, and of a softmax behind it.
-
-    Returns:
-        What is left, and whether its code is known to return what the identity gives.
+def remove_classifier(model: nn.Module, path: str) -> nn.Module:
+    """Put an identity in the place of the classifier, and of a softmax behind it; give what is left.
 
     Raises:
         ValueError: there are two classifiers, or the network's own code makes something else of the
             logits, as a softmax.
     """
     if not path:
-        return nn.Identity(), True
+        return nn.Identity()
     _refuse_two_classifiers(model)
 
     layers = {f"model.{name}": module for name, module in model.named_modules(remove_duplicate=False)}
     gone = [layers[f"model.{path}"]]
     # What transformers makes of logits is an output that holds them, or a choice of tokens.
-    calls = [] if is_transformers_model(model) else calls_behind_classifier(model, path)
-    for call in calls or []:
+    for call in [] if is_transformers_model(model) else calls_behind_classifier(model, path):
         layer = layers.get(str(call.target))
 
         if isinstance(layer, nn.Softmax | nn.LogSoftmax):
@@ -170,48 +167,66 @@ def remove_classifier(model: nn.Module, path: str) -> tuple[nn.Module, bool]:
     for name, module in layers.items():
         if module in gone:
             model.set_submodule(name.removeprefix("model."), nn.Identity().train(module.training))
-    return model, calls is not None
+    return model
 
 
-def run_watched(trunk: nn.Module, path: str, *inputs: Any, **kwargs: Any) -> Any:
-    """Run a trunk whose code could not be traced, and look at what it does with the logits.
+class Watch:
+    """Look, once in each mode, at what a network does with its logits: no tracing sees all of that.
 
     Args:
-        trunk: the network with an identity in the place of its classifier.
-        path: of the identity.
-        *inputs: of the trunk.
-        **kwargs: likewise.
-
-    Raises:
-        ValueError: it does not return what the identity gives, or a view of that.
+        path: of the identity in the place of the classifier.
     """
-    given: list[tuple[Tensor, int]] = []
-    hook = trunk.get_submodule(path).register_forward_hook(
-        lambda module, args, output: given.append((output, version_of(output)))
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.unseen = {True, False}
+
+    def run(self, trunk: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the trunk. Where its mode is new, this reads values.
+
+        Raises:
+            ValueError: it does not return what the identity gives.
+        """
+        if torch.compiler.is_compiling() or is_tracing() or trunk.training not in self.unseen:
+            return trunk(*inputs, **kwargs)
+
+        given: list[Tensor] = []
+        layer = trunk.get_submodule(self.path)
+        hook = layer.register_forward_hook(lambda module, args, output: given.append(output.detach().clone()))
+        try:
+            returned = trunk(*inputs, **kwargs)
+        finally:
+            hook.remove()
+
+        features = returned["logits"] if isinstance(returned, dict) and "logits" in returned else returned
+        if isinstance(features, Tensor) and _has_values(features):
+            if not any(_are_rows(features.detach(), logits) for logits in given):
+                raise ValueError(
+                    f"head: expected a network that returns the logits of {self.path!r} as they are, got a "
+                    f"{type(trunk).__name__}, whose code "
+                    + ("makes something else of them" if given else "does not call that layer")
+                    + "; remove what it does, as the losses take logits, or name another layer by head="
+                )
+            self.unseen.discard(trunk.training)
+        return returned
+
+
+def _has_values(features: Tensor) -> bool:
+    is_plain = type(features) is Tensor and not is_wrapped(features) and not features.is_meta
+    return (
+        is_plain
+        and features.numel() > 0
+        and not (features.is_cuda and torch.cuda.is_current_stream_capturing())
     )
-    try:
-        returned = trunk(*inputs, **kwargs)
-    finally:
-        hook.remove()
-
-    features = returned["logits"] if isinstance(returned, dict) and "logits" in returned else returned
-    if isinstance(features, Tensor) and not any(_is_same(features, *logits) for logits in given):
-        raise ValueError(
-            f"head: expected a network that returns the logits of {path!r} as they are, got a "
-            f"{type(trunk).__name__}, whose code "
-            + ("makes something else of them" if given else "does not call that layer")
-            + "; remove what it does, as the losses take logits, or name another layer by head="
-        )
-    return returned
 
 
-def _is_same(features: Tensor, logits: Tensor, version: int) -> bool:
-    """Tell whether these are the logits, which nobody wrote into, or a view of them."""
-    has_memory = type(features) is Tensor and not is_wrapped(features)
-    if not has_memory or features.dtype != logits.dtype:  # no more can be seen
-        return features.shape == logits.shape
-    same_memory = features.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
-    return same_memory and version_of(logits) == version
+def _are_rows(features: Tensor, logits: Tensor) -> bool:
+    """Tell whether the first features are among the logits, as they are or in another precision."""
+    if features.shape[-1] != logits.shape[-1]:
+        return False
+    few, rows = features.flatten(0, -2)[:4], logits.flatten(0, -2).to(features.dtype)
+    same = (few[:, None] == rows) | (few[:, None].isnan() & rows.isnan())
+    return bool(same.all(-1).any(-1).all())
 
 
 def split_points(model: nn.Module) -> list[str]:

@@ -523,12 +523,12 @@ def is_traceable(model: nn.Module) -> bool:
     return True
 
 
-def calls_behind_classifier(model: nn.Module, head: str) -> list[fx.Node] | None:
-    """List the calls, as of a softmax, behind the classifier; None where the code cannot be traced."""
+def calls_behind_classifier(model: nn.Module, head: str) -> list[fx.Node]:
+    """List the calls, as of a softmax, behind the classifier; none where the code cannot be traced."""
     try:
         graph = _trace(model, _ancestors(head))[1]
     except ValueError:
-        return None
+        return []
     behind = {_call_of(graph, "head", head)}
     calls = []
     for node in graph.nodes:

@@ -62,9 +62,9 @@ class GroupConvExperts(nn.Module):
             takes a factory's as they come; with ``init_fn`` a module's copies are initialised afresh.
         init_fn: applied to every layer of every copy, as by :meth:`torch.nn.Module.apply`; needed for fresh
             weights where a layer with parameters has no ``reset_parameters()``.
-        gradient: of cosine classifiers: ``"bounded"``, about that of linear ones, so that a usual learning
-            rate works, or ``"exact"``, as the paper has it
-            (:class:`~lgla_losses.experts.ExpertClassifiers`).
+        gradient: of cosine classifiers: ``"bounded"``, about that of linear ones in training, with class
+            centres that begin close to each other, for usual learning rates; or ``"exact"``, as the paper
+            has it (:class:`~lgla_losses.experts.ExpertClassifiers`).
 
     Attributes:
         stage: the stacked module, a ``ModuleList`` of K modules, or None.
@@ -161,9 +161,9 @@ class GroupConvExperts(nn.Module):
                 "move the experts to meta as well, or give values"
             )
 
-        versions = [version_of(tensor) for tensor in tensors]
+        versions = [_version(tensor) for tensor in tensors]
         features = self._features(inputs)
-        if [version_of(tensor) for tensor in tensors] != versions:
+        if [_version(tensor) for tensor in tensors] != versions:
             raise ValueError(
                 "stage: expected a stage that leaves its input, which the experts share, alone, got one that "
                 "wrote into it; set inplace=False on its first layer, or make it the trunk's last"
@@ -364,7 +364,7 @@ def _check_initialised(module: nn.Module) -> None:
             )
 
 
-def version_of(tensor: Tensor) -> int:
+def _version(tensor: Tensor) -> int:
     """Count writes into a tensor; compilers and inference mode do not count them."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 

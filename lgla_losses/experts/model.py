@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from typing import Any, Protocol, Self, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lgla_losses._checks import boolean, describe, one_of
 from lgla_losses.experts import _saving
-from lgla_losses.experts._finding import find_classifier, remove_classifier, run_watched
+from lgla_losses.experts._finding import Watch, find_classifier, remove_classifier
 from lgla_losses.experts._stacking import copy_module
 from lgla_losses.experts.backbone import check_network, is_transformers_model, split_backbone
 from lgla_losses.experts.group_conv import GroupConvExperts
@@ -67,6 +68,10 @@ class ExpertModel(nn.Module):
 
     #: For the ``Trainer`` of transformers: the number of samples goes to the loss, not to the network.
     accepts_loss_kwargs = False
+    #: Of what transformers gives, and where the model is from; a model of parts has none.
+    _output_class: type | None = None
+    _origin: _saving.Origin | None = None
+    _watch: Watch | None = None
 
     def __init__(self, trunk: nn.Module, experts: GroupConvExperts, *, eval_output: str = "ensemble") -> None:
         super().__init__()
@@ -77,11 +82,6 @@ class ExpertModel(nn.Module):
         self.trunk = trunk
         self.experts = experts
         self.eval_output = one_of("eval_output", eval_output, ("ensemble", "experts"))
-        self._output_class: type | None = None
-        self._origin: _saving.Origin | None = None
-        #: Of a network that could not be traced: where its classifier was, until a batch has shown what it
-        #: does with the logits.
-        self._to_watch: str | None = None
 
     @classmethod
     def from_model(
@@ -125,8 +125,7 @@ class ExpertModel(nn.Module):
                 of the weights, so its logits are others.
             eval_output: what eval mode gives.
             head: path of the classifier, where it cannot be found. A network whose code torch.fx cannot trace
-                must return its logits as they are; what it does with them is seen, and refused, at the first
-                batch outside a compiler only.
+                must return its logits as they are; anything else is refused at the first batch.
 
         Returns:
             The new module, in the mode of the network.
@@ -147,9 +146,8 @@ class ExpertModel(nn.Module):
             _check_kept(linear, num_classes, classifier)
 
         stage: nn.Module | None = None
-        is_known = True
         if at is None:
-            trunk, is_known = remove_classifier(source, path)
+            trunk = remove_classifier(source, path)
         else:
             trunk, stage = split_backbone(source, at, head=path)
         _check_untied(trunk, stage, linear if keep else None)
@@ -171,7 +169,7 @@ class ExpertModel(nn.Module):
 
         result = cls(trunk, experts, eval_output=eval_output)
         result._output_class = output_class
-        result._to_watch = None if is_known else path
+        result._watch = Watch(path) if at is None and path else None
         result._origin = _saving.Origin.of(model, path, at)
         new: list[nn.Module] = [result, experts, *experts.children()]
         for module in new:  # the others have the mode that each had in the network
@@ -233,8 +231,8 @@ class ExpertModel(nn.Module):
 
         Raises:
             TypeError: the network gives something beside its logits.
-            ValueError: ``labels`` for a model of transformers; or a network that could not be traced makes
-                something else of its logits.
+            ValueError: ``labels`` for a model of transformers, or a network that returns no logits as they
+                are.
         """
         output, shared = self._run(*inputs, **kwargs)
         if self.training or self.eval_output == "experts":
@@ -252,11 +250,8 @@ class ExpertModel(nn.Module):
                 "labels: expected none, as the loss is the criterion's, got some; keep them for "
                 "criterion(outputs.logits, labels), in a Trainer by compute_loss_func="
             )
-        if torch.compiler.is_compiling() or self._to_watch is None:
-            shared = self.trunk(*inputs, **kwargs)
-        else:
-            shared = run_watched(self.trunk, self._to_watch, *inputs, **kwargs)
-            self._to_watch = None
+        run = self.trunk if self._watch is None else partial(self._watch.run, self.trunk)
+        shared = run(*inputs, **kwargs)
         features = shared["logits"] if isinstance(shared, dict) and "logits" in shared else shared
         if self.experts.stage is None and not isinstance(features, Tensor):
             raise TypeError(

@@ -303,7 +303,8 @@ class Loss(nn.Module):
                     f"a target logit of {largest:.4g} exceeds scale={scale}: these are no cosine logits, so "
                     f"{self._without_cosines}; with a linear head set {self._for_linear_heads}"
                 )
-            # Of many features and new weights scaled cosines are small, too, but not for long, or alike.
+            # Scaled cosines of many features and new weights are small too, but not for long; those of
+            # new experts for longer, but about the same for all classes.
             are_bare = seen >= _SETTLED and batch.is_within(1.01) and batch.differs_by_class()
         if scale >= 10 and are_bare and batch.is_within(1.01):
             return (

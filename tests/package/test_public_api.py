@@ -39,7 +39,7 @@ SIGNATURES = {
     "ExpertOutput": "logits, features, weight",
     "ExpertOutput.ensemble": "self, fusion=None",
     "GroupConvExperts": "stage, num_experts, num_classes, *, num_features=None, classifier='cosine', "
-    "scale=30.0, layout='grouped', reset=None, init_fn=None, gradient='exact'",
+    "scale=30.0, layout='grouped', reset=None, init_fn=None, gradient='bounded'",
     "GroupConvExperts.forward": "self, shared",
     "GroupConvExperts.to_independent": "self",
     "GroupConvExperts.to_grouped": "self",
