@@ -109,7 +109,8 @@ def test_without_torchrun_there_are_no_ranks(capsys):
 def test_what_is_no_checkpoint_of_this_run_is_refused(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     last = tmp_path / "last.pt"
-    then = {"norm": "batch", "epochs": 5, "batch_size": 64, "lr": 0.1, "seed": 0, "class_counts": [5, 18, 8]}
+    then = {"norm": "batch", "epochs": 5, "batch_size": 64, "lr": 0.1, "clip_norm": 1.0, "seed": 0}
+    then["class_counts"] = [5, 18, 8]
     for content, options, message in (
         ({"curve": [], "run": then}, [], "--resume continues it, another folder begins one"),
         (
