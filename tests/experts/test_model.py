@@ -898,7 +898,15 @@ def test_what_an_untraceable_network_does_with_its_logits_is_seen_in_the_first_b
 
 
 @pytest.mark.parametrize(
-    "end", [lambda y: y, lambda y: y.flatten(1), lambda y: y[:, :, None].squeeze(2), lambda y: y.float()]
+    "end",
+    [
+        lambda y: y,
+        lambda y: y.flatten(1),
+        lambda y: y[:, :, None].squeeze(2),
+        lambda y: y.float(),
+        lambda y: y.clone(),
+        lambda y: y[torch.arange(len(y))],
+    ],
 )
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode, partial(torch.autocast, "cpu")])
 def test_an_untraceable_network_may_return_its_logits_as_a_view_or_in_full_precision(end, context):
@@ -907,6 +915,37 @@ def test_an_untraceable_network_may_return_its_logits_as_a_view_or_in_full_preci
         model = ExpertModel.from_model(network, classifier="linear", keep_head=True)
         torch.testing.assert_close(model(images), network(images), rtol=2e-2, atol=2e-2, check_dtype=False)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class SoftmaxInEvalMode(nn.Module):
+    """Gives probabilities where it does not train, as many own networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        y = self.fc(self.body(x).relu())
+        return y if self.training else y.softmax(1)
+
+
+def test_a_softmax_in_eval_mode_alone_is_refused_there():
+    model = ExpertModel.from_model(SoftmaxInEvalMode())
+    model(torch.randn(2, 6))
+    assert_raises(lambda: model.eval()(torch.randn(2, 6)), ValueError, "'fc'", "something else")
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, partial(torch.autocast, "cpu")])
+def test_no_context_hides_what_a_network_does_with_its_logits(context):
+    model = ExpertModel.from_model(NotSeen(lambda y: (y.float() if y.dtype != torch.float32 else y).mul_(2)))
+    with context():
+        assert_raises(lambda: model(torch.randn(2, 3, 8, 8)), ValueError, "something else")
+
+
+def test_an_empty_first_batch_ends_no_watch():
+    model = ExpertModel.from_model(NotSeen(lambda y: y.softmax(1)))
+    model(torch.randn(0, 3, 8, 8))
+    assert_raises(lambda: model(torch.randn(2, 3, 8, 8)), ValueError, "something else")
 
 
 class Flattening(nn.Module):
