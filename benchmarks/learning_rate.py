@@ -302,28 +302,25 @@ def accuracy(trunk: nn.Module, experts: GroupConvExperts, split: Split) -> float
     return 100 * float((torch.cat(parts) == split.test_labels).double().mean())
 
 
+def scores(record: dict[str, Any], what: str = "balanced_accuracy") -> dict[tuple[str, str], list[float]]:
+    """A number of every seed, by setting and method, in the order of the lists above."""
+    found: dict[tuple[str, str], list[float]] = {key: [] for key in itertools.product(SETTINGS, METHODS)}
+    for run in record["runs"]:
+        found[run["setting"], run["method"]].append(run[what])
+    return {key: values for key, values in found.items() if values}
+
+
 def markdown(record: dict[str, Any]) -> str:
     """A row a setting and method: mean and standard deviation over seeds, and the means of what grows."""
+    grown = [
+        scores(record, name)
+        for name in ("first_gradient_trunk", "first_gradient_heads", "class_centres_length")
+    ]
     rows = []
-    for setting, method in itertools.product(SETTINGS, METHODS):
-        runs = [run for run in record["runs"] if (run["setting"], run["method"]) == (setting, method)]
-        if not runs:
-            continue
-        scores = [run["balanced_accuracy"] for run in runs]
-        spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-        means = [
-            statistics.mean(run[name] for run in runs)
-            for name in ("first_gradient_trunk", "first_gradient_heads", "class_centres_length")
-        ]
-        rows.append(
-            [
-                setting,
-                method,
-                len(runs),
-                f"{statistics.mean(scores):.1f}{spread}",
-                *(f"{m:.2f}" for m in means),
-            ]
-        )
+    for key, values in scores(record).items():
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        means = (f"{statistics.mean(numbers[key]):.2f}" for numbers in grown)
+        rows.append([*key, len(values), f"{statistics.mean(values):.1f}{spread}", *means])
     header = ["network", "method", "seeds", "balanced accuracy"]
     return grid([*header, "first gradient: trunk", "heads", "class centres at the end"], rows, texts=2)
 

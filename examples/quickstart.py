@@ -191,7 +191,7 @@ def print_table(accuracy: dict[str, Tensor], class_counts: list[int], title: str
         cells = []
         for members in columns.values():
             scores = 100 * per_class[:, 0, members].mean(-1)
-            spread = f" ± {scores.std():.1f}" if len(scores) > 1 else ""
+            spread = f" ±{scores.std():.1f}" if len(scores) > 1 else ""
             cells.append(f"{scores.mean():.1f}{spread}" if members.any() else "-")
         table.add_row(method, *cells)
     Console(width=80).print(table)
