@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lgla_losses._checks import describe
-from lgla_losses.experts.backbone import is_transformers_model
+from lgla_losses.experts.backbone import check_network, is_transformers_model
 
 if TYPE_CHECKING:
     from lgla_losses.experts.model import ExpertModel
@@ -46,7 +48,7 @@ class Origin:
 
 
 def save(model: ExpertModel, directory: str | os.PathLike[str]) -> None:
-    """Write weights, record and config; what is there stays as it is until all of them are written."""
+    """Write weights, record and config beside those that are there, then rename each."""
     folder, origin = _folder(directory), model._origin
     if origin is None:
         raise ValueError(
@@ -59,6 +61,7 @@ def save(model: ExpertModel, directory: str | os.PathLike[str]) -> None:
         "in_transformers": origin.in_transformers,
         "options": _options(model, origin),
     }
+    weights = _weights_of(model)
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
@@ -66,7 +69,9 @@ def save(model: ExpertModel, directory: str | os.PathLike[str]) -> None:
         (new / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         if origin.config is not None:
             _config_of(model, origin).save_pretrained(new)
-        safetensors.save_model(model, str(new / WEIGHTS), metadata={"format": "pt"})
+        safetensors.save_file(weights, new / WEIGHTS, metadata={"format": "pt"})
+        shutil.copymode(new / RECORD, new / WEIGHTS)  # safetensors keeps it from others
+
         for file in (CONFIG, RECORD, WEIGHTS):
             if (new / file).exists():
                 (new / file).replace(folder / file)
@@ -88,6 +93,24 @@ def _options(model: ExpertModel, origin: Origin) -> dict[str, Any]:
     return options if classifiers.scale is None else {**options, "scale": classifiers.scale}
 
 
+def _weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copy the state, each tensor into memory of its own; of tied weights the first name."""
+    state = model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"model: expected a state of tensors, got {describe(value)} as {name!r}; save it by "
+                "torch.save(model.state_dict(), path)"
+            )
+
+    names = {id(tensor): name for name, tensor in reversed(state.items())}
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+        if names[id(tensor)] == name
+    }
+
+
 def _config_of(model: ExpertModel, origin: Origin) -> Any:
     """Give the config of the network with the class, the classes and the precision that the model has."""
     # The trunk's own says what was changed since, as by resize_token_embeddings.
@@ -104,12 +127,13 @@ def load(cls: type[ExpertModel], directory: str | os.PathLike[str], network: nn.
     """Make a model as the record says, and give it the weights."""
     folder = _folder(directory)
     record = _record(folder)
-    safetensors = _imported("safetensors.torch")
+    weights = _read_weights(folder / WEIGHTS)
 
     made = _network(folder, record) if network is None else network
-    model = cls.from_model(made, **record["options"], reset=False)
+    _check_has_values(made)
+    model = _made_of(cls, made, record["options"], folder)
 
-    _load_weights(model, safetensors.load_file(folder / WEIGHTS), folder)
+    _load_weights(model, weights, folder)
     return model.eval()
 
 
@@ -142,6 +166,18 @@ def _record(folder: Path) -> dict[str, Any]:
         ) from error
 
 
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    load_file = _imported("safetensors.torch").load_file
+    try:
+        weights: dict[str, Tensor] = load_file(path)
+        return weights
+    except _imported("safetensors").SafetensorError as error:
+        raise ValueError(
+            f"directory: expected weights in {str(path)!r}, got a damaged file ({error}); save the model "
+            "again"
+        ) from error
+
+
 def _network(folder: Path, record: dict[str, Any]) -> nn.Module:
     """Make a network of transformers of its config."""
     name = record["network"]
@@ -149,20 +185,55 @@ def _network(folder: Path, record: dict[str, Any]) -> nn.Module:
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(
-            f"model: expected a {name}, as the class is not one of transformers, which could be made by its "
-            f"name, got None; make one as for from_model and pass it: from_pretrained({str(folder)!r}, "
-            "model=network)"
+            f"model: expected a {name}, got None; it is not one of transformers' own models: make one as for "
+            f"from_model and pass it: from_pretrained({str(folder)!r}, model=network)"
         )
     made: Any = kind
-    network: nn.Module = made(made.config_class.from_pretrained(folder))
+    try:
+        # from_pretrained would take a config that is missing for the default one.
+        config = made.config_class.from_dict(json.loads((folder / CONFIG).read_text()))
+    except Exception as error:  # the checks of transformers raise classes of their own
+        raise ValueError(
+            f"directory: expected the config of a {name} in {str(folder / CONFIG)!r}, got none or a damaged "
+            f"one ({error}); save the model again, or make a {name} and pass it as model="
+        ) from error
+    network: nn.Module = made(config)
     return network
 
 
-def _load_weights(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
+def _check_has_values(network: nn.Module) -> None:
+    """Refuse meta, also as the device of what from_model makes: loading leaves it without values."""
+    check_network(network)
+    if any(tensor.is_meta for tensor in (torch.empty(0), *network.parameters(), *network.buffers())):
+        raise ValueError(
+            "model: expected a network on a device that holds values, got meta; make it on the CPU, and call "
+            'from_pretrained outside torch.device("meta")'
+        )
+
+
+def _made_of(cls: type[ExpertModel], network: nn.Module, options: Any, folder: Path) -> ExpertModel:
+    """Call from_model as the record says."""
+    path = str(folder / RECORD)
+    try:
+        return cls.from_model(network, **options, reset=False)
+    except TypeError as error:
+        raise ValueError(
+            f"directory: expected options that from_model takes in {path!r}, got {options} ({error}); it was "
+            "written by another version of lgla_losses: load it by that one"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"model: expected the network that the record {path!r} is of, got another: {error} (these "
+            "arguments are of the record); make it as it was made for from_model and pass it as model="
+        ) from error
+
+
+def _load_weights(model: nn.Module, saved: dict[str, Tensor], folder: Path) -> None:
     """Load all weights, in the precision that they were saved in."""
     own = model.state_dict(keep_vars=True)
     for name in saved.keys() & own.keys():
-        own[name].data = own[name].data.to(saved[name].dtype)
+        data = own[name].data.to(saved[name].dtype)
+        own[name].data = data.contiguous() if 0 in data.stride() else data  # nothing loads into expanded ones
 
     # Of tied weights one name is saved.
     tied = {id(own[name]): tensor for name, tensor in saved.items() if name in own}

@@ -181,15 +181,17 @@ class ExpertModel(nn.Module):
 
         The weights are ``model.safetensors``, ``experts.json`` says how the model was made, and of a network
         of transformers ``config.json`` is its config, which ``AutoConfig`` and ``AutoTokenizer`` read. Its
-        ``AutoModel`` knows nothing of experts and makes new weights. What is in the folder is replaced
-        when all is written.
+        ``AutoModel`` knows nothing of experts and makes new weights. The files are written beside those in
+        the folder and then renamed one after the other. ``requires_grad`` and ``experts.together`` are not
+        kept.
 
         Args:
             directory: the folder, which is made where there is none.
 
         Raises:
             TypeError: ``directory`` is no path.
-            ValueError: it is a file, or the model was not made by :meth:`from_model`.
+            ValueError: it is a file, the model was not made by :meth:`from_model`, or a module's
+                ``get_extra_state`` gives something else than a tensor.
             ImportError: safetensors is not installed.
         """
         _saving.save(self, directory)
@@ -208,7 +210,8 @@ class ExpertModel(nn.Module):
 
         Raises:
             TypeError: an argument is of a wrong type.
-            ValueError: the folder lacks a file, ``model`` is needed or does not fit the weights.
+            ValueError: the folder lacks a file, a file is damaged or of another version, or ``model`` is
+                needed, is on meta or does not fit.
             ImportError: safetensors, or transformers for its networks, is not installed.
 
         Example:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import sys
 
@@ -215,7 +216,7 @@ def test_what_lies_in_the_folder_stays_where_saving_fails(tmp_path, monkeypatch)
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_model", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="No space"):
         trained(ExpertModel.from_model(of_transformers("bert"), 4)).save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -278,6 +279,129 @@ def test_a_trainer_of_transformers_saves_resumes_and_takes_the_best(tmp_path):
         ValueError,
         *("directory", "experts.json", "Trainer", "load_state_dict"),
     )
+
+
+@pytest.mark.parametrize("kind", ["expanded", "overlapping", "a view of a weight", "of one storage", "tied"])
+def test_weights_that_share_memory_come_back(kind, tmp_path):
+    def make(first=0.0):
+        network, values = mlp(), torch.arange(first, first + 8)
+        if kind == "expanded":
+            network[3].register_buffer("positions", values.expand(3, 8))
+        elif kind == "overlapping":
+            network[3].register_buffer("low", values[:6])
+            network[3].register_buffer("high", values[2:])
+        elif kind == "a view of a weight":
+            network[3].register_buffer("row", network[3].weight.detach()[2:4])
+        elif kind == "of one storage":
+            both = torch.randn(9, 8)
+            network[3].weight.data, network[3].bias.data = both[:8], both[8]
+        else:
+            network[3].twin = network[3].weight
+        return network
+
+    for at in (None, "0"):
+        model = ExpertModel.from_model(make(first=7.0), at=at)
+        model.save_pretrained(tmp_path)
+        loaded = ExpertModel.from_pretrained(tmp_path, make())
+        assert_same_weights(loaded, model)
+        assert len(list(loaded.parameters())) == len(list(model.parameters()))
+
+
+def test_others_may_read_the_weights_as_they_may_the_record(tmp_path):
+    before = os.umask(0o022)
+    try:
+        saved(ExpertModel.from_model(mlp()), tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
+
+
+class WithState(nn.Linear):
+    """Has a state beside its tensors."""
+
+    def get_extra_state(self):
+        return {"steps": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_state_that_safetensors_cannot_hold_is_named(tmp_path):
+    model = ExpertModel.from_model(nn.Sequential(WithState(6, 8), nn.Linear(8, CLASSES)))
+    assert_raises(
+        lambda: model.save_pretrained(tmp_path / "new"),
+        ValueError,
+        *("model", "steps", "trunk.0._extra_state", "torch.save(model.state_dict(), path)"),
+    )
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_is_never_loaded_without_values(tmp_path):
+    saved(ExpertModel.from_model(of_transformers("bert")), tmp_path / "bert")
+    saved(ExpertModel.from_model(mlp()), tmp_path / "mlp")
+
+    def load(folder, network=None):
+        return lambda: ExpertModel.from_pretrained(tmp_path / folder, network)
+
+    told = ValueError, "model", "meta", "on the CPU"
+    assert_raises(load("mlp", mlp().to("meta")), *told)
+    network = mlp()
+    with torch.device("meta"):
+        for call in (load("bert"), load("mlp", network)):
+            assert_raises(call, *told)
+
+
+def damaged(folder, file, text):
+    """A folder of BERT where a file has this text, or is gone."""
+    saved(ExpertModel.from_model(of_transformers("bert")), folder)
+    (folder / file).unlink() if text is None else (folder / file).write_bytes(text)
+    return folder
+
+
+@pytest.mark.parametrize("text", [None, b"", b"{", b"[]", b'{"hidden_size": "wide"}'])
+def test_a_config_that_is_gone_or_damaged_is_named(text, tmp_path):
+    assert_raises(
+        lambda: ExpertModel.from_pretrained(damaged(tmp_path, "config.json", text)),
+        ValueError,
+        *("directory", "BertForSequenceClassification", f"{tmp_path}/config.json", "model="),
+    )
+    ExpertModel.from_pretrained(tmp_path, of_transformers("bert"))
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_weights_that_were_cut_off_are_named(size, tmp_path):
+    weights = (damaged(tmp_path, "notes.txt", b"") / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:size])
+    assert_raises(
+        lambda: ExpertModel.from_pretrained(tmp_path),
+        ValueError,
+        *("directory", f"{tmp_path}/model.safetensors", "damaged", "save the model again"),
+    )
+
+
+def with_options(folder, **options):
+    """Load the folder of a small network whose record has these options too."""
+    saved(ExpertModel.from_model(mlp(), at="3"), folder)
+    record = json.loads((folder / "experts.json").read_text())
+    (folder / "experts.json").write_text(
+        json.dumps({**record, "options": {**record["options"], **options} if options else None})
+    )
+    return lambda: ExpertModel.from_pretrained(folder, mlp())
+
+
+@pytest.mark.parametrize("options", [{}, {"routing": "top"}, {"reset": True}, {"scale": None}])
+def test_a_record_of_another_version_is_told(options, tmp_path):
+    told = [next(iter(options)), "written by another version"] if options else ["written by another version"]
+    assert_raises(
+        with_options(tmp_path, **options), ValueError, "directory", f"{tmp_path}/experts.json", *told
+    )
+
+
+@pytest.mark.parametrize("options", [{"at": "body.7"}, {"head": "classifier"}])
+def test_a_network_that_the_record_does_not_fit_is_told_so(options, tmp_path):
+    (value,) = options.values()
+    told = f"record '{tmp_path}/experts.json'", value, "of the record", "model="
+    assert_raises(with_options(tmp_path, **options), ValueError, "model", *told)
 
 
 def saved(model, folder):
