@@ -94,7 +94,7 @@ def _options(model: ExpertModel, origin: Origin) -> dict[str, Any]:
 
 
 def _weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copy the state, each tensor into memory of its own; of tied weights the first name."""
+    """Copy the state, each tensor into memory of its own; of tied weights the last name."""
     state = model.state_dict(keep_vars=True)
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -103,11 +103,10 @@ def _weights_of(model: nn.Module) -> dict[str, Tensor]:
                 "torch.save(model.state_dict(), path)"
             )
 
-    names = {id(tensor): name for name, tensor in reversed(state.items())}
+    untied = {id(tensor): (name, tensor) for name, tensor in state.items()}
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in state.items()
-        if names[id(tensor)] == name
+        for name, tensor in untied.values()
     }
 
 

@@ -13,6 +13,7 @@ import torchvision
 import transformers
 from families import DISTILBERT, SMALL_TEXT, SMALL_VIT, TOKENS
 from reference import assert_raises
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -305,6 +306,8 @@ def test_weights_that_share_memory_come_back(kind, tmp_path):
         loaded = ExpertModel.from_pretrained(tmp_path, make())
         assert_same_weights(loaded, model)
         assert len(list(loaded.parameters())) == len(list(model.parameters()))
+        tensors = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+        assert len(load_file(tmp_path / "model.safetensors")) == len(tensors)
 
 
 def test_others_may_read_the_weights_as_they_may_the_record(tmp_path):
