@@ -222,8 +222,9 @@ def _made_of(cls: type[ExpertModel], network: nn.Module, options: Any, folder: P
         ) from error
     except ValueError as error:
         raise ValueError(
-            f"model: expected the network that the record {path!r} is of, got another: {error} (these "
-            "arguments are of the record); make it as it was made for from_model and pass it as model="
+            f"model: expected a network that the record {path!r} fits, got another: {error} (these arguments "
+            "are of the record); make it as it was made for from_model and pass it as model=, or load it by "
+            "the version of lgla_losses that saved it"
         ) from error
 
 
