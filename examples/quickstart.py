@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
     stacked = {method: torch.stack(results) for method, results in accuracy.items()}
     title = (
         f"Accuracy (%) on long-tailed digits, {class_counts[0]} to {class_counts[-1]} images a class, "
-        f"last epoch, {options.seeds} seeds"
+        f"{options.seeds} seeds"
     )
     print_table(stacked, class_counts, title)
     draw(stacked, class_counts, options.output)
