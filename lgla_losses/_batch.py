@@ -264,12 +264,15 @@ class Batch(NamedTuple):
         ends = [end.item() for block in self.logits if block.numel() for end in block.detach().aminmax()]
         return any(ends) and all(-bound <= end <= bound for end in ends)
 
-    def differs_by_class(self) -> bool:
-        """Say whether the logits of a sample differ more than new heads', whose class centres are close."""
+    def is_unlike_new_experts(self) -> bool:
+        """Say whether logits differ less over classes than new experts' do, or much more than their mean.
+
+        Class centres of new experts are close: their logits' deviation is 0.375, and smaller than the mean.
+        """
         experts = [expert.float() for expert in self.experts()]
         common = [expert.mean(dim=-1, keepdim=True) for expert in experts]
         own = sum(float((e - c).square().mean()) for e, c in zip(experts, common, strict=True))
-        return own > 0.25 * sum(float(c.square().mean()) for c in common)
+        return own < 0.05 * len(experts) or own > 4 * sum(float(c.square().mean()) for c in common)
 
     def compared_with_cosines(self) -> tuple[float, float]:
         """Find what the logits are of the cosines of features and weights.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from lgla_losses.functional import compute_dtype, unit_vectors
 MOST_PULL = 0.4
 #: The most that a sample turns a class centre: as under a scale of 3.
 MOST_TURN = 3.0
-#: How far class centres begin from the direction that those of an expert have in common.
-FIRST_SPREAD = 0.1
+#: The standard deviation of a sample's first logits over classes; a new linear layer has about 0.6. Smaller
+#: ones delay AdamW at the low rates of fine-tuning.
+FIRST_SPREAD = 0.375
 
 
 class ExpertClassifiers(nn.Module):
@@ -74,7 +75,8 @@ class ExpertClassifiers(nn.Module):
                 directions = unit_vectors(self.weight.normal_())
                 if self.gradient == "bounded":
                     common = unit_vectors(torch.randn_like(directions[:, :1]))
-                    directions = unit_vectors(common + FIRST_SPREAD * directions)
+                    spread = FIRST_SPREAD * math.sqrt(self.weight.shape[-1]) / cast(float, self.scale)
+                    directions = unit_vectors(common + spread * directions)
                 self.weight.copy_(directions)
             else:
                 bound = 1 / math.sqrt(self.weight.shape[-1])

@@ -106,20 +106,40 @@ def test_experts_pass_the_choice_on_and_keep_it(layout):
     assert ExpertModel.from_model(network, gradient="exact").experts.classifiers.gradient == "exact"
 
 
-def test_first_logits_differ_about_as_those_of_a_linear_layer():
+@pytest.mark.parametrize("num_features", [64, 768])
+@pytest.mark.parametrize("scale", [10.0, 30.0])
+def test_first_logits_differ_about_as_those_of_a_linear_layer(num_features, scale):
     """The scale of 30 alone makes first losses of 10 to 20 an expert."""
     torch.manual_seed(0)
-    features = torch.randn(200, 3, 64).relu()
-    spread = {
-        name: GroupConvExperts(None, 3, 100, num_features=64, **options)(features[:, 0]).logits.std(-1).mean()
-        for name, options in {
-            "linear": {"classifier": "linear"},
-            "bounded": {},
-            "exact": {"gradient": "exact"},
-        }.items()
-    }
-    assert 0.5 < spread["bounded"] / spread["linear"] < 2
-    assert spread["exact"] > 5 * spread["linear"]
+    shared = torch.randn(200, num_features)
+
+    def spread(**options):
+        experts = GroupConvExperts(None, 3, 100, num_features=num_features, **options)
+        return experts(shared).logits.std(-1).mean()
+
+    linear, bounded = spread(classifier="linear"), spread(scale=scale)
+    assert 0.4 * linear < bounded < linear
+    assert spread(scale=30.0, gradient="exact") > 1.7 * bounded
+
+
+def test_fine_tuning_at_a_low_rate_is_not_much_slower_than_with_linear_heads():
+    """Of class centres too close to each other AdamW needs hundreds of steps to part them."""
+    losses = {}
+    for classifier in ("linear", "cosine"):
+        torch.manual_seed(0)
+        inputs, labels = torch.randn(160, 32), torch.arange(160) % 10
+        inputs += torch.randn(10, 32)[labels]
+        body = nn.Sequential(nn.Linear(32, 768), nn.GELU(), nn.Linear(768, 768), nn.LayerNorm(768))
+        experts = GroupConvExperts(None, 3, 10, num_features=768, classifier=classifier)
+        optimizer = torch.optim.AdamW([*body.parameters(), *experts.parameters()], lr=2e-5)
+        for _ in range(100):
+            optimizer.zero_grad()
+            logits = experts(body(inputs)).logits
+            loss = sum(F.cross_entropy(v, labels) for v in logits.unbind(1))
+            loss.backward()
+            optimizer.step()
+        losses[classifier] = loss.item()
+    assert losses["cosine"] < 2 * losses["linear"], losses
 
 
 def test_first_losses_are_those_of_a_guess():
