@@ -305,7 +305,7 @@ class Loss(nn.Module):
                 )
             # Scaled cosines of many features and new weights are small too, but not for long; those of
             # new experts at a low rate for longer.
-            are_bare = seen >= _SETTLED and batch.is_within(1.01) and batch.is_unlike_new_experts()
+            are_bare = seen >= _SETTLED and batch.is_unlike_new_experts()
         if scale >= 10 and are_bare and batch.is_within(1.01):
             return (
                 f"all logits of the batch lie within [-1, 1] under scale={scale}, as bare cosines do, from "

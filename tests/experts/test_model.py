@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
-from families import DISTILBERT, NARROW_TIMM, SMALL_TEXT, SMALL_VIT, TOKENS
+from families import DISTILBERT, NARROW_TIMM, SMALL_TEXT, SMALL_VIT, TOKENS, TRAINER
 from reference import assert_raises
 from timm.optim import param_groups_weight_decay
 from torch import nn
@@ -373,15 +373,7 @@ def test_a_trainer_of_transformers_trains_validates_and_saves(tmp_path):
 
     for at in (None, "bert.encoder.layer.2"):
         arguments = transformers.TrainingArguments(
-            str(tmp_path),
-            max_steps=2,
-            per_device_train_batch_size=3,
-            label_names=["labels"],
-            remove_unused_columns=False,
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            dataloader_pin_memory=False,
+            str(tmp_path), max_steps=2, per_device_train_batch_size=3, **TRAINER
         )
         trainer = transformers.Trainer(
             ExpertModel.from_model(network, at=at),

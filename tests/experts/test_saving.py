@@ -11,7 +11,7 @@ import timm
 import torch
 import torchvision
 import transformers
-from families import DISTILBERT, SMALL_TEXT, SMALL_VIT, TOKENS
+from families import DISTILBERT, SMALL_TEXT, SMALL_VIT, TOKENS, TRAINER
 from reference import assert_raises
 from safetensors.torch import load_file
 from torch import nn
@@ -244,12 +244,7 @@ def test_a_trainer_of_transformers_saves_resumes_and_takes_the_best(tmp_path):
         save_strategy="epoch",
         load_best_model_at_end=True,
         metric_for_best_model="score",
-        label_names=["labels"],
-        remove_unused_columns=False,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
+        **TRAINER,
     )
     trainer = transformers.Trainer(
         ExpertModel.from_model(network, at="bert.encoder.layer.2"),

@@ -29,6 +29,9 @@ SMALL_SWIN = {"img_size": 56, "embed_dim": 16, "depths": (1, 2, 2, 1), "num_head
 SMALL_TEXT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 TOKENS = {"vocab_size": 99, "max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 1}
 TOKENS |= {"eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+#: A Trainer of experts: on a CPU, and it tells nobody.
+TRAINER = {"label_names": ["labels"], "remove_unused_columns": False, "report_to": [], "disable_tqdm": True}
+TRAINER |= {"use_cpu": True, "dataloader_pin_memory": False}
 DISTILBERT = {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48}
 #: Bottlenecks of an eighth of the width; the blocks' outputs keep theirs.
 NARROW = {"width_per_group": 8}
