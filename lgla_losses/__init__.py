@@ -24,6 +24,7 @@ from lgla_losses.experts import (
     split_points,
 )
 from lgla_losses.grouping import ClassGrouper
+from lgla_losses.losses.create import create_loss
 from lgla_losses.losses.lgla import LGLALoss
 from lgla_losses.losses.linear import LinearLGLALoss
 from lgla_losses.weighting import AAWWeighter
@@ -40,6 +41,7 @@ __all__ = [
     "LGLALoss",
     "LinearLGLALoss",
     "count_classes",
+    "create_loss",
     "functional",
     "parameter_groups",
     "split_backbone",

@@ -103,6 +103,10 @@ class Loss(nn.Module):
         """Count the numbers of a step that the ranks add up."""
         return 1
 
+    def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
+        """Change class counts and strength in place."""
+        raise NotImplementedError
+
     # --- Before a batch is computed with ------------------------------------------------------------------
 
     def _step(

@@ -17,6 +17,7 @@ from lgla_losses.losses.adjusted import AdjustedLoss, Options
 
 SIGNATURES = {
     "count_classes": "labels, num_classes, *, iterate=False",
+    "create_loss": "name, class_counts=None, **options",
     "ClassGrouper": "class_counts, num_groups",
     "ClassGrouper.from_groups": "class_counts, group_index",
     "ClassGrouper.forward": "self, target",

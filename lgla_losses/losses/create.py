@@ -1,0 +1,159 @@
+"""Losses by name, as a configuration file has them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, Unpack
+
+from lgla_losses._checks import describe
+from lgla_losses._counts import ArrayLike
+from lgla_losses.losses._base import Loss
+from lgla_losses.losses._config import LossOptions
+from lgla_losses.losses.adjusted import AdjustedLoss, Options
+from lgla_losses.losses.baselines import (
+    BalancedSoftmaxLoss,
+    ClassBalancedLoss,
+    FocalLoss,
+    LDAMLoss,
+    LogitAdjustedLoss,
+    VSLoss,
+)
+from lgla_losses.losses.lgla import LGLALoss
+
+
+class CreateOptions(LossOptions, Options, total=False):
+    """Name the options of all losses; each has some of them."""
+
+    num_experts: int | None
+    tau: float | None
+    scale: float | None
+    gamma: float | None
+    alpha: ArrayLike | None
+    beta: float
+    max_margin: float
+
+
+#: A class for each name, and what the name fixes.
+_LOSSES: dict[str, tuple[type[Loss], dict[str, Any]]] = {
+    "lgla": (LGLALoss, {}),
+    "cla": (LGLALoss, {"aaw": False}),
+    "softmax": (AdjustedLoss, {}),
+    "balanced": (BalancedSoftmaxLoss, {}),
+    "logit": (LogitAdjustedLoss, {}),
+    "focal": (FocalLoss, {}),
+    "class_balanced": (ClassBalancedLoss, {}),
+    "ldam": (LDAMLoss, {}),
+    "vs": (VSLoss, {}),
+}
+
+#: Names that are adjustments of :class:`LGLALoss` as well.
+_ADJUSTMENTS = ("softmax", "balanced", "logit")
+
+#: What else the losses are called, for the error.
+_OTHER_NAMES = {
+    "ce": "softmax",
+    "cross_entropy": "softmax",
+    "balms": "balanced",
+    "balanced_softmax": "balanced",
+    "logit_adjustment": "logit",
+    "cb": "class_balanced",
+    "vector_scaling": "vs",
+}
+
+
+def create_loss(name: str, class_counts: ArrayLike | None = None, **options: Unpack[CreateOptions]) -> Loss:
+    """Make a loss by its name, as for configuration files.
+
+    ============================ ========================================================================
+    name                         loss
+    ============================ ========================================================================
+    ``"lgla"``, ``"cla"``        :class:`LGLALoss` of K experts, with and without hard-sample weights
+    ``"softmax"``                cross entropy
+    ``"balanced"``               :class:`~lgla_losses.baselines.BalancedSoftmaxLoss`
+    ``"logit"``                  :class:`~lgla_losses.baselines.LogitAdjustedLoss`
+    ``"focal"``                  :class:`~lgla_losses.baselines.FocalLoss`
+    ``"class_balanced"``         :class:`~lgla_losses.baselines.ClassBalancedLoss`
+    ``"ldam"``                   :class:`~lgla_losses.baselines.LDAMLoss`
+    ``"vs"``                     :class:`~lgla_losses.baselines.VSLoss`
+    ============================ ========================================================================
+
+    With ``num_experts`` and class counts ``"softmax"``, ``"balanced"`` and ``"logit"`` are the
+    :class:`LGLALoss` of that adjustment, by default with ``aaw=False``.
+
+    Args:
+        name: one of the names above.
+        class_counts: training samples per class ``[C]``, positive; :func:`count_classes` makes them.
+            ``"softmax"`` and ``"focal"`` need none.
+        options: those of the loss.
+
+    Raises:
+        TypeError: the name is not a string, the loss has no such option, or it needs class counts.
+        ValueError: there is no such loss, or an option is out of range.
+
+    Example:
+        >>> create_loss("lgla", [500, 100, 20], tau=2.0).num_experts
+        3
+        >>> create_loss(**{"name": "focal", "class_counts": [500, 100, 20], "gamma": 1.0})
+        FocalLoss(num_classes=3, gamma=1.0, reduction='mean', backend='auto')
+    """
+    kind, fixed = _loss_of(name, class_counts, options)
+    given: dict[str, Any] = dict(options)
+    if kind is AdjustedLoss or given.get("num_experts", 1) is None:
+        given.pop("num_experts", None)  # any number, as for the others without
+
+    _check_options(name, given, _options_of(kind) - fixed.keys())
+    return kind(class_counts=class_counts, **fixed, **given)
+
+
+def _loss_of(
+    name: str, class_counts: ArrayLike | None, options: CreateOptions
+) -> tuple[type[Loss], dict[str, Any]]:
+    """Find the class of a name, and the options that the name fixes."""
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected {_told(_LOSSES)}, got {describe(name)}")
+    if name not in _LOSSES:
+        raise ValueError(f"name: expected {_told(_LOSSES)}, got {name!r}{_near_name(name)}")
+    kind, fixed = _LOSSES[name]
+
+    has_groups = options.get("grouper") is not None
+    has_number = options.get("num_experts") is not None and (class_counts is not None or name != "softmax")
+    if name in _ADJUSTMENTS and (has_groups or has_number):
+        return LGLALoss, {"adjustment": name} | ({} if "aaw" in options else {"aaw": False})
+    return kind, fixed
+
+
+def _near_name(name: str) -> str:
+    """Say which name is meant."""
+    names = {**{known: known for known in _LOSSES}, **_OTHER_NAMES}
+    names |= {kind.__name__.lower(): known for known, (kind, _) in reversed(_LOSSES.items())}
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=3)
+    found = dict.fromkeys(names[match] for match in near)
+    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
+
+
+def _options_of(kind: type[Loss]) -> set[str]:
+    """List the options of a loss."""
+    own = {name for name, p in inspect.signature(kind).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    shared = Options.__annotations__ if issubclass(kind, AdjustedLoss) else {}
+    return (own | set(shared)) - {"class_counts", "numbers"}
+
+
+def _check_options(name: str, options: Mapping[str, object], known: set[str]) -> None:
+    """Raise for an option that the loss does not have."""
+    for option in options.keys() - known:
+        near = difflib.get_close_matches(option, known, n=1)
+        way_out = f"did you mean {near[0]!r}?" if near else "leave it out"
+        if option == "num_experts":
+            way_out = "leave it out: it takes the logits of any number of experts"
+        elif name in _ADJUSTMENTS and option in ("aaw", "scale"):
+            way_out = "for experts give num_experts and class_counts as well"
+        raise TypeError(
+            f"{option}: expected an option of the loss {name!r} ({', '.join(sorted(known))}), "
+            f"got {describe(options[option])}; {way_out}"
+        )
+
+
+def _told(names: Iterable[str]) -> str:
+    return f"one of {', '.join(map(repr, names))}"
