@@ -19,7 +19,12 @@ from lgla_losses.experts.backbone import (
     is_below,
     is_traceable,
     is_transformers_model,
+    linear_layers,
+    scaled_by_constant,
+    sizes_of_classifier,
     split_backbone,
+    split_off_classifier,
+    told_last_layers,
     told_replacement,
     trace_to_classifier,
 )
@@ -33,7 +38,7 @@ WAY_OUT = "pass the path of the linear layer that classifies as head="
 
 
 def find_classifier(model: nn.Module, head: str = "auto") -> str:
-    """Find the path of the linear layer that gives a network's output.
+    """Find the path of the linear layer that gives a network's output, by a constant factor or as it is.
 
     Asks timm's ``get_classifier()``, else follows the network's code from its output back, else, where that
     cannot be traced, takes the last linear layer if it has one of the field's names, or a shape of its own.
@@ -50,13 +55,14 @@ def find_classifier(model: nn.Module, head: str = "auto") -> str:
     if head != "auto":
         check_path("head", model, head)
         layer = model.get_submodule(head)
-        if not isinstance(layer, nn.Linear):
+        if sizes_of_classifier(layer) is None:
             raise ValueError(
-                f"head: expected the path of an nn.Linear, got {head!r}, a {type(layer).__name__}; "
+                "head: expected the path of an nn.Linear, or of a layer with one weight matrix, got "
+                f"{head!r}, a {type(layer).__name__}; "
                 + (
                     told_replacement(layer)
-                    if isinstance(layer, nn.Conv2d) and not _linear_layers(model)
-                    else _told_layers(model)
+                    if isinstance(layer, nn.Conv2d) and not linear_layers(model)
+                    else told_last_layers(model)
                 )
             )
         return head
@@ -86,7 +92,8 @@ def _refuse_two_classifiers(model: nn.Module) -> None:
     """Raise for a distilled network, which gives the mean of two classifiers' logits."""
     heads = _classifier_of(model)
     if isinstance(heads, tuple):
-        paths = [_path_of(model, _linear_layers(head)[-1][1]) for head in heads if _linear_layers(head)]
+        layers = [list(linear_layers(head).values()) for head in heads]
+        paths = [_path_of(model, of_head[-1]) for of_head in layers if of_head]
         raise ValueError(
             f"model: expected a network with one linear classifier, got a {type(model).__name__}, whose "
             f"get_classifier() gives {' and '.join(map(repr, paths))}; for the features of both create it "
@@ -104,42 +111,33 @@ def _path_by_name(model: nn.Module) -> str | None:
     for name in NAMES:
         named = getattr(model, name, None)
         if isinstance(named, nn.Module):
-            layers = _linear_layers(named)
+            layers = list(linear_layers(named).values())
             if layers:
-                path = _path_of(model, layers[-1][1])
+                path = _path_of(model, layers[-1])
                 # Models of transformers name what classifies, and may have more behind it.
-                is_last = is_transformers_model(model) or path == _linear_layers(model)[-1][0]
+                is_last = is_transformers_model(model) or path == list(linear_layers(model))[-1]
                 return path if is_last else None
     return None
 
 
 def _last_linear(model: nn.Module) -> str:
     """Take the last linear layer, unless others of its shape could be meant as well."""
-    layers = _linear_layers(model)
-    shapes = [layer.weight.shape for _, layer in layers]
+    layers = linear_layers(model)
+    shapes = [sizes_of_classifier(layer) for layer in layers.values()]
     # A model of transformers without a head has linear layers, but none that classifies.
     if not layers or is_transformers_model(model) or shapes.count(shapes[-1]) > 1:
         raise ValueError(
             f"model: expected a network with one linear classifier, got a {type(model).__name__}, where it "
             f"was not found by get_classifier(), by its code, nor by the names {', '.join(NAMES)}; "
-            f"{_told_layers(model)}; {WAY_OUT}"
+            f"{told_last_layers(model)}; {WAY_OUT}"
         )
-    return layers[-1][0]
-
-
-def _linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-
-
-def _told_layers(model: nn.Module) -> str:
-    paths = [path for path, _ in _linear_layers(model)]
-    if not paths:
-        return "it has no nn.Linear"
-    return f"its last linear layers are {', '.join(map(repr, paths[-3:]))}"
+    return list(layers)[-1]
 
 
 def remove_classifier(model: nn.Module, path: str) -> nn.Module:
     """Put an identity in the place of the classifier, and of a softmax behind it; give what is left.
+
+    Where the network's own code scales the logits, what is left is the part before the classifier.
 
     Raises:
         ValueError: there are two classifiers, or the network's own code makes something else of the
@@ -150,24 +148,54 @@ def remove_classifier(model: nn.Module, path: str) -> nn.Module:
     _refuse_two_classifiers(model)
 
     layers = {f"model.{name}": module for name, module in model.named_modules(remove_duplicate=False)}
-    gone = [layers[f"model.{path}"]]
+    gone, is_scaled = [layers[f"model.{path}"]], False
     # What transformers makes of logits is an output that holds them, or a choice of tokens.
     for call in [] if is_transformers_model(model) else calls_behind_classifier(model, path):
         layer = layers.get(str(call.target))
 
         if isinstance(layer, nn.Softmax | nn.LogSoftmax):
             gone.append(layer)
+        elif scaled_by_constant(call) is not None:
+            is_scaled = True
         elif not isinstance(layer, nn.Identity | nn.Flatten) and call.target not in RESHAPING_CALLS:
             raise ValueError(
                 f"model: expected a network that returns the logits of {path!r}, got a "
                 f"{type(model).__name__}, whose code makes something else of them "
-                f"({call.name.removeprefix('model_')}); remove that, as the losses take logits"
+                f"({call.name.removeprefix('model_')}); remove that, as the losses take logits, or split the "
+                "network by at="
             )
 
+    if is_scaled:  # the factor would scale the features
+        return split_off_classifier(model, path)
     for name, module in layers.items():
         if module in gone:
             model.set_submodule(name.removeprefix("model."), nn.Identity().train(module.training))
     return model
+
+
+def check_kept(model: nn.Module, path: str) -> nn.Linear:
+    """Give the classifier that experts are to begin with.
+
+    Raises:
+        ValueError: it is no nn.Linear, or the network's own code scales its logits.
+    """
+    layer = model.get_submodule(path)
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(
+            f"keep_head: expected False for a classifier that is no nn.Linear, got True and {path!r}, a "
+            f"{type(layer).__name__}; leave keep_head=False: the classifiers are new, of the scale= you give"
+        )
+
+    behind = [] if is_transformers_model(model) or not path else calls_behind_classifier(model, path)
+    for call in behind:
+        if scaled_by_constant(call) is not None:
+            raise ValueError(
+                f"keep_head: expected False for a network that scales its logits, got True and a "
+                f"{type(model).__name__}, whose code does that to those of {path!r} "
+                f"({call.name.removeprefix('model_')}); leave keep_head=False, or put the factor into the "
+                "classifier's weight and bias"
+            )
+    return layer
 
 
 class Watch:

@@ -14,7 +14,7 @@ import pickle
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from difflib import get_close_matches
@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lgla_losses._checks import describe
+from lgla_losses.experts._stacking import copy_module
 
 #: What may follow a classifier: modules, and functions and methods.
 FOLLOWING_MODULES = (nn.Identity, nn.Flatten, nn.Softmax, nn.LogSoftmax)
@@ -40,6 +41,9 @@ RESHAPING_CALLS = {torch.flatten, torch.squeeze, "flatten", "squeeze"}
 FOLLOWING_CALLS = RESHAPING_CALLS | {
     *(torch.softmax, torch.log_softmax, F.softmax, F.log_softmax, "softmax", "log_softmax")
 }
+#: Products and quotients, by which code scales its logits.
+PRODUCTS = {*(operator.mul, operator.imul, torch.mul), *("mul", "mul_")}
+QUOTIENTS = {*(operator.truediv, operator.itruediv, torch.div), *("div", "div_")}
 
 
 class BackbonePart(fx.GraphModule):
@@ -83,8 +87,9 @@ def split_backbone(
             encoder of transformers, with or without a head.
         at: dotted path of the module that begins the stage, as in ``model.named_modules()``.
         head: dotted path of the classifier. ``"auto"`` takes the linear layer that gives the output,
-            whatever its name; None says that there is none, as timm does by ``num_classes=0``. Of a
-            transformers model both mean its encoder; images take the path.
+            whatever its name, or a layer of one's own with one weight matrix, as a normalised one; a factor
+            behind it, as in ``linear(x) * s``, goes with it. None says that there is none, as timm does by
+            ``num_classes=0``. Of a transformers model both mean its encoder; images take the path.
 
     Returns:
         ``(trunk, stage)``. ``trunk(images)``, or ``trunk(input_ids, attention_mask)``, with a head named
@@ -122,7 +127,7 @@ def split_backbone(
 
     if head is None or getattr(model, "num_classes", None) == 0:  # timm's sign of a network without one
         root, graph = _trace(model, _ancestors(at))
-        return _divide(graph, root, at, _output(graph), getattr(model, "num_features", None))
+        return _divide(graph, root, at, _output(graph, model), getattr(model, "num_features", None))
 
     if head == "auto":
         root, graph, classifier = trace_to_classifier(model, at)
@@ -131,8 +136,20 @@ def split_backbone(
         root, graph = _trace(model, opened, wrap)
         classifier = _call_of(graph, "head", head)
 
-    width = getattr(root.get_submodule(str(classifier.target)), "in_features", None)
+    layer = root.get_submodule(str(classifier.target))
+    sizes = sizes_of_classifier(layer)
+    width = sizes[0] if sizes else getattr(layer, "in_features", None)
     return _divide(graph, root, at, classifier.all_input_nodes[0], width)
+
+
+def split_off_classifier(model: nn.Module, head: str) -> BackbonePart:
+    """Give the part of a network before its classifier, without what its code does to the logits."""
+    root, graph = _trace(model, _ancestors(head))
+    features = _call_of(graph, "head", head).all_input_nodes[0]
+    alive = _needed_for(graph, features)
+    _check_replay(list(graph.nodes), root, alive, set())
+    nodes = [node for node in graph.nodes if node in alive]
+    return _part(root, [], nodes, [features])
 
 
 def check_network(model: nn.Module) -> None:
@@ -174,7 +191,7 @@ def _split_text_encoder(model: Any, at: str, head: str | None) -> tuple[Backbone
         at = at.removeprefix(f"{model.base_model_prefix}.")
     check_path("at", encoder, at)
     root, graph = _trace(encoder, _ancestors(at), TextEncoder)
-    return _divide(graph, root, at, _output(graph), encoder.config.hidden_size)
+    return _divide(graph, root, at, _output(graph, encoder), encoder.config.hidden_size)
 
 
 class Network(nn.Module):
@@ -393,11 +410,10 @@ def _in_mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
 
 def _leave_mode_open(root: Network, train: fx.Graph, other: Network, evaluation: fx.Graph) -> None:
     """Let the first graph read the mode when run, where those of the two modes differ by True and False."""
-    twins = list(evaluation.nodes)
-    same_length = len(train.nodes) == len(twins)
     mode: fx.Node | None = None
 
-    for node, twin in zip(list(train.nodes), twins, strict=False):
+    # Graphs of different lengths differ at the shorter one's output at the latest.
+    for node, twin in zip(list(train.nodes), list(evaluation.nodes), strict=False):
         values, spec = pytree.tree_flatten((node.args, node.kwargs))
         others, other_spec = pytree.tree_flatten((twin.args, twin.kwargs))
 
@@ -409,10 +425,10 @@ def _leave_mode_open(root: Network, train: fx.Graph, other: Network, evaluation:
             )
             alike = value is twins_value or torch.equal(value, twins_value)
 
-        if not same_length or not alike or (node.op, node.target, spec) != (twin.op, twin.target, other_spec):
+        if not alike or (node.op, node.target, spec) != (twin.op, twin.target, other_spec):
             raise ValueError(
                 "model: expected the same calls in train and in eval mode around the split point and the "
-                f"classifier, got others from {node.name!r} on, as of an auxiliary classifier; switch that "
+                f"classifier, got {_told_difference(node, twin)}, as of an auxiliary classifier; switch that "
                 "off, or write trunk and stage as modules of your own"
             )
 
@@ -424,6 +440,23 @@ def _leave_mode_open(root: Network, train: fx.Graph, other: Network, evaluation:
             node.args, node.kwargs = pytree.tree_unflatten(values, spec)
 
 
+def _told_difference(train: fx.Node, evaluation: fx.Node) -> str:
+    """Name the first call that differs between the modes."""
+    told = [_told_call(node) for node in (train, evaluation)]
+    if told[0] == told[1]:
+        return f"{told[0]} with other inputs in each"
+    return f"first {told[0]} in train mode and {told[1]} in eval mode"
+
+
+def _told_call(node: fx.Node) -> str:
+    """Say in the words of the network's code what a call runs."""
+    if node.op == "output":
+        return "the output"
+    kind = {"call_module": "the module", "get_attr": "the tensor"}.get(node.op, "the function")
+    name = str(getattr(node.target, "__name__", node.target)).removeprefix("model.")
+    return f"{kind} {name!r}"
+
+
 def _see_through_wrappers(graph: fx.Graph) -> None:
     """Take out what an output class wraps only to be read again, which keeps a pooler alive."""
     for node in graph.nodes:
@@ -433,15 +466,23 @@ def _see_through_wrappers(graph: fx.Graph) -> None:
                 node.replace_all_uses_with(wrapper.kwargs[field])
 
 
-def _output(graph: fx.Graph) -> fx.Node:
+def _output(graph: fx.Graph, model: nn.Module) -> fx.Node:
     """Find what gives the network's output."""
     node = next(iter(reversed(graph.nodes))).args[0]
     if not isinstance(node, fx.Node):
         raise ValueError(
-            f"model: expected a network that returns one tensor, got one that returns {describe(node)}; "
-            "wrap it in a module that picks the tensor"
+            f"model: expected a network that returns one tensor, got one that returns {_told_values(node)}; "
+            f"{told_last_layers(model)}; pass the classifier's path as head=, or wrap the network in a "
+            "module that picks the tensor"
         )
     return node
+
+
+def _told_values(values: object) -> str:
+    """Say what a network returns where that is no tensor; those in it have no values yet."""
+    if isinstance(values, Mapping):
+        return f"a dict of {', '.join(map(repr, values))}"
+    return f"{len(values)} values" if isinstance(values, list | tuple) else describe(values)
 
 
 def _call_of(graph: fx.Graph, name: str, path: str) -> fx.Node:
@@ -470,25 +511,127 @@ def trace_to_classifier(model: nn.Module, at: str = "") -> tuple[Network, fx.Gra
     opened = _ancestors(at)
     while True:
         root, graph = _trace(model, opened)
-        node = _output(graph)
+        node = _output(graph, model)
         module = _called(node, root)
-        while isinstance(module, FOLLOWING_MODULES) or node.target in FOLLOWING_CALLS:
-            node = node.all_input_nodes[0]
+        while (before := _seen_through(node, module)) is not None:
+            node = before
             module = _called(node, root)
 
-        if isinstance(module, nn.Linear):
+        if module is not None and sizes_of_classifier(module) is not None:
             return root, graph, node
         path = str(node.target).removeprefix("model.")
         if module is None or not list(module.children()) or is_below(path, at):
             _refuse_convolution(model, root, node)
             raise ValueError(
                 f"head: expected a network whose output is a linear layer's, got {type(model).__name__}, "
-                f"where it is that of {node.name.removeprefix('model_')!r}; pass the classifier's path as "
-                "head=, or to split_backbone head=None where there is none or it was removed (timm: "
-                "model.reset_classifier(0))"
+                f"where it is that of {node.name.removeprefix('model_')!r}{_told_sources(node, model)}; pass "
+                "the classifier's path as head=, or to split_backbone head=None where there is none or it "
+                "was removed (timm: model.reset_classifier(0))"
             )
 
         opened = opened | {path}
+
+
+def _seen_through(node: fx.Node, module: nn.Module | None) -> fx.Node | None:
+    """Give what a call that may follow a classifier takes; None for another call."""
+    if isinstance(module, FOLLOWING_MODULES) or node.target in FOLLOWING_CALLS:
+        return node.all_input_nodes[0]
+    return scaled_by_constant(node)
+
+
+def scaled_by_constant(node: fx.Node) -> fx.Node | None:
+    """Give what a call multiplies or divides by a number or by parameters; None for another call."""
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    pairs = [node.args]
+    if node.target in PRODUCTS:
+        pairs.append(node.args[::-1])
+    elif node.target not in QUOTIENTS:
+        return None
+
+    for value, factor in pairs:
+        if isinstance(value, fx.Node) and _reads_input(value) and not _reads_input(factor):
+            return value
+    return None
+
+
+def _reads_input(value: object) -> bool:
+    """Tell whether a value depends on what the network is given."""
+    waiting, seen = [value], set()
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, fx.Node) and node not in seen:
+            if node.op == "placeholder":
+                return True
+            seen.add(node)
+            waiting.extend(node.all_input_nodes)
+    return False
+
+
+def sizes_of_classifier(layer: nn.Module) -> tuple[int, int] | None:
+    """Find how many features a layer takes and how many classes it gives; None for another layer.
+
+    It is a linear layer, or one without layers below and with one weight matrix, in whatever order of
+    dimensions, as the normalised ones of research code. These are tried on tensors without values.
+    """
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+
+    parameters = list(layer.parameters(recurse=False))
+    matrices = [parameter for parameter in parameters if parameter.dim() == 2]
+    if len(matrices) != 1 or list(layer.children()) or any(p.dim() > 2 for p in parameters):
+        return None
+
+    rows, columns = matrices[0].shape
+    for inputs, outputs in ((rows, columns), (columns, rows)):
+        samples = torch.empty(3, inputs, dtype=matrices[0].dtype, device="meta")
+        if inputs > 1 and _shape_given(layer, samples) == (3, outputs):
+            return inputs, outputs
+    return None
+
+
+@torch.no_grad()
+def _shape_given(layer: nn.Module, samples: Tensor) -> tuple[int, ...] | None:
+    """Give the shape of what a layer makes of samples on meta, without its hooks; None where it cannot."""
+    tensors = (*layer.parameters(), *layer.buffers())
+    try:
+        # A copy without values, in whose place the copies of the tensors stand already.
+        twin = copy_module(layer, {id(t): torch.empty_like(t, device="meta") for t in tensors})
+        output = twin.forward(samples)
+    except Exception:  # of whatever kind: it is the layer's own code
+        return None
+    return tuple(output.shape) if isinstance(output, Tensor) else None
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """List the layers that could classify, in the network's order."""
+    return {path: layer for path, layer in model.named_modules() if sizes_of_classifier(layer) is not None}
+
+
+def _told_sources(node: fx.Node, model: nn.Module) -> str:
+    """Name the layers whose outputs a call puts together, and where none can classify the last that can."""
+    sources: dict[str, nn.Module] = {}
+    waiting = [] if node.op == "call_module" else [node]
+    while waiting:
+        node = waiting.pop(0)
+        if node.op == "call_module" and str(node.target).startswith("model."):
+            path = str(node.target).removeprefix("model.")
+            sources[path] = model.get_submodule(path)
+        else:
+            waiting.extend(node.all_input_nodes)
+
+    told = f" of {', '.join(map(repr, sources))}" if sources else ""
+    if any(sizes_of_classifier(layer) is not None for layer in sources.values()):
+        return told
+    return f"{told}; {told_last_layers(model)}"
+
+
+def told_last_layers(model: nn.Module) -> str:
+    """Name the last layers of a network that could classify, for an error."""
+    paths = list(linear_layers(model))
+    if not paths:
+        return "it has no nn.Linear"
+    return f"its last linear layers are {', '.join(map(repr, paths[-3:]))}"
 
 
 def _refuse_convolution(model: nn.Module, root: Network, node: fx.Node) -> None:
@@ -543,11 +686,7 @@ def _divide(
 ) -> tuple[BackbonePart, BackbonePart]:
     """Cut the graph before the first call of ``at`` and behind the features."""
     start = _call_of(graph, "at", at)
-    alive = {features}
-    for node in reversed(graph.nodes):
-        if node in alive or node.op == "placeholder" or node.target is torch._assert:
-            alive.update((node, *node.all_input_nodes))
-
+    alive = _needed_for(graph, features)
     nodes = [node for node in graph.nodes if node in alive]
     stage = {start}
     stage.update(node for node in nodes if not stage.isdisjoint(node.all_input_nodes))
@@ -578,6 +717,15 @@ def _divide(
     experts = _part(root, list(crossing), [node for node in nodes if node in stage | either], [features])
     experts.meta["num_features"] = num_features
     return trunk, experts
+
+
+def _needed_for(graph: fx.Graph, features: fx.Node) -> set[fx.Node]:
+    """Find the calls that the features depend on, the inputs, and the network's own checks."""
+    alive = {features}
+    for node in reversed(graph.nodes):
+        if node in alive or node.op == "placeholder" or node.target is torch._assert:
+            alive.update((node, *node.all_input_nodes))
+    return alive
 
 
 def _check_replay(nodes: list[fx.Node], root: Network, alive: set[fx.Node], stage: set[fx.Node]) -> None:

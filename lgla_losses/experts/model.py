@@ -12,9 +12,15 @@ from torch import Tensor, nn
 
 from lgla_losses._checks import boolean, describe, one_of
 from lgla_losses.experts import _saving
-from lgla_losses.experts._finding import Watch, find_classifier, remove_classifier
+from lgla_losses.experts._finding import Watch, check_kept, find_classifier, remove_classifier
 from lgla_losses.experts._stacking import copy_module
-from lgla_losses.experts.backbone import check_network, is_transformers_model, split_backbone
+from lgla_losses.experts.backbone import (
+    BackbonePart,
+    check_network,
+    is_transformers_model,
+    sizes_of_classifier,
+    split_backbone,
+)
 from lgla_losses.experts.group_conv import GroupConvExperts
 from lgla_losses.experts.output import ExpertOutput
 from lgla_losses.functional import compute_dtype
@@ -106,14 +112,15 @@ class ExpertModel(nn.Module):
         one for each expert.
 
         Args:
-            model: a network that gives the logits of one linear layer.
+            model: a network that gives the logits of one linear layer, as they are or times a constant, as
+                research code does (``linear(x) * s``). The constant goes with the layer.
             num_experts: number of experts ``K``.
             num_classes: number of classes ``C``; None takes the classifier's.
             at: dotted path of the module from which on every expert has layers of its own, one of
                 :func:`split_points`. None gives the experts a classifier each, on features that they share.
-                With a path the module takes the inputs that :func:`split_backbone`'s trunk takes, hooks on
-                the modules around the split are not kept, and activation checkpointing in what the experts
-                copy needs ``layout="independent"``.
+                With a path, or a constant behind the classifier, the module takes the inputs that
+                :func:`split_backbone`'s trunk takes, and hooks on the modules around are not kept. Activation
+                checkpointing in what the experts copy needs ``layout="independent"``.
             classifier: ``"cosine"`` or ``"linear"`` (with bias).
             scale: factor of cosine logits.
             gradient: of cosine classifiers: ``"bounded"`` or ``"exact"``, as of :class:`GroupConvExperts`.
@@ -132,8 +139,8 @@ class ExpertModel(nn.Module):
 
         Raises:
             TypeError: an argument is of a wrong type.
-            ValueError: the classifier cannot be found or is of another size than ``keep_head`` needs, there
-                is no module at ``at``, the network cannot be split there, or weights are tied across.
+            ValueError: the classifier cannot be found or is another than ``keep_head`` needs, there is no
+                module at ``at``, the network cannot be split there, or weights are tied across.
         """
         check_network(model)
         keep = boolean("keep_head", keep_head)
@@ -141,35 +148,39 @@ class ExpertModel(nn.Module):
         output_class = _output_class_of(model)
 
         source = copy_module(model)
-        linear = cast(nn.Linear, source.get_submodule(path))
-        if keep:
-            _check_kept(linear, num_classes, classifier)
+        layer = source.get_submodule(path)
+        kept = check_kept(source, path) if keep else None
+        if kept is not None:
+            _check_fits(kept, num_classes, classifier)
 
         stage: nn.Module | None = None
         if at is None:
             trunk = remove_classifier(source, path)
         else:
             trunk, stage = split_backbone(source, at, head=path)
-        _check_untied(trunk, stage, linear if keep else None)
+        _check_untied(trunk, stage, kept)
 
+        num_features, own_classes = cast(tuple[int, int], sizes_of_classifier(layer))
         experts = GroupConvExperts(
             stage,
             num_experts,
-            linear.out_features if num_classes is None else num_classes,
-            num_features=linear.in_features,
+            own_classes if num_classes is None else num_classes,
+            num_features=num_features,
             classifier=classifier,
             scale=scale,
             gradient=gradient,
             layout=layout,
             reset=False if reset is None else reset,
         )
-        experts.classifiers.to(linear.weight.device, linear.weight.dtype)
-        if keep:
-            _keep_head(experts, linear)
+        weight = next(layer.parameters())
+        experts.classifiers.to(weight.device, weight.dtype)
+        if kept is not None:
+            _keep_head(experts, kept)
 
         result = cls(trunk, experts, eval_output=eval_output)
         result._output_class = output_class
-        result._watch = Watch(path) if at is None and path else None
+        watched = at is None and path and not isinstance(trunk, BackbonePart)
+        result._watch = Watch(path) if watched else None
         result._origin = _saving.Origin.of(model, path, at)
         new: list[nn.Module] = [result, experts, *experts.children()]
         for module in new:  # the others have the mode that each had in the network
@@ -318,7 +329,7 @@ def _output_class_of(model: nn.Module) -> type | None:
     return found
 
 
-def _check_kept(linear: nn.Linear, num_classes: int | None, classifier: str) -> None:
+def _check_fits(linear: nn.Linear, num_classes: int | None, classifier: str) -> None:
     """Raise unless every expert can begin with this classifier."""
     if num_classes not in (None, linear.out_features):
         raise ValueError(

@@ -322,6 +322,22 @@ class Shared(nn.Module):
         return self.fc(self.a(self.b(self.a(x))))
 
 
+class HeadBelow(nn.Module):
+    """Holds a linear layer that its output does not come from."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.conv = nn.Linear(4, 4), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+
+
+def two_outputs(net, y):
+    z = net.fc(y)
+    return (z, y) if net.training else z
+
+
 def without_gradient(net, y):
     with torch.no_grad():
         y = net.unused(y)
@@ -401,7 +417,18 @@ CASES = {
     ),
     "another number in train mode": (
         lambda: split_backbone(Branches(lambda net, y: net.fc(F.dropout(y, 0.5 if net.training else 0.0))), "body"),
-        ValueError, "model", "same calls", "'dropout'",
+        ValueError, "model", "same calls", "the function 'dropout' with other inputs",
+    ),
+    "a function in train mode alone": (
+        lambda: split_backbone(Branches(lambda net, y: net.fc(y + 1 if net.training else y)), "body"),
+        ValueError, "first the function 'add' in train mode and the module 'fc' in eval mode",
+    ),
+    "another output of the same calls": (
+        lambda: split_backbone(Branches(two_outputs), "body"), ValueError, "the output with other inputs",
+    ),
+    "auxiliary classifiers of torchvision": (
+        lambda: split_backbone(torchvision.models.googlenet(init_weights=False), "inception5a"),
+        ValueError, "first the module 'aux1' in train mode and the module 'inception4b' in eval mode", "switch that off",
     ),
     "control flow on values": (
         lambda: split_backbone(Branches(lambda net, y: net.fc(y) if y.sum() > 0 else y), "body"),
@@ -418,15 +445,25 @@ CASES = {
     ),
     "a module on both sides": (lambda: split_backbone(Shared(), "b"), ValueError, "at", "both sides", "'a'"),
     "compiled": (lambda: split_backbone(torch.compile(Shared()), "b"), ValueError, "model", "before compiling"),
-    "a scaled classifier": (
-        lambda: split_backbone(Branches(lambda net, y: net.fc(y) / 0.1), "body"), ValueError, "head", "'truediv'", "head=None",
+    "a shifted classifier": (
+        lambda: split_backbone(Branches(lambda net, y: net.fc(y) + 1), "body"), ValueError, "head", "'add' of 'fc'", "head=None",
+    ),
+    "a classifier scaled by the input": (
+        lambda: split_backbone(Branches(lambda net, y: net.fc(y) * y.mean()), "body"), ValueError, "'mul' of 'fc', 'body'", "head=None",
+    ),
+    "a classifier in the denominator": (
+        lambda: split_backbone(Branches(lambda net, y: 1 / net.fc(y)), "body"), ValueError, "'truediv' of 'fc'",
+    ),
+    "an output that no linear layer gives": (
+        lambda: split_backbone(HeadBelow(), "conv"), ValueError, "'mean' of 'conv'; its last linear layers are 'fc'", "head=",
     ),
     "no classifier": (
         lambda: split_backbone(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "0"), ValueError, "head", "Sequential", "head=None",
     ),
     "encoder and decoder": (lambda: split_backbone(bart(), "encoder.layers.0"), ValueError, "BartModel", "pass its encoder"),
     "several outputs": (
-        lambda: split_backbone(Branches(lambda net, y: (net.fc(y), y)), "body"), ValueError, "one tensor", "picks",
+        lambda: split_backbone(Branches(lambda net, y: (net.fc(y), y)), "body"),
+        ValueError, "one tensor", "2 values", "'body', 'fc', 'unused'", "head=", "picks",
     ),
     "image network of transformers": (
         lambda: split_backbone(vision_transformer(), "layers.0"), ValueError, "ViTModel", "pixel_values", "timm",
