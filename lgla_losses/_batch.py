@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeGuard, cast
 
 import torch
@@ -388,7 +388,7 @@ def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool 
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"logits: expected an ExpertOutput, a tensor {shape} or {num_experts} tensors "
-            f"[N, {num_classes}], got {describe(logits)}"
+            f"[N, {num_classes}], got {_no_logits(logits)}"
         )
     computable_tensor("logits", logits, shape)
     if logits.dim() < 3 or (not maps and logits.dim() > 3) or logits.shape[1:3] != (num_experts, num_classes):
@@ -409,6 +409,17 @@ def _way_out(logits: Tensor, num_experts: int, num_classes: int) -> str:
         f"to train one model take BalancedSoftmaxLoss(class_counts){of_one}; to train experts pass their "
         "whole ExpertOutput, not its .ensemble(), or torch.stack(heads, dim=1) of K heads; in validation a "
         f"loss of experts takes the ensemble's logits [N, {num_classes}], without a gradient"
+    )
+
+
+def _no_logits(value: object) -> str:
+    """Describe what came in the place of logits; of a dict its keys, and how to take the logits out."""
+    if not isinstance(value, Mapping):
+        return describe(value)
+    key = '"logits"' if "logits" in value else "KEY"
+    return (
+        f"a {type(value).__name__} with keys {', '.join(map(repr, value))}; pass the experts' logits alone: "
+        f"criterion(output[{key}], target)"
     )
 
 
@@ -447,7 +458,7 @@ def one_or_more_experts(
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise TypeError(
             "logits: expected an ExpertOutput, a floating-point tensor [N, C] or [N, K, C], or K tensors "
-            f"[N, C], got {describe(output)}"
+            f"[N, C], got {_no_logits(output)}"
         )
     computable_tensor("logits", output, "[N, C] or [N, K, C]")
     maps = max(0, num_samples_dims - 1)

@@ -210,6 +210,13 @@ CASES = {
     "other classes": (lambda: criterion()(torch.zeros(2, 3, 5), TARGET), ValueError, "logits", "[N, 3, 4]", "[2, 3, 5]"),
     "integer logits": (lambda: criterion()(LOGITS.long(), TARGET), TypeError, "logits", "floating", "int64"),
     "array of logits": (lambda: criterion()(LOGITS.numpy(), TARGET), TypeError, "logits", "[N, 3, 4]", "ndarray"),
+    "dict of logits": (
+        lambda: criterion()({"output": LOGITS[:, 0], "logits": LOGITS}, TARGET), TypeError, "logits", "[N, 3, 4]", "dict", "'output', 'logits'", 'criterion(output["logits"], target)',
+    ),
+    "dict without logits": (lambda: criterion()({"feat": LOGITS}, TARGET), TypeError, "logits", "dict", "'feat'", "criterion(output[KEY], target)"),
+    "dict of logits: baseline": (
+        lambda: VSLoss(COUNTS)({"logits": LOGITS}, TARGET), TypeError, "logits", "[N, K, C]", "dict", "'logits'", 'criterion(output["logits"], target)',
+    ),
     "short list": (lambda: criterion()([LOGITS[:, 0]], TARGET), ValueError, "logits", "3 tensors", "1 tensors"),
     "empty list": (lambda: criterion()([], TARGET), ValueError, "logits", "3 tensors", "0 tensors"),
     "uneven list": (
