@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from lgla_losses._checks import describe
@@ -578,8 +579,10 @@ def sizes_of_classifier(layer: nn.Module) -> tuple[int, int] | None:
         return layer.in_features, layer.out_features
 
     parameters = list(layer.parameters(recurse=False))
+    if list(layer.children()) or any(is_lazy(parameter) for parameter in parameters):
+        return None
     matrices = [parameter for parameter in parameters if parameter.dim() == 2]
-    if len(matrices) != 1 or list(layer.children()) or any(p.dim() > 2 for p in parameters):
+    if len(matrices) != 1 or any(parameter.dim() > 2 for parameter in parameters):
         return None
 
     rows, columns = matrices[0].shape

@@ -39,6 +39,19 @@ class Temperature(ResNet):
         return torch.mul(self.of_class, out.div(0.5))
 
 
+class Untraceable(nn.Module):
+    """Asks for a value, and gives bare cosines."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.linear = nn.Conv2d(3, 8, 3), NormedLinear(8, CLASSES)
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            x = x / 2
+        return self.linear(self.body(x).relu().mean((2, 3)))
+
+
 class Within(nn.Module):
     """Holds a network as its backbone."""
 
@@ -54,6 +67,11 @@ def normed(num_classes=CLASSES):
     return ResNet(num_classes, NormedLinear, blocks=1)
 
 
+def bare_cosines():
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), *pooled, NormedLinear(8, CLASSES))
+
+
 def keeps_logits():
     return ResNeXtOfExperts(CLASSES, returns_dict=False)
 
@@ -67,6 +85,7 @@ NETWORKS = {
     "ResNet-32, linear": (lambda: ResNet(CLASSES), "layer2", "linear", False),
     "normed": (normed, "layer3", "linear", False),
     "normed, 64 classes of 64 features": (lambda: normed(64), "layer3", "linear", False),
+    "bare cosines": (bare_cosines, "2", "5", False),
     "scaled cosine": (lambda: ResNet(CLASSES, ScaledCosine, 1, blocks=1), "layer2.0", "linear", False),
     "temperature": (lambda: Temperature(CLASSES), "layer2", "linear", False),
     "within": (lambda: Within(ResNet(CLASSES, blocks=1)), "backbone.layer3", "backbone.linear", False),
@@ -103,6 +122,12 @@ def test_experts_take_the_features_of_the_network_without_its_scale(name, split)
     assert output.logits.shape[2] == network.get_submodule(head)(output.features[:, 0]).shape[1]
     assert output.logits.abs().max() <= 30.001
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
+def test_the_normed_layer_of_an_untraceable_network_is_found():
+    network = Untraceable().eval()
+    output = ExpertModel.from_model(network, eval_output="experts")(IMAGES)
+    assert torch.equal(output.features[:, 2], seen_by(network, "linear", IMAGES))
 
 
 def test_heads_alone_on_a_scaled_network_are_copied_saved_and_loaded(tmp_path):
@@ -224,7 +249,9 @@ class Table(nn.Module):
         return x + self.weight
 
 
-@pytest.mark.parametrize("layer", [Table(1, 4), Table(4, 4), nn.EmbeddingBag(4, 4), nn.PReLU(4)])
+@pytest.mark.parametrize(
+    "layer", [Table(1, 4), Table(4, 4), nn.EmbeddingBag(4, 4), nn.PReLU(4), nn.LazyConv1d(4, 1)]
+)
 def test_a_layer_with_a_matrix_that_gives_no_classes_is_no_classifier(layer):
     network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), layer)
     assert_raises(lambda: split_backbone(network, "0"), ValueError, "head", "'2'", "'0'")
