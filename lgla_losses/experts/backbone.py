@@ -614,14 +614,13 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 def _told_sources(node: fx.Node, model: nn.Module) -> str:
     """Name the layers whose outputs a call puts together, and where none can classify the last that can."""
     sources: dict[str, nn.Module] = {}
-    waiting = [] if node.op == "call_module" else [node]
-    while waiting:
-        node = waiting.pop(0)
-        if node.op == "call_module" and str(node.target).startswith("model."):
-            path = str(node.target).removeprefix("model.")
+    nodes = [] if node.op == "call_module" else [node]
+    for source in nodes:  # which grows
+        if source.op == "call_module" and str(source.target).startswith("model."):
+            path = str(source.target).removeprefix("model.")
             sources[path] = model.get_submodule(path)
         else:
-            waiting.extend(node.all_input_nodes)
+            nodes.extend(before for before in source.all_input_nodes if before not in nodes)
 
     told = f" of {', '.join(map(repr, sources))}" if sources else ""
     if any(sizes_of_classifier(layer) is not None for layer in sources.values()):
