@@ -19,6 +19,13 @@ WAY_OUT = (
     "lower the learning rate, clip gradients, or look for a division by zero upstream "
     "(validate_args=False skips this check)"
 )
+#: What takes targets that the losses of one class a sample refuse.
+SEVERAL_LABELS = (
+    "rows of several classes a sample (multi-hot) are for SigmoidAdjustedLoss and ClassBalancedBCELoss of "
+    "lgla_losses.baselines"
+)
+#: How far from 1 the sum of probabilities may be, as those of 16 bits are rounded.
+SUM_TOLERANCE = 0.01
 #: What the losses compute with.
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -174,16 +181,20 @@ def target_tensor(target: object, samples: Sequence[int] | None = None) -> Tenso
             "probabilities by their shape; the losses take such, and target.argmax(dim=1) are the indices of "
             "the likeliest classes"
         )
-    if target.dtype != torch.int64:
+    are_rows = target.dim() == dimensions + 1 and target.shape[1] > 1
+    if target.dtype != torch.int64 and not are_rows:
         raise TypeError(
             f"target: expected an int64 tensor [N] of class indices, got {target.dtype}; "
             "whole numbers of another type convert with target.long()"
         )
     if (target.dim() != 1) if samples is None else (tuple(target.shape) != tuple(samples)):
         size = "[N]" if samples is None else str(list(samples))
+        way_out = "flatten it, or check the batch dimension"
+        if are_rows:
+            way_out = f"one-hot rows are target.long().argmax(dim=1); {SEVERAL_LABELS}"
         raise ValueError(
-            f"target: expected shape {size}, one class index a sample, "
-            f"got {list(target.shape)}; flatten it, or check the batch dimension"
+            f"target: expected shape {size}, one class index a sample, got {list(target.shape)} of "
+            f"{target.dtype}; {way_out}"
         )
     return target
 
@@ -218,12 +229,52 @@ def probability_values(target: Tensor) -> None:
     low, high = map(_number, sums.aminmax())  # of which NaN makes NaN
     if low == 0:
         low = _number(torch.where(sums == 0, 1.0, sums).amin())
-    # Those of 16-bit numbers are rounded.
-    if not (low >= 0.99 and high <= 1.01 and _number(target.amin()) >= 0):
+    if not (low >= 1 - SUM_TOLERANCE and high <= 1 + SUM_TOLERANCE and _number(target.amin()) >= 0):
+        raise ValueError(no_probabilities(float(target.min()), float(sums.min()), float(sums.max())))
+
+
+def no_probabilities(lowest: float, least: float, most: float) -> str:
+    """Say what is wrong with probabilities whose values and sums are such."""
+    return (
+        "target: expected class probabilities >= 0 that sum to 1 over the classes (dimension 1), or to 0 for "
+        f"a sample to ignore, got values from {lowest:.4g} and sums from {least:.4g} to {most:.4g}; "
+        f"softmax(dim=1) makes such ones; {SEVERAL_LABELS}"
+    )
+
+
+def multi_hot_tensor(target: object, num_samples: int, num_classes: int) -> Tensor:
+    """Check that ``target`` holds a number for every class of a sample, ``[N, C]``; return it.
+
+    The values are not read.
+    """
+    shape = [num_samples, num_classes]
+    if not isinstance(target, Tensor) or target.is_complex():
+        raise TypeError(
+            f"target: expected a tensor {shape} of 0 and 1, one for every class of a sample, got "
+            f"{describe(target)}; wrap it in torch.as_tensor(target)"
+        )
+    if target.is_floating_point():
+        computable_tensor("target", target, shape)
+    if list(dense_tensor("target", target).shape) != shape:
         raise ValueError(
-            "target: expected class probabilities >= 0 that sum to 1 over the classes (dimension 1), or to 0 "
-            f"for a sample to ignore, got values from {float(target.min()):.4g} and sums from "
-            f"{float(sums.min()):.4g} to {float(sums.max()):.4g}; softmax(dim=1) makes such ones"
+            f"target: expected shape {shape}, a 0 or 1 for every class of a sample, got "
+            f"{list(target.shape)}; torch.nn.functional.one_hot(target, {num_classes}) makes such rows of "
+            "class indices"
+        )
+    if target.requires_grad:
+        raise ValueError("target: expected numbers without gradient, got some that want one; detach them")
+    return target
+
+
+def multi_hot_values(target: Tensor) -> None:
+    """Check that all numbers are in 0..1. This reads the values."""
+    if target.numel() == 0:
+        return
+    low, high = map(_number, target.aminmax())  # of which NaN makes NaN
+    if not 0 <= low <= high <= 1:
+        raise ValueError(
+            f"target: expected 0 or 1, or numbers between, for every class, got {low:.4g} to {high:.4g}; "
+            "where labels are unknown set 0, and mask the losses of reduction='none'"
         )
 
 

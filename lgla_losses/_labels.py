@@ -66,7 +66,11 @@ def count_classes(labels: ArrayLike | Iterable[Any], num_classes: int, *, iterat
     num_classes = positive_int("num_classes", num_classes, "give the number of classes")
     array = label_array(labels, iterate=boolean("iterate", iterate))
     if array.ndim != 1:
-        raise ValueError(f"labels: expected 1-D class indices, got shape {list(array.shape)}; flatten them")
+        raise ValueError(
+            f"labels: expected 1-D class indices, got shape {list(array.shape)}; flatten a column of them, "
+            "take .argmax(1) of one-hot rows; of rows of several classes (multi-hot) the class counts are "
+            "targets.sum(dim=0)"
+        )
     if array.size == 0:
         return torch.zeros(num_classes, dtype=torch.int64)
     if not np.issubdtype(array.dtype, np.integer):

@@ -8,12 +8,15 @@ from lgla_losses.losses.baselines import (
     LogitAdjustedLoss,
     VSLoss,
 )
+from lgla_losses.losses.multi_label import ClassBalancedBCELoss, SigmoidAdjustedLoss
 
 __all__ = [
     "BalancedSoftmaxLoss",
+    "ClassBalancedBCELoss",
     "ClassBalancedLoss",
     "FocalLoss",
     "LDAMLoss",
     "LogitAdjustedLoss",
+    "SigmoidAdjustedLoss",
     "VSLoss",
 ]

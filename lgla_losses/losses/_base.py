@@ -25,6 +25,7 @@ from lgla_losses._checks import (
     validation,
 )
 from lgla_losses._counts import ArrayLike
+from lgla_losses._late import LateLook, can_look
 from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size, refuse_data_parallel
 from lgla_losses._torch import is_watched, unfit, values_readable
 from lgla_losses.experts._running import is_tracing
@@ -63,6 +64,8 @@ class Loss(nn.Module):
     _explains_first = False
     #: Batches whose logits were compared with the scale of cosine logits.
     _batches = 0
+    #: What looks at probabilities on a GPU, from the first of them on.
+    _late: LateLook | None = None
     #: What is wrong where the logits are no cosines times ``scale``, and what to set for a linear head.
     _without_cosines = "their angles, and with them the adaptive angular weights, are wrong"
     _for_linear_heads = "scale=None and pass features and weight"
@@ -124,7 +127,8 @@ class Loss(nn.Module):
             finite.
 
         Raises:
-            ValueError: a value is wrong, and this may not show in the loss or cannot be found later.
+            ValueError: a value is wrong, and this may not show in the loss or cannot be found later; or those
+                of an earlier batch of probabilities on a GPU were.
         """
         target = batch.target
         if normalizer is not None:
@@ -133,6 +137,10 @@ class Loss(nn.Module):
         readable = values_readable(target, self.validate_args)
         ranks = self._ranks_of_step(target, readable)
         if not readable:
+            if batch.is_soft and self.validate_args is None and can_look(target):
+                if self._late is None:
+                    self._late = LateLook()
+                self._late(target)
             return engine, ranks, False
 
         # Other ranks wait for this one's numbers; and PyTorch has errors of its own.
