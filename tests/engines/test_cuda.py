@@ -350,6 +350,25 @@ def test_chunks_of_bfloat16_features_keep_the_digits(scale, device, monkeypatch)
         assert error(ours, exact) < 0.02, number
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("maps", [(), (2, 3)])
+def test_a_multi_hot_batch_is_told_in_a_later_call_without_a_wait(maps):
+    multi_hot = (torch.rand(12, NUM_CLASSES, *maps) < 0.2).float()
+    unchecked = LGLALoss(COUNTS, validate_args=False)
+    step = of_logits("cuda", torch.float32, criterion=unchecked, target=multi_hot, maps=maps)
+    for _ in range(2):
+        step()  # compiles the kernels
+        torch.cuda.synchronize()
+
+    step = of_logits("cuda", torch.float32, target=multi_hot, maps=maps)
+    with no_waits("cuda"):
+        step()
+    torch.cuda.synchronize()
+    with no_waits("cuda"), pytest.raises(ValueError, match=r"SigmoidAdjustedLoss .*earlier batch"):
+        step()
+
+
 # --- Experts ------------------------------------------------------------------------------------------------
 
 

@@ -24,10 +24,12 @@ from lgla_losses import (
 )
 from lgla_losses.baselines import (
     BalancedSoftmaxLoss,
+    ClassBalancedBCELoss,
     ClassBalancedLoss,
     FocalLoss,
     LDAMLoss,
     LogitAdjustedLoss,
+    SigmoidAdjustedLoss,
     VSLoss,
 )
 from lgla_losses.distributed import class_shard
@@ -35,6 +37,7 @@ from lgla_losses.distributed import class_shard
 COUNTS = [40, 9, 5, 1]
 LOGITS = torch.zeros(2, 3, 4)
 TARGET = torch.tensor([0, 3])
+ROWS = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0]])  # multi-hot
 WITH_GRADIENT = LOGITS.clone().requires_grad_()
 META = torch.device("meta")
 FLOAT8 = torch.float8_e4m3fn
@@ -49,6 +52,10 @@ def nested(*tensors, **options):
 
 def criterion(**options):
     return LGLALoss(COUNTS, **options)
+
+
+def sigmoid(counts=COUNTS, num_samples=80, **options):
+    return SigmoidAdjustedLoss(counts, num_samples, **options)
 
 
 def experts(stage=nn.Conv2d(2, 4, 3), num_experts=3, num_classes=4, **options):  # noqa: B008
@@ -246,7 +253,10 @@ CASES = {
     "map of other experts": (lambda: criterion()(torch.zeros(2, 4, 3, 5), TARGET), ValueError, "logits", "[N, 3, 4]", "[2, 4, 3, 5]"),
     "probabilities of other classes": (lambda: criterion()(LOGITS, torch.ones(2, 3)), ValueError, "target", "[2, 4]", "[2, 3]", "int64"),
     "probabilities classes last": (lambda: criterion()(torch.zeros(2, 3, 4, 5), torch.ones(2, 5, 4)), ValueError, "target", "[2, 4, 5]", "[2, 5, 4]"),
-    "integer one-hot target": (lambda: criterion()(LOGITS, torch.eye(4).long()[:2]), ValueError, "target", "[2]", "[2, 4]"),
+    "integer multi-hot target": (lambda: criterion()(LOGITS, ROWS), ValueError, "target", "[2]", "[2, 4]", "argmax", "SigmoidAdjustedLoss"),
+    "bool multi-hot target": (lambda: criterion()(LOGITS, ROWS.bool()), ValueError, "target", "[2]", "[2, 4] of torch.bool", "argmax", "SigmoidAdjustedLoss"),
+    "multi-hot target": (lambda: criterion()(LOGITS, ROWS.float()), ValueError, "target", "sum to 1", "2 to 2", "softmax", "SigmoidAdjustedLoss"),
+    "multi-hot map": (lambda: criterion()(LOGITS[..., None], ROWS[..., None]), ValueError, "target", "[2, 1]", "[2, 4, 1]", "SigmoidAdjustedLoss"),
     "probabilities that do not sum to 1": (lambda: criterion()(LOGITS, torch.ones(2, 4)), ValueError, "target", "sum to 1", "4 to 4", "softmax"),
     "negative probabilities": (lambda: criterion()(LOGITS, torch.tensor([[2.0, -1, 0, 0]] * 2)), ValueError, "target", ">= 0", "from -1"),
     "NaN probabilities": (lambda: criterion()(LOGITS, torch.full((2, 4), math.nan)), ValueError, "target", "nan"),
@@ -490,6 +500,36 @@ CASES = {
     "baseline: fused under vmap": (
         lambda: torch.func.grad(FocalLoss(backend="fused"))(LOGITS, TARGET), ValueError, "backend", "'fused'", "torch.func", "'auto'",
     ),
+    "baseline: multi-hot target": (lambda: FocalLoss()(LOGITS[:, 0], ROWS), ValueError, "target", "[2]", "[2, 4]", "SigmoidAdjustedLoss"),
+    # several labels a sample
+    "multi-label: no counts": (lambda: sigmoid(None), TypeError, "class_counts", "None", "count_classes"),
+    "multi-label: a class of no sample": (lambda: sigmoid([3, 0, 1, 1]), ValueError, "class_counts", "positive", "class 1"),
+    "multi-label: a class of every sample": (lambda: sigmoid([3, 80, 1, 1]), ValueError, "class_counts, num_samples", "num_samples=80", "got 80 for class 1", "needs no loss"),
+    "multi-label: no samples": (lambda: sigmoid(num_samples=0), ValueError, "num_samples", "positive", "rows"),
+    "multi-label: text for samples": (lambda: sigmoid(num_samples="80"), TypeError, "num_samples", "'80'"),
+    "multi-label: negative tau": (lambda: sigmoid(tau=-1.0), ValueError, "tau", "-1"),
+    "multi-label: beta of one": (lambda: ClassBalancedBCELoss(COUNTS, beta=1.0), ValueError, "beta", "[0, 1)"),
+    "multi-label: negative gamma": (lambda: ClassBalancedBCELoss(COUNTS, gamma=-1.0), ValueError, "gamma", ">= 0", "None"),
+    "multi-label: tau without strength": (lambda: ClassBalancedBCELoss(COUNTS).set_adjustment(tau=1.0), ValueError, "tau", "ClassBalancedBCELoss"),
+    "multi-label: ignore_index": (lambda: sigmoid(ignore_index=-1), TypeError, "SigmoidAdjustedLoss", "label_smoothing", "'ignore_index'"),
+    "multi-label: smoothing": (lambda: sigmoid(label_smoothing=2.0), ValueError, "label_smoothing", "0..1"),
+    "multi-label: class indices": (lambda: sigmoid()(LOGITS, TARGET), ValueError, "target", "[2, 4]", "[2]", "one_hot(target, 4)"),
+    "multi-label: lists of indices": (lambda: sigmoid()(LOGITS, [[0, 2], [1]]), TypeError, "target", "[2, 4]", "[[0, 2], [1]]", "as_tensor"),
+    "multi-label: other classes": (lambda: sigmoid()(LOGITS, ROWS[:, :2]), ValueError, "target", "[2, 4]", "[2, 2]"),
+    "multi-label: unknown as -1": (lambda: sigmoid()(LOGITS, -ROWS), ValueError, "target", "-1 to 0", "reduction='none'"),
+    "multi-label: a target above 1": (lambda: sigmoid()(LOGITS, 2 * ROWS), ValueError, "target", "0 to 2"),
+    "multi-label: NaN in the target": (lambda: sigmoid()(LOGITS, ROWS * math.nan), ValueError, "target", "nan"),
+    "multi-label: target with a gradient": (lambda: sigmoid()(LOGITS, torch.ones(2, 4, requires_grad=True)), ValueError, "target", "detach"),
+    "multi-label: sparse target": (lambda: sigmoid()(LOGITS, ROWS.to_sparse()), TypeError, "target", "dense", "to_dense"),
+    "multi-label: target of 8 bits": (lambda: sigmoid()(LOGITS, ROWS.to(FLOAT8)), TypeError, "target", "16 bits", "target.float()"),
+    "multi-label: logits of other classes": (lambda: sigmoid()(LOGITS[..., :2], ROWS), ValueError, "logits", "[N, K, 4]", "[2, 3, 2]"),
+    "multi-label: NaN logits": (lambda: sigmoid()(LOGITS * math.nan, ROWS), ValueError, "logits", "finite"),
+    "multi-label: infinite logits": (lambda: sigmoid()([LOGITS[:, 0], LOGITS[:, 0] - math.inf], ROWS), ValueError, "logits", "finite"),
+    "multi-label: negative sample weight": (lambda: sigmoid()(LOGITS, ROWS, sample_weight=torch.tensor([1.0, -1])), ValueError, "sample_weight", ">= 0", "-1"),
+    "multi-label: sample weights of elements": (lambda: sigmoid()(LOGITS, ROWS, sample_weight=torch.ones(2, 4)), ValueError, "sample_weight", "[2]", "[2, 4]"),
+    "multi-label: normalizer": (lambda: sigmoid()(LOGITS, ROWS, normalizer=0), ValueError, "normalizer", "positive"),
+    "multi-label: another device": (lambda: sigmoid()(LOGITS, ROWS.to(META)), ValueError, "target on meta", "criterion on cpu"),
+    "multi-label: rows to count": (lambda: count_classes(ROWS, 4), ValueError, "labels", "[2, 4]", "targets.sum(dim=0)"),
     # pictures
     "plot: a loss as adjuster": (
         lambda: plot.plot_table(LGLALoss(COUNTS)), TypeError, "adjuster: expected a CLALogitAdjuster", "got LGLALoss", "criterion.adjuster",
