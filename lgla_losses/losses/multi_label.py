@@ -58,14 +58,14 @@ class MultiLabelLoss(AdjustedLoss):
         + (1 - q_j) \, p_{kj}^\gamma (-\log (1 - p_{kj})) \big), \qquad p_k = \sigma(v_k + T)
 
     Here :math:`q_j` says whether a sample has class j. A subclass gives the constants :math:`T` and :math:`w`
-    by :meth:`constants`, and the exponent :math:`\gamma`. It computes in plain PyTorch, in float32 at least.
+    by ``constants``, and the exponent :math:`\gamma`. It computes in plain PyTorch, in float32 at least.
 
     Args:
         class_counts: training samples that have each class ``[C]``, positive.
-        numbers: what :meth:`constants` takes beside them, by name.
+        numbers: what ``constants`` takes beside them, by name.
         options: ``class_weight``, your own finite weights >= 0 of the classes ``[C]``, which multiply those
             that the loss makes; ``reduction``, ``"mean"`` over samples and classes, as that of
-            :class:`torch.nn.BCEWithLogitsLoss`, whatever the class weights, ``"sum"``, or ``"none"``;
+            ``torch.nn.BCEWithLogitsLoss``, whatever the class weights, ``"sum"``, or ``"none"``;
             ``label_smoothing`` e in 0..1, which makes targets :math:`(1 - e) q + e / 2`; ``sync``,
             ``process_group`` and ``validate_args`` as in :class:`~lgla_losses.LGLALoss`.
 

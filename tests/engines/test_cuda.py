@@ -103,6 +103,11 @@ def deferred_ldam():
     return criterion
 
 
+def of_several_labels(device, dtype, criterion, **inputs):
+    multi_hot = (torch.rand(12, NUM_CLASSES) < 0.2).float()
+    return of_logits(device, dtype, criterion=criterion, target=multi_hot, **inputs)
+
+
 BASELINES = {
     "focal": baselines.FocalLoss,
     "class-balanced": lambda: baselines.ClassBalancedLoss(COUNTS),
@@ -133,6 +138,10 @@ STEPS = {
     ),
     "maps": lambda *to: of_logits(*to, maps=(2, 3)),
     "maps of probabilities": lambda *to: of_logits(*to, target=probabilities(2, 3), maps=(2, 3)),
+    "several labels": lambda *to: of_several_labels(*to, baselines.SigmoidAdjustedLoss(COUNTS, 5000)),
+    "several labels, focal": lambda *to: of_several_labels(
+        *to, baselines.ClassBalancedBCELoss(COUNTS, gamma=2.0), sample_weight=torch.rand(12), normalizer=9.0
+    ),
     "features, linear": lambda *to: of_features(*to, LinearLGLALoss(COUNTS), with_bias=True),
     "features, cosine": lambda *to: of_features(*to, LinearLGLALoss(COUNTS, scale=30.0)),
     "features, a number as normalizer": lambda *to: of_features(*to, LinearLGLALoss(COUNTS), normalizer=9.0),
