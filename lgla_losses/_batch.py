@@ -100,6 +100,10 @@ class Batch(NamedTuple):
         dims = 1
         if isinstance(target, Tensor):
             dims = target.dim() - int(target.is_floating_point())
+            logits = output.logits if isinstance(output, ExpertOutput) else output
+            if dims == 2 and isinstance(logits, Tensor) and logits.dim() == 3:
+                # Where they are no map of classes, rows of classes have come beside the logits of experts.
+                dims = 2 if logits.shape[1] == (num_classes or logits.shape[1]) else 1
         blocks, of_one = one_or_more_experts(output, num_classes, dims)
         if not of_one and isinstance(target, Tensor) and target.dim() > 0:
             found, samples = blocks[0].shape[:2], target.shape[0]

@@ -21,6 +21,12 @@ from lgla_losses.losses.baselines import (
     VSLoss,
 )
 from lgla_losses.losses.lgla import LGLALoss
+from lgla_losses.losses.multi_label import (
+    ClassBalancedBCELoss,
+    MultiLabelLoss,
+    MultiLabelOptions,
+    SigmoidAdjustedLoss,
+)
 
 
 class CreateOptions(LossOptions, Options, total=False):
@@ -33,6 +39,7 @@ class CreateOptions(LossOptions, Options, total=False):
     alpha: ArrayLike | None
     beta: float
     max_margin: float
+    num_samples: float
 
 
 #: A class for each name, and what the name fixes.
@@ -46,6 +53,8 @@ _LOSSES: dict[str, tuple[type[Loss], dict[str, Any]]] = {
     "class_balanced": (ClassBalancedLoss, {}),
     "ldam": (LDAMLoss, {}),
     "vs": (VSLoss, {}),
+    "sigmoid": (SigmoidAdjustedLoss, {}),
+    "class_balanced_bce": (ClassBalancedBCELoss, {}),
 }
 
 #: Names that are adjustments of :class:`LGLALoss` as well.
@@ -60,6 +69,8 @@ _OTHER_NAMES = {
     "logit_adjustment": "logit",
     "cb": "class_balanced",
     "vector_scaling": "vs",
+    "bce": "class_balanced_bce",
+    "multi_label": "sigmoid",
 }
 
 
@@ -77,6 +88,8 @@ def create_loss(name: str, class_counts: ArrayLike | None = None, **options: Unp
     ``"class_balanced"``         :class:`~lgla_losses.baselines.ClassBalancedLoss`
     ``"ldam"``                   :class:`~lgla_losses.baselines.LDAMLoss`
     ``"vs"``                     :class:`~lgla_losses.baselines.VSLoss`
+    ``"sigmoid"``                :class:`~lgla_losses.baselines.SigmoidAdjustedLoss`
+    ``"class_balanced_bce"``     :class:`~lgla_losses.baselines.ClassBalancedBCELoss`
     ============================ ========================================================================
 
     With ``num_experts`` and class counts ``"softmax"``, ``"balanced"`` and ``"logit"`` are the
@@ -136,8 +149,9 @@ def _near_name(name: str) -> str:
 def _options_of(kind: type[Loss]) -> set[str]:
     """List the options of a loss."""
     own = {name for name, p in inspect.signature(kind).parameters.items() if p.kind is not p.VAR_KEYWORD}
-    shared = Options.__annotations__ if issubclass(kind, AdjustedLoss) else {}
-    return (own | set(shared)) - {"class_counts", "numbers"}
+    shared = MultiLabelOptions if issubclass(kind, MultiLabelLoss) else Options
+    named = shared.__annotations__ if issubclass(kind, AdjustedLoss) else {}
+    return (own | set(named)) - {"class_counts", "numbers"}
 
 
 def _check_options(name: str, options: Mapping[str, object], known: set[str]) -> None:

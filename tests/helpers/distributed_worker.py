@@ -11,7 +11,13 @@ from ranks import serve
 from torch.nn.parallel import DistributedDataParallel
 
 from lgla_losses import AAWWeighter, ClassGrouper, GroupConvExperts, LGLALoss
-from lgla_losses.baselines import BalancedSoftmaxLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss
+from lgla_losses.baselines import (
+    BalancedSoftmaxLoss,
+    FocalLoss,
+    LDAMLoss,
+    LogitAdjustedLoss,
+    SigmoidAdjustedLoss,
+)
 
 COUNTS = [40, 9, 5, 1]
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -117,6 +123,8 @@ def check_baselines(rank, world_size):
     ):
         for v, y, s in ((logits[:, 0], target, None), (logits[:, 0], q, sample_weight), (logits, q, None)):
             compare_shares(make, v, y, s, sizes, rank)
+    for v, s in ((logits[:, 0], None), (logits, sample_weight)):
+        compare_shares(partial(SigmoidAdjustedLoss, COUNTS, 60), v, q, s, sizes, rank)
 
 
 def mixed(target):

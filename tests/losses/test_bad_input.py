@@ -501,6 +501,7 @@ CASES = {
         lambda: torch.func.grad(FocalLoss(backend="fused"))(LOGITS, TARGET), ValueError, "backend", "'fused'", "torch.func", "'auto'",
     ),
     "baseline: multi-hot target": (lambda: FocalLoss()(LOGITS[:, 0], ROWS), ValueError, "target", "[2]", "[2, 4]", "SigmoidAdjustedLoss"),
+    "baseline: multi-hot target of experts": (lambda: VSLoss(COUNTS)(LOGITS, ROWS), ValueError, "target", "[2]", "[2, 4]", "SigmoidAdjustedLoss"),
     # several labels a sample
     "multi-label: no counts": (lambda: sigmoid(None), TypeError, "class_counts", "None", "count_classes"),
     "multi-label: a class of no sample": (lambda: sigmoid([3, 0, 1, 1]), ValueError, "class_counts", "positive", "class 1"),

@@ -8,10 +8,12 @@ from lgla_losses import ClassGrouper, LGLALoss, create_loss
 from lgla_losses.adjusted import AdjustedLoss
 from lgla_losses.baselines import (
     BalancedSoftmaxLoss,
+    ClassBalancedBCELoss,
     ClassBalancedLoss,
     FocalLoss,
     LDAMLoss,
     LogitAdjustedLoss,
+    SigmoidAdjustedLoss,
     VSLoss,
 )
 
@@ -112,6 +114,16 @@ def test_a_name_like_no_other_lists_all():
 def test_an_option_that_a_loss_does_not_have_is_named(name, options, way_out):
     with pytest.raises(TypeError, match=way_out):
         create_loss(name, COUNTS, **options)
+
+
+def test_losses_of_several_labels_by_name(logits):
+    target = (torch.rand(12, 3) < 0.5).float()
+    criterion = create_loss("sigmoid", COUNTS, num_samples=900, tau=0.5)
+    assert criterion(logits, target) == SigmoidAdjustedLoss(COUNTS, 900, 0.5)(logits, target)
+    criterion = create_loss("class_balanced_bce", COUNTS, gamma=1.0)
+    assert criterion(logits, target) == ClassBalancedBCELoss(COUNTS, gamma=1.0)(logits, target)
+    with pytest.raises(TypeError, match="ignore_index: expected an option of the loss 'sigmoid'"):
+        create_loss("sigmoid", COUNTS, num_samples=900, ignore_index=-1)
 
 
 def test_counts_that_a_loss_needs_are_asked_for():

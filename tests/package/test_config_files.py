@@ -28,6 +28,8 @@ CONFIGURATIONS = {
     "baselines.ClassBalancedLoss": (f"{{class_counts: {COUNTS}, beta: 0.99, gamma: 2.0}}", "gamma=2.0"),
     "baselines.LDAMLoss": (f"{{class_counts: {COUNTS}, max_margin: 0.3}}", "scale=30.0"),
     "baselines.LogitAdjustedLoss": (f"{{class_counts: {COUNTS}, tau: 1.5}}", "num_classes=3"),
+    "baselines.SigmoidAdjustedLoss": (f"{{class_counts: {COUNTS}, num_samples: 900}}", "num_classes=3"),
+    "baselines.ClassBalancedBCELoss": (f"{{class_counts: {COUNTS}, reduction: sum}}", "sum"),
     "baselines.VSLoss": (f"{{class_counts: {COUNTS}, backend: reference}}", "reference"),
     "create_loss": (f"{{name: lgla, class_counts: {COUNTS}, tau: 2.0}}", "tau=2"),
     "create_loss of a baseline": (f"{{name: vs, class_counts: {COUNTS}, gamma: 0.1}}", "VSLoss"),

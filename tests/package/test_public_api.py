@@ -62,11 +62,14 @@ SIGNATURES = {
 #: Modules of their own, whose names the package does not repeat.
 BASELINES = {
     "BalancedSoftmaxLoss": "class_counts, **options",
+    "ClassBalancedBCELoss": "class_counts, beta=0.9999, gamma=None, **options",
     "ClassBalancedLoss": "class_counts, beta=0.9999, gamma=None, **options",
     "FocalLoss": "gamma=2.0, alpha=None, **options",
     "LDAMLoss": "class_counts, max_margin=0.5, scale=30.0, beta=0.9999, **options",
     "LDAMLoss.reweight": "self, enabled=True",
     "LogitAdjustedLoss": "class_counts, tau=1.0, **options",
+    "SigmoidAdjustedLoss": "class_counts, num_samples, tau=1.0, **options",
+    "SigmoidAdjustedLoss.set_adjustment": "self, class_counts=None, tau=None, num_samples=None",
     "VSLoss": "class_counts, gamma=0.05, tau=1.0, **options",
 }
 PICTURES = {
