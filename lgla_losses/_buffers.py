@@ -52,7 +52,8 @@ class ConstantBuffers(nn.Module):
         if torch.compiler.is_compiling():
             if is_exporting():
                 return buffer
-        elif self._assigned or buffer._version != self._writes[name]:
+        elif buffer._version != self._writes[name] or (self._assigned and not buffer.is_meta):
+            # On meta not all may be assigned yet: transformers looks at each before it assigns it.
             self._take_from_outside(name)
         exact = self._exact[name]
         if exact.device != buffer.device:  # FSDP moves buffers by itself
