@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import reprlib
 import signal
 import sys
@@ -21,6 +22,15 @@ import torch
 
 if find_spec("lgla_losses") is None:  # a checkout that nobody has installed
     sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+#: The oldest versions of what the scripts are made for, as in pyproject.toml.
+OLDEST = {
+    "accelerate": "1.1",
+    "timm": "1.0.20",
+    "torchmetrics": "1.4",
+    "torchvision": "0.21",
+    "transformers": "5",
+}
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,6 +76,7 @@ def needs(extra: str, make_parser: Callable[[], argparse.ArgumentParser], name: 
     """
     try:
         yield
+        refuse_old()
     except (ImportError, RuntimeError) as error:
         if name != "__main__":
             raise
@@ -74,8 +85,21 @@ def needs(extra: str, make_parser: Callable[[], argparse.ArgumentParser], name: 
         parser.error(what_to_install(extra, error))
 
 
+def refuse_old() -> None:
+    """Raise ImportError where a package that is loaded is older than the scripts need."""
+    for name, oldest in OLDEST.items():
+        got = getattr(sys.modules.get(name), "__version__", oldest)
+        numbers, least = (list(map(int, re.findall(r"\d+", text))) for text in (got, oldest))
+        if numbers < least:
+            raise ImportError(f"expected {name} {oldest} or newer, got {got}")
+
+
 def what_to_install(extra: str, error: Exception) -> str:
     """Why an import failed, and the command that mends it."""
+    try:
+        refuse_old()  # which may be why
+    except ImportError as old:
+        error = old
     if isinstance(error, ImportError):
         return f'{error}: pip install "lgla-losses[{extra}]"'
     # Its compiled operators are of another torch.
@@ -90,7 +114,9 @@ def what_to_install(extra: str, error: Exception) -> str:
 def library(name: str, extra: str) -> Any:
     """A module that an extra installs and only some options need."""
     try:
-        return import_module(name)
+        module = import_module(name)
+        refuse_old()
+        return module
     except (ImportError, RuntimeError) as error:
         raise InputError(what_to_install(extra, error)) from error
 

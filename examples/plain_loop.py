@@ -7,11 +7,15 @@ The digits are scikit-learn's: pip install "lgla-losses[examples]"
 """
 
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
 from lgla_losses import GroupConvExperts, LGLALoss
 from lgla_losses.data import long_tailed_counts, long_tailed_indices
+
+try:
+    from sklearn.datasets import load_digits
+except ImportError as error:
+    raise SystemExit(f'plain_loop.py: error: {error}: pip install "lgla-losses[examples]"') from None
 
 torch.manual_seed(0)
 

@@ -34,6 +34,10 @@ def make_parser(**keywords: Any) -> argparse.ArgumentParser:
 
 try:
     import accelerate  # type: ignore[import-untyped]  # noqa: F401  (Trainer asks for it late)
+    import transformers
+
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        raise ImportError(f"expected transformers 5 or newer, got {transformers.__version__}")
     from torch.utils.tensorboard import SummaryWriter
     from transformers import (
         AutoModel,

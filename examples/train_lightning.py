@@ -47,6 +47,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 try:
+    import lightning
+
+    if [int(number) for number in lightning.__version__.split(".")[:2]] < [2, 4]:
+        raise ImportError(f"expected lightning 2.4 or newer, got {lightning.__version__}")
     from lightning import Callback, LightningModule, Trainer, seed_everything
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import ModelCheckpoint

@@ -5,6 +5,8 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
+import types
 from pathlib import Path
 
 import cli
@@ -115,6 +117,58 @@ def test_a_core_install_shows_the_options_and_says_what_to_install(name, extra):
     assert re.findall("exit code (.*)", done.stdout) == ["0", "2"]
     (line,) = done.stderr.splitlines()
     assert re.fullmatch(rf'{name}.py: error: No module named .*: pip install "lgla-losses\[{extra}\]"', line)
+
+
+def test_the_plain_loop_without_scikit_learn_says_what_to_install():
+    done = run("plain_loop", code=IN_A_CORE_INSTALL)
+    line = "exit code plain_loop.py: error: No module named 'sklearn': pip install \"lgla-losses[examples]\""
+    assert done.stdout.splitlines() == [line, line]
+    assert not done.stderr
+
+
+def test_a_package_that_is_too_old_is_named(capsys, monkeypatch):
+    """Whether its import fails, as that of a name which it lacks, or not."""
+    old = types.ModuleType("timm")
+    old.__version__ = "1.0.9"
+    monkeypatch.setitem(sys.modules, "timm", old)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    told = 'expected timm 1.0.20 or newer, got 1.0.9: pip install "lgla-losses[vision]"'
+    for import_it in (lambda: None, lambda: cli.import_module("timm.nowhere")):
+        with pytest.raises(SystemExit) as stopped, cli.needs("vision", cli.Parser, "__main__"):
+            import_it()
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.endswith(f": error: {told}\n")
+    with pytest.raises(cli.InputError, match=re.escape(told)):
+        cli.library("timm", "vision")
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "version", "oldest", "extra"),
+    [
+        ("train_hf_trainer", "transformers", "4.57.1", "5", "text"),
+        ("train_lightning", "lightning", "2.0.9.post0", "2.4", "lightning"),
+    ],
+)
+def test_a_framework_that_is_too_old_is_named(tmp_path, name, package, version, oldest, extra):
+    shadow = tmp_path / package / "__init__.py"
+    shadow.parent.mkdir()
+    shadow.write_text(f"__version__ = {version!r}\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); del sys.argv[0]; import runpy\n"
+    done = run(name, "data", code=code + "runpy.run_path(sys.argv[0], run_name='__main__')")
+    assert done.returncode == 2
+    told = f'expected {package} {oldest} or newer, got {version}: pip install "lgla-losses[{extra}]"'
+    assert done.stderr.splitlines() == [f"{name}.py: error: {told}"]
+
+
+def test_the_oldest_versions_are_those_of_the_extras():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    least = dict(
+        entry.split(">=")
+        for name in ("train", "metrics", "vision", "text")
+        for entry in extras[name]
+        if ">=" in entry
+    )
+    assert cli.OLDEST.items() <= least.items()
 
 
 def test_the_digits_without_scikit_learn_say_what_to_install(tmp_path):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torchvision_shim  # noqa: F401
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
