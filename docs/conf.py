@@ -44,6 +44,8 @@ nitpick_ignore = [
     # PyTorch's pages call it an opaque handle and describe it nowhere.
     ("py:class", "torch.distributed.ProcessGroup"),
     ("py:class", "torch.distributed.distributed_c10d.ProcessGroup"),
+    # What all losses have in common; create_loss returns one of them.
+    ("py:class", "lgla_losses.losses._base.Loss"),
 ]
 suppress_warnings = ["config.cache"]  # of the two functions below, which cannot be pickled
 # Of sphinx_autodoc_typehints, a line each time; not errors, as this is Python's warning.
