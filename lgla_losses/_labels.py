@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from operator import attrgetter
@@ -12,7 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lgla_losses._checks import boolean, describe, positive_int
 from lgla_losses._counts import ArrayLike, as_array
@@ -46,7 +55,9 @@ def count_classes(labels: ArrayLike | Iterable[Any], num_classes: int, *, iterat
     Args:
         labels: class indices ``[N]`` as a list, an array, a tensor or a column of a table, whose index means
             nothing here; a data set that keeps them; a ``Subset`` or ``ConcatDataset`` of such; or a
-            ``DataLoader`` over one, whose sampler, too, means nothing: the data set is counted.
+            ``DataLoader`` over one. Its data set is counted. A warning tells of a
+            :class:`~lgla_losses.data.ClassBalancedSampler` or ``WeightedRandomSampler`` that draws the
+            classes in other shares: the losses need the counts that it leaves.
         num_classes: number of classes ``C``; classes without a sample count 0.
         iterate: read every sample of the data set for its label, a slow way that takes any data set of
             pairs ``(input, label)`` or of mappings with a ``label``.
@@ -56,8 +67,8 @@ def count_classes(labels: ArrayLike | Iterable[Any], num_classes: int, *, iterat
 
     Raises:
         TypeError: labels are not integers, or the data set does not keep them.
-        ValueError: labels are not 1-D, one lies outside ``0..C-1``, or the data set keeps another number of
-            them than it has samples.
+        ValueError: labels are not 1-D, one lies outside ``0..C-1``, the data set keeps another number of
+            them than it has samples, or a ``DataLoader`` has a ``ClassBalancedSampler`` of other labels.
 
     Example:
         >>> count_classes([0, 0, 2], num_classes=4)
@@ -85,7 +96,58 @@ def count_classes(labels: ArrayLike | Iterable[Any], num_classes: int, *, iterat
             f"labels: expected class indices 0..{num_classes - 1}, got {low if low < 0 else high}; "
             "leave ignored samples out, or raise num_classes"
         )
-    return torch.from_numpy(np.bincount(array.astype(np.int64), minlength=num_classes))
+    array = array.astype(np.int64)
+    counts = np.bincount(array, minlength=num_classes)
+    if isinstance(labels, DataLoader):
+        change = _change_by_sampler(labels, array, counts)
+        if change is not None:
+            warnings.warn(change, stacklevel=2)
+    return torch.from_numpy(counts)
+
+
+def _change_by_sampler(
+    loader: DataLoader[Any], labels: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
+) -> str | None:
+    """Say that the sampler of a loader draws the classes in other shares than the data set has, or None."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    balanced = getattr(sys.modules.get("lgla_losses.data.sampling"), "ClassBalancedSampler", None)
+    drawn = np.zeros(len(counts))
+    if balanced and isinstance(sampler, balanced):
+        _same_labels(sampler.labels.numpy(), labels)
+        known = sampler.class_counts.numpy()[: len(counts)]  # the others have no samples
+        drawn[: len(known)] = known
+        way_out = "the losses need sampler.class_counts"
+    elif isinstance(sampler, WeightedRandomSampler) and sampler.replacement:
+        weights = sampler.weights.numpy()[: len(labels)]
+        drawn += np.bincount(labels[: len(weights)], weights, minlength=len(counts))
+        way_out = (
+            "the losses need torch.bincount(labels, weights=sampler.weights), or take "
+            "lgla_losses.data.ClassBalancedSampler, whose class_counts they are"
+        )
+    else:
+        return None
+
+    if np.allclose(drawn * counts.sum(), drawn.sum() * counts, rtol=0.01):
+        return None
+    return (
+        f"labels: these are the counts of the data set, but the {type(sampler).__name__} of the DataLoader "
+        f"draws the classes in other shares; {way_out}"
+    )
+
+
+def _same_labels(of_sampler: npt.NDArray[np.int64], of_dataset: npt.NDArray[np.int64]) -> None:
+    """Check that the labels of a sampler are those of the data set that it draws from."""
+    if np.array_equal(of_sampler, of_dataset):
+        return
+    if len(of_sampler) != len(of_dataset):
+        got = f"one of {len(of_sampler)} labels for {len(of_dataset)} samples"
+    else:
+        i = int(np.flatnonzero(of_sampler != of_dataset)[0])
+        got = f"one with label {of_sampler[i]} for sample {i} of class {of_dataset[i]}"
+    raise ValueError(
+        f"labels: expected a ClassBalancedSampler of the data set of the DataLoader, got {got}; construct it "
+        "from that data set, or its labels"
+    )
 
 
 def label_array(labels: Any, *, iterate: bool = False) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Long-tailed data sets: how many samples a class keeps, which ones, and the files they come in.
+"""Long-tailed data sets: how many samples a class keeps, which ones, their files, and a sampler.
 
 Only what opens images needs more than PyTorch: ``pip install "lgla-losses[vision]"``.
 """
@@ -6,8 +6,10 @@ Only what opens images needs more than PyTorch: ``pip install "lgla-losses[visio
 from lgla_losses.data.files import read_cifar, read_inaturalist, read_list, read_npz
 from lgla_losses.data.images import ImageData, read_image
 from lgla_losses.data.long_tail import long_tailed_counts, long_tailed_indices
+from lgla_losses.data.sampling import ClassBalancedSampler
 
 __all__ = [
+    "ClassBalancedSampler",
     "ImageData",
     "long_tailed_counts",
     "long_tailed_indices",

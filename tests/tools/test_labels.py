@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import (
+    BatchSampler,
     ConcatDataset,
     DataLoader,
     Dataset,
@@ -18,7 +19,7 @@ from torch.utils.data import (
 from torchvision import datasets as vision
 
 from lgla_losses import count_classes
-from lgla_losses.data import long_tailed_indices
+from lgla_losses.data import ClassBalancedSampler, long_tailed_indices
 
 
 @pytest.fixture
@@ -139,9 +140,65 @@ def test_labels_are_found_where_data_sets_keep_them(name):
     assert count_classes(twice, 3).tolist() == [2, 2, 2]
     part, rest = random_split(dataset, [1, 3])
     assert (count_classes(part, 3) + count_classes(rest, 3)).tolist() == [1, 2, 1]
-    sampler = WeightedRandomSampler([1.0, 0.0, 0.0, 0.0], 100)
+    sampler = WeightedRandomSampler([1.0, 1.0, 1.0, 1.0], 100)
     assert count_classes(DataLoader(dataset, 2, sampler=sampler), 3).tolist() == [1, 2, 1]
     assert count_classes(DataLoader(twice, 2, shuffle=True, drop_last=True), 3).tolist() == [2, 2, 2]
+
+
+def warned(loader, num_classes=3):
+    """The counts, and the warning."""
+    with pytest.warns(UserWarning, match="labels: these are the counts of the data set, but") as record:
+        counts = count_classes(loader, num_classes)
+    assert len(record) == 1
+    assert record[0].filename == __file__
+    return counts.tolist(), str(record[0].message)
+
+
+def test_counts_of_a_loader_whose_sampler_balances_classes_are_told_to_be_the_data_sets():
+    dataset, subset = KEPT["targets"], Subset(KEPT["targets"], [1, 2, 3])
+    sampler = ClassBalancedSampler(dataset)
+    counts, told = warned(DataLoader(dataset, 2, sampler=sampler))
+    assert counts == [1, 2, 1]
+    assert "the ClassBalancedSampler" in told
+    assert told.endswith("the losses need sampler.class_counts")
+    assert warned(DataLoader(dataset, 2, sampler=sampler), 5)[0] == [1, 2, 1, 0, 0]
+    assert warned(DataLoader(dataset, batch_sampler=BatchSampler(sampler, 2, True)))[0] == [1, 2, 1]
+    part = ClassBalancedSampler(subset, num_classes=5, power=0.5)
+    assert warned(DataLoader(subset, None, sampler=part))[0] == [0, 2, 1]
+
+    weighted = WeightedRandomSampler([1.0, 0.5, 0.5, 1.0], 4)
+    counts, told = warned(DataLoader(dataset, 2, sampler=weighted))
+    assert counts == [1, 2, 1]
+    assert "the WeightedRandomSampler" in told
+    assert "torch.bincount(labels, weights=sampler.weights), or take lgla_losses.data.ClassBal" in told
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        ClassBalancedSampler([0, 1, 1, 2], power=1),
+        WeightedRandomSampler([0.3, 0.3, 0.3, 0.3], 100),
+        WeightedRandomSampler([3.0, 5.0, 1.0, 3.0], 100),  # no class gains by it
+        WeightedRandomSampler([1.0, 0.1, 0.1, 1.0], 4, replacement=False),  # an order of all samples
+    ],
+)
+def test_samplers_that_leave_the_prior_are_not_told_of(sampler):
+    assert count_classes(DataLoader(KEPT["targets"], 2, sampler=sampler), 3).tolist() == [1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([0, 1, 1], "got one of 3 labels for 4 samples"),
+        ([0, 1, 2, 1], "got one with label 2 for sample 2 of class 1"),
+    ],
+)
+def test_a_sampler_of_another_data_set_is_refused(labels, words):
+    loader = DataLoader(KEPT["targets"], 2, sampler=ClassBalancedSampler(labels, power=1))
+    with pytest.raises(
+        ValueError, match=f"labels: expected a ClassBalancedSampler of the data set .*{words}; construct it"
+    ):
+        count_classes(loader, 3)
 
 
 class Stream(IterableDataset):
