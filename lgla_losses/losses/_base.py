@@ -43,6 +43,7 @@ from lgla_losses.losses._config import (
     renamed,
     runnable_backend,
 )
+from lgla_losses.losses._seen import SeenLabels
 from lgla_losses.weighting import AAWWeighter
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ class Loss(nn.Module):
     _batches = 0
     #: What looks at probabilities on a GPU, from the first of them on.
     _late: LateLook | None = None
+    #: Training batches, some of whose labels were compared with the class counts; far below 0 once warned.
+    _steps = 0
+    _seen: SeenLabels | None = None
     #: What is wrong where the logits are no cosines times ``scale``, and what to set for a linear head.
     _without_cosines = "their angles, and with them the adaptive angular weights, are wrong"
     _for_linear_heads = "scale=None and pass features and weight"
@@ -249,6 +253,12 @@ class Loss(nn.Module):
             counted: class weights ``[C]`` that count the samples, or None.
             fields: those of :class:`~lgla_losses.kernels.Rows` that only this loss has.
         """
+        # In line, as every batch comes by. The compiler first: it would compile anew for every number.
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            step = self.__dict__["_steps"] = self._steps + 1
+            if not step & (step - 1):  # 1, 2, 4, 8 and so on
+                self._look_at_labels(batch, step, ranks.number)
+
         if samples is None and self._communicates(normalizer, ranks):
             # A compiler sees into PyTorch's own operations only.
             counter = engine if engine is not None and not torch.compiler.is_compiling() else _chunked(batch)
@@ -325,6 +335,38 @@ class Loss(nn.Module):
                 f"set {self._for_linear_heads}"
             )
         return None
+
+    def _look_at_labels(self, batch: Batch, step: int, num_ranks: int) -> None:
+        """Warn once if a sampler balances the classes whose counts the loss corrects."""
+        inputs = (*batch.logits, batch.features, batch.weight)
+        learns = self.training and any(v is not None and v.requires_grad for v in inputs)
+        plain = not (batch.is_soft or batch.is_map or batch.sample_weight is not None)
+        if not (learns and plain and values_readable(batch.target, self.validate_args)):
+            return
+        counts = self._corrected_counts() if unfit(batch.target) is None else None
+        if counts is None:
+            return
+
+        if self._seen is None or not self._seen.are_for(counts):
+            self._seen, self._steps, step = SeenLabels(counts), 1, 1
+
+        labels = batch.target[batch.target != self.ignore_index]
+        self._seen.add(labels)
+        problem = self._seen.problem(step, step * len(labels) * num_ranks)
+        if problem is not None:
+            self._seen, self._steps = None, -(1 << 62)  # no power of two for long
+            warnings.warn(problem, stacklevel=6)
+
+    def _terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Give adjustments, class weights and margins, each ``[C]`` or None."""
+        return None, None, None
+
+    def _corrected_counts(self) -> Tensor | None:
+        """Give the class counts ``[C]``, if adjustments or class weights correct them, or None."""
+        table, weight, _ = self._terms()
+        corrects = _differs_by_class(table) or _differs_by_class(weight)
+        counts: Tensor | None = getattr(self, "class_counts", None)
+        return counts.as_subclass(Tensor) if corrects and counts is not None else None
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         refuse_data_parallel(self)
@@ -452,6 +494,10 @@ class ExpertLoss(Loss):
     def _communicates(self, normalizer: float | Tensor | None, ranks: Ranks) -> bool:
         return self.aaw or super()._communicates(normalizer, ranks)
 
+    def _corrected_counts(self) -> Tensor | None:
+        corrects = _differs_by_class(self.adjuster.constant("table"))
+        return self.grouper.constant("class_counts") if corrects else None
+
     def _explain(self, batch: Batch) -> None:
         batch.explain(self.ignore_index, num_classes=self.num_classes)
 
@@ -493,6 +539,11 @@ class ExpertLoss(Loss):
 def _chunked(batch: Batch) -> Engine:
     """Choose the engine of PyTorch's own operations that fits the batch."""
     return Blockwise(chunked) if batch.is_map else chunked
+
+
+def _differs_by_class(constant: Tensor | None) -> bool:
+    """Say whether a constant ``[C]`` or ``[K, C]`` is not the same for all classes. This reads it."""
+    return constant is not None and bool((constant != constant[..., :1]).any())
 
 
 def scalar_on(device: torch.device, number: float | Tensor, dtype: torch.dtype) -> Tensor:
