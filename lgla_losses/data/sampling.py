@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -79,8 +78,8 @@ class ClassBalancedSampler(Sampler[int]):
     ) -> None:
         array = label_array(labels)
         counts = _counted(array, num_classes)
-        expected = "a finite number: 1 draws the classes as they are, 0 all alike"
-        self.power = finite_float("power", power, low=-math.inf, high=math.inf, expected=expected)
+        expected = "a number in -16..16: 1 draws the classes as they are, 0 all alike"
+        self.power = finite_float("power", power, low=-16, high=16, expected=expected)
         way_out = "give the samples of an epoch, or None for as many as there are labels"
         self.num_samples = (
             len(array) if num_samples is None else positive_int("num_samples", num_samples, way_out)
@@ -90,14 +89,13 @@ class ClassBalancedSampler(Sampler[int]):
         self.epoch = 0
 
         self.labels = torch.from_numpy(array.astype(np.int64))
-        self._counts = counts
-        self._probabilities = _powered(counts, self.power)
-        self.class_counts = torch.from_numpy(self.num_samples * self._probabilities)
+        weights = np.power(counts, self.power, where=counts > 0, out=np.zeros(len(counts)))
+        self.class_counts = torch.from_numpy(weights * (self.num_samples / weights.sum()))
 
         # Small integers are sorted by radix: O(C + N).
         small = array.astype(np.min_scalar_type(len(counts) - 1))
         self._by_class = np.argsort(small, kind="stable")
-        self._first = np.cumsum(counts) - counts
+        self._counts, self._first = counts, np.cumsum(counts) - counts
 
     def __len__(self) -> int:
         """Count the samples of this rank in an epoch."""
@@ -113,7 +111,7 @@ class ClassBalancedSampler(Sampler[int]):
     def _draw(self, epoch: int, number: int) -> npt.NDArray[np.int64]:
         """Draw sample indices; those of a smaller ``number`` are the first of those of a larger one."""
         uniform = np.random.default_rng((self.seed, epoch)).random((number, 2))
-        ends = np.cumsum(self._probabilities)
+        ends = np.cumsum(self.class_counts.numpy())
         classes = np.searchsorted(ends / ends[-1], uniform[:, 0], side="right")
 
         places = (uniform[:, 1] * self._counts[classes]).astype(np.int64)
@@ -170,15 +168,6 @@ def _counted(labels: npt.NDArray[Any], num_classes: int | None) -> npt.NDArray[n
         num_classes = max(1, int(labels.max()) + 1) if is_integer else 1  # others are refused below
     counts: npt.NDArray[np.int64] = count_classes(labels, num_classes).numpy()
     return counts
-
-
-def _powered(counts: npt.NDArray[np.int64], power: float) -> npt.NDArray[np.float64]:
-    """Compute the probabilities of the classes ``[C]``, 0 for those without samples."""
-    is_there = counts > 0
-    logs = power * np.log(counts, where=is_there, out=np.zeros(len(counts)))
-    weights: npt.NDArray[np.float64] = np.where(is_there, np.exp(logs - logs[is_there].max()), 0.0)
-    weights /= weights.sum()
-    return weights
 
 
 def _checked_place(num_replicas: int | None, rank: int | None) -> tuple[int, int] | None:

@@ -343,14 +343,13 @@ class Loss(nn.Module):
         plain = not (batch.is_soft or batch.is_map or batch.sample_weight is not None)
         if not (learns and plain and values_readable(batch.target, self.validate_args)):
             return
-        counts = self._corrected_counts() if unfit(batch.target) is None else None
-        if counts is None:
+        labels = batch.target[batch.target != self.ignore_index]
+        counts = self._corrected_counts()
+        if counts is None or unfit(labels) is not None:
             return
 
         if self._seen is None or not self._seen.are_for(counts):
             self._seen, self._steps, step = SeenLabels(counts), 1, 1
-
-        labels = batch.target[batch.target != self.ignore_index]
         self._seen.add(labels)
         problem = self._seen.problem(step, step * len(labels) * num_ranks)
         if problem is not None:

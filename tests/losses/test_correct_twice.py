@@ -152,6 +152,20 @@ def test_validation_is_not_judged():
     assert not told(of_constants)
 
 
+def test_a_loss_under_torch_func_tells_nothing_and_keeps_nothing_of_it():
+    criterion, labels = BalancedSoftmaxLoss(COUNTS), balanced()
+
+    def steps():
+        for _ in range(70):
+            target = next(labels)
+            torch.func.grad(lambda logits, target=target: criterion(logits, target))(
+                torch.zeros(len(target), 6)
+            )
+
+    assert not told(steps)
+    assert told(lambda: train(copy.deepcopy(criterion), labels, 130))
+
+
 def test_a_compiled_loss_compiles_once_and_tells_nothing():
     compiled = torch.compile(BalancedSoftmaxLoss(COUNTS, validate_args=True), backend="eager")
     labels = (target for target in balanced() if len(target) == 32)
