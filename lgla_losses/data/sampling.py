@@ -53,7 +53,9 @@ class ClassBalancedSampler(Sampler[int]):
             class without samples has 0.
         labels: the labels, int64 ``[N]``.
         epoch: the number of the next iteration. Each iteration counts it up; :meth:`set_epoch` sets it.
-        power, num_samples, seed: as given.
+        power: as given.
+        num_samples: samples of an epoch, all ranks together.
+        seed: as given.
 
     Raises:
         TypeError: labels are not integers, or another argument is of a wrong type.

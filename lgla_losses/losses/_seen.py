@@ -27,21 +27,22 @@ class SeenLabels:
     """
 
     def __init__(self, counts: Tensor) -> None:
-        self._counts = counts.clone()
-        rare = counts.argsort(stable=True)[: len(counts) // 2]
-        self._is_rare = torch.zeros(len(counts), dtype=torch.bool, device=counts.device)
+        self._counts = counts.detach().cpu().double().clone()
+        rare = self._counts.argsort(stable=True)[: len(counts) // 2]
+        self._is_rare = torch.zeros(len(counts), dtype=torch.bool)
         self._is_rare[rare] = True
-        self._expected = float(counts[rare].sum() / counts.sum())
+        self._expected = float(self._counts[rare].sum() / self._counts.sum())
         #: Of each look the labels of rare classes, and all.
         self._looks: list[tuple[int, int]] = []
         self._digests: set[int] = set()
 
     def are_for(self, counts: Tensor) -> bool:
         """Say whether these are the class counts that labels are compared with."""
-        return torch.equal(self._counts, counts)
+        return torch.equal(self._counts, counts.cpu().double())
 
     def add(self, labels: Tensor) -> None:
         """Look at the labels ``[N]`` of a batch. The same batch again tells nothing new."""
+        labels = labels.cpu()
         digest = digest_of([labels])
         if len(labels) < _FEWEST_LABELS or digest in self._digests or not self._are_classes(labels):
             return
