@@ -236,22 +236,41 @@ class Batch(NamedTuple):
         if self.is_soft:
             probability_values(self.target)
 
-    def explain(self, ignore_index: int, num_classes: int | None = None) -> None:
+    def explain(
+        self, ignore_index: int, num_classes: int | None = None, masked: Tensor | None = None
+    ) -> None:
         """Raise if a value of the batch makes the loss wrong. This reads all values.
 
         Args:
             ignore_index: target of samples that count nothing.
             num_classes: ``C``; None takes that of the logits.
+            masked: which classes have no training samples, so that none may have them ``[C]``; None for none.
         """
         self.check_weights()
         if not self.is_soft:
             target_values(self.target, num_classes or self.logits[0].shape[-1], ignore_index)
+        if masked is not None:
+            self._check_masked(masked.to(self.target.device), ignore_index)
         if self.features is not None and self.is_soft:
             finite_tensors(features=self.features, weight=self.weight)
         elif self.features is not None:
             self.check_angles(ignore_index)
         for k, expert in enumerate(self.experts()):
             self._finite_logits(k, expert, ignore_index)
+
+    def _check_masked(self, masked: Tensor, ignore_index: int) -> None:
+        """Raise if a sample belongs to a class that is masked ``[C]``."""
+        if self.is_soft:
+            classes = (self.target > 0).flatten(0, -2).any(dim=0).nonzero()[:, 0]
+        else:
+            classes = self.target[self.target != ignore_index].unique()
+        found = classes[masked[classes]]
+        if found.numel():
+            raise ValueError(
+                f"target: expected classes with training samples, got class {int(found[0])}, which has no "
+                "training samples and is masked; leave its samples out, or count them in class_counts, which "
+                "set_adjustment changes"
+            )
 
     def largest_target_logit(self, ignore_index: int) -> float:
         """Find the largest logit of a target. This reads the values."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lgla_losses._checks import finite_float
+from lgla_losses._checks import class_index, finite_float, one_of
 
 
 class Column(Protocol):
@@ -28,8 +29,121 @@ class Column(Protocol):
 ArrayLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any] | Mapping[int, Any] | Column
 
 
-def as_class_counts(class_counts: ArrayLike) -> Tensor:
-    """Convert ``class_counts`` to a new CPU tensor ``[C]``, int64 or float64, positive and finite."""
+#: What may be done about classes without samples.
+ZERO_COUNTS = ("error", "smooth", "mask")
+
+
+class ClassRules(NamedTuple):
+    """Say which classes the adjustments are made for: those with samples that are no background.
+
+    Attributes:
+        zero_counts: ``"error"`` refuses classes without samples, ``"smooth"`` adds a sample to every class,
+            ``"mask"`` takes classes without samples out of the softmax.
+        background: indices of the classes that are left out of the adjustment.
+    """
+
+    zero_counts: str = "error"
+    background: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls, class_counts: ArrayLike, zero_counts: str, background: int | Iterable[int] | None
+    ) -> tuple[Self, Tensor]:
+        """Check the options of a loss; give them with its class counts ``[C]``.
+
+        Raises:
+            TypeError: counts are not numbers, or an option is of a wrong type.
+            ValueError: counts are wrong, ``zero_counts`` is no such word, or ``background`` is no class, has
+                one twice, or leaves none.
+        """
+        counts = as_class_counts(class_counts, one_of("zero_counts", zero_counts, ZERO_COUNTS))
+        rules = cls(zero_counts, _background_classes(background, len(counts)))
+        return rules, rules._with_classes(counts)
+
+    def counts(self, class_counts: ArrayLike) -> Tensor:
+        """Check class counts as users give them; give those to compute with, on the CPU ``[C]``."""
+        return self._with_classes(as_class_counts(class_counts, self.zero_counts))
+
+    def saved(self, class_counts: ArrayLike) -> Tensor:
+        """Check class counts that a loss has computed with, as those of a state; give them ``[C]``."""
+        zero_counts = "mask" if self.zero_counts == "mask" else "error"
+        return self._with_classes(as_class_counts(class_counts, zero_counts))
+
+    def _with_classes(self, counts: Tensor) -> Tensor:
+        """Raise if no class is left to adjust."""
+        if not self.adjusted(counts).any():
+            besides = f" besides background={list(self.background)}" if self.background else ""
+            raise ValueError(
+                f"class_counts: expected a class with samples{besides}, got none of {len(counts)}; "
+                "count_classes(labels, num_classes) counts labels"
+            )
+        return counts
+
+    def adjusted(self, counts: Tensor) -> Tensor:
+        """Say of every class whether the adjustments are made for it, bool ``[C]``."""
+        adjusted = counts > 0
+        if self.background:
+            index = torch.tensor(self.background, dtype=torch.int64, device=counts.device)
+            adjusted.index_fill_(0, index, False)
+        return adjusted
+
+    def spread(self, values: Tensor, counts: Tensor, *, masked: float, background: float) -> Tensor:
+        """Put what is computed for the adjusted classes in the places of these among all classes.
+
+        Args:
+            values: of the adjusted classes ``[..., A]``.
+            counts: samples per class ``[C]``.
+            masked: value of the classes without samples.
+            background: value of the background classes that have samples.
+
+        Returns:
+            ``[..., C]``
+        """
+        spread = values.new_full((*values.shape[:-1], len(counts)), background)
+        spread[..., counts == 0] = masked
+        spread[..., self.adjusted(counts)] = values
+        return spread
+
+    def check_smoothing(self, label_smoothing: float) -> None:
+        """Raise if label smoothing would give masked classes a share of every target."""
+        if self.zero_counts == "mask" and label_smoothing > 0:
+            raise ValueError(
+                f"label_smoothing: expected 0 with zero_counts='mask', got {label_smoothing}: it gives every "
+                "class a share of the target, masked ones too; take zero_counts='smooth' or label_smoothing=0"
+            )
+
+    def shown(self) -> str:
+        """Name the options that differ from the default, for a ``repr``; each ends with a comma."""
+        zero_counts = f"zero_counts={self.zero_counts!r}, " if self.zero_counts != "error" else ""
+        return zero_counts + (f"background={list(self.background)}, " if self.background else "")
+
+
+def _background_classes(background: int | Iterable[int] | None, num_classes: int) -> tuple[int, ...]:
+    """Check that ``background`` holds class indices, each once; return them sorted."""
+    if background is None:
+        return ()
+    # Tensors without dimensions cannot be iterated over, though they seem so.
+    many = isinstance(background, Iterable) and getattr(background, "ndim", 1) > 0
+    given: list[Any] = list(background) if many else [background]  # type: ignore[arg-type]
+    classes = sorted(class_index("background", index, num_classes) for index in given)
+    for before, index in itertools.pairwise(classes):
+        if before == index:
+            raise ValueError(f"background: expected each class once, got class {index} twice; drop one")
+    if len(classes) == num_classes:
+        raise ValueError(
+            f"background: expected a class besides it, got all {num_classes} classes; leave one to adjust"
+        )
+    return tuple(classes)
+
+
+def as_class_counts(class_counts: ArrayLike, zero_counts: str | None = None) -> Tensor:
+    """Convert ``class_counts`` to a new CPU tensor ``[C]``, int64 or float64, positive and finite.
+
+    Args:
+        class_counts: samples per class.
+        zero_counts: as in :class:`ClassRules`, where the caller has that option. With ``"smooth"`` every
+            class has one sample more, with ``"mask"`` counts may be 0.
+    """
     array = to_numpy("class_counts", class_counts)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(
@@ -49,23 +163,46 @@ def as_class_counts(class_counts: ArrayLike) -> Tensor:
             "count_classes(labels, num_classes) counts labels"
         )
 
-    wrong = ~(np.isfinite(exact) & (exact > 0))
-    if wrong.any():
-        j = int(np.flatnonzero(wrong)[0])
-        raise ValueError(
-            f"class_counts: expected positive, finite counts, got {exact[j]} for class {j} "
-            f"({int(wrong.sum())} such of {exact.size}); leave classes without samples out of the label "
-            "space, or give them a small positive count"
-        )
+    _check_each_count(exact, zero_counts)
 
+    more = int(zero_counts == "smooth")
     total = sum(exact.tolist())
+    if more and exact.dtype == np.float64 and 0 < total < 1.001:
+        raise ValueError(
+            f"class_counts: expected numbers of samples with zero_counts='smooth', got frequencies, of sum "
+            f"{total:.3g}; a sample more would hide them: give counts, or zero_counts='mask'"
+        )
+    total += more * exact.size
     if not math.isfinite(total) or (exact.dtype == np.int64 and total >= 2**63):
         raise ValueError(
             f"class_counts: expected counts whose sum fits {exact.dtype}, got a sum of {total:.3g}; "
             "divide all counts by the same number"
         )
 
-    return torch.from_numpy(exact)
+    return torch.from_numpy(exact + more)
+
+
+def _check_each_count(counts: npt.NDArray[Any], zero_counts: str | None) -> None:
+    """Raise for counts that are not finite, negative, or 0 where these are no option."""
+    takes_zeros = zero_counts in ("smooth", "mask")
+    wrong = ~(np.isfinite(counts) & ((counts >= 0) if takes_zeros else (counts > 0)))
+    if not wrong.any():
+        return
+
+    expected = "finite counts >= 0" if takes_zeros else "positive, finite counts"
+    out_of_space = "leave classes without samples out of the label space"
+    way_out = {
+        None: f"{out_of_space}, or give them a small positive count",
+        "error": (
+            "zero_counts='smooth' adds a sample to every class, zero_counts='mask' takes those without any "
+            f"out of the softmax; or {out_of_space}"
+        ),
+    }.get(zero_counts, "count_classes(labels, num_classes) counts labels")
+    j = int(np.flatnonzero(wrong)[0])
+    raise ValueError(
+        f"class_counts: expected {expected}, got {counts[j]} for class {j} "
+        f"({int(wrong.sum())} such of {counts.size}); {way_out}"
+    )
 
 
 def as_class_weight(

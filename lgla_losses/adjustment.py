@@ -13,7 +13,7 @@ from lgla_losses import functional
 from lgla_losses._batch import check_logits
 from lgla_losses._buffers import ConstantBuffers, same_constants, scalar
 from lgla_losses._checks import finite_float, floating_tensor, same_device, target_tensor, target_values
-from lgla_losses._counts import ArrayLike
+from lgla_losses._counts import ArrayLike, ClassRules
 from lgla_losses._torch import values_readable
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput, normalized_fusion
 from lgla_losses.grouping import ClassGrouper, check_grouper, same_classes
@@ -28,7 +28,8 @@ class CLALogitAdjuster(ConstantBuffers):
     Local experts (LLA) k = 0..K-2: :math:`T = \log(n_j / n_{max})` for the classes of group k and 0
     for the others. The global expert (GLA), the last: :math:`T = \tau \log(n_j / n_{max})`. This is
     Eq. 4 shifted by a constant per expert, :math:`\log n_{max}` and :math:`\tau \log n_{max}`: softmax
-    cannot see the shift, and low precision keeps its digits.
+    cannot see the shift, and low precision keeps its digits. Classes that the grouper leaves out as
+    background have :math:`T = 0`, classes that it masks :math:`T = -\infty`, for every expert.
 
     Source: Tao et al., ICCV 2023, Eqs. 4 to 6.
 
@@ -75,10 +76,17 @@ class CLALogitAdjuster(ConstantBuffers):
 
         Raises:
             TypeError: the table is not a floating-point tensor.
-            ValueError: it is not 2-D, does not have C columns or is not finite.
+            ValueError: it is not 2-D, does not have C columns or is not finite, or the grouper leaves
+                classes out.
         """
         floating_tensor("adjustment table", table, "[K, C]")
         num_classes = check_grouper(grouper).num_classes
+        if grouper.background or grouper.zero_counts == "mask":
+            raise ValueError(
+                "adjustment table: expected one that is made from class counts with "
+                f"{grouper.rules.shown().rstrip(', ')}, got a table of your own, which is taken as it is; "
+                "write 0 for a background into it, and add -inf to the logits of classes to mask"
+            )
         if table.is_meta:
             raise ValueError("adjustment table: expected values, got a tensor without any (meta)")
         if table.shape[0] == 0 or table.shape[1] != num_classes:
@@ -118,7 +126,7 @@ class CLALogitAdjuster(ConstantBuffers):
         if tau is not None:
             self._keep("tau", scalar(tau))
         counts, index = self.grouper.on_cpu("class_counts"), self.grouper.on_cpu("group_index")
-        self._keep("table", _table_of(adjustment, counts, index, num_experts, tau))
+        self._keep("table", _table_of(adjustment, counts, index, num_experts, tau, self.grouper.rules))
 
     def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
         """Change class counts and strength in place, as :meth:`LGLALoss.set_adjustment` does."""
@@ -129,11 +137,12 @@ class CLALogitAdjuster(ConstantBuffers):
         if class_counts is None:
             counts, index = grouper.on_cpu("class_counts"), grouper.on_cpu("group_index")
         else:
-            counts = same_classes(class_counts, grouper.num_classes)
+            counts = same_classes(class_counts, grouper.num_classes, grouper.rules)
             index = grouper.regrouped(counts)
 
         if self._adjustment != "table":
-            self._keep("table", _table_of(self._adjustment, counts, index, self.num_experts, tau))
+            table = _table_of(self._adjustment, counts, index, self.num_experts, tau, grouper.rules)
+            self._keep("table", table)
         if tau is not None:
             self._keep("tau", scalar(tau))
         if class_counts is not None:
@@ -194,7 +203,9 @@ class CLALogitAdjuster(ConstantBuffers):
         experts that is :math:`n_j^{(K - 1 - \tau) / K}`, so the ensemble is uniform exactly at
         :math:`\tau = K - 1`, biased to the head below and to the tail above. This is our derivation, for
         cross entropy at its minimum with ``aaw=False`` and without label smoothing. Hard-sample weights,
-        which are on by default, move the logits further; this is not counted here.
+        which are on by default, move the logits further; this is not counted here. Masked classes have 0;
+        a background keeps its own :math:`n_j`, beside
+        :math:`n_{max} (n_j / n_{max})^{(K - 1 - \tau) / K}` of the others.
 
         Args:
             fusion: one non-negative weight for each expert ``[K]``, divided by their sum; None for equal
@@ -214,15 +225,17 @@ class CLALogitAdjuster(ConstantBuffers):
         self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
     ) -> dict[str, Tensor]:
         table = self._current(state, "table")
-        exact = _finite(table.double())
+        exact = table.double()
         if self._adjustment == "table":
-            return {"table": exact}
+            return {"table": _finite(exact)}
+
         groups = self.grouper.restored_from(state_dict, prefix + "grouper.")
         counts, index = groups["class_counts"], groups["group_index"]
+        _finite(exact.masked_fill(counts == 0, 0.0))
         tau = None
         if "tau" in self._exact:
             tau = self._strength_in(state, table, counts)
-        expected = _table_of(self._adjustment, counts, index, self.num_experts, tau)
+        expected = _table_of(self._adjustment, counts, index, self.num_experts, tau, self.grouper.rules)
         if not same_constants(table, expected):
             raise ValueError(
                 f"table: expected that of adjustment={self._adjustment!r} for the class counts and tau "
@@ -238,7 +251,7 @@ class CLALogitAdjuster(ConstantBuffers):
         If the tau of the state is the present one, rounded, give the present one.
         """
         if "tau" not in state:
-            return check_tau(strength_of(table[-1].double(), counts))
+            return check_tau(strength_of(table[-1].double(), counts, self.grouper.rules))
         own, tau = self.on_cpu("tau"), state["tau"]
         return check_tau(float(own if own.to(tau.dtype) == tau else tau))
 
@@ -249,17 +262,23 @@ class CLALogitAdjuster(ConstantBuffers):
         return f"num_experts={self.num_experts}{tau}"
 
 
-def _table_of(adjustment: str, counts: Tensor, index: Tensor, num_experts: int, tau: float | None) -> Tensor:
+def _table_of(
+    adjustment: str, counts: Tensor, index: Tensor, num_experts: int, tau: float | None, rules: ClassRules
+) -> Tensor:
     """Compute the adjustments ``[K, C]`` of one kind."""
+    adjusted = rules.adjusted(counts)
     if adjustment == "lgla" and tau is not None:
-        return functional.cla_table(counts, index, tau)
-    factor = {"softmax": 0.0, "balanced": 1.0}.get(adjustment, tau)
-    return functional.log_prior_table(counts, num_experts, factor or 0.0)
+        table = functional.cla_table(counts[adjusted], index[adjusted], tau)
+    else:
+        factor = {"softmax": 0.0, "balanced": 1.0}.get(adjustment, tau)
+        table = functional.log_prior_table(counts[adjusted], num_experts, factor or 0.0)
+    return rules.spread(table, counts, masked=-math.inf, background=0.0)
 
 
-def strength_of(adjustment: Tensor, counts: Tensor) -> float:
+def strength_of(adjustment: Tensor, counts: Tensor, rules: ClassRules) -> float:
     """Compute tau from adjustments ``tau * log(n_j / n_max)`` ``[C]``; give 1 if all counts are equal."""
-    log_prior = functional.log_prior_table(counts, 1)[0]
+    adjusted = rules.adjusted(counts)
+    adjustment, log_prior = adjustment[adjusted], functional.log_prior_table(counts[adjusted], 1)[0]
     rarest = log_prior.argmin()
     return float(adjustment[rarest] / log_prior[rarest]) if log_prior[rarest] < 0 else 1.0
 

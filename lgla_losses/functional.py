@@ -139,14 +139,16 @@ def implied_prior(table: Tensor, class_counts: Tensor, fusion: Tensor) -> Tensor
 
     Args:
         table: adjustments ``[K, C]``.
-        class_counts: samples per class ``[C]``.
+        class_counts: samples per class ``[C]``; 0 for classes that the table masks by -inf.
         fusion: weights of the experts ``[K]``, summing to 1.
 
     Returns:
-        Probabilities ``[C]`` in the table's dtype.
+        Probabilities ``[C]`` in the table's dtype; 0 for masked classes.
     """
-    log_prior = class_counts.to(table.dtype).log() - table
-    return torch.softmax(fusion.to(table.dtype) @ log_prior, dim=0)
+    masked = class_counts == 0
+    log_prior = (class_counts.to(table.dtype).log() - table).masked_fill(masked, 0.0)
+    fused = fusion.to(table.dtype) @ log_prior
+    return torch.softmax(fused.masked_fill(masked, -torch.inf), dim=0)
 
 
 def angles_from_features(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lgla_losses._buffers import ConstantBuffers
 from lgla_losses._checks import positive_int, target_tensor, target_values
-from lgla_losses._counts import ArrayLike, as_class_counts, to_numpy
+from lgla_losses._counts import ArrayLike, ClassRules, to_numpy
 from lgla_losses._torch import values_readable
 from lgla_losses.functional import partition_classes
 
@@ -31,19 +31,26 @@ class ClassGrouper(ConstantBuffers):
         class_counts: samples per class :math:`n_j` ``[C]``, positive and finite: a list, an array
             or a tensor of integers or floats.
         num_groups: number of groups ``G = K - 1``, at most ``C``.
+        zero_counts: what to do about classes without samples: ``"error"`` refuses them; ``"smooth"`` adds a
+            sample to every class, Laplace's rule; ``"mask"`` groups the others as if these classes were not
+            there, and puts them into the last group.
+        background: a class or some, such as "other", that are left out: the others are grouped as if they
+            were not there. They are put into the first group, so that their samples have its reference
+            angles.
 
     Attributes:
-        class_counts: the counts ``[C]``, int64, or float64 where floats were given.
+        class_counts: the counts ``[C]``, int64, or float64 where floats were given; those that ``"smooth"``
+            makes.
         group_index: group of every class, int64 ``[C]``, 0 for the head.
-        group_sizes: classes per group, int64 ``[G]``.
-        group_masses: samples per group ``[G]``, in the dtype of the counts.
+        group_sizes: classes per group, int64 ``[G]``, without background and masked classes.
+        group_masses: samples per group ``[G]``, in the dtype of the counts, without the background's.
 
     All of these are read only; ``set_adjustment`` of a loss changes them.
 
     Raises:
         TypeError: counts are not numbers, or ``num_groups`` is not an integer.
-        ValueError: counts are empty, not 1-D, not positive or not finite, or there are fewer
-            classes than groups.
+        ValueError: counts are empty, not 1-D, not positive or not finite, there are fewer classes than
+            groups, or ``background`` is no class, has one twice or leaves none.
 
     Shape:
         - target: int64 ``[N]``
@@ -59,44 +66,73 @@ class ClassGrouper(ConstantBuffers):
 
     #: Whether the groups are the caller's own, which other counts do not change.
     is_own = False
+    #: Which classes are grouped.
+    rules = ClassRules()
 
-    def __init__(self, class_counts: ArrayLike, num_groups: int) -> None:
+    def __init__(
+        self,
+        class_counts: ArrayLike,
+        num_groups: int,
+        *,
+        zero_counts: str = "error",
+        background: int | Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
-        counts = as_class_counts(class_counts)
+        self.rules, counts = ClassRules.of(class_counts, zero_counts, background)
         num_groups = positive_int("num_groups", num_groups, "it is the number of local experts, K - 1")
-        if num_groups > len(counts):
-            raise ValueError(
-                f"num_groups: expected at most one group a class, {len(counts)} here, got {num_groups}; "
-                "use fewer experts"
-            )
-        self.keep(counts, partition_classes(counts, num_groups))
+        self.keep(counts, grouped(counts, num_groups, self.rules))
 
     @classmethod
-    def from_groups(cls, class_counts: ArrayLike, group_index: ArrayLike) -> ClassGrouper:
+    def from_groups(
+        cls,
+        class_counts: ArrayLike,
+        group_index: ArrayLike,
+        *,
+        zero_counts: str = "error",
+        background: int | Sequence[int] | None = None,
+    ) -> ClassGrouper:
         """Use groups of your own, for example many-, medium- and few-shot classes.
 
         Args:
             class_counts: samples per class ``[C]``.
             group_index: group of every class ``[C]``, integers ``0..G-1``, 0 for the head; every
-                group holds a class.
+                group holds a class that is adjusted. Those of background and masked classes are as given.
+            zero_counts: as in the constructor.
+            background: as in the constructor.
 
         Raises:
             TypeError: the groups are not integers.
             ValueError: there is not one group for each class, or a group below the largest is empty.
         """
-        counts = as_class_counts(class_counts)
-        index = _group_index(to_numpy("group_index", group_index), len(counts))
+        rules, counts = ClassRules.of(class_counts, zero_counts, background)
+        index = _group_index(to_numpy("group_index", group_index), counts, rules)
+        return cls.of_checked(counts, index, rules, is_own=True)
+
+    @classmethod
+    def of_checked(
+        cls, counts: Tensor, index: Tensor, rules: ClassRules, *, is_own: bool = False
+    ) -> ClassGrouper:
+        """Make a grouper of counts ``[C]`` and groups ``[C]`` that are checked already."""
         grouper = cls.__new__(cls)
         ConstantBuffers.__init__(grouper)
-        grouper.is_own = True
+        grouper.is_own, grouper.rules = is_own, rules
         grouper.keep(counts, index)
         return grouper
 
     def regrouped(self, counts: Tensor) -> Tensor:
         """Group the classes by other counts ``[C]``: give the groups ``[C]``. Groups of the caller stay."""
-        if self.is_own:
-            return self.on_cpu("group_index")
-        return partition_classes(counts, self.num_groups)
+        own = self.on_cpu("group_index") if self.is_own else None
+        return regrouped(counts, self.num_groups, self.rules, own)
+
+    @property
+    def zero_counts(self) -> str:
+        """What is done about classes without samples, as given."""
+        return self.rules.zero_counts
+
+    @property
+    def background(self) -> tuple[int, ...]:
+        """The classes that are left out of the adjustment, in order."""
+        return self.rules.background
 
     @property
     def class_counts(self) -> Tensor:
@@ -130,8 +166,9 @@ class ClassGrouper(ConstantBuffers):
 
     @property
     def imbalance_factor(self) -> float:
-        """Count of the largest class over that of the smallest (IF, section 4.1)."""
+        """Count of the largest class over that of the smallest that is adjusted (IF, section 4.1)."""
         counts = self.constant("class_counts")
+        counts = counts[self.rules.adjusted(counts)]
         return float(counts.max()) / float(counts.min())
 
     def forward(self, target: Tensor) -> Tensor:
@@ -155,8 +192,8 @@ class ClassGrouper(ConstantBuffers):
     def _restored(
         self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
     ) -> dict[str, Tensor]:
-        counts = as_class_counts(self._current(state, "class_counts"))
-        index = _group_index(to_numpy("group_index", self._current(state, "group_index")), len(counts))
+        counts = self.rules.saved(self._current(state, "class_counts"))
+        index = _group_index(to_numpy("group_index", self._current(state, "group_index")), counts, self.rules)
         if int(index.max()) + 1 != self.num_groups:
             raise ValueError(f"group_index: expected {self.num_groups} groups, got {int(index.max()) + 1}")
         if self.is_own and not torch.equal(index, self.on_cpu("group_index")):
@@ -164,11 +201,11 @@ class ClassGrouper(ConstantBuffers):
                 "group_index: expected the groups that the loss was given, got others; construct it with the "
                 "groups of the state, or from class counts alone, which takes any"
             )
-        return _constants(counts, index)
+        return _constants(counts, index, self.rules)
 
     def keep(self, counts: Tensor, index: Tensor) -> None:
         """Set class counts ``[C]`` and groups ``[C]`` in place; they are checked already."""
-        super()._keep_all(_constants(counts, index))
+        super()._keep_all(_constants(counts, index, self.rules))
 
     def _keep_all(self, constants: Mapping[str, Tensor]) -> None:
         """Take the constants of a state.
@@ -179,19 +216,19 @@ class ClassGrouper(ConstantBuffers):
         known = all(torch.equal(constants[name], self.on_cpu(name)) for name in names)
         if not (known or self.is_own):
             counts, index = (constants[name] for name in names)
-            self.is_own = not torch.equal(index, partition_classes(counts, self.num_groups))
+            self.is_own = not torch.equal(index, grouped(counts, self.num_groups, self.rules))
         super()._keep_all(constants)
 
     def extra_repr(self) -> str:
         """Show the configuration."""
-        sizes = f"num_classes={self.num_classes}, num_groups={self.num_groups}"
+        sizes = f"{self.rules.shown()}num_classes={self.num_classes}, num_groups={self.num_groups}"
         known = not self.constant("class_counts").is_meta
         return f"{sizes}, imbalance_factor={self.imbalance_factor:.4g}" if known else sizes
 
 
-def same_classes(class_counts: ArrayLike, num_classes: int) -> Tensor:
+def same_classes(class_counts: ArrayLike, num_classes: int, rules: ClassRules) -> Tensor:
     """Check that ``class_counts`` has as many classes as before; return it as a CPU tensor ``[C]``."""
-    counts = as_class_counts(class_counts)
+    counts = rules.counts(class_counts)
     if len(counts) != num_classes:
         raise ValueError(
             f"class_counts: expected counts of {num_classes} classes as before, got {len(counts)}; "
@@ -200,8 +237,33 @@ def same_classes(class_counts: ArrayLike, num_classes: int) -> Tensor:
     return counts
 
 
-def _group_index(index: npt.NDArray[Any], num_classes: int) -> Tensor:
-    """Check that ``index`` numbers groups without gaps; return it as int64 ``[C]``."""
+def grouped(counts: Tensor, num_groups: int, rules: ClassRules) -> Tensor:
+    """Group the classes that are adjusted; the background comes first, masked classes last: int64 ``[C]``.
+
+    Raises:
+        ValueError: there are fewer such classes than groups.
+    """
+    adjusted = rules.adjusted(counts)
+    number = int(adjusted.sum())
+    if num_groups > number:
+        raise ValueError(
+            f"num_groups: expected at most one group a class, {number} here, got {num_groups}; "
+            "use fewer experts"
+        )
+    index = partition_classes(counts[adjusted], num_groups)
+    return rules.spread(index, counts, masked=num_groups - 1, background=0)
+
+
+def regrouped(counts: Tensor, num_groups: int, rules: ClassRules, own: Tensor | None) -> Tensor:
+    """Group the classes by other counts ``[C]``: give the groups ``[C]``; ``own`` ones stay."""
+    if own is None:
+        return grouped(counts, num_groups, rules)
+    return _group_index(own.numpy(), counts, rules)
+
+
+def _group_index(index: npt.NDArray[Any], counts: Tensor, rules: ClassRules) -> Tensor:
+    """Check that ``index`` numbers groups of adjusted classes without gaps; return it as int64 ``[C]``."""
+    num_classes = len(counts)
     if index.shape != (num_classes,):
         raise ValueError(
             f"group_index: expected one group for each of {num_classes} classes, shape [{num_classes}], "
@@ -209,22 +271,24 @@ def _group_index(index: npt.NDArray[Any], num_classes: int) -> Tensor:
         )
     if not np.issubdtype(index.dtype, np.integer):
         raise TypeError(f"group_index: expected integers 0..G-1, got {index.dtype}")
-    present = np.unique(index).tolist()
-    if present != list(range(len(present))):
+    present = np.unique(index[rules.adjusted(counts).numpy()]).tolist()
+    if present != list(range(int(index.max()) + 1)) or index.min() < 0:
+        besides = "" if rules == ClassRules() else " that has samples and is no background"
         raise ValueError(
-            "group_index: expected groups 0..G-1 with a class in each, "
+            f"group_index: expected groups 0..G-1 with a class in each{besides}, "
             f"got groups {present}; number them without gaps from 0, the head"
         )
     return torch.from_numpy(index.astype(np.int64))
 
 
-def _constants(counts: Tensor, index: Tensor) -> dict[str, Tensor]:
-    num_groups = int(index.max()) + 1
+def _constants(counts: Tensor, index: Tensor, rules: ClassRules) -> dict[str, Tensor]:
+    num_groups, adjusted = int(index.max()) + 1, rules.adjusted(counts)
+    members = index[adjusted]
     return {
         "class_counts": counts,
         "group_index": index,
-        "group_sizes": torch.bincount(index, minlength=num_groups),
-        "group_masses": counts.new_zeros(num_groups).index_add_(0, index, counts),
+        "group_sizes": torch.bincount(members, minlength=num_groups),
+        "group_masses": counts.new_zeros(num_groups).index_add_(0, members, counts[adjusted]),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -218,7 +219,11 @@ class Loss(nn.Module):
 
     def _explain(self, batch: Batch) -> None:
         """Raise if a value of the batch makes its loss wrong."""
-        batch.explain(self.ignore_index)
+        batch.explain(self.ignore_index, masked=self._masked())
+
+    def _masked(self) -> Tensor | None:
+        """Say which classes are masked, as they have no training samples ``[C]``; None if none can be."""
+        raise NotImplementedError
 
     # --- The steps ----------------------------------------------------------------------------------------
 
@@ -381,6 +386,8 @@ class ExpertLoss(Loss):
         tau: float | None = None,
         *,
         grouper: ClassGrouper | None = None,
+        zero_counts: str = "error",
+        background: int | Sequence[int] | None = None,
         aaw: bool = True,
         scale: float | None = 30.0,
         adjustment: str | Tensor = "lgla",
@@ -399,9 +406,14 @@ class ExpertLoss(Loss):
         needs_groups = self.aaw or (isinstance(adjustment, str) and adjustment == "lgla")
         num_experts = number_of_experts(num_experts, grouper, adjustment, needs_groups)
         if grouper is None:
-            grouper = group_classes(class_counts, num_experts, needs_groups)
+            grouper = group_classes(class_counts, num_experts, needs_groups, zero_counts, background)
         elif class_counts is not None:
             raise ValueError("grouper: expected class_counts or a grouper, got both; drop class_counts")
+        elif zero_counts != "error" or background is not None:
+            raise ValueError(
+                "zero_counts, background: expected neither beside a grouper, which has its own, got "
+                f"{zero_counts!r} and {background}; give them to ClassGrouper"
+            )
         else:
             grouper = copy.deepcopy(grouper)  # as set_adjustment changes its own
 
@@ -409,6 +421,7 @@ class ExpertLoss(Loss):
         self._take_options(
             reduction, ignore_index, label_smoothing, sync, process_group, validate_args, backend
         )
+        grouper.rules.check_smoothing(self.label_smoothing)
         self.weighter = AAWWeighter(
             grouper,
             ignore_index=ignore_index,
@@ -435,9 +448,9 @@ class ExpertLoss(Loss):
         waits for the device. Under DDP every rank calls it, and the next step compares what they have.
 
         Args:
-            class_counts: training samples per class ``[C]`` of the same classes, positive; None keeps them.
-                The classes are grouped anew; groups of your own (:meth:`ClassGrouper.from_groups`) and a
-                table of your own stay.
+            class_counts: training samples per class ``[C]`` of the same classes, positive but for what
+                ``zero_counts`` allows; None keeps them. The classes are grouped anew; groups of your own
+                (:meth:`ClassGrouper.from_groups`) and a table of your own stay.
             tau: strength, as in the constructor; None keeps it.
 
         Raises:
@@ -463,6 +476,16 @@ class ExpertLoss(Loss):
     def grouper(self) -> ClassGrouper:
         """The groups of the classes."""
         return self.adjuster.grouper
+
+    @property
+    def zero_counts(self) -> str:
+        """What is done about classes without samples, as given."""
+        return self.grouper.zero_counts
+
+    @property
+    def background(self) -> tuple[int, ...]:
+        """The classes that are left out of the adjustment, in order."""
+        return self.grouper.background
 
     @property
     def adjustment(self) -> str:
@@ -498,7 +521,12 @@ class ExpertLoss(Loss):
         return self.grouper.constant("class_counts") if corrects else None
 
     def _explain(self, batch: Batch) -> None:
-        batch.explain(self.ignore_index, num_classes=self.num_classes)
+        # An ensemble's logits, which are not adjusted, are also those of masked classes.
+        of_ensemble = batch.of_one and len(batch.logits) == 1 < self.num_experts
+        batch.explain(self.ignore_index, self.num_classes, None if of_ensemble else self._masked())
+
+    def _masked(self) -> Tensor | None:
+        return self.grouper.constant("class_counts") == 0 if self.zero_counts == "mask" else None
 
     def _weights(
         self, engine: Engine | None, batch: Batch, ranks: Ranks, table: Tensor, group_index: Tensor

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor
 
 from lgla_losses._checks import dense_tensor, one_of, positive_int
-from lgla_losses._counts import ArrayLike, as_class_counts
+from lgla_losses._counts import ArrayLike, ClassRules
 from lgla_losses.adjustment import CLALogitAdjuster, strength
-from lgla_losses.grouping import ClassGrouper, check_grouper
+from lgla_losses.grouping import ClassGrouper, check_grouper, grouped
 from lgla_losses.kernels.autograd import triton_missing
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ class ExpertLossOptions(TypedDict, total=False):
     """Name the options of every loss of K experts, wherever its classes are."""
 
     grouper: ClassGrouper | None
+    zero_counts: str
+    background: int | Sequence[int] | None
     aaw: bool
     adjustment: str | Tensor
     reduction: str
@@ -90,21 +92,29 @@ def number_of_experts(
     return number
 
 
-def group_classes(class_counts: ArrayLike | None, num_experts: int, needs_groups: bool) -> ClassGrouper:
+def group_classes(
+    class_counts: ArrayLike | None,
+    num_experts: int,
+    needs_groups: bool,
+    zero_counts: str,
+    background: int | Sequence[int] | None,
+) -> ClassGrouper:
     """Divide the classes into one group for each local expert.
 
     If no groups are needed, there may be fewer, as there is at most one group for each class.
     """
     if class_counts is None:
         raise TypeError("class_counts: expected samples per class [C], got None; or pass a grouper")
-    counts = as_class_counts(class_counts)
-    num_groups = num_experts - 1
-    if needs_groups and num_groups > len(counts):
+    rules, counts = ClassRules.of(class_counts, zero_counts, background)
+    num_groups, number = num_experts - 1, int(rules.adjusted(counts).sum())
+    if needs_groups and num_groups > number:
+        left_out = "" if number == len(counts) else f" that are adjusted, of {len(counts)}"
         raise ValueError(
-            f"num_experts: expected at most C + 1 = {len(counts) + 1} for {len(counts)} classes, as each "
+            f"num_experts: expected at most C + 1 = {number + 1} for {number} classes{left_out}, as each "
             f"local expert owns a group of classes, got {num_experts}; use fewer experts"
         )
-    return ClassGrouper(counts, max(1, min(num_groups, len(counts))))
+    num_groups = max(1, min(num_groups, number))
+    return ClassGrouper.of_checked(counts, grouped(counts, num_groups, rules), rules)
 
 
 def runnable_backend(backend: str) -> str:

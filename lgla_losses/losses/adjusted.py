@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from lgla_losses import functional
 from lgla_losses._batch import Batch
 from lgla_losses._buffers import ConstantBuffers, read_only, same_constants, scalar
-from lgla_losses._counts import ArrayLike, as_class_counts, as_class_weight
+from lgla_losses._counts import ArrayLike, ClassRules, as_class_weight
 from lgla_losses._torch import values_readable
 from lgla_losses.adjustment import check_tau, strength_of
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
@@ -25,10 +26,21 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+#: What a constant is for classes that it is not computed for: those that are masked, and the background.
+_LEFT_OUT = {
+    "table": (-math.inf, 0.0),
+    "class_weight": (1.0, 1.0),
+    "multiplier": (1.0, 1.0),
+    "margins": (0.0, 0.0),
+}
+
+
 class Options(TypedDict, total=False):
     """Name the options of :class:`AdjustedLoss`, which it takes beside its constants."""
 
     class_weight: ArrayLike | None
+    zero_counts: str
+    background: int | Sequence[int] | None
     reduction: str
     ignore_index: int
     label_smoothing: float
@@ -49,7 +61,8 @@ class AdjustedLoss(ConstantBuffers, Loss):
     exponent :math:`\gamma`, and the factors of the logits, :math:`a`.
 
     Args:
-        class_counts: training samples per class ``[C]``, positive; None for a loss that needs none.
+        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows; None
+            for a loss that needs none.
         numbers: what :meth:`constants` takes beside them, by name.
         class_weight: your own weights of the classes ``[C]``, finite and at least 0, as those of
             :class:`torch.nn.CrossEntropyLoss`; they multiply those that the loss makes.
@@ -57,6 +70,10 @@ class AdjustedLoss(ConstantBuffers, Loss):
             the mean divides by the sum of the samples' weights, as PyTorch's does for class indices, but for
             losses that say otherwise. A sample with
             probabilities weighs the mean of its classes' weights.
+        zero_counts: as in :class:`~lgla_losses.LGLALoss`, what to do about classes without samples.
+            ``"mask"`` makes every constant of the others alone, as if these classes were not there.
+        background: as in :class:`~lgla_losses.LGLALoss`, classes that are left out of the adjustment: they
+            have the adjustment and margin 0, and the weight and factor 1.
         ignore_index: target of samples that count nothing.
         label_smoothing: as in :class:`torch.nn.CrossEntropyLoss`, of the adjusted logits.
         sync: as in :class:`~lgla_losses.LGLALoss`, for the number that ``"mean"`` divides by.
@@ -78,6 +95,8 @@ class AdjustedLoss(ConstantBuffers, Loss):
           ``[N, K, C, H, W]``, target ``[N, H, W]`` or ``[N, C, H, W]``
     """
 
+    #: Which classes the constants are made for.
+    _rules = ClassRules()
     #: The exponent, that of the focal loss; 0 is cross entropy.
     focusing = 0.0
     #: Whether ``"mean"`` divides by the sum of the samples' weights, not by their number.
@@ -91,6 +110,8 @@ class AdjustedLoss(ConstantBuffers, Loss):
         numbers: Mapping[str, float] | None = None,
         *,
         class_weight: ArrayLike | None = None,
+        zero_counts: str = "error",
+        background: int | Sequence[int] | None = None,
         reduction: str = "mean",
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
@@ -106,8 +127,14 @@ class AdjustedLoss(ConstantBuffers, Loss):
         #: As constructed; a tau may have changed since, and is a constant as well.
         self._numbers = dict(numbers or {})
         if class_counts is not None:
-            counts = as_class_counts(class_counts).double()
-            self._keep_all(self._all_constants(counts, self._numbers))
+            self._rules, counts = ClassRules.of(class_counts, zero_counts, background)
+            self._rules.check_smoothing(self.label_smoothing)
+            self._keep_all(self._all_constants(counts.double(), self._numbers))
+        elif zero_counts != "error" or background is not None:
+            raise ValueError(
+                f"zero_counts, background: expected neither for {type(self).__name__} without class counts, "
+                f"got {zero_counts!r} and {background}; leave them out"
+            )
         if class_weight is not None:
             of_classes = self._exact.get("class_counts")
             self._keep("own_class_weight", as_class_weight(class_weight, of_classes))
@@ -120,12 +147,14 @@ class AdjustedLoss(ConstantBuffers, Loss):
         """Compute the constants of the loss from the class counts.
 
         Args:
-            counts: training samples per class, float64 ``[C]`` on the CPU.
+            counts: training samples per class, float64 ``[C]`` on the CPU; of the adjusted classes only,
+                without background and masked ones.
             numbers: as the constructor was given.
 
         Returns:
-            ``table`` (:math:`T`), ``class_weight`` (:math:`w`) and ``multiplier`` (the factor of the logits),
-            float64 ``[C]``, each optional, and further constants of the subclass.
+            ``table`` (:math:`T`), ``class_weight`` (:math:`w`), ``multiplier`` (the factor of the logits) and
+            ``margins``, float64 of as many classes, each optional, and further constants of the subclass,
+            which are kept as they are.
         """
         return {}
 
@@ -133,7 +162,8 @@ class AdjustedLoss(ConstantBuffers, Loss):
         """Change class counts and adjustments during training, in place: compiled steps compile nothing anew.
 
         Args:
-            class_counts: training samples per class ``[C]`` of the same classes, positive; None keeps them.
+            class_counts: training samples per class ``[C]`` of the same classes, positive but for what
+                ``zero_counts`` allows; None keeps them.
             tau: strength, of a loss that has one; None keeps it.
 
         Raises:
@@ -154,15 +184,37 @@ class AdjustedLoss(ConstantBuffers, Loss):
         if class_counts is None:
             counts = self.on_cpu("class_counts")
         else:
-            counts = same_classes(class_counts, len(self.on_cpu("class_counts"))).double()
+            counts = same_classes(class_counts, len(self.on_cpu("class_counts")), self._rules).double()
 
         self._keep_all(self._all_constants(counts, numbers))
         self._compared = False
 
     def _all_constants(self, counts: Tensor, numbers: Mapping[str, float]) -> dict[str, Tensor]:
         """Compute all constants from class counts and numbers; the counts and tau are among them."""
-        strength = {"tau": scalar(numbers["tau"])} if "tau" in numbers else {}
-        return {"class_counts": counts} | strength | self.constants(counts, **numbers)
+        constants = {"class_counts": counts}
+        if "tau" in numbers:
+            constants["tau"] = scalar(numbers["tau"])
+        adjusted = counts[self._rules.adjusted(counts)]
+        made = self.constants(adjusted, **numbers)
+        if self.zero_counts == "mask":  # also where no class is masked, as other counts may mask some
+            made = {"table": torch.zeros_like(adjusted)} | made
+
+        for name, value in made.items():
+            if name in _LEFT_OUT:
+                masked, background = _LEFT_OUT[name]
+                value = self._rules.spread(value, counts, masked=masked, background=background)
+            constants[name] = value
+        return constants
+
+    @property
+    def zero_counts(self) -> str:
+        """What is done about classes without samples, as given."""
+        return self._rules.zero_counts
+
+    @property
+    def background(self) -> tuple[int, ...]:
+        """The classes that are left out of the adjustment, in order."""
+        return self._rules.background
 
     @property
     def class_counts(self) -> Tensor | None:
@@ -192,11 +244,11 @@ class AdjustedLoss(ConstantBuffers, Loss):
             state = state | {"own_class_weight": as_class_weight(state["own_class_weight"])}
         if "class_counts" not in self._exact:
             return state
-        counts = as_class_counts(self._current(state, "class_counts")).double()
+        counts = self._rules.saved(self._current(state, "class_counts")).double()
         numbers = self._numbers
         if "tau" in numbers:
             table = self._current(state, "table").double()
-            tau = float(state["tau"]) if "tau" in state else strength_of(table, counts)
+            tau = float(state["tau"]) if "tau" in state else strength_of(table, counts, self._rules)
             numbers = numbers | {"tau": check_tau(tau)}
         expected = self._all_constants(counts, numbers)
         for name, value in expected.items():
@@ -271,6 +323,9 @@ class AdjustedLoss(ConstantBuffers, Loss):
             weight = own if weight is None else weight * own
         return table, weight, None
 
+    def _masked(self) -> Tensor | None:
+        return self.constant("class_counts") == 0 if self.zero_counts == "mask" else None
+
     def _constants(self) -> list[Tensor]:
         return [self.constant(name) for name in self._exact]
 
@@ -279,4 +334,4 @@ class AdjustedLoss(ConstantBuffers, Loss):
         counts = self.class_counts
         classes = "" if counts is None else f"num_classes={len(counts)}, "
         focal = f"gamma={self.focusing}, " if self.focusing > 0 else ""
-        return f"{classes}{focal}reduction={self.reduction!r}, backend={self.backend!r}"
+        return f"{classes}{self._rules.shown()}{focal}reduction={self.reduction!r}, backend={self.backend!r}"

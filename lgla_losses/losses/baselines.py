@@ -314,10 +314,11 @@ class LDAMLoss(AdjustedLoss):
 
     def _terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         # The flag stays on its device: no step waits for it, and a compiled one sees it change.
+        table = self.constant("table") if "table" in self._exact else None
         weight = torch.where(self.constant("reweighting") > 0, self.constant("class_weight"), 1.0)
         if "own_class_weight" in self._exact:
             weight = weight * self.constant("own_class_weight")
-        return None, weight, self.scale * self.constant("margins")
+        return table, weight, self.scale * self.constant("margins")
 
     def extra_repr(self) -> str:
         """Show the configuration."""

@@ -23,7 +23,7 @@ from lgla_losses._counts import ArrayLike
 from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size
 from lgla_losses._torch import values_readable
 from lgla_losses.adjustment import strength
-from lgla_losses.grouping import ClassGrouper, same_classes
+from lgla_losses.grouping import ClassGrouper, regrouped, same_classes
 from lgla_losses.kernels import Engine, Samples, chunked
 from lgla_losses.kernels.autograd import evaluate
 from lgla_losses.kernels.blockwise import Blockwise
@@ -106,8 +106,8 @@ class ClassParallelLGLALoss(Loss):
         process_group: the ranks that share the classes; None means all.
         data_group: the ranks that share the batch, each with samples of its own; None means that this is
             the whole batch.
-        options: ``grouper``, ``aaw``, ``adjustment``, ``reduction``, ``ignore_index``,
-            ``label_smoothing``, ``sync`` (over ``data_group``) and ``validate_args`` of
+        options: ``grouper``, ``zero_counts``, ``background``, ``aaw``, ``adjustment``, ``reduction``,
+            ``ignore_index``, ``label_smoothing``, ``sync`` (over ``data_group``) and ``validate_args`` of
             :class:`~lgla_losses.LGLALoss`.
 
     Attributes:
@@ -181,7 +181,7 @@ class ClassParallelLGLALoss(Loss):
         self.adjustment = whole.adjustment
 
         # What set_adjustment starts from; a table of all classes is K times as large.
-        self._all_counts = whole.grouper.on_cpu("class_counts").clone()
+        self._rules, self._all_counts = whole.grouper.rules, whole.grouper.on_cpu("class_counts").clone()
         self._own_groups = whole.grouper.on_cpu("group_index").clone() if whole.grouper.is_own else None
         self._tau = None if whole.adjuster.tau is None else float(whole.adjuster.tau)
         self._take(whole.grouper, {"table": whole.adjuster.on_cpu("table")})
@@ -200,11 +200,11 @@ class ClassParallelLGLALoss(Loss):
             ValueError: counts are not positive or of other classes, ``tau`` is out of range, or the
                 adjustment has none.
         """
-        counts = self._all_counts if class_counts is None else same_classes(class_counts, self.num_classes)
-        if self._own_groups is None:
-            grouper = ClassGrouper(counts, self.num_groups)
-        else:
-            grouper = ClassGrouper.from_groups(counts, self._own_groups)
+        counts = self._all_counts
+        if class_counts is not None:
+            counts = same_classes(class_counts, self.num_classes, self._rules)
+        index = regrouped(counts, self.num_groups, self._rules, self._own_groups)
+        grouper = ClassGrouper.of_checked(counts, index, self._rules)
         tau = strength(self.adjustment, tau)
 
         constants = {}
@@ -234,6 +234,16 @@ class ClassParallelLGLALoss(Loss):
     def process_group(self) -> ProcessGroup | None:
         """The ranks that share the classes; None means all."""
         return self._ranks.group
+
+    @property
+    def zero_counts(self) -> str:
+        """What is done about classes without samples, as given."""
+        return self._rules.zero_counts
+
+    @property
+    def background(self) -> tuple[int, ...]:
+        """The classes that are left out of the adjustment, in order."""
+        return self._rules.background
 
     @property
     def data_group(self) -> ProcessGroup | None:
@@ -397,7 +407,7 @@ class ClassParallelLGLALoss(Loss):
         ranks, who = self._class_ranks(), f"rank {dist.get_rank()}: " if self.num_ranks > 1 else ""
         problem = None
         try:
-            batch._replace(weight=None).explain(self.ignore_index, self.num_classes)
+            batch._replace(weight=None).explain(self.ignore_index, self.num_classes, self._masked())
             finite_tensors(features=batch.features)
         except ValueError as error:
             problem = error
@@ -425,6 +435,9 @@ class ClassParallelLGLALoss(Loss):
                 f"{' and '.join(others)} on some; {_SAME_SAMPLES}"
             )
 
+    def _masked(self) -> Tensor | None:
+        return self._all_counts == 0 if self.zero_counts == "mask" else None
+
     def _weights(self, engine: Engine, batch: Batch, ranks: Ranks) -> tuple[Tensor | None, Tensor | None]:
         """Compute Eqs. 7 and 8, each rank for its own classes, as :meth:`ExpertLoss._weights` does."""
         if not self.aaw:
@@ -444,7 +457,8 @@ class ClassParallelLGLALoss(Loss):
     def extra_repr(self) -> str:
         """Show the configuration."""
         return (
-            f"classes={self.classes.start}..{self.classes.stop - 1} of {self.num_classes}, aaw={self.aaw}, "
+            f"classes={self.classes.start}..{self.classes.stop - 1} of {self.num_classes}, "
+            f"{self._rules.shown()}aaw={self.aaw}, "
             f"scale={self.scale}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}"
         )
 

@@ -37,12 +37,20 @@ class LGLALoss(ExpertLoss):
     Source: Tao et al., ICCV 2023, Eq. 9.
 
     Args:
-        class_counts: training samples per class ``[C]``, positive; :func:`count_classes` makes them.
+        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows;
+            :func:`count_classes` makes them.
         num_experts: number of experts ``K``, at least 2 for ``"lgla"``. None means 3, or what
             ``grouper`` or an adjustment table fixes.
         tau: strength of the global adjustment for ``"lgla"`` (None: ``1.25 * (K - 1)``), and of
             every expert's for ``"logit"`` (None: 1). Other adjustments have none.
         grouper: groups of your own instead of ``class_counts``; ``K = num_groups + 1``.
+        zero_counts: what to do about classes without samples. ``"error"`` refuses them; ``"smooth"`` adds a
+            sample to every class, Laplace's rule, before anything is computed; ``"mask"`` takes them out of
+            the softmax in training, :math:`T = -\infty`: they get no gradient, and the loss is that of the
+            other classes alone. No target may be of a masked class, and ``label_smoothing`` must be 0.
+        background: a class or some, such as "background" or "other", that are left out of the adjustment:
+            :math:`T = 0` for every expert, and groups and adjustments of the other classes are as if it were
+            not there. Its samples belong to the first group for their reference angles.
         aaw: weight hard samples (Eq. 8). Without it the loss is CLA of the paper's Table 5.
         scale: factor of cosine logits, ``v = scale * cos``; None for a linear head.
         adjustment: ``"lgla"`` (Eq. 4); ``"softmax"`` (none); ``"balanced"``

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 from torch import Tensor
 
 from lgla_losses._batch import Batch
-from lgla_losses._checks import WAY_OUT, finite_tensors, floating_tensor, same_device, target_values
+from lgla_losses._checks import WAY_OUT, finite_tensors, floating_tensor, same_device
 from lgla_losses._counts import ArrayLike
 from lgla_losses._ranks import Ranks
 from lgla_losses._torch import unfit, values_readable
@@ -127,9 +127,7 @@ class LinearLGLALoss(ExpertLoss):
         return False
 
     def _explain(self, batch: Batch) -> None:
-        batch.check_weights()
-        if not batch.is_soft:
-            target_values(batch.target, self.num_classes, self.ignore_index)
+        batch._replace(weight=None).explain(self.ignore_index, self.num_classes, self._masked())
         finite_tensors(features=batch.features)
 
     def _check_loss(self, loss: Tensor, batch: Batch, ranks: Ranks) -> None:

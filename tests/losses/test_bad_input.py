@@ -58,6 +58,10 @@ def sigmoid(counts=COUNTS, num_samples=80, **options):
     return SigmoidAdjustedLoss(counts, num_samples, **options)
 
 
+def criterion_of(counts, **options):
+    return LGLALoss(counts, **options)
+
+
 def experts(stage=nn.Conv2d(2, 4, 3), num_experts=3, num_classes=4, **options):  # noqa: B008
     return GroupConvExperts(stage, num_experts, num_classes, **{"reset": True} | options)
 
@@ -85,7 +89,63 @@ class NoReset(nn.Module):
 CASES = {
     # class counts
     "empty counts": (lambda: ClassGrouper([], 1), ValueError, "class_counts", "1-D", "[0]", "count_classes"),
-    "zero count": (lambda: ClassGrouper([3, 0, 1], 2), ValueError, "class_counts", "positive", "0 for class 1", "leave"),
+    "zero count": (
+        lambda: ClassGrouper([3, 0, 1], 2), ValueError, "class_counts", "positive", "0 for class 1", "zero_counts='smooth'", "'mask'", "leave",
+    ),
+    "negative count to smooth": (
+        lambda: criterion_of([3, -1, 2], zero_counts="smooth"), ValueError, "class_counts", ">= 0", "-1 for class 1", "count_classes",
+    ),
+    "frequencies to smooth": (
+        lambda: criterion_of([0.5, 0.5, 0.0], zero_counts="smooth"), ValueError, "class_counts", "numbers of samples", "frequencies", "'mask'",
+    ),
+    "no class with samples": (lambda: criterion_of([0, 0, 0], zero_counts="mask"), ValueError, "class_counts", "with samples", "none of 3"),
+    "only a background with samples": (
+        lambda: criterion_of([0, 7, 0], zero_counts="mask", background=1), ValueError, "class_counts", "besides background=[1]", "none of 3",
+    ),
+    "more experts than classes with samples": (
+        lambda: criterion_of([5, 0, 0, 2], zero_counts="mask", num_experts=4), ValueError, "num_experts", "C + 1 = 3", "2 classes", "of 4", "got 4",
+    ),
+    "more groups than classes but the background": (
+        lambda: ClassGrouper([3, 2], 2, background=0), ValueError, "num_groups", "1 here", "got 2",
+    ),
+    "unknown zero_counts": (lambda: criterion(zero_counts="ignore"), ValueError, "zero_counts", "'smooth', 'mask'", "'ignore'"),
+    "zero_counts of a wrong type": (lambda: LDAMLoss(COUNTS, zero_counts=1), TypeError, "zero_counts", "'error'", "1", "int"),
+    "smoothed labels of masked classes": (
+        lambda: criterion(zero_counts="mask", label_smoothing=0.1), ValueError, "label_smoothing", "0", "'mask'", "0.1", "'smooth'",
+    ),
+    "smoothed labels of masked classes of a grouper": (
+        lambda: LGLALoss(grouper=ClassGrouper(COUNTS, 2, zero_counts="mask"), label_smoothing=0.1), ValueError, "label_smoothing", "0.1",
+    ),
+    "smoothed labels of masked classes of a baseline": (
+        lambda: BalancedSoftmaxLoss(COUNTS, zero_counts="mask", label_smoothing=0.1), ValueError, "label_smoothing", "0.1",
+    ),
+    "background out of range": (lambda: criterion(background=4), ValueError, "background", "0..3", "got 4"),
+    "background counted from the end": (lambda: criterion(background=[0, -1]), ValueError, "background", "0..3", "got -1"),
+    "background twice": (lambda: criterion(background=[1, 0, 1]), ValueError, "background", "once", "class 1 twice"),
+    "nothing but background": (lambda: VSLoss(COUNTS, background=range(4)), ValueError, "background", "all 4 classes", "leave one"),
+    "boolean background": (lambda: criterion(background=True), TypeError, "background", "integer", "True"),
+    "boolean in the background": (lambda: criterion(background=[True]), TypeError, "background", "integer", "True"),
+    "float background": (lambda: criterion(background=0.0), TypeError, "background", "integer", "0.0"),
+    "text background": (lambda: criterion(background="other"), TypeError, "background", "integer", "'o'"),
+    "background beside a grouper": (
+        lambda: LGLALoss(grouper=ClassGrouper(COUNTS, 2), background=0), ValueError, "background", "beside a grouper", "0", "ClassGrouper",
+    ),
+    "zero_counts beside a grouper": (
+        lambda: LGLALoss(grouper=ClassGrouper(COUNTS, 2), zero_counts="smooth"), ValueError, "zero_counts", "beside a grouper", "'smooth'",
+    ),
+    "background beside a table": (
+        lambda: criterion(background=0, adjustment=torch.zeros(3, 4)), ValueError, "adjustment table", "background=[0]", "write 0",
+    ),
+    "masked classes beside a table": (
+        lambda: criterion(zero_counts="mask", adjustment=torch.zeros(3, 4)), ValueError, "adjustment table", "zero_counts='mask'", "-inf",
+    ),
+    "target of a masked class": (
+        lambda: criterion_of([5, 0, 3], zero_counts="mask")(torch.zeros(1, 3, 3), torch.tensor([1])),
+        ValueError, "target", "with training samples", "class 1", "masked", "set_adjustment",
+    ),
+    "group of masked classes": (
+        lambda: ClassGrouper.from_groups([3, 0], [0, 1], zero_counts="mask"), ValueError, "group_index", "has samples", "[0]",
+    ),
     "negative count": (lambda: ClassGrouper([3, -2], 2), ValueError, "class_counts", "positive", "-2 for class 1"),
     "NaN count": (lambda: ClassGrouper([3, math.nan], 2), ValueError, "class_counts", "finite", "nan for class 1"),
     "infinite count": (lambda: ClassGrouper([3, math.inf], 2), ValueError, "class_counts", "finite", "inf"),

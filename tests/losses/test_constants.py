@@ -42,6 +42,8 @@ LOSSES = {
     "own class weights": lambda counts: LDAMLoss(counts, class_weight=[0.5, 1.0, 2.0, 0.0, 3.5, 1.0]),
     "LogitAdjustedLoss": lambda counts: LogitAdjustedLoss(counts, tau=1.5),
     "VSLoss": VSLoss,
+    "background": lambda counts: LGLALoss(counts, background=[1, 4]),
+    "may mask classes": lambda counts: LDAMLoss(counts, zero_counts="mask", background=2),
 }
 every_loss = pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
 
