@@ -190,12 +190,12 @@ def _check_each_count(counts: npt.NDArray[Any], zero_counts: str | None) -> None
         return
 
     expected = "finite counts >= 0" if takes_zeros else "positive, finite counts"
-    out_of_space = "leave classes without samples out of the label space"
+    by_hand = "leave classes without samples out of the label space, or give them a small positive count"
     way_out = {
-        None: f"{out_of_space}, or give them a small positive count",
+        None: by_hand,
         "error": (
             "zero_counts='smooth' adds a sample to every class, zero_counts='mask' takes those without any "
-            f"out of the softmax; or {out_of_space}"
+            f"out of the softmax; or {by_hand}"
         ),
     }.get(zero_counts, "count_classes(labels, num_classes) counts labels")
     j = int(np.flatnonzero(wrong)[0])

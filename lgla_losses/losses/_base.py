@@ -219,7 +219,7 @@ class Loss(nn.Module):
 
     def _explain(self, batch: Batch) -> None:
         """Raise if a value of the batch makes its loss wrong."""
-        batch.explain(self.ignore_index, masked=self._masked())
+        batch.explain(self.ignore_index, None, self._masked())
 
     def _masked(self) -> Tensor | None:
         """Say which classes are masked, as they have no training samples ``[C]``; None if none can be."""

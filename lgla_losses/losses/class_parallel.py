@@ -19,7 +19,7 @@ from lgla_losses._checks import (
     integer,
     positive_int,
 )
-from lgla_losses._counts import ArrayLike
+from lgla_losses._counts import ArrayLike, ClassRules
 from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size
 from lgla_losses._torch import values_readable
 from lgla_losses.adjustment import strength
@@ -138,6 +138,8 @@ class ClassParallelLGLALoss(Loss):
     """
 
     _explains_first = True
+    #: Which classes are adjusted.
+    _rules = ClassRules()
 
     class_counts: Tensor
     group_index: Tensor
