@@ -84,7 +84,7 @@ class CLALogitAdjuster(ConstantBuffers):
         if grouper.background or grouper.zero_counts == "mask":
             raise ValueError(
                 "adjustment table: expected one that is made from class counts with "
-                f"{grouper.rules.shown().rstrip(', ')}, got a table of your own, which is taken as it is; "
+                f"{grouper._rules.shown().rstrip(', ')}, got a table of your own, which is taken as it is; "
                 "write 0 for a background into it, and add -inf to the logits of classes to mask"
             )
         if table.is_meta:
@@ -126,7 +126,7 @@ class CLALogitAdjuster(ConstantBuffers):
         if tau is not None:
             self._keep("tau", scalar(tau))
         counts, index = self.grouper.on_cpu("class_counts"), self.grouper.on_cpu("group_index")
-        self._keep("table", _table_of(adjustment, counts, index, num_experts, tau, self.grouper.rules))
+        self._keep("table", _table_of(adjustment, counts, index, num_experts, tau, self.grouper._rules))
 
     def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
         """Change class counts and strength in place, as :meth:`LGLALoss.set_adjustment` does."""
@@ -137,11 +137,11 @@ class CLALogitAdjuster(ConstantBuffers):
         if class_counts is None:
             counts, index = grouper.on_cpu("class_counts"), grouper.on_cpu("group_index")
         else:
-            counts = same_classes(class_counts, grouper.num_classes, grouper.rules)
+            counts = same_classes(class_counts, grouper.num_classes, grouper._rules)
             index = grouper.regrouped(counts)
 
         if self._adjustment != "table":
-            table = _table_of(self._adjustment, counts, index, self.num_experts, tau, grouper.rules)
+            table = _table_of(self._adjustment, counts, index, self.num_experts, tau, grouper._rules)
             self._keep("table", table)
         if tau is not None:
             self._keep("tau", scalar(tau))
@@ -235,7 +235,7 @@ class CLALogitAdjuster(ConstantBuffers):
         tau = None
         if "tau" in self._exact:
             tau = self._strength_in(state, table, counts)
-        expected = _table_of(self._adjustment, counts, index, self.num_experts, tau, self.grouper.rules)
+        expected = _table_of(self._adjustment, counts, index, self.num_experts, tau, self.grouper._rules)
         if not same_constants(table, expected):
             raise ValueError(
                 f"table: expected that of adjustment={self._adjustment!r} for the class counts and tau "
@@ -251,7 +251,7 @@ class CLALogitAdjuster(ConstantBuffers):
         If the tau of the state is the present one, rounded, give the present one.
         """
         if "tau" not in state:
-            return check_tau(strength_of(table[-1].double(), counts, self.grouper.rules))
+            return check_tau(strength_of(table[-1].double(), counts, self.grouper._rules))
         own, tau = self.on_cpu("tau"), state["tau"]
         return check_tau(float(own if own.to(tau.dtype) == tau else tau))
 

@@ -66,8 +66,7 @@ class ClassGrouper(ConstantBuffers):
 
     #: Whether the groups are the caller's own, which other counts do not change.
     is_own = False
-    #: Which classes are grouped.
-    rules = ClassRules()
+    _rules = ClassRules()
 
     def __init__(
         self,
@@ -78,9 +77,9 @@ class ClassGrouper(ConstantBuffers):
         background: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.rules, counts = ClassRules.of(class_counts, zero_counts, background)
+        self._rules, counts = ClassRules.of(class_counts, zero_counts, background)
         num_groups = positive_int("num_groups", num_groups, "it is the number of local experts, K - 1")
-        self.keep(counts, grouped(counts, num_groups, self.rules))
+        self.keep(counts, grouped(counts, num_groups, self._rules))
 
     @classmethod
     def from_groups(
@@ -106,33 +105,33 @@ class ClassGrouper(ConstantBuffers):
         """
         rules, counts = ClassRules.of(class_counts, zero_counts, background)
         index = _group_index(to_numpy("group_index", group_index), counts, rules)
-        return cls.of_checked(counts, index, rules, is_own=True)
+        return cls._of_checked(counts, index, rules, is_own=True)
 
     @classmethod
-    def of_checked(
+    def _of_checked(
         cls, counts: Tensor, index: Tensor, rules: ClassRules, *, is_own: bool = False
     ) -> ClassGrouper:
         """Make a grouper of counts ``[C]`` and groups ``[C]`` that are checked already."""
         grouper = cls.__new__(cls)
         ConstantBuffers.__init__(grouper)
-        grouper.is_own, grouper.rules = is_own, rules
+        grouper.is_own, grouper._rules = is_own, rules
         grouper.keep(counts, index)
         return grouper
 
     def regrouped(self, counts: Tensor) -> Tensor:
         """Group the classes by other counts ``[C]``: give the groups ``[C]``. Groups of the caller stay."""
         own = self.on_cpu("group_index") if self.is_own else None
-        return regrouped(counts, self.num_groups, self.rules, own)
+        return regrouped(counts, self.num_groups, self._rules, own)
 
     @property
     def zero_counts(self) -> str:
         """What is done about classes without samples, as given."""
-        return self.rules.zero_counts
+        return self._rules.zero_counts
 
     @property
     def background(self) -> tuple[int, ...]:
         """The classes that are left out of the adjustment, in order."""
-        return self.rules.background
+        return self._rules.background
 
     @property
     def class_counts(self) -> Tensor:
@@ -168,7 +167,7 @@ class ClassGrouper(ConstantBuffers):
     def imbalance_factor(self) -> float:
         """Count of the largest class over that of the smallest that is adjusted (IF, section 4.1)."""
         counts = self.constant("class_counts")
-        counts = counts[self.rules.adjusted(counts)]
+        counts = counts[self._rules.adjusted(counts)]
         return float(counts.max()) / float(counts.min())
 
     def forward(self, target: Tensor) -> Tensor:
@@ -192,8 +191,10 @@ class ClassGrouper(ConstantBuffers):
     def _restored(
         self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
     ) -> dict[str, Tensor]:
-        counts = self.rules.saved(self._current(state, "class_counts"))
-        index = _group_index(to_numpy("group_index", self._current(state, "group_index")), counts, self.rules)
+        counts = self._rules.saved(self._current(state, "class_counts"))
+        index = _group_index(
+            to_numpy("group_index", self._current(state, "group_index")), counts, self._rules
+        )
         if int(index.max()) + 1 != self.num_groups:
             raise ValueError(f"group_index: expected {self.num_groups} groups, got {int(index.max()) + 1}")
         if self.is_own and not torch.equal(index, self.on_cpu("group_index")):
@@ -201,11 +202,11 @@ class ClassGrouper(ConstantBuffers):
                 "group_index: expected the groups that the loss was given, got others; construct it with the "
                 "groups of the state, or from class counts alone, which takes any"
             )
-        return _constants(counts, index, self.rules)
+        return _constants(counts, index, self._rules)
 
     def keep(self, counts: Tensor, index: Tensor) -> None:
         """Set class counts ``[C]`` and groups ``[C]`` in place; they are checked already."""
-        super()._keep_all(_constants(counts, index, self.rules))
+        super()._keep_all(_constants(counts, index, self._rules))
 
     def _keep_all(self, constants: Mapping[str, Tensor]) -> None:
         """Take the constants of a state.
@@ -216,12 +217,12 @@ class ClassGrouper(ConstantBuffers):
         known = all(torch.equal(constants[name], self.on_cpu(name)) for name in names)
         if not (known or self.is_own):
             counts, index = (constants[name] for name in names)
-            self.is_own = not torch.equal(index, grouped(counts, self.num_groups, self.rules))
+            self.is_own = not torch.equal(index, grouped(counts, self.num_groups, self._rules))
         super()._keep_all(constants)
 
     def extra_repr(self) -> str:
         """Show the configuration."""
-        sizes = f"{self.rules.shown()}num_classes={self.num_classes}, num_groups={self.num_groups}"
+        sizes = f"{self._rules.shown()}num_classes={self.num_classes}, num_groups={self.num_groups}"
         known = not self.constant("class_counts").is_meta
         return f"{sizes}, imbalance_factor={self.imbalance_factor:.4g}" if known else sizes
 

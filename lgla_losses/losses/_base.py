@@ -421,7 +421,7 @@ class ExpertLoss(Loss):
         self._take_options(
             reduction, ignore_index, label_smoothing, sync, process_group, validate_args, backend
         )
-        grouper.rules.check_smoothing(self.label_smoothing)
+        grouper._rules.check_smoothing(self.label_smoothing)
         self.weighter = AAWWeighter(
             grouper,
             ignore_index=ignore_index,

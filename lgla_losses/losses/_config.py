@@ -57,7 +57,9 @@ def renamed(function: FunctionType, name: str) -> FunctionType:
 def refuse_unknown(loss: object, options: Mapping[str, object], known: type) -> None:
     """Raise for options that a loss does not have; the error names the loss."""
     for name in options.keys() - known.__annotations__:
-        near = difflib.get_close_matches(name, known.__annotations__, 1)
+        near = difflib.get_close_matches(
+            name, known.__annotations__, 1, cutoff=0.75
+        )  # backend is no background
         hint = f"did you mean {near[0]!r}?" if near else "leave it out"
         raise TypeError(
             f"{type(loss).__name__}: expected options among {', '.join(known.__annotations__)}, "
@@ -114,7 +116,7 @@ def group_classes(
             f"local expert owns a group of classes, got {num_experts}; use fewer experts"
         )
     num_groups = max(1, min(num_groups, number))
-    return ClassGrouper.of_checked(counts, grouped(counts, num_groups, rules), rules)
+    return ClassGrouper._of_checked(counts, grouped(counts, num_groups, rules), rules)
 
 
 def runnable_backend(backend: str) -> str:

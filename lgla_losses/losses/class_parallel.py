@@ -183,7 +183,7 @@ class ClassParallelLGLALoss(Loss):
         self.adjustment = whole.adjustment
 
         # What set_adjustment starts from; a table of all classes is K times as large.
-        self._rules, self._all_counts = whole.grouper.rules, whole.grouper.on_cpu("class_counts").clone()
+        self._rules, self._all_counts = whole.grouper._rules, whole.grouper.on_cpu("class_counts").clone()
         self._own_groups = whole.grouper.on_cpu("group_index").clone() if whole.grouper.is_own else None
         self._tau = None if whole.adjuster.tau is None else float(whole.adjuster.tau)
         self._take(whole.grouper, {"table": whole.adjuster.on_cpu("table")})
@@ -206,7 +206,7 @@ class ClassParallelLGLALoss(Loss):
         if class_counts is not None:
             counts = same_classes(class_counts, self.num_classes, self._rules)
         index = regrouped(counts, self.num_groups, self._rules, self._own_groups)
-        grouper = ClassGrouper.of_checked(counts, index, self._rules)
+        grouper = ClassGrouper._of_checked(counts, index, self._rules)
         tau = strength(self.adjustment, tau)
 
         constants = {}

@@ -113,6 +113,14 @@ def test_counts_without_plain_values_are_refused(counts, kind):
         ClassGrouper(counts, 1)
 
 
+def test_only_what_takes_counts_of_zero_on_request_says_so():
+    with pytest.raises(ValueError, match=r"zero_counts='smooth' .* zero_counts='mask' .* label space"):
+        LGLALoss([3, 0, 2], 2)
+    with pytest.raises(ValueError, match=r"0 for class 1 .*; leave classes without samples out") as caught:
+        ShotAccuracy([3, 0, 2])
+    assert "zero_counts" not in str(caught.value)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e5m2, torch.float64])
 def test_counts_may_be_floats_of_any_precision(dtype):
     assert ClassGrouper(torch.tensor([8, 4, 2]).to(dtype), 1).class_counts.tolist() == [8, 4, 2]
