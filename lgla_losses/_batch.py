@@ -250,27 +250,17 @@ class Batch(NamedTuple):
         if not self.is_soft:
             target_values(self.target, num_classes or self.logits[0].shape[-1], ignore_index)
         if masked is not None:
-            self._check_masked(masked.to(self.target.device), ignore_index)
+            if self.is_soft:
+                classes = (self.target > 0).flatten(0, -2).any(dim=0).nonzero()[:, 0]
+            else:
+                classes = self.target[self.target != ignore_index]
+            refuse_masked(classes, masked.to(classes.device))
         if self.features is not None and self.is_soft:
             finite_tensors(features=self.features, weight=self.weight)
         elif self.features is not None:
             self.check_angles(ignore_index)
         for k, expert in enumerate(self.experts()):
             self._finite_logits(k, expert, ignore_index)
-
-    def _check_masked(self, masked: Tensor, ignore_index: int) -> None:
-        """Raise if a sample belongs to a class that is masked ``[C]``."""
-        if self.is_soft:
-            classes = (self.target > 0).flatten(0, -2).any(dim=0).nonzero()[:, 0]
-        else:
-            classes = self.target[self.target != ignore_index].unique()
-        found = classes[masked[classes]]
-        if found.numel():
-            raise ValueError(
-                f"target: expected classes with training samples, got class {int(found[0])}, which has no "
-                "training samples and is masked; leave its samples out, or count them in class_counts, which "
-                "set_adjustment changes"
-            )
 
     def largest_target_logit(self, ignore_index: int) -> float:
         """Find the largest logit of a target. This reads the values."""
@@ -346,6 +336,17 @@ class Batch(NamedTuple):
                 f"logits: expected no NaN or +inf, and no -inf on the target, got one from expert {k}; "
                 f"{WAY_OUT}"
             )
+
+
+def refuse_masked(classes: Tensor, masked: Tensor) -> None:
+    """Raise if one of the targets' classes is masked ``[C]``. This reads the values."""
+    found = classes[masked[classes]]
+    if found.numel():
+        raise ValueError(
+            f"target: expected classes with training samples, got class {int(found[0])}, which has no training "
+            "samples and is masked; leave its samples out, or count them in class_counts, which "
+            "set_adjustment changes"
+        )
 
 
 def is_of_ensemble(logits: Tensor, target: object, num_classes: int) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lgla_losses import functional
-from lgla_losses._batch import check_logits
+from lgla_losses._batch import check_logits, refuse_masked
 from lgla_losses._buffers import ConstantBuffers, same_constants, scalar
 from lgla_losses._checks import finite_float, floating_tensor, same_device, target_tensor, target_values
 from lgla_losses._counts import ArrayLike, ClassRules
@@ -194,6 +194,8 @@ class CLALogitAdjuster(ConstantBuffers):
         target, table = target_tensor(target), self.constant("table")
         if values_readable(target, None):
             target_values(target, table.shape[1])
+            if self.grouper.zero_counts == "mask":
+                refuse_masked(target, self.grouper.constant("class_counts") == 0)
         return functional.cla_margin(table, target)
 
     def implied_prior(self, fusion: Tensor | Sequence[float] | None = None) -> Tensor:

@@ -57,9 +57,8 @@ def renamed(function: FunctionType, name: str) -> FunctionType:
 def refuse_unknown(loss: object, options: Mapping[str, object], known: type) -> None:
     """Raise for options that a loss does not have; the error names the loss."""
     for name in options.keys() - known.__annotations__:
-        near = difflib.get_close_matches(
-            name, known.__annotations__, 1, cutoff=0.75
-        )  # backend is no background
+        # At the usual cutoff "backend" would be a slip for "background".
+        near = difflib.get_close_matches(name, known.__annotations__, 1, cutoff=0.75)
         hint = f"did you mean {near[0]!r}?" if near else "leave it out"
         raise TypeError(
             f"{type(loss).__name__}: expected options among {', '.join(known.__annotations__)}, "

@@ -143,6 +143,9 @@ CASES = {
         lambda: criterion_of([5, 0, 3], zero_counts="mask")(torch.zeros(1, 3, 3), torch.tensor([1])),
         ValueError, "target", "with training samples", "class 1", "masked", "set_adjustment",
     ),
+    "margin of a masked class": (
+        lambda: criterion_of([5, 0, 3], zero_counts="mask").adjuster.margin(torch.tensor([2, 1])), ValueError, "target", "class 1", "masked",
+    ),
     "group of masked classes": (
         lambda: ClassGrouper.from_groups([3, 0], [0, 1], zero_counts="mask"), ValueError, "group_index", "has samples", "[0]",
     ),
