@@ -343,8 +343,8 @@ def refuse_masked(classes: Tensor, masked: Tensor) -> None:
     found = classes[masked[classes]]
     if found.numel():
         raise ValueError(
-            f"target: expected classes with training samples, got class {int(found[0])}, which has no training "
-            "samples and is masked; leave its samples out, or count them in class_counts, which "
+            f"target: expected classes with training samples, got class {int(found[0])}, which has no "
+            "training samples and is masked; leave its samples out, or count them in class_counts, which "
             "set_adjustment changes"
         )
 
