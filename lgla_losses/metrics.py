@@ -76,7 +76,7 @@ class ShotAccuracy(Metric):
 
     def __init__(self, class_counts: ArrayLike, many: float = 100, few: float = 20, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        counts = as_class_counts(class_counts)
+        counts = as_class_counts(class_counts, "mask")  # classes without samples are few-shot
         self.register_buffer("splits", shot_splits(counts, many, few), persistent=False)
         self.many, self.few = float(many), float(few)
         for name in ("correct", "total"):

@@ -270,7 +270,8 @@ def _warnings(
         message = (
             f"{len(absent)} {'class has' if one_absent else 'classes have'} no samples and "
             f"{'is' if one_absent else 'are'} left out: {_listed([class_label(one) for one in absent])}. "
-            "Class numbers here are the source's; the losses want labels 0..C-1 without the classes left out."
+            "Class numbers here are the source's; the losses want labels 0..C-1 without the classes left "
+            "out, or zero_counts='smooth' or 'mask'."
         )
         notices.append(Notice("zero_count_classes", message, cases))
 

@@ -97,8 +97,8 @@ def create_loss(name: str, class_counts: ArrayLike | None = None, **options: Unp
 
     Args:
         name: one of the names above.
-        class_counts: training samples per class ``[C]``, positive; :func:`count_classes` makes them.
-            ``"softmax"`` and ``"focal"`` need none.
+        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows;
+            :func:`count_classes` makes them. ``"softmax"`` and ``"focal"`` need none.
         options: those of the loss.
 
     Raises:

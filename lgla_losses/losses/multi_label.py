@@ -27,7 +27,7 @@ from lgla_losses._checks import (
     sample_weight_tensor,
     sample_weight_values,
 )
-from lgla_losses._counts import ArrayLike
+from lgla_losses._counts import ArrayLike, as_class_counts
 from lgla_losses._ranks import Ranks
 from lgla_losses.adjustment import check_tau
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
@@ -88,7 +88,7 @@ class MultiLabelLoss(AdjustedLoss):
         **options: Unpack[MultiLabelOptions],
     ) -> None:
         refuse_unknown(self, options, MultiLabelOptions)
-        super().__init__(_given(class_counts), numbers, **options)
+        super().__init__(as_class_counts(_given(class_counts)), numbers, **options)
 
     def forward(
         self,

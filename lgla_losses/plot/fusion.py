@@ -62,7 +62,7 @@ def fusion_sweep(
         tensor([[1., 0.],
                 [0., 1.]], dtype=torch.float64)
     """
-    counts = as_class_counts(class_counts)
+    counts = as_class_counts(class_counts, "mask")  # classes without samples are few-shot
     blocks, of_one = one_or_more_experts(logits, len(counts))
     experts = [block.detach() for block in blocks] if of_one else list(blocks[0].detach().unbind(dim=1))
     num_experts, num_samples = len(experts), len(experts[0])

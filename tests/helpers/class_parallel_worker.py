@@ -103,6 +103,28 @@ def check_other_targets(rank, world_size):
                 torch.testing.assert_close(one, other if one is None else other[:, mine], **CLOSE)
 
 
+def check_masked_classes(rank, world_size):
+    """Ranks whose classes are all masked, and those that are not, equal one process."""
+    for counts, options in (
+        ([40, 9, 0, 3, 0, 0, 0], {}),
+        ([40, 9, 0, 3, 0, 0, 0], {"scale": 20.0, "reduction": "none", "background": 3}),
+        ([0, 0, 0, 0, 40, 9, 1], {"background": [4]}),
+    ):
+        features, weight, target, _ = batch(counts)
+        present = torch.tensor(counts).nonzero()[:, 0]
+        target = torch.where(target < 0, target, present[target.clamp(min=0) % len(present)])
+        q = torch.rand(len(target), len(counts), dtype=torch.float64) * (torch.tensor(counts) > 0)
+        q = q / q.sum(dim=1, keepdim=True)
+        mine = class_shard(len(counts), rank, world_size)
+        criterion = ClassParallelLGLALoss(counts, zero_counts="mask", **options)
+        for y in (target, q):
+            alone = LinearLGLALoss(counts, zero_counts="mask", sync=False, **options)
+            expected = gradients(alone, features, weight, y)
+            got = gradients(criterion, features, weight[:, mine], y)
+            for one, other in zip(got[:3], (*expected[:2], expected[2][:, mine]), strict=True):
+                torch.testing.assert_close(one, other, **CLOSE)
+
+
 def check_shards(rank, world_size):
     """Cut as torch.chunk and DTensor cut."""
     for num_classes in range(1, 12):
@@ -335,6 +357,7 @@ CHECKS = [
     check_shards,
     check_one_process,
     check_other_targets,
+    check_masked_classes,
     check_dtensor,
     check_mesh,
     check_communication,

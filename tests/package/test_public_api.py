@@ -18,8 +18,8 @@ from lgla_losses.losses.adjusted import AdjustedLoss, Options
 SIGNATURES = {
     "count_classes": "labels, num_classes, *, iterate=False",
     "create_loss": "name, class_counts=None, **options",
-    "ClassGrouper": "class_counts, num_groups",
-    "ClassGrouper.from_groups": "class_counts, group_index",
+    "ClassGrouper": "class_counts, num_groups, *, zero_counts='error', background=None",
+    "ClassGrouper.from_groups": "class_counts, group_index, *, zero_counts='error', background=None",
     "ClassGrouper.forward": "self, target",
     "CLALogitAdjuster": "grouper, tau=None",
     "CLALogitAdjuster.from_table": "grouper, table",
@@ -29,9 +29,9 @@ SIGNATURES = {
     "AAWWeighter": "grouper, *, ignore_index=-100, sync=True, process_group=None, validate_args=None",
     "AAWWeighter.forward": "self, angles, target, statistics=None",
     "AAWWeighter.statistics": "self, angles, target",
-    "LGLALoss": "class_counts=None, num_experts=None, tau=None, *, grouper=None, aaw=True, scale=30.0, "
-    "adjustment='lgla', reduction='mean', ignore_index=-100, label_smoothing=0.0, sync=True, "
-    "process_group=None, validate_args=None, backend='auto'",
+    "LGLALoss": "class_counts=None, num_experts=None, tau=None, *, grouper=None, zero_counts='error', "
+    "background=None, aaw=True, scale=30.0, adjustment='lgla', reduction='mean', ignore_index=-100, "
+    "label_smoothing=0.0, sync=True, process_group=None, validate_args=None, backend='auto'",
     "LGLALoss.forward": "self, output, target, *, features=None, weight=None, sample_weight=None, "
     "normalizer=None",
     "LinearLGLALoss": "class_counts=None, num_experts=None, tau=None, *, scale=None, **options",
@@ -84,8 +84,9 @@ PICTURES = {
     "plot_weight_norms": "weight, class_counts, *, ax=None",
 }
 OPTIONS = (
-    "class_counts=None, numbers=None, *, class_weight=None, reduction='mean', ignore_index=-100, "
-    "label_smoothing=0.0, sync=True, process_group=None, validate_args=None, backend='auto'"
+    "class_counts=None, numbers=None, *, class_weight=None, zero_counts='error', background=None, "
+    "reduction='mean', ignore_index=-100, label_smoothing=0.0, sync=True, process_group=None, "
+    "validate_args=None, backend='auto'"
 )
 
 

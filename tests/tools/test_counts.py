@@ -117,8 +117,16 @@ def test_only_what_takes_counts_of_zero_on_request_says_so():
     with pytest.raises(ValueError, match=r"zero_counts='smooth' .* zero_counts='mask' .* label space"):
         LGLALoss([3, 0, 2], 2)
     with pytest.raises(ValueError, match=r"0 for class 1 .*; leave classes without samples out") as caught:
-        ShotAccuracy([3, 0, 2])
+        plot_weight_norms(torch.ones(2, 3, 4), [3, 0, 2])
     assert "zero_counts" not in str(caught.value)
+
+
+def test_classes_without_samples_are_few_shot_classes_of_the_metrics():
+    metric = ShotAccuracy([300, 0, 50])
+    metric.update(torch.tensor([0, 1, 0]), torch.tensor([0, 1, 2]))
+    assert metric.compute()["few"] == 1.0
+    logits = torch.eye(3).expand(3, 3, 3)
+    assert fusion_sweep(logits, torch.arange(3), [300, 0, 50], weights=[0.5]).shape == (2, 1, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e5m2, torch.float64])

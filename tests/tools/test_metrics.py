@@ -188,7 +188,7 @@ def test_bad_batches(error, message, pred, target):
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (ValueError, "class_counts: expected positive", {"class_counts": [1, 0]}),
+        (ValueError, "class_counts: expected finite counts >= 0", {"class_counts": [1, -1]}),
         (ValueError, "many: expected a finite number", {"many": float("nan")}),
         (ValueError, r"few: expected a number in 0..many=100, got 200", {"few": 200}),
         (TypeError, "few: expected a number", {"few": "20"}),
