@@ -34,15 +34,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add(
-        "--temperatures",
-        type=number(float, 1e-3),
-        nargs="+",
-        default=[4.0],
-        metavar="T",
-        help="a student each",
-    )
-    add("--shares", type=number(float, 0, 1), nargs="+", default=[1.0], help="of the teacher in the loss")
+    add("--temperatures", type=number(float, 1e-3), nargs="+", default=[4.0], metavar="T", help="of students")
+    add("--shares", type=number(float, 0, 1), nargs="+", default=[1.0], help="of the teacher in their loss")
     add("--imbalance", type=number(float, 1), default=50.0, help="largest over smallest class")
     add("--first-seed", type=number(int, 0), default=0, help="the seeds are this one and those behind it")
     add("--seeds", type=number(int, 1), default=10, help="number of seeds")
@@ -160,11 +153,15 @@ def fit(lesson: Lesson, split: Split, epochs: int) -> ExpertModel:
 def lessons(
     class_counts: list[int], teacher: ExpertModel, temperatures: list[float], shares: list[float]
 ) -> dict[str, Lesson]:
-    """All rows of the table but the teacher's; two students for every temperature and share."""
+    """All rows of the table but the teacher's.
+
+    Every temperature and share has a student that draws all digits equally; the first of them has another one
+    that does not.
+    """
     balanced, lgla = BalancedSoftmaxLoss(class_counts), LGLALoss(class_counts, NUM_EXPERTS, scale=SCALE)
     table = {
         "Softmax": Lesson(one_network, cross_entropy),
-        "Softmax, drawn equally": Lesson(one_network, cross_entropy, equally=True),
+        "Softmax, equal draws": Lesson(one_network, cross_entropy, equally=True),
         "Balanced softmax": Lesson(one_network, balanced),
         SHARED: Lesson(network_of_shared_features, lgla),
     }
@@ -173,10 +170,11 @@ def lessons(
         for temperature in temperatures:
             of_labels = "" if share == 1 else f" share={share:g}"
             name = f"Student T={temperature:g}{of_labels}"
-            taught = Lesson(one_network, balanced, False, teacher, temperature, share)
-            table[name] = taught
             # Labels of digits that are drawn equally need no adjustment.
-            table[f"{name}, drawn equally"] = taught._replace(criterion=cross_entropy, equally=True)
+            taught = Lesson(one_network, cross_entropy, True, teacher, temperature, share)
+            if temperature == temperatures[0] and share == shares[0]:
+                table[name] = taught._replace(criterion=balanced, equally=False)
+            table[f"{name}, equal draws"] = taught
     return table
 
 
@@ -262,7 +260,7 @@ def print_accuracies(accuracy: dict[str, Tensor], class_counts: list[int], title
         ]
         difference = "" if name == TEACHER else mean_and_deviation(per_class.mean(1) - best, "+")
         table.add_row(name, *cells, difference)
-    Console(width=100).print(table)
+    Console(width=110).print(table)
 
 
 def print_costs(models: dict[str, nn.Module], images: Tensor) -> None:
@@ -278,7 +276,7 @@ def print_costs(models: dict[str, nn.Module], images: Tensor) -> None:
         size = sum(parameter.numel() for parameter in model.parameters())
         cost = f"{median:.1f} ({low:.1f} to {high:.1f})"
         table.add_row(name, f"{size:,}", f"{multiply_adds(model, images):,}", cost)
-    Console(width=100).print(table)
+    Console(width=110).print(table)
 
 
 def provenance() -> str:

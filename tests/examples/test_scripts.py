@@ -19,6 +19,7 @@ from scripts import ROOT
 EXAMPLES = ROOT / "examples"
 EXTRAS = {
     "quickstart": "examples",
+    "distill": "examples",
     "sweep_tau": "examples",
     "train_images": "vision",
     "train_text": "text",
