@@ -256,10 +256,12 @@ def multi_hot_tensor(target: object, num_samples: int, num_classes: int) -> Tens
     if target.is_floating_point():
         computable_tensor("target", target, shape)
     if list(dense_tensor("target", target).shape) != shape:
+        way_out = f"torch.nn.functional.one_hot(target, {num_classes}) makes such rows of class indices"
+        if target.dim() == 2:
+            way_out = "logits are [N, C] or [N, K, C], so pass a stack [K, N, C] as logits.transpose(0, 1)"
         raise ValueError(
-            f"target: expected shape {shape}, a 0 or 1 for every class of a sample, got "
-            f"{list(target.shape)}; torch.nn.functional.one_hot(target, {num_classes}) makes such rows of "
-            "class indices"
+            f"target: expected shape {shape} as the logits say, a 0 or 1 for every class of a sample, got "
+            f"{list(target.shape)}; {way_out}"
         )
     if target.requires_grad:
         raise ValueError("target: expected numbers without gradient, got some that want one; detach them")

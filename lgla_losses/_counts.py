@@ -124,6 +124,7 @@ def _background_classes(background: int | Iterable[int] | None, num_classes: int
         return ()
     # Tensors without dimensions cannot be iterated over, though they seem so.
     many = isinstance(background, Iterable) and getattr(background, "ndim", 1) > 0
+    many = many and not isinstance(background, str)  # whose letters are no classes
     given: list[Any] = list(background) if many else [background]  # type: ignore[arg-type]
     classes = sorted(class_index("background", index, num_classes) for index in given)
     for before, index in itertools.pairwise(classes):

@@ -36,8 +36,8 @@ from lgla_losses.kernels import Engine, Rows, Samples, autograd, chunked
 from lgla_losses.kernels.autograd import without_engine
 from lgla_losses.kernels.blockwise import Blockwise
 from lgla_losses.losses._config import (
-    ADJUSTMENTS,
     REDUCTIONS,
+    check_adjustment,
     group_classes,
     make_adjuster,
     number_of_experts,
@@ -400,8 +400,7 @@ class ExpertLoss(Loss):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if not isinstance(adjustment, Tensor):
-            one_of("adjustment", adjustment, ADJUSTMENTS)
+        check_adjustment(adjustment)
         self.aaw = boolean("aaw", aaw)
         needs_groups = self.aaw or (isinstance(adjustment, str) and adjustment == "lgla")
         num_experts = number_of_experts(num_experts, grouper, adjustment, needs_groups)

@@ -66,6 +66,17 @@ def refuse_unknown(loss: object, options: Mapping[str, object], known: type) -> 
         )
 
 
+def check_adjustment(adjustment: str | Tensor) -> None:
+    """Raise for what is neither a table nor the name of an adjustment."""
+    if isinstance(adjustment, list | tuple):
+        raise TypeError(
+            f"adjustment: expected one of {', '.join(map(repr, ADJUSTMENTS))} or a tensor [K, C], got a "
+            f"{type(adjustment).__name__}; torch.tensor(adjustment) makes one"
+        )
+    if not isinstance(adjustment, Tensor):
+        one_of("adjustment", adjustment, ADJUSTMENTS)
+
+
 def number_of_experts(
     num_experts: int | None,
     grouper: ClassGrouper | None,

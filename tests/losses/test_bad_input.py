@@ -126,7 +126,7 @@ CASES = {
     "boolean background": (lambda: criterion(background=True), TypeError, "background", "integer", "True"),
     "boolean in the background": (lambda: criterion(background=[True]), TypeError, "background", "integer", "True"),
     "float background": (lambda: criterion(background=0.0), TypeError, "background", "integer", "0.0"),
-    "text background": (lambda: criterion(background="other"), TypeError, "background", "integer", "'o'"),
+    "text background": (lambda: criterion(background="other"), TypeError, "background", "integer", "'other'"),
     "background beside a grouper": (
         lambda: LGLALoss(grouper=ClassGrouper(COUNTS, 2), background=0), ValueError, "background", "beside a grouper", "0", "ClassGrouper",
     ),
@@ -208,6 +208,7 @@ CASES = {
     "counts and grouper": (lambda: criterion(grouper=ClassGrouper(COUNTS, 2)), ValueError, "grouper", "both", "drop"),
     "unknown adjustment": (lambda: criterion(adjustment="focal"), ValueError, "adjustment", "'lgla'", "'focal'"),
     "adjustment of a wrong type": (lambda: criterion(adjustment=3), TypeError, "adjustment", "'lgla'", "3", "int"),
+    "table as a list": (lambda: criterion(adjustment=[[0.0] * 4] * 3), TypeError, "adjustment", "[K, C]", "list", "torch.tensor("),
     "table of other classes": (lambda: criterion(adjustment=torch.zeros(3, 5)), ValueError, "adjustment", "4]", "[3, 5]"),
     "1-D table": (lambda: criterion(adjustment=torch.zeros(3)), ValueError, "adjustment", "[K, C]", "[3]"),
     "integer table": (
@@ -569,6 +570,7 @@ CASES = {
     "multi-label: no counts": (lambda: sigmoid(None), TypeError, "class_counts", "None", "count_classes"),
     "multi-label: a class of no sample": (lambda: sigmoid([3, 0, 1, 1]), ValueError, "class_counts", "positive", "class 1"),
     "multi-label: a class of every sample": (lambda: sigmoid([3, 80, 1, 1]), ValueError, "class_counts, num_samples", "num_samples=80", "got 80 for class 1", "needs no loss"),
+    "multi-label: stack of experts": (lambda: sigmoid()(LOGITS.transpose(0, 1), ROWS), ValueError, "target", "[3, 4] as the logits say", "[2, 4]", "transpose(0, 1)"),
     "multi-label: no samples": (lambda: sigmoid(num_samples=0), ValueError, "num_samples", "positive", "rows"),
     "multi-label: text for samples": (lambda: sigmoid(num_samples="80"), TypeError, "num_samples", "'80'"),
     "multi-label: negative tau": (lambda: sigmoid(tau=-1.0), ValueError, "tau", "-1"),
