@@ -28,8 +28,8 @@ class ClassGrouper(ConstantBuffers):
     Source: Tao et al., ICCV 2023, section 3.2.
 
     Args:
-        class_counts: samples per class :math:`n_j` ``[C]``, positive and finite: a list, an array
-            or a tensor of integers or floats.
+        class_counts: samples per class :math:`n_j` ``[C]``, finite, positive but for what ``zero_counts``
+            allows: a list, an array or a tensor of integers or floats.
         num_groups: number of groups ``G = K - 1``, at most ``C``.
         zero_counts: what to do about classes without samples: ``"error"`` refuses them; ``"smooth"`` adds a
             sample to every class, Laplace's rule; ``"mask"`` groups the others as if these classes were not

@@ -39,7 +39,7 @@ class ShotAccuracy(Metric):
     Source: Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019.
 
     Args:
-        class_counts: training samples per class ``[C]``, positive.
+        class_counts: training samples per class ``[C]``, at least 0; a class without samples is few-shot.
         many: many-shot classes have more.
         few: few-shot classes have fewer; at most ``many``.
         kwargs: of ``torchmetrics.Metric``, such as ``process_group``.

@@ -70,7 +70,7 @@ class ClassBalancedLoss(AdjustedLoss):
     Eqs. 6 and 8. With ``gamma`` it is their Eq. 13 of softmax probabilities instead of sigmoids.
 
     Args:
-        class_counts: training samples per class ``[C]``, positive.
+        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows.
         beta: how fast further samples of a class lose their worth, in ``[0, 1)``: 0 weighs all classes alike,
             close to 1 inversely to their counts.
         gamma: focusing parameter of the focal loss, at least 0; None means cross entropy.
@@ -113,7 +113,7 @@ class LogitAdjustedLoss(AdjustedLoss):
     and Eq. 10 of arXiv:2007.07314.
 
     Args:
-        class_counts: training samples per class ``[C]``, positive.
+        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows.
         tau: strength, at least 0; 0 is cross entropy, 1 is consistent for the balanced error.
         options: as in :class:`FocalLoss`.
 
@@ -146,7 +146,7 @@ class BalancedSoftmaxLoss(LogitAdjustedLoss):
     section 3.1, Theorem 1 and Eq. 4.
 
     Args:
-        class_counts: training samples per class ``[C]``, positive.
+        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows.
         options: as in :class:`FocalLoss`.
 
     Attributes:
@@ -180,7 +180,7 @@ class VSLoss(LogitAdjustedLoss):
     imbalance.
 
     Args:
-        class_counts: training samples per class ``[C]``, positive.
+        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows.
         gamma: strength of the multiplicative adjustment, at least 0; 0 is :class:`LogitAdjustedLoss`. The
             paper tunes it for every data set, so tune it on yours. The default is small on purpose: it
             trains level with balanced softmax, where 0.3, the default of the authors' code, falls
@@ -234,7 +234,7 @@ class LDAMLoss(AdjustedLoss):
     2019, section 3.2, Eqs. 12 and 13 (LDAM), and section 3.3, Algorithm 1 (DRW).
 
     Args:
-        class_counts: training samples per class ``[C]``, positive.
+        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows.
         max_margin: margin ``m`` of the rarest class, in cosines, at least 0.
         scale: the factor ``s`` of the cosine head.
         beta: of the weights after :meth:`reweight`, as in :class:`ClassBalancedLoss`.

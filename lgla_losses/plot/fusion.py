@@ -43,7 +43,7 @@ def fusion_sweep(
         logits: unadjusted test logits ``[N, K, C]``, K tensors ``[N, C]`` or an
             :class:`~lgla_losses.ExpertOutput`, of two experts or more.
         target: class indices, int64 ``[N]``.
-        class_counts: training samples per class ``[C]``, positive.
+        class_counts: training samples per class ``[C]``, at least 0; a class without samples is few-shot.
         weights: the values of ``w`` in 0..1 ``[W]``; None for 0.1, 0.2 to 0.9.
         many: many-shot classes have more training samples.
         few: few-shot classes have fewer; at most ``many``.
@@ -118,7 +118,7 @@ def plot_fusion_sweep(
         logits: unadjusted test logits ``[N, K, C]``, K tensors ``[N, C]`` or an
             :class:`~lgla_losses.ExpertOutput`, of two experts or more.
         target: class indices, int64 ``[N]``.
-        class_counts: training samples per class ``[C]``, positive.
+        class_counts: training samples per class ``[C]``, at least 0; a class without samples is few-shot.
         weights: fusion weights in 0..1 ``[W]``; None for 0.1, 0.2 to 0.9.
         many: many-shot classes have more training samples.
         few: few-shot classes have fewer; at most ``many``.
