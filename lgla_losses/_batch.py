@@ -103,7 +103,8 @@ class Batch(NamedTuple):
             logits = output.logits if isinstance(output, ExpertOutput) else output
             if dims == 2 and isinstance(logits, Tensor) and logits.dim() == 3:
                 # Where they are no map of classes, rows of classes have come beside the logits of experts.
-                dims = 2 if logits.shape[1] == (num_classes or logits.shape[1]) else 1
+                is_map = logits.shape[1] == (num_classes or logits.shape[1])
+                dims = 2 if is_map or target.shape[1] != logits.shape[2] else 1
         blocks, of_one = one_or_more_experts(output, num_classes, dims)
         if not of_one and isinstance(target, Tensor) and target.dim() > 0:
             found, samples = blocks[0].shape[:2], target.shape[0]
@@ -491,8 +492,11 @@ def one_or_more_experts(
     width = "C" if num_classes is None else num_classes
     found = output.shape[1 : output.dim() - maps]
     if len(found) not in (1, 2) or 0 in found or found[-1] != (num_classes or found[-1]):
+        way_out = "class_counts fixes the number of classes, and experts lie on dimension 1"
+        if maps and output.shape[-1] == num_classes:
+            way_out = "of maps and sequences the classes lie on dimension 1: pass logits.movedim(-1, 1)"
+        shape = f"{width}{', S' * maps}"
         raise ValueError(
-            f"logits: expected shape [N, {width}] or [N, K, {width}], got {list(output.shape)}; class_counts "
-            "fixes the number of classes, and experts lie on dimension 1"
+            f"logits: expected shape [N, {shape}] or [N, K, {shape}], got {list(output.shape)}; {way_out}"
         )
     return (output,), len(found) == 1

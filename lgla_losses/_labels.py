@@ -118,7 +118,7 @@ def _change_by_sampler(
         drawn[: len(known)] = known
         way_out = "the losses need sampler.class_counts"
     elif isinstance(sampler, WeightedRandomSampler) and sampler.replacement:
-        weights = sampler.weights.numpy()[: len(labels)]
+        weights = sampler.weights.detach().cpu().numpy()[: len(labels)]
         drawn += np.bincount(labels[: len(weights)], weights, minlength=len(counts))
         way_out = (
             "the losses need torch.bincount(labels, weights=sampler.weights), or take "
@@ -127,7 +127,7 @@ def _change_by_sampler(
     else:
         return None
 
-    if np.allclose(drawn * counts.sum(), drawn.sum() * counts, rtol=0.01):
+    if np.allclose(drawn * counts.sum(), drawn.sum() * counts, rtol=0.01, atol=0):
         return None
     return (
         f"labels: these are the counts of the data set, but the {type(sampler).__name__} of the DataLoader "

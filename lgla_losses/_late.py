@@ -10,6 +10,9 @@ from torch import Tensor
 from lgla_losses._checks import SUM_TOLERANCE, no_probabilities
 from lgla_losses._torch import unfit
 
+#: What was wrong is told in the calls whose number this divides, and in those that look.
+TELLS_AT = 16
+
 
 class Event(Protocol):
     """Describe what tells whether a device has come to a point in its work, as ``torch.cuda.Event``."""
@@ -37,9 +40,12 @@ class LateLook:
             ValueError: those of an earlier batch sum to more than 1, or one was negative. Sums below 1 are
                 no sign of several classes a sample.
         """
-        self._tell()
         self._seen += 1
-        if self._pending is None and not self._seen & (self._seen - 1) and target.numel():
+        is_turn = not self._seen & (self._seen - 1)
+        # Not at any call: ranks that raise do so in the same step, or some would wait for the others.
+        if is_turn or self._seen % TELLS_AT == 0:
+            self._tell()
+        if is_turn and self._pending is None and target.numel():
             numbers = _extremes(target).to("cpu", non_blocking=True)  # such a copy goes to pinned memory
             self._pending = recorded_event(target.device), numbers, _tolerance(target)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, Sampler
 
-from lgla_losses._checks import describe, finite_float, integer, positive_int
+from lgla_losses._checks import finite_float, integer, positive_int
 from lgla_losses._counts import ArrayLike
 from lgla_losses._labels import count_classes, label_array
 
@@ -139,26 +139,6 @@ class ClassBalancedSampler(Sampler[int]):
             ValueError: it is negative.
         """
         self.epoch = _not_negative("epoch", epoch, "it is the number of the next iteration")
-
-    def state_dict(self) -> dict[str, int]:
-        """Give what a checkpoint between two epochs needs: the number of the next one."""
-        return {"epoch": self.epoch}
-
-    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go on where another sampler with the same arguments stood.
-
-        Args:
-            state_dict: what :meth:`state_dict` gave.
-
-        Raises:
-            ValueError: it is no such state.
-        """
-        if not isinstance(state_dict, Mapping) or set(state_dict) != {"epoch"}:
-            raise ValueError(
-                "state_dict: expected the state of a ClassBalancedSampler, {'epoch': e}, got "
-                f"{describe(state_dict)}; pass what its state_dict() gave, or call set_epoch"
-            )
-        self.set_epoch(state_dict["epoch"])
 
 
 def _counted(labels: npt.NDArray[Any], num_classes: int | None) -> npt.NDArray[np.int64]:

@@ -233,7 +233,8 @@ class Watch:
                     f"head: expected a network that returns the logits of {self.path!r} as they are, got a "
                     f"{type(trunk).__name__}, whose code "
                     + ("makes something else of them" if given else "does not call that layer")
-                    + "; remove what it does, as the losses take logits, or name another layer by head="
+                    + "; remove what it does, as the losses take logits (the experts have a scale= of "
+                    "their own), or name another layer by head="
                 )
             self.unseen.discard(trunk.training)
         return returned

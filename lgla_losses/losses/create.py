@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, Unpack
 
-from lgla_losses._checks import describe
+from lgla_losses._checks import describe, positive_int
 from lgla_losses._counts import ArrayLike
 from lgla_losses.losses._base import Loss
 from lgla_losses.losses._config import LossOptions
@@ -112,12 +112,19 @@ def create_loss(name: str, class_counts: ArrayLike | None = None, **options: Unp
         FocalLoss(num_classes=3, gamma=1.0, reduction='mean', backend='auto')
     """
     kind, fixed = _loss_of(name, class_counts, options)
-    given: dict[str, Any] = dict(options)
-    if kind is AdjustedLoss or given.get("num_experts", 1) is None:
-        given.pop("num_experts", None)  # any number, as for the others without
+    given: dict[str, Any] = {
+        option: value for option, value in options.items() if not _says_nothing(option, value)
+    }
+    if kind is AdjustedLoss and "num_experts" in given:  # it takes any number
+        positive_int("num_experts", given.pop("num_experts"), "leave it out for any number")
 
-    _check_options(name, given, _options_of(kind) - fixed.keys())
-    return kind(class_counts=class_counts, **fixed, **given)
+    _check_options(name, kind, fixed, given)
+    return kind(class_counts=class_counts, **fixed | given)
+
+
+def _says_nothing(option: str, value: object) -> bool:
+    """Say whether an option stands for the default, as ``tau: null`` in a file."""
+    return value is None and option in ("num_experts", "tau", "grouper", "background")
 
 
 def _loss_of(
@@ -154,8 +161,11 @@ def _options_of(kind: type[Loss]) -> set[str]:
     return (own | set(named)) - {"class_counts", "numbers"}
 
 
-def _check_options(name: str, options: Mapping[str, object], known: set[str]) -> None:
-    """Raise for an option that the loss does not have."""
+def _check_options(
+    name: str, kind: type[Loss], fixed: Mapping[str, object], options: Mapping[str, object]
+) -> None:
+    """Raise for an option that the loss does not have, or needs and is not given."""
+    known = _options_of(kind) - {option for option in fixed if options.get(option) != fixed[option]}
     for option in options.keys() - known:
         near = difflib.get_close_matches(option, known, n=1)
         way_out = f"did you mean {near[0]!r}?" if near else "leave it out"
@@ -167,6 +177,13 @@ def _check_options(name: str, options: Mapping[str, object], known: set[str]) ->
             f"{option}: expected an option of the loss {name!r} ({', '.join(sorted(known))}), "
             f"got {describe(options[option])}; {way_out}"
         )
+
+    for option, p in inspect.signature(kind).parameters.items():
+        is_needed = p.default is p.empty and p.kind is not p.VAR_KEYWORD and option != "class_counts"
+        if is_needed and option not in options:
+            raise TypeError(
+                f"{option}: expected it for the loss {name!r}, got none; {kind.__name__} says what it is"
+            )
 
 
 def _told(names: Iterable[str]) -> str:

@@ -566,6 +566,7 @@ CASES = {
     ),
     "baseline: multi-hot target": (lambda: FocalLoss()(LOGITS[:, 0], ROWS), ValueError, "target", "[2]", "[2, 4]", "SigmoidAdjustedLoss"),
     "baseline: multi-hot target of experts": (lambda: VSLoss(COUNTS)(LOGITS, ROWS), ValueError, "target", "[2]", "[2, 4]", "SigmoidAdjustedLoss"),
+    "baseline: labels of a sequence": (lambda: BalancedSoftmaxLoss(COUNTS)(torch.zeros(2, 7, 4), torch.zeros(2, 7).long()), ValueError, "logits", "[N, 4, S]", "[2, 7, 4]", "movedim(-1, 1)"),
     # several labels a sample
     "multi-label: no counts": (lambda: sigmoid(None), TypeError, "class_counts", "None", "count_classes"),
     "multi-label: a class of no sample": (lambda: sigmoid([3, 0, 1, 1]), ValueError, "class_counts", "positive", "class 1"),

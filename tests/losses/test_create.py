@@ -60,6 +60,17 @@ def test_with_a_number_of_experts_it_is_an_adjustment_of_lgla(adjustment, logits
     assert grouped.num_experts == 4
 
 
+def test_null_in_a_file_is_the_default():
+    assert float(create_loss("lgla", COUNTS, tau=None, num_experts=None).adjuster.tau) == 2.5
+    assert create_loss("logit", COUNTS, tau=None)(torch.zeros(1, 3), torch.tensor([2])) > 3
+    assert create_loss("ldam", COUNTS, num_experts=None, background=None).scale == 30.0
+
+
+def test_an_option_may_say_what_the_name_says():
+    assert not create_loss("cla", COUNTS, aaw=False).aaw
+    assert create_loss("balanced", COUNTS, num_experts=3, adjustment="balanced").adjustment == "balanced"
+
+
 def test_softmax_and_focal_need_no_counts(logits):
     target = torch.arange(12) % 3
     summed = sum(F.cross_entropy(v, target) for v in logits.unbind(1))
@@ -108,6 +119,8 @@ def test_a_name_like_no_other_lists_all():
         ("balanced", {"num_experts": 3, "adjustment": "logit"}, "adjustment: .*leave it out"),
         ("cla", {"aaw": True}, "aaw: .*leave it out"),
         ("vs", {"num_experts": 3}, "num_experts: .*any number of experts"),
+        ("softmax", {"num_experts": "x"}, "num_experts: expected an integer"),
+        ("sigmoid", {}, "num_samples: expected it for the loss 'sigmoid', got none; SigmoidAdjustedLoss"),
         ("lgla", {"class_weight": [1, 2, 3]}, "class_weight: .*leave it out"),
     ],
 )
