@@ -343,10 +343,15 @@ def refuse_masked(classes: Tensor, masked: Tensor) -> None:
     """Raise if one of the targets' classes is masked ``[C]``. This reads the values."""
     found = classes[masked[classes]]
     if found.numel():
+        way_out = "leave its samples out, or count them in class_counts, which set_adjustment changes"
+        if not torch.is_grad_enabled():
+            way_out = (
+                "in validation give LGLALoss the ensemble's logits, output.ensemble(), which it does not "
+                "adjust; in the place of another loss take torch.nn.functional.cross_entropy(logits, target)"
+            )
         raise ValueError(
             f"target: expected classes with training samples, got class {int(found[0])}, which has no "
-            "training samples and is masked; leave its samples out, or count them in class_counts, which "
-            "set_adjustment changes"
+            f"training samples and is masked; {way_out}"
         )
 
 

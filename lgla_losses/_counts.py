@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lgla_losses._checks import class_index, finite_float, one_of
+from lgla_losses._checks import class_index, describe, finite_float, one_of
 
 
 class Column(Protocol):
@@ -40,10 +40,12 @@ class ClassRules(NamedTuple):
         zero_counts: ``"error"`` refuses classes without samples, ``"smooth"`` adds a sample to every class,
             ``"mask"`` takes classes without samples out of the softmax.
         background: indices of the classes that are left out of the adjustment.
+        are_options: whether the caller can choose them, so that errors may advise it.
     """
 
     zero_counts: str = "error"
     background: tuple[int, ...] = ()
+    are_options: bool = True
 
     @classmethod
     def of(
@@ -58,20 +60,21 @@ class ClassRules(NamedTuple):
         """
         counts = as_class_counts(class_counts, one_of("zero_counts", zero_counts, ZERO_COUNTS))
         rules = cls(zero_counts, _background_classes(background, len(counts)))
-        return rules, rules._with_classes(counts)
+        return rules, rules._with_samples(counts, int(zero_counts == "smooth"))
 
     def counts(self, class_counts: ArrayLike) -> Tensor:
         """Check class counts as users give them; give those to compute with, on the CPU ``[C]``."""
-        return self._with_classes(as_class_counts(class_counts, self.zero_counts))
+        counts = as_class_counts(class_counts, self.zero_counts if self.are_options else None)
+        return self._with_samples(counts, int(self.zero_counts == "smooth"))
 
     def saved(self, class_counts: ArrayLike) -> Tensor:
         """Check class counts that a loss has computed with, as those of a state; give them ``[C]``."""
-        zero_counts = "mask" if self.zero_counts == "mask" else "error"
-        return self._with_classes(as_class_counts(class_counts, zero_counts))
+        zero_counts = "mask" if self.zero_counts == "mask" else "error" if self.are_options else None
+        return self._with_samples(as_class_counts(class_counts, zero_counts), 0)
 
-    def _with_classes(self, counts: Tensor) -> Tensor:
-        """Raise if no class is left to adjust."""
-        if not self.adjusted(counts).any():
+    def _with_samples(self, counts: Tensor, added: int) -> Tensor:
+        """Raise if no class to adjust has samples beside those that smoothing has added to each."""
+        if not (self.adjusted(counts) & (counts > added)).any():
             besides = f" besides background={list(self.background)}" if self.background else ""
             raise ValueError(
                 f"class_counts: expected a class with samples{besides}, got none of {len(counts)}; "
@@ -126,6 +129,12 @@ def _background_classes(background: int | Iterable[int] | None, num_classes: int
     many = isinstance(background, Iterable) and getattr(background, "ndim", 1) > 0
     many = many and not isinstance(background, str)  # whose letters are no classes
     given: list[Any] = list(background) if many else [background]  # type: ignore[arg-type]
+    for index in given:  # of which a tensor would pass as 0 or 1
+        if getattr(index, "dtype", type(index)) in (bool, np.bool_, torch.bool):
+            raise TypeError(
+                f"background: expected integers, the indices of classes, got {describe(index)}; those of a "
+                "mask are mask.nonzero().flatten()"
+            )
     classes = sorted(class_index("background", index, num_classes) for index in given)
     for before, index in itertools.pairwise(classes):
         if before == index:

@@ -242,7 +242,7 @@ class CLALogitAdjuster(ConstantBuffers):
             raise ValueError(
                 f"table: expected that of adjustment={self._adjustment!r} for the class counts and tau "
                 "beside it, got another one; load all constants of a state at once, and construct the loss "
-                "as the saved one was, or with its table as adjustment="
+                "as the saved one was (zero_counts and background, too), or with its table as adjustment="
             )
         whole = exact if table.dtype == torch.float64 else expected
         return {"table": whole} if tau is None else {"table": whole, "tau": scalar(tau)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +194,10 @@ class ClassGrouper(ConstantBuffers):
     ) -> dict[str, Tensor]:
         counts = self._rules.saved(self._current(state, "class_counts"))
         index = _group_index(
-            to_numpy("group_index", self._current(state, "group_index")), counts, self._rules
+            to_numpy("group_index", self._current(state, "group_index")),
+            counts,
+            self._rules,
+            "construct the loss with zero_counts and background of the saved one",
         )
         if int(index.max()) + 1 != self.num_groups:
             raise ValueError(f"group_index: expected {self.num_groups} groups, got {int(index.max()) + 1}")
@@ -262,7 +266,12 @@ def regrouped(counts: Tensor, num_groups: int, rules: ClassRules, own: Tensor | 
     return _group_index(own.numpy(), counts, rules)
 
 
-def _group_index(index: npt.NDArray[Any], counts: Tensor, rules: ClassRules) -> Tensor:
+def _group_index(
+    index: npt.NDArray[Any],
+    counts: Tensor,
+    rules: ClassRules,
+    way_out: str = "number them without gaps from 0, the head",
+) -> Tensor:
     """Check that ``index`` numbers groups of adjusted classes without gaps; return it as int64 ``[C]``."""
     num_classes = len(counts)
     if index.shape != (num_classes,):
@@ -273,11 +282,11 @@ def _group_index(index: npt.NDArray[Any], counts: Tensor, rules: ClassRules) -> 
     if not np.issubdtype(index.dtype, np.integer):
         raise TypeError(f"group_index: expected integers 0..G-1, got {index.dtype}")
     present = np.unique(index[rules.adjusted(counts).numpy()]).tolist()
-    if present != list(range(int(index.max()) + 1)) or index.min() < 0:
+    if index.min() < 0 or len(present) != int(index.max()) + 1:
         besides = "" if rules == ClassRules() else " that has samples and is no background"
         raise ValueError(
             f"group_index: expected groups 0..G-1 with a class in each{besides}, "
-            f"got groups {present}; number them without gaps from 0, the head"
+            f"got groups {reprlib.repr(present)}; {way_out}"
         )
     return torch.from_numpy(index.astype(np.int64))
 

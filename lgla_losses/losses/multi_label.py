@@ -27,7 +27,7 @@ from lgla_losses._checks import (
     sample_weight_tensor,
     sample_weight_values,
 )
-from lgla_losses._counts import ArrayLike, as_class_counts
+from lgla_losses._counts import ArrayLike, ClassRules, as_class_counts
 from lgla_losses._ranks import Ranks
 from lgla_losses.adjustment import check_tau
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
@@ -89,6 +89,7 @@ class MultiLabelLoss(AdjustedLoss):
     ) -> None:
         refuse_unknown(self, options, MultiLabelOptions)
         super().__init__(as_class_counts(_given(class_counts)), numbers, **options)
+        self._rules = ClassRules(are_options=False)
 
     def forward(
         self,

@@ -99,6 +99,15 @@ CASES = {
         lambda: criterion_of([0.5, 0.5, 0.0], zero_counts="smooth"), ValueError, "class_counts", "numbers of samples", "frequencies", "'mask'",
     ),
     "no class with samples": (lambda: criterion_of([0, 0, 0], zero_counts="mask"), ValueError, "class_counts", "with samples", "none of 3"),
+    "no class with samples to smooth": (
+        lambda: criterion_of([0, 0, 0], zero_counts="smooth"), ValueError, "class_counts", "with samples", "none of 3", "count_classes",
+    ),
+    "new counts without samples to smooth": (
+        lambda: LDAMLoss(COUNTS, zero_counts="smooth").set_adjustment([0.0] * 4), ValueError, "class_counts", "with samples", "none of 4",
+    ),
+    "only a background with samples to smooth": (
+        lambda: ClassGrouper([0, 7, 0], 1, zero_counts="smooth", background=1), ValueError, "class_counts", "besides background=[1]", "none of 3",
+    ),
     "only a background with samples": (
         lambda: criterion_of([0, 7, 0], zero_counts="mask", background=1), ValueError, "class_counts", "besides background=[1]", "none of 3",
     ),
@@ -125,6 +134,13 @@ CASES = {
     "nothing but background": (lambda: VSLoss(COUNTS, background=range(4)), ValueError, "background", "all 4 classes", "leave one"),
     "boolean background": (lambda: criterion(background=True), TypeError, "background", "integer", "True"),
     "boolean in the background": (lambda: criterion(background=[True]), TypeError, "background", "integer", "True"),
+    "mask as background": (
+        lambda: criterion(background=torch.tensor([True, False])), TypeError, "background", "integer", "torch.bool", "mask.nonzero()",
+    ),
+    "array of booleans as background": (
+        lambda: VSLoss(COUNTS, background=np.array([False, True])), TypeError, "background", "integer", "False", "mask.nonzero()",
+    ),
+    "boolean tensor as background": (lambda: criterion(background=torch.tensor(True)), TypeError, "background", "integer", "torch.bool"),
     "float background": (lambda: criterion(background=0.0), TypeError, "background", "integer", "0.0"),
     "text background": (lambda: criterion(background="other"), TypeError, "background", "integer", "'other'"),
     "background beside a grouper": (
@@ -148,6 +164,9 @@ CASES = {
     ),
     "group of masked classes": (
         lambda: ClassGrouper.from_groups([3, 0], [0, 1], zero_counts="mask"), ValueError, "group_index", "has samples", "[0]",
+    ),
+    "a group far from the others": (
+        lambda: ClassGrouper.from_groups([5, 3], [0, 2**62]), ValueError, "group_index", "0..G-1", "[0, 4611686018427387904]", "without gaps",
     ),
     "negative count": (lambda: ClassGrouper([3, -2], 2), ValueError, "class_counts", "positive", "-2 for class 1"),
     "NaN count": (lambda: ClassGrouper([3, math.nan], 2), ValueError, "class_counts", "finite", "nan for class 1"),

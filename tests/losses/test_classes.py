@@ -206,6 +206,20 @@ def test_validation_takes_masked_classes_as_the_ensembles_logits_are_not_adjuste
 
 
 @every_loss
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+def test_validation_says_what_takes_masked_classes(make, backend):
+    criterion = make(COUNTS, zero_counts="mask", backend=backend)
+    logits, target = random_logits(criterion, 2, 6), torch.tensor([1, 3])
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"in validation .* output\.ensemble\(\).*cross_entropy"),
+    ):
+        criterion(logits, target)
+    with pytest.raises(ValueError, match="leave its samples out"):
+        criterion(logits, target)
+
+
+@every_loss
 def test_masked_constants_survive_copies_averages_casts_and_states(make):
     criterion = make(COUNTS, zero_counts="mask", background=5)
     other = make([9, 8, 7, 6, 5, 4], zero_counts="mask", background=5)
@@ -348,6 +362,17 @@ def test_a_state_of_other_options_is_an_error(name, saved, options, message):
     criterion = LOSSES[name]([9, 5, 1, 1, 1, 1], **options)
     with pytest.raises(RuntimeError, match=message):
         criterion.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("saved", "options"), [({}, {"background": 1}), ({"background": 1}, {}), ({}, {"background": [0, 2]})]
+)
+def test_a_state_of_another_background_names_the_options(saved, options):
+    counts = [9, 90_000, 5, 3]
+    state = LGLALoss(counts, **saved).state_dict()
+    with pytest.raises(RuntimeError, match=r"construct the loss .*zero_counts and background") as caught:
+        LGLALoss(counts, **options).load_state_dict(state)
+    assert "number them" not in str(caught.value)
 
 
 def test_a_loss_without_counts_has_none_to_leave_out():

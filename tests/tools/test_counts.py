@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from lgla_losses import ClassGrouper, LGLALoss, LinearLGLALoss
-from lgla_losses.baselines import BalancedSoftmaxLoss, ClassBalancedLoss, LDAMLoss, LogitAdjustedLoss, VSLoss
+from lgla_losses.baselines import (
+    BalancedSoftmaxLoss,
+    ClassBalancedBCELoss,
+    ClassBalancedLoss,
+    LDAMLoss,
+    LogitAdjustedLoss,
+    VSLoss,
+)
 from lgla_losses.data import long_tailed_indices
 from lgla_losses.inspection import gini_coefficient, inspect_counts
 from lgla_losses.label_shift import estimate_prior, shift_prior
@@ -116,9 +123,16 @@ def test_counts_without_plain_values_are_refused(counts, kind):
 def test_only_what_takes_counts_of_zero_on_request_says_so():
     with pytest.raises(ValueError, match=r"zero_counts='smooth' .* zero_counts='mask' .* label space"):
         LGLALoss([3, 0, 2], 2)
-    with pytest.raises(ValueError, match=r"0 for class 1 .*; leave classes without samples out") as caught:
-        plot_weight_norms(torch.ones(2, 3, 4), [3, 0, 2])
-    assert "zero_counts" not in str(caught.value)
+    criterion = ClassBalancedBCELoss(COUNTS)
+    state = criterion.state_dict() | {"class_counts": torch.tensor([3.0, 0.0, 2.0])}
+    for call in (
+        lambda: ClassBalancedBCELoss([3, 0, 2]),
+        lambda: criterion.set_adjustment([3, 0, 2]),
+        lambda: criterion.load_state_dict(state),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=r"for class 1 .*; leave") as caught:
+            call()
+        assert "zero_counts" not in str(caught.value)
 
 
 def test_classes_without_samples_are_few_shot_classes_of_the_metrics():
