@@ -12,7 +12,13 @@ from matplotlib.axes import Axes
 from lgla_losses._checks import class_index
 from lgla_losses.adjustment import CLALogitAdjuster, check_adjuster
 from lgla_losses.plot.canvas import given_axes
-from lgla_losses.plot.class_axis import Indices, by_frequency, class_axis, mark_groups
+from lgla_losses.plot.class_axis import (
+    Indices,
+    by_frequency,
+    class_axis,
+    mark_groups,
+    refuse_classes_without_samples,
+)
 from lgla_losses.plot.style import Numbers, expert_names, ink, legend, line_styles, numbers, plain_numbers
 
 
@@ -20,7 +26,8 @@ def plot_table(adjuster: CLALogitAdjuster, *, ax: Axes | None = None) -> Axes:
     r"""Plot the adjustments :math:`T(k, j)` that every expert's logits get in training: a line an expert.
 
     A local expert's line falls with the frequency inside its own group and is 0 outside; the global
-    expert's falls everywhere, by ``tau`` times as much.
+    expert's falls everywhere, by ``tau`` times as much. A background has 0; classes without samples are not
+    drawn.
 
     Source: Tao et al., ICCV 2023, Eq. 4, shifted as in :class:`~lgla_losses.CLALogitAdjuster`.
 
@@ -42,7 +49,7 @@ def plot_table(adjuster: CLALogitAdjuster, *, ax: Axes | None = None) -> Axes:
     """
     check_adjuster(adjuster)
     axes = given_axes(ax)
-    order, _ = by_frequency(adjuster.grouper.class_counts)
+    order, _, group = by_frequency(adjuster.grouper)
     ranks = np.arange(len(order)) + 1
     names = expert_names(adjuster.num_experts, adjuster.tau is not None)
     styles = line_styles(axes, names, len(order))
@@ -50,7 +57,7 @@ def plot_table(adjuster: CLALogitAdjuster, *, ax: Axes | None = None) -> Axes:
         axes.plot(ranks, row, drawstyle="steps-mid", **style)
     axes.set_ylabel("adjustment T(k, j) (nats)")
     axes.margins(y=0.12)
-    class_axis(axes, order, adjuster.grouper.group_index)
+    class_axis(axes, order, group)
     legend(axes)
     return axes
 
@@ -61,7 +68,8 @@ def plot_margins(adjuster: CLALogitAdjuster, target_class: int, *, ax: Axes | No
     By so much must a sample of the class win over the rival: a positive margin moves the boundary towards
     the class, a negative one towards the rival. The cases of Eq. 6 are numbered as there: local expert, both
     classes in its group (1), only the sample's (2), only the rival's (3), neither (4); global expert (5).
-    With two groups or more all five occur if the class shares its group.
+    With two groups or more all five occur if the class shares its group. Classes without samples are no
+    rivals.
 
     Source: Tao et al., ICCV 2023, Eq. 6.
 
@@ -75,7 +83,7 @@ def plot_margins(adjuster: CLALogitAdjuster, target_class: int, *, ax: Axes | No
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: ``target_class`` is no class, or has no rival.
+        ValueError: ``target_class`` is no class, or has no samples or no rival.
 
     Example:
         >>> from lgla_losses import ClassGrouper
@@ -85,19 +93,20 @@ def plot_margins(adjuster: CLALogitAdjuster, target_class: int, *, ax: Axes | No
         ['case 1', 'case 2', 'case 3', 'case 4', 'case 5']
     """
     check_adjuster(adjuster)
-    num_classes = adjuster.grouper.num_classes
-    target_class = class_index("target_class", target_class, num_classes)
-    if num_classes == 1:
-        raise ValueError("adjuster: expected two classes or more, got one, which has no rival")
+    target_class = class_index("target_class", target_class, adjuster.grouper.num_classes)
+    refuse_classes_without_samples("target_class", [target_class], adjuster.grouper)
+    order, counts, group = by_frequency(adjuster.grouper)
+    if len(order) == 1:
+        raise ValueError("adjuster: expected two classes or more with samples, got one, which has no rival")
 
     axes = given_axes(ax)
-    order, counts = by_frequency(adjuster.grouper.class_counts)
-    own_count = counts[order == target_class].item()
+    is_own = order == target_class
+    own_count, own_group = counts[is_own].item(), int(group[is_own].item())
     # Room on either side for the numbers of the cases, and an axis where all counts are equal.
     room = max((counts[0] / counts[-1]) ** 0.12, 1.5)
     axes.set_xlim(counts[-1] / room, counts[0] * room)
 
-    rivals, counts = order[order != target_class], counts[order != target_class]
+    rivals, counts, group = order[~is_own], counts[~is_own], group[~is_own]
     target = torch.tensor([target_class], device=adjuster.table.device)
     margins = numbers(adjuster.margin(target)[0])[:, rivals]
 
@@ -112,27 +121,31 @@ def plot_margins(adjuster: CLALogitAdjuster, target_class: int, *, ax: Axes | No
     axes.axvline(own_count, color=ink(axes), ymax=0.94, linewidth=0.8, linestyle=":")
     axes.margins(y=0.17)
 
-    group = adjuster.grouper.group_index.cpu().numpy()
     if adjuster.tau is not None and np.ptp(margins) > 0:
-        _number_cases(axes, counts, margins, group[rivals], group[target_class])
+        _number_cases(axes, counts, margins, group, own_group)
 
     inner = np.sqrt(counts[:-1] * counts[1:])
-    mark_groups(axes, np.array([counts[0], *inner, counts[-1]]), group[rivals])
+    mark_groups(axes, np.array([counts[0], *inner, counts[-1]]), group)
 
     legend(axes, f"class {target_class}: {own_count:,.10g} samples")
     return axes
 
 
 def _number_cases(axes: Axes, counts: Numbers, margins: Numbers, group: Indices, own_group: int) -> None:
-    """Write the case of Eq. 6 beside a line where it holds, where the other lines are far."""
-    last = len(margins) - 1
+    """Write the case of Eq. 6 beside a line where it holds, where the other lines are far.
+
+    A background, of group -1, is outside all groups, and is not adjusted by the global expert, so case 5 is
+    not of it.
+    """
+    last, none = len(margins) - 1, np.zeros(len(group), dtype=bool)
     others = [k for k in range(last) if k != own_group]
+    of_own = [own_group] if own_group >= 0 else []
     cases = {
-        1: [(own_group, group == own_group)],
-        2: [(own_group, group != own_group)],
+        1: [(k, group == k) for k in of_own],
+        2: [(k, group != k) for k in of_own],
         3: [(k, group == k) for k in others],
         4: [(k, group != k) for k in others],
-        5: [(last, np.ones(len(group), dtype=bool))],
+        5: [(last, group >= 0 if of_own else none)],
     }
 
     position = np.log(counts / counts[-1]) / max(math.log(counts[0] / counts[-1]), 1e-9)

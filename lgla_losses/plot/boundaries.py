@@ -15,6 +15,7 @@ from lgla_losses._checks import class_index, describe
 from lgla_losses._counts import ArrayLike, integer_array, to_numpy
 from lgla_losses.adjustment import CLALogitAdjuster, check_adjuster
 from lgla_losses.plot.canvas import describe_panels, panels
+from lgla_losses.plot.class_axis import refuse_classes_without_samples
 from lgla_losses.plot.style import MARKERS, Numbers, color, expert_names, ink, numbers
 
 
@@ -46,7 +47,8 @@ def plot_boundaries(
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: there are fewer than two different classes, or not one centre for each.
+        ValueError: there are fewer than two different classes, one has no samples, or there is not one centre
+            for each.
 
     Example:
         >>> from lgla_losses import ClassGrouper
@@ -60,6 +62,7 @@ def plot_boundaries(
     indices = [class_index("classes", j, adjuster.grouper.num_classes) for j in chosen.tolist()]
     if len(set(indices)) < 2 or len(set(indices)) < len(indices):
         raise ValueError(f"classes: expected two or more different classes, got {indices}")
+    refuse_classes_without_samples("classes", indices, adjuster.grouper)
 
     target = torch.tensor(indices, device=adjuster.table.device)
     margins = numbers(adjuster.margin(target))[:, :, indices]

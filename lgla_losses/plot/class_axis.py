@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
+from lgla_losses.grouping import ClassGrouper
 from lgla_losses.plot.style import Numbers, ink, numbers, plain_numbers
 
 Indices = npt.NDArray[np.int64]
@@ -21,11 +21,28 @@ FEW_CLASSES = 20
 VISIBLE_SHARE = 0.03
 
 
-def by_frequency(class_counts: Tensor) -> tuple[Indices, Numbers]:
-    """Sort the classes from the most to the least frequent, ties by index, and their counts alike."""
-    counts = class_counts.cpu()
+def by_frequency(grouper: ClassGrouper) -> tuple[Indices, Numbers, Indices]:
+    """Sort the classes that have samples from the most to the least frequent, ties by index.
+
+    Returns:
+        The classes, their counts, and their groups: -1 for background, which is in none.
+    """
+    counts, group = grouper.class_counts.cpu(), grouper.group_index.cpu().clone()
+    group[list(grouper.background)] = -1
     order = counts.argsort(descending=True, stable=True)
-    return order.numpy(), numbers(counts[order])
+    order = order[counts[order] > 0]
+    return order.numpy(), numbers(counts[order]), group[order].numpy()
+
+
+def refuse_classes_without_samples(name: str, classes: list[int], grouper: ClassGrouper) -> None:
+    """Raise if one of the classes is masked, so that it has no margins."""
+    counts = grouper.class_counts
+    for j in classes:
+        if counts[j] == 0:
+            raise ValueError(
+                f"{name}: expected classes with training samples, got class {j}, which has none and is "
+                "masked; take another class, or zero_counts='smooth'"
+            )
 
 
 def class_edges(num_classes: int) -> Numbers:
@@ -33,15 +50,14 @@ def class_edges(num_classes: int) -> Numbers:
     return np.linspace(0.5, num_classes + 0.5, num_classes + 1)
 
 
-def class_axis(axes: Axes, order: Indices, group_index: Tensor | None = None) -> None:
+def class_axis(axes: Axes, order: Indices, group: Indices | None = None) -> None:
     """Write ranks by frequency, or few classes' indices, and the groups of the classes along the top."""
-    group = None if group_index is None else group_index.cpu().numpy()[order]
     axes.set_xlim(0.5, len(order) + 0.5)
     if len(order) <= FEW_CLASSES:
         every = math.ceil(len(order) * 0.22 / _inches(axes))  # which the labels need
         axes.set_xticks(np.arange(1, len(order) + 1, every), [str(j) for j in order[::every].tolist()])
         axes.set_xlabel("class index, the most frequent first")
-    elif group is not None and np.bincount(group).min() < VISIBLE_SHARE * len(group):
+    elif group is not None and np.bincount(group[group >= 0]).min() < VISIBLE_SHARE * len(group):
         axes.set_xscale("log")
         plain_numbers(axes.xaxis)
         axes.set_xlabel("rank of the class, the most frequent first (logarithmic)")
@@ -53,7 +69,10 @@ def class_axis(axes: Axes, order: Indices, group_index: Tensor | None = None) ->
 
 
 def mark_groups(axes: Axes, edges: Numbers, group: Indices) -> None:
-    """Number the groups along the top, where classes lie between these edges; every second is shaded."""
+    """Number the groups along the top, where classes lie between these edges; every second is shaded.
+
+    Background, of group -1, has no number.
+    """
     cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(group)]
     longest: dict[int, tuple[float, float]] = {}
 
@@ -67,6 +86,8 @@ def mark_groups(axes: Axes, edges: Numbers, group: Indices) -> None:
         if i % 2 and len(cuts) <= 2 * FEW_CLASSES:
             axes.axvspan(edges[start], edges[stop], color=ink(axes), alpha=0.07, linewidth=0)
         g = int(group[start])
+        if g < 0:
+            continue
         if g not in longest or high - low > longest[g][1] - longest[g][0]:
             longest[g] = (low, high)
 

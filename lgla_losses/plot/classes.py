@@ -34,11 +34,12 @@ def plot_groups(grouper: ClassGrouper, *, ax: Axes | None = None) -> Axes:
     r"""Plot the partition of the classes over their frequencies: one area a group.
 
     The legend holds the classes and the mass of every group, which the partition makes as equal as it can.
+    A background has an area of its own; classes without samples are not drawn.
 
     Source: Tao et al., ICCV 2023, section 3.2.
 
     Args:
-        grouper: the groups of ``C`` classes.
+        grouper: the groups of the classes.
         ax: where to draw; None makes a figure.
 
     Returns:
@@ -55,8 +56,7 @@ def plot_groups(grouper: ClassGrouper, *, ax: Axes | None = None) -> Axes:
     check_grouper(grouper)
     axes = given_axes(ax)
 
-    order, counts = by_frequency(grouper.class_counts)
-    group = grouper.group_index.cpu().numpy()[order]
+    order, counts, group = by_frequency(grouper)
     edges = class_edges(len(counts))
     bottom = counts.min() / 1.6
 
@@ -69,12 +69,17 @@ def plot_groups(grouper: ClassGrouper, *, ax: Axes | None = None) -> Axes:
         own = np.where(group == g, counts, np.nan)
         axes.stairs(own, edges, baseline=bottom, fill=True, color=color(g), alpha=0.75, label=label)
 
+    if (group < 0).any():
+        left_out = np.where(group < 0, counts, np.nan)
+        label = f"background\n{np.nansum(left_out):,.10g} samples"
+        axes.stairs(left_out, edges, baseline=bottom, fill=True, color=ink(axes), alpha=0.25, label=label)
+
     axes.stairs(counts, edges, baseline=None, color=ink(axes), linewidth=1.2)
     axes.set_yscale("log")
     plain_numbers(axes.yaxis)
     axes.set(ylabel="training samples", ylim=(bottom, counts.max() * (counts.max() / bottom) ** 0.12))
 
-    class_axis(axes, order, grouper.group_index)
+    class_axis(axes, order, group)
     legend(axes)
     return axes
 
@@ -89,7 +94,7 @@ def plot_weight_norms(weight: Tensor, class_counts: ArrayLike, *, ax: Axes | Non
 
     Args:
         weight: class weights of the heads ``[K, C, d]``; one head's also ``[1, C, d]``.
-        class_counts: training samples per class ``[C]``, positive.
+        class_counts: training samples per class ``[C]``, at least 0.
         ax: where to draw; None makes a figure.
 
     Returns:
@@ -97,14 +102,14 @@ def plot_weight_norms(weight: Tensor, class_counts: ArrayLike, *, ax: Axes | Non
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: shapes do not fit, a weight is not finite, or counts are not positive.
+        ValueError: shapes do not fit, a weight is not finite, or a count is negative.
 
     Example:
         >>> axes = plot_weight_norms(torch.eye(3).expand(2, 3, 3), class_counts=[50, 20, 5])
         >>> [line.get_label() for line in axes.get_lines()]
         ['local expert 1', 'global expert', 'mean of the experts']
     """
-    counts = as_class_counts(class_counts)
+    counts = as_class_counts(class_counts, "mask")  # classes without samples have weights, too
     floating_tensor("weight", weight, "[K, C, d]")
     if weight.shape[0] == 0 or weight.shape[1] != len(counts):
         raise ValueError(
@@ -115,7 +120,7 @@ def plot_weight_norms(weight: Tensor, class_counts: ArrayLike, *, ax: Axes | Non
         raise ValueError("weight: expected finite values, got NaN or infinity; training has diverged")
 
     axes = given_axes(ax)
-    order, _ = by_frequency(counts)
+    order = counts.argsort(descending=True, stable=True).numpy()
     ranks = np.arange(len(order)) + 1
     norms = numbers(torch.linalg.vector_norm(weight.detach().double(), dim=-1))[:, order]
     styles = line_styles(axes, expert_names(len(norms)), len(order))
@@ -143,7 +148,8 @@ def plot_implied_prior(
 ) -> Axes:
     """Plot the class prior that fused experts carry, beside that of the training data and the uniform one.
 
-    Where it lies above the uniform prior the ensemble leans to a class, below it leans away.
+    Where it lies above the uniform prior the ensemble leans to a class, below it leans away. Classes without
+    samples are not drawn.
 
     Source: our derivation, see :meth:`~lgla_losses.CLALogitAdjuster.implied_prior` of the adjuster.
 
@@ -168,7 +174,7 @@ def plot_implied_prior(
     check_adjuster(adjuster)
     implied = numbers(adjuster.implied_prior(fusion))
     axes = given_axes(ax)
-    order, counts = by_frequency(adjuster.grouper.class_counts)
+    order, counts, group = by_frequency(adjuster.grouper)
     ranks = np.arange(len(order)) + 1
     uniform = np.full(len(order), 1 / len(order))
     priors = counts / counts.sum(), uniform, implied[order]
@@ -178,7 +184,7 @@ def plot_implied_prior(
     axes.set_yscale("log")
     axes.set_ylabel("prior probability of the class")
     axes.margins(y=0.12)
-    class_axis(axes, order, adjuster.grouper.group_index)
+    class_axis(axes, order, group)
     legend(axes)
     return axes
 

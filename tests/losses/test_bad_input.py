@@ -42,6 +42,7 @@ WITH_GRADIENT = LOGITS.clone().requires_grad_()
 META = torch.device("meta")
 FLOAT8 = torch.float8_e4m3fn
 ADJUSTER = CLALogitAdjuster(ClassGrouper(COUNTS, 2))
+MASKING = CLALogitAdjuster(ClassGrouper([5, 0, 3], 2, zero_counts="mask"))
 
 
 def nested(*tensors, **options):
@@ -635,7 +636,16 @@ CASES = {
     "plot: weight of other classes": (lambda: plot.plot_weight_norms(torch.ones(3, 5, 2), COUNTS), ValueError, "weight: expected shape [K, 4, d]", "got [3, 5, 2]", "torch.stack"),
     "plot: weight as a list": (lambda: plot.plot_weight_norms([[1.0]], COUNTS), TypeError, "weight: expected a floating-point tensor [K, C, d]", "got"),
     "plot: weight not finite": (lambda: plot.plot_weight_norms(torch.full((1, 4, 2), math.nan), COUNTS), ValueError, "weight: expected finite", "got NaN"),
-    "plot: count of zero": (lambda: plot.plot_weight_norms(torch.ones(1, 2, 2), [3, 0]), ValueError, "class_counts: expected positive", "got 0"),
+    "plot: negative count": (lambda: plot.plot_weight_norms(torch.ones(1, 2, 2), [3, -1]), ValueError, "class_counts: expected finite counts >= 0", "got -1"),
+    "plot: margins of a masked class": (
+        lambda: plot.plot_margins(MASKING, 1), ValueError, "target_class: expected classes with training samples", "got class 1", "'smooth'",
+    ),
+    "plot: boundaries of a masked class": (
+        lambda: plot.plot_boundaries(MASKING, [0, 1]), ValueError, "classes: expected classes with training samples", "got class 1",
+    ),
+    "plot: no rival with samples": (
+        lambda: plot.plot_margins(CLALogitAdjuster(ClassGrouper([5, 0], 1, zero_counts="mask")), 0), ValueError, "two classes or more with samples", "got one",
+    ),
     "plot: fusion of two": (lambda: plot.plot_implied_prior(ADJUSTER, [1, 1]), ValueError, "fusion: expected one weight for each of 3", "got shape [2]"),
     "plot: one expert": (lambda: plot.plot_fusion_sweep(LOGITS[:, :1], TARGET, COUNTS), ValueError, "logits: expected two experts or more", "got one"),
     "plot: no sample": (lambda: plot.fusion_sweep(LOGITS[:0], TARGET[:0], COUNTS), ValueError, "logits: expected one test sample or more", "got none"),

@@ -440,6 +440,91 @@ def test_groups_of_ones_own_that_are_scattered():
     saved(plot.plot_margins(CLALogitAdjuster(grouper), 5))
 
 
+#: Classes 0 and 5 are masked; class 3 is a background, or none is.
+SOME = [0, 500, 40, 9_000, 40, 0, 3]
+
+
+def grouper_of_some(background):
+    return ClassGrouper(SOME, 2, zero_counts="mask", background=background)
+
+
+@pytest.mark.parametrize("background", [None, 3, 6])
+def test_pictures_of_masked_classes_and_a_background(background):
+    """Masked classes are in none of them; a background is in no group."""
+    grouper = grouper_of_some(background)
+    adjuster = CLALogitAdjuster(grouper)
+    order = [3, 1, 2, 4, 6]
+    drawn = {
+        "groups": plot.plot_groups(grouper),
+        "table": plot.plot_table(adjuster),
+        "prior": plot.plot_implied_prior(adjuster),
+        "margins": plot.plot_margins(adjuster, 2),
+        "boundaries": plot.plot_boundaries(adjuster, order),
+    }
+    for name, picture in drawn.items():
+        saved(picture)
+        if name in ("groups", "table", "prior"):
+            assert [text.get_text() for text in picture.get_xticklabels()] == [str(j) for j in order]
+    for k, name in enumerate(expert_names(3)):
+        np.testing.assert_array_equal(ydata(drawn["table"])[name], adjuster.table[k, order])
+        rivals = [j for j in order if j != 2]
+        expected = adjuster.margin(torch.tensor([2]))[0, k, rivals]
+        np.testing.assert_array_equal(ydata(drawn["margins"])[name], expected)
+    priors = ydata(drawn["prior"])
+    np.testing.assert_allclose(priors["fused experts"], adjuster.implied_prior()[order])
+    np.testing.assert_allclose(priors["uniform"], [1 / 5] * 5)
+
+
+@pytest.mark.parametrize("background", [None, 3, 6])
+def test_bars_of_masked_classes_and_a_background(background):
+    grouper, order = grouper_of_some(background), [3, 1, 2, 4, 6]
+    axes = plot.plot_groups(grouper)
+    *areas, curve = [area for area in axes.patches if hasattr(area, "get_data")]
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    for g in range(2):
+        own = [SOME[j] if grouper.group_index[j] == g and j != background else 0 for j in order]
+        np.testing.assert_array_equal(np.nan_to_num(areas[g].get_data().values), own)
+        assert f"{sum(own):,} samples" in texts[g]
+    np.testing.assert_array_equal(curve.get_data().values, [SOME[j] for j in order])
+    assert 0 < axes.get_ylim()[0] < 3
+    assert texts[2:] == ([] if background is None else [f"background\n{SOME[background]:,} samples"])
+
+
+@pytest.mark.parametrize("target_class", [0, 1, 17, 19])
+def test_cases_of_eq_6_hold_beside_a_background(target_class):
+    """Class 1 is it; where a sample is of it, its own group and the global expert have no case."""
+    counts = [900 - 45 * j for j in range(20)]
+    counts[1] = 300
+    adjuster = CLALogitAdjuster(ClassGrouper(counts, 3, background=1))
+    axes = plot.plot_margins(adjuster, target_class)
+    cases = {int(text.get_text()[5:]): text.xy for text in axes.texts if "case" in text.get_text()}
+    tau, largest, own = float(adjuster.tau), 900, counts[target_class]
+    values = {
+        1: lambda n: math.log(n / own),
+        2: lambda n: math.log(largest / own),
+        3: lambda n: math.log(n / largest),
+        4: lambda n: 0.0,
+        5: lambda n: tau * math.log(n / own),
+    }
+    assert cases.keys() == ({3, 4} if target_class == 1 else values.keys())
+    for case, (n, margin) in cases.items():
+        assert margin == pytest.approx(values[case](n), abs=1e-12), case
+
+
+@pytest.mark.parametrize("background", [None, 3, 6])
+def test_pictures_from_outputs_take_masked_classes_and_a_background(background):
+    logits, target = torch.eye(7).expand(3, 7, 7).transpose(0, 1), torch.arange(7)
+    saved(plot.plot_fusion_sweep(logits, target, SOME))
+    saved(plot.plot_angles(torch.rand(7, 3), target, grouper_of_some(background)))
+
+
+def test_weight_norms_of_classes_without_samples():
+    weight = torch.arange(1.0, 8)[:, None].expand(2, 7, 1)
+    axes = plot.plot_weight_norms(weight, SOME)
+    saved(axes)
+    assert ydata(axes)["local expert 1"].tolist() == [4, 2, 3, 5, 7, 1, 6]
+
+
 def test_one_class():
     grouper = ClassGrouper([7], 1)
     saved(plot.plot_groups(grouper))
