@@ -25,7 +25,7 @@ from lgla_losses._checks import (
     positive_float,
     validation,
 )
-from lgla_losses._counts import ArrayLike
+from lgla_losses._counts import ArrayLike, ClassRules
 from lgla_losses._late import LateLook, can_look
 from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size, refuse_data_parallel
 from lgla_losses._torch import is_watched, unfit, values_readable
@@ -44,7 +44,7 @@ from lgla_losses.losses._config import (
     renamed,
     runnable_backend,
 )
-from lgla_losses.losses._seen import SeenLabels
+from lgla_losses.losses._seen import SeenLabels, next_look
 from lgla_losses.weighting import AAWWeighter
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ class Loss(nn.Module):
     _batches = 0
     #: What looks at probabilities on a GPU, from the first of them on.
     _late: LateLook | None = None
-    #: Training batches, some of whose labels were compared with the class counts; far below 0 once warned.
+    #: Training batches, and the next whose labels are compared with the class counts; none once warned.
     _steps = 0
+    _next_look: float = 1
     _seen: SeenLabels | None = None
     #: What is wrong where the logits are no cosines times ``scale``, and what to set for a linear head.
     _without_cosines = "their angles, and with them the adaptive angular weights, are wrong"
@@ -261,7 +262,7 @@ class Loss(nn.Module):
         # In line, as every batch comes by. The compiler first: it would compile anew for every number.
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             step = self.__dict__["_steps"] = self._steps + 1
-            if not step & (step - 1):  # 1, 2, 4, 8 and so on
+            if step >= self._next_look:
                 self._look_at_labels(batch, step, ranks.number)
 
         if samples is None and self._communicates(normalizer, ranks):
@@ -343,34 +344,41 @@ class Loss(nn.Module):
 
     def _look_at_labels(self, batch: Batch, step: int, num_ranks: int) -> None:
         """Warn once if a sampler balances the classes whose counts the loss corrects."""
+        self._next_look = next_look(step)
         inputs = (*batch.logits, batch.features, batch.weight)
         learns = self.training and any(v is not None and v.requires_grad for v in inputs)
         plain = not (batch.is_soft or batch.is_map or batch.sample_weight is not None)
         if not (learns and plain and values_readable(batch.target, self.validate_args)):
             return
-        labels = batch.target[batch.target != self.ignore_index]
-        counts = self._corrected_counts()
-        if counts is None or unfit(labels) is not None:
+        # First, as what is traced must be the same in every call.
+        if unfit(*inputs, batch.target) is not None:
+            return
+        corrected = self._corrected_counts()
+        if corrected is None:
             return
 
+        counts, adjusted = corrected
         if self._seen is None or not self._seen.are_for(counts):
-            self._seen, self._steps, step = SeenLabels(counts), 1, 1
-        self._seen.add(labels)
-        problem = self._seen.problem(step, step * len(labels) * num_ranks)
+            self._seen, self._steps, step = SeenLabels(counts, adjusted), 1, 1
+            self._next_look = next_look(step)
+        self._seen.add(batch.target[batch.target != self.ignore_index], step, num_ranks)
+        problem = self._seen.problem()
         if problem is not None:
-            self._seen, self._steps = None, -(1 << 62)  # no power of two for long
+            self._seen, self._next_look = None, math.inf
             warnings.warn(problem, stacklevel=6)
 
     def _terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Give adjustments, class weights and margins, each ``[C]`` or None."""
         return None, None, None
 
-    def _corrected_counts(self) -> Tensor | None:
-        """Give the class counts ``[C]``, if adjustments or class weights correct them, or None."""
-        table, weight, _ = self._terms()
-        corrects = _differs_by_class(table) or _differs_by_class(weight)
+    def _corrected_counts(self) -> tuple[Tensor, Tensor] | None:
+        """Give the class counts ``[C]`` if the loss corrects them, and for which classes; else None."""
         counts: Tensor | None = getattr(self, "class_counts", None)
-        return counts.as_subclass(Tensor) if corrects and counts is not None else None
+        if counts is None:
+            return None
+        counts, rules = counts.as_subclass(Tensor), getattr(self, "_rules", ClassRules())
+        table, weight, _ = self._terms()
+        return _if_corrected(counts, rules, table, weight)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         refuse_data_parallel(self)
@@ -515,9 +523,11 @@ class ExpertLoss(Loss):
     def _communicates(self, normalizer: float | Tensor | None, ranks: Ranks) -> bool:
         return self.aaw or super()._communicates(normalizer, ranks)
 
-    def _corrected_counts(self) -> Tensor | None:
-        corrects = _differs_by_class(self.adjuster.constant("table"))
-        return self.grouper.constant("class_counts") if corrects else None
+    def _corrected_counts(self) -> tuple[Tensor, Tensor] | None:
+        if self.adjustment == "table":  # of your own, which need not correct the counts
+            return None
+        counts, table = self.grouper.constant("class_counts"), self.adjuster.constant("table")
+        return _if_corrected(counts, self.grouper._rules, table)
 
     def _explain(self, batch: Batch) -> None:
         # An ensemble's logits, which are not adjusted, are also those of masked classes.
@@ -567,9 +577,13 @@ def _chunked(batch: Batch) -> Engine:
     return Blockwise(chunked) if batch.is_map else chunked
 
 
-def _differs_by_class(constant: Tensor | None) -> bool:
-    """Say whether a constant ``[C]`` or ``[K, C]`` is not the same for all classes. This reads it."""
-    return constant is not None and bool((constant != constant[..., :1]).any())
+def _if_corrected(
+    counts: Tensor, rules: ClassRules, *constants: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Give counts ``[C]`` and the adjusted classes ``[C]``, if constants ``[..., C]`` differ by these."""
+    adjusted = rules.adjusted(counts)
+    own = [constant[..., adjusted] for constant in constants if constant is not None]
+    return (counts, adjusted) if any(bool((v != v[..., :1]).any()) for v in own) else None
 
 
 def scalar_on(device: torch.device, number: float | Tensor, dtype: torch.dtype) -> Tensor:

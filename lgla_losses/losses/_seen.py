@@ -3,86 +3,133 @@
 from __future__ import annotations
 
 import math
+import random
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lgla_losses._ranks import digest_of
 
-#: From which step on, and after how many looks, the labels are judged.
-FIRST_STEP, FEWEST_LOOKS = 64, 7
+#: How many different batches are evidence, and how many looks are kept if these span an epoch.
+FEWEST_BATCHES, MOST_LOOKS = 10, 64
 
 #: Labels of a batch below which looks do not differ enough to tell sorted data by them.
 _FEWEST_LABELS = 8
 
 #: How many labels of rare classes are evidence, and how many standard deviations above what counts say.
-_FEWEST_RARE, _DEVIATIONS = 20, 8.0
+_FEWEST_RARE, _DEVIATIONS = 100, 8.0
+
+
+def next_look(step: int) -> int:
+    """Give the number of the batch to look at after number ``step``: soon at first, later in about 100.
+
+    The distances are random, or the same part of each epoch could come again and again. None has the factor 2
+    or 3: if natural and balanced batches take turns, looks meet both.
+    """
+    most = 1 + min(step, 768) // 24
+    return step + 6 * random.Random(step).randint(1, most) + 1
+
+
+class Look(NamedTuple):
+    """Hold what is kept of a batch: the samples until then, its labels of rare classes, and all of them."""
+
+    samples: int
+    rare: int
+    number: int
+    digest: int
 
 
 class SeenLabels:
     """Compare the labels of some batches with class counts ``[C]``, by the rarer half of the classes.
 
     Balanced, half of the labels are of these classes. Their share is taken for a sampler's where it is far
-    above that of the counts, and about the same in all batches: in sorted data it is 0 or 1 by turns.
+    above that of the counts, and about the same in all of the newest batches: in sorted data it is 0 or 1 by
+    turns.
+
+    Args:
+        counts: class counts ``[C]``.
+        adjusted: which classes the loss corrects, bool ``[C]``. Labels of others are not judged.
     """
 
-    def __init__(self, counts: Tensor) -> None:
-        self._counts = counts.detach().cpu().double().clone()
-        rare = self._counts.argsort(stable=True)[: len(counts) // 2]
+    def __init__(self, counts: Tensor, adjusted: Tensor) -> None:
+        self._counts, self._adjusted = counts.detach().cpu().double().clone(), adjusted.cpu()
+        classes = self._adjusted.nonzero().flatten()
+        own = self._counts[classes]
+        rare = classes[own.argsort(stable=True)[: len(own) // 2]]
         self._is_rare = torch.zeros(len(counts), dtype=torch.bool)
         self._is_rare[rare] = True
-        self._expected = float(self._counts[rare].sum() / self._counts.sum())
-        #: Of each look the labels of rare classes, and all.
-        self._looks: list[tuple[int, int]] = []
-        self._digests: set[int] = set()
+        self._expected = float(self._counts[rare].sum() / own.sum())
+        self._epoch = float(self._counts.sum())
+
+        self._step, self._samples = 0, 0
+        self._looks: list[Look] = []
 
     def are_for(self, counts: Tensor) -> bool:
         """Say whether these are the class counts that labels are compared with."""
         return torch.equal(self._counts, counts.cpu().double())
 
-    def add(self, labels: Tensor) -> None:
-        """Look at the labels ``[N]`` of a batch. The same batch again tells nothing new."""
+    def add(self, labels: Tensor, step: int, num_ranks: int) -> None:
+        """Look at the labels ``[N]`` of batch number ``step`` of one of ``num_ranks`` ranks."""
         labels = labels.cpu()
-        digest = digest_of([labels])
-        if len(labels) < _FEWEST_LABELS or digest in self._digests or not self._are_classes(labels):
+        self._samples += (step - self._step) * len(labels) * num_ranks
+        self._step = step
+        if not self._are_classes(labels):
             return
-        self._digests.add(digest)
-        self._looks.append((int(self._is_rare[labels].sum()), len(labels)))
+        judged = labels[self._adjusted[labels]]
+        if len(judged) < _FEWEST_LABELS:
+            return
+
+        rare = int(self._is_rare[judged].sum())
+        self._looks.append(Look(self._samples, rare, len(judged), digest_of([labels])))
+        while len(self._looks) > MOST_LOOKS and self._samples - self._looks[1].samples >= self._epoch:
+            del self._looks[0]
 
     def _are_classes(self, labels: Tensor) -> bool:
         """Say whether all labels are class indices; others are errors, which others explain."""
-        return 0 <= int(labels.min()) <= int(labels.max()) < len(self._counts)
+        return len(labels) > 0 and 0 <= int(labels.min()) <= int(labels.max()) < len(self._counts)
 
-    def problem(self, step: int, num_samples: int) -> str | None:
+    def problem(self) -> str | None:
         """Say that the labels are balanced though the counts are not, or None.
 
-        Data that are in some order show their classes in a whole epoch only.
+        The newest looks are judged, however many, as a sampler may come late. They span an epoch, as data
+        that are in some order show all their classes in no less. The same batch again tells nothing new.
+        """
+        rare = number = looks = 0
+        squares, digests = 0.0, set()
+        for look in reversed(self._looks):
+            looks, rare, number = looks + 1, rare + look.rare, number + look.number
+            squares += look.rare**2 / look.number
+            digests.add(look.digest)
+
+            spans = self._samples - look.samples >= self._epoch
+            if spans and len(digests) >= FEWEST_BATCHES and self._are_balanced(rare, number, squares, looks):
+                return self._message(rare / number)
+        return None
+
+    def _are_balanced(self, rare: int, number: int, squares: float, looks: int) -> bool:
+        """Say whether the share of rare classes is a sampler's.
 
         Args:
-            step: number of the batch.
-            num_samples: how many samples there were until then.
+            rare: labels of rare classes in all looks.
+            number: labels in all looks.
+            squares: sum over the looks of the squared rare labels over the labels.
+            looks: how many there are.
         """
-        if step < FIRST_STEP or len(self._looks) < FEWEST_LOOKS or num_samples < self._counts.sum():
-            return None
-        rare, number = (sum(numbers) for numbers in zip(*self._looks, strict=True))
         share, expected = rare / number, self._expected
         # More than halfway to the half of balanced classes.
         if rare < _FEWEST_RARE or not max(1.5 * expected, math.sqrt(expected / 2)) < share < 0.9:
-            return None
-
+            return False
         deviations = (rare - number * expected) / math.sqrt(number * expected * (1 - expected))
-        if deviations < _DEVIATIONS or not self._are_alike(share):
-            return None
+        # By chi-square, the looks differ no more than chance has it, by a standard deviation.
+        apart = (squares - rare * share) / (share * (1 - share))
+        return deviations >= _DEVIATIONS and apart <= looks - 1 + math.sqrt(2 * (looks - 1))
+
+    def _message(self, share: float) -> str:
         return (
             f"class_counts: the rarer half of the classes makes {share:.0%} of the labels that came, but "
-            f"{expected:.1%} of class_counts; a sampler that balances classes and a loss that corrects "
+            f"{self._expected:.1%} of class_counts; a sampler that balances classes and a loss that corrects "
             "their counts correct twice: give the loss the counts that the sampler leaves, "
             "sampler.class_counts of lgla_losses.data.ClassBalancedSampler, or take no sampler; where there "
             "is none, count the training labels again"
         )
-
-    def _are_alike(self, share: float) -> bool:
-        """Say whether the share of rare classes differs between the looks as chance has it, by chi-square."""
-        apart = sum((rare - number * share) ** 2 / number for rare, number in self._looks)
-        degrees = len(self._looks) - 1
-        return apart / (share * (1 - share)) <= degrees + 3 * math.sqrt(2 * degrees)

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 
-from lgla_losses import LGLALoss, LinearLGLALoss
+from lgla_losses import LGLALoss, LinearLGLALoss, create_loss
 from lgla_losses.baselines import (
     BalancedSoftmaxLoss,
     ClassBalancedLoss,
@@ -19,10 +19,12 @@ from lgla_losses.baselines import (
     LogitAdjustedLoss,
 )
 from lgla_losses.data import ClassBalancedSampler, long_tailed_counts
-from lgla_losses.losses._seen import SeenLabels
+from lgla_losses.losses._seen import MOST_LOOKS, SeenLabels, next_look
 
 COUNTS = [400, 200, 60, 20, 10, 4]
 LABELS = torch.arange(6).repeat_interleave(torch.tensor(COUNTS))
+#: Batches after which balanced ones of 32 are told.
+ENOUGH = 150
 TWICE = r"class_counts: the rarer half .* correct twice: .* sampler\.class_counts"
 
 
@@ -41,7 +43,7 @@ def shuffled(generator=None):
         yield from LABELS[torch.randperm(len(LABELS), generator=generator)].split(32)
 
 
-def train(criterion, labels, steps=70, prepare=lambda labels: labels, **options):
+def train(criterion, labels, steps=ENOUGH, prepare=lambda labels: labels, **options):
     """So many steps with logits of the shape that the loss takes."""
     experts = (3,) if isinstance(criterion, LGLALoss) else ()
     for _, target in zip(range(steps), labels, strict=False):
@@ -61,7 +63,6 @@ LOSSES = {
     "LGLALoss": functools.partial(LGLALoss, COUNTS),
     "LGLALoss without aaw": functools.partial(LGLALoss, COUNTS, aaw=False),
     "reference": functools.partial(LGLALoss, COUNTS, backend="reference"),
-    "a table": functools.partial(LGLALoss, COUNTS, adjustment=torch.rand(3, 6)),
     "BalancedSoftmaxLoss": functools.partial(BalancedSoftmaxLoss, COUNTS),
     "ClassBalancedLoss": functools.partial(ClassBalancedLoss, COUNTS),
 }
@@ -85,7 +86,7 @@ def test_a_loss_of_features_tells_so():
 
     def steps():
         weight = torch.randn(3, 6, 4, requires_grad=True)
-        for _ in range(70):
+        for _ in range(ENOUGH):
             target = next(labels)
             criterion(torch.randn(len(target), 3, 4), weight, target)
 
@@ -106,6 +107,7 @@ SILENT = {
     ),
     "no adjustment": (LGLALoss(COUNTS, adjustment="softmax"), {}),
     "tau of 0": (LogitAdjustedLoss(COUNTS, tau=0), {}),
+    "a table of one's own, which may be right": (LGLALoss(COUNTS, adjustment=torch.rand(3, 6)), {}),
     "no counts": (FocalLoss(alpha=[1.0, 1.0, 2.0, 4.0, 8.0, 9.0]), {}),
     "class weights that are off": (LDAMLoss(COUNTS, scale=1.0), {}),
     "no checks": (BalancedSoftmaxLoss(COUNTS, validate_args=False), {}),
@@ -131,7 +133,7 @@ def test_samples_that_a_weight_counts_are_not_judged():
     criterion, labels = BalancedSoftmaxLoss(COUNTS), balanced()
 
     def steps():
-        for _ in range(70):
+        for _ in range(ENOUGH):
             target = next(labels)
             weight = torch.tensor(COUNTS)[target].float()  # which undoes the sampler
             criterion(torch.zeros(len(target), 6, requires_grad=True), target, sample_weight=weight)
@@ -145,7 +147,7 @@ def test_validation_is_not_judged():
         assert not told(lambda: train(criterion, labels))
 
     def of_constants():
-        for _ in range(70):
+        for _ in range(ENOUGH):
             target = next(labels)
             criterion(torch.zeros(len(target), 6), target)
 
@@ -156,14 +158,14 @@ def test_a_loss_under_torch_func_tells_nothing_and_keeps_nothing_of_it():
     criterion, labels = BalancedSoftmaxLoss(COUNTS), balanced()
 
     def steps():
-        for _ in range(70):
+        for _ in range(ENOUGH):
             target = next(labels)
             torch.func.grad(lambda logits, target=target: criterion(logits, target))(
                 torch.zeros(len(target), 6)
             )
 
     assert not told(steps)
-    assert told(lambda: train(copy.deepcopy(criterion), labels, 130))
+    assert told(lambda: train(copy.deepcopy(criterion), labels, 2 * ENOUGH))
 
 
 def test_a_compiled_loss_compiles_once_and_tells_nothing():
@@ -175,16 +177,64 @@ def test_a_compiled_loss_compiles_once_and_tells_nothing():
 
 
 def test_new_counts_are_judged_anew():
-    criterion = BalancedSoftmaxLoss([100] * 6)
-    assert not told(lambda: train(criterion, balanced(), 120))
-    criterion.set_adjustment(class_counts=COUNTS)
-    assert told(lambda: train(criterion, balanced(), 80))
+    criterion, labels = BalancedSoftmaxLoss(COUNTS), shuffled(torch.Generator().manual_seed(0))
+    assert not told(lambda: train(criterion, labels))
+    criterion.set_adjustment(class_counts=[10, 400, 300, 200, 20, 4])  # of which class 0 is not
+    assert told(lambda: train(criterion, labels))
+
+
+@pytest.mark.parametrize("natural", [20, 100, 300])
+def test_a_sampler_that_comes_late_is_told_of(natural):
+    criterion = BalancedSoftmaxLoss(COUNTS)
+    assert not told(lambda: train(criterion, shuffled(), natural))
+    assert told(lambda: train(criterion, balanced(), 1500))
+
+
+@pytest.mark.parametrize("turns", [2, 3])
+def test_natural_and_balanced_batches_by_turns_tell_nothing(turns):
+    def mixed():
+        natural, even = shuffled(), balanced()
+        while True:
+            yield from (next(natural) for _ in range(turns - 1))
+            yield next(even)
+
+    assert not told(lambda: train(BalancedSoftmaxLoss(COUNTS), mixed(), 3000))
+
+
+def test_classes_that_are_masked_or_background_are_not_judged():
+    masked = [500, 100, 50, 10, 0, 0, 0, 0, 0, 0]
+    background = [500, 100, 50, 10, 100_000]
+
+    def steps(criterion, present, number):
+        for _ in range(number):
+            logits = torch.zeros(64, len(criterion.class_counts), requires_grad=True)
+            criterion(logits, torch.randint(present, (64,)))
+
+    for name in ("softmax", "focal", "ldam", "logit"):
+        options = {"ldam": {"scale": 1.0}, "logit": {"tau": 0.0}}.get(name, {})
+        criterion = create_loss(name, masked, zero_counts="mask", **options)
+        assert not told(lambda criterion=criterion: steps(criterion, 4, ENOUGH)), name
+    assert told(lambda: steps(BalancedSoftmaxLoss(masked, zero_counts="mask"), 4, ENOUGH))
+
+    # A whole epoch is of the background too.
+    assert told(lambda: steps(BalancedSoftmaxLoss(background, background=4), 5, 1900))
+    assert not told(lambda: steps(create_loss("softmax", background, background=4), 5, 1900))
+
+
+def test_a_loss_can_be_traced():
+    logits, target = torch.randn(9, 3, requires_grad=True), torch.arange(9) % 3
+    criterion = BalancedSoftmaxLoss([5, 4, 3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(criterion, (logits, target))  # compares two traces
+    torch.testing.assert_close(traced(logits, target), criterion(logits, target))
 
 
 def test_one_batch_again_and_again_tells_nothing():
     """As in a loop that shows how the loss is called, or that measures it."""
     target = torch.arange(60) % 6
-    assert not told(lambda: train(BalancedSoftmaxLoss(COUNTS), iter([target] * 130), 130))
+    assert not told(lambda: train(BalancedSoftmaxLoss(COUNTS), iter([target] * 300), 300))
 
 
 def test_epochs_that_are_shuffled_and_classes_that_come_in_order_tell_nothing():
@@ -207,16 +257,20 @@ VECTORS = {
 
 def first_alarm(counts, size, epoch, last=1 << 12):
     """The step at which labels are judged balanced, or None; ``epoch`` gives the labels of one."""
-    seen, of_epoch, per_epoch, step = SeenLabels(counts), None, math.ceil(int(counts.sum()) / size), 1
+    seen, of_epoch, per_epoch, step = (
+        SeenLabels(counts, counts > 0),
+        None,
+        math.ceil(int(counts.sum()) / size),
+        1,
+    )
     now = -1
     while step <= last:
         before, (now, place) = now, divmod(step - 1, per_epoch)
         of_epoch = epoch() if now != before else of_epoch
-        labels = of_epoch[place * size : (place + 1) * size]
-        seen.add(labels)
-        if seen.problem(step, step * len(labels)) is not None:
+        seen.add(of_epoch[place * size : (place + 1) * size], step, 1)
+        if seen.problem() is not None:
             return step
-        step *= 2
+        step = next_look(step)
     return None
 
 
@@ -239,3 +293,39 @@ def test_no_order_of_a_whole_epoch_raises_an_alarm_but_a_sampler_does(name):
     samplers = [ClassBalancedSampler(labels, seed=seed) for seed in range(6)]
     alarms = [first_alarm(counts, 128, lambda draw=draw: labels[list(draw)], 1 << 11) for draw in samplers]
     assert sum(alarm is not None for alarm in alarms) >= 5  # chance may differ too much between looks
+
+
+def is_balanced(counts, share, size=200, looks=10, num_ranks=1):
+    """Whether so many looks with this share of rare labels are judged balanced; class 1 is rare."""
+    counts = torch.tensor(counts)
+    seen, rare = SeenLabels(counts, counts > 0), round(share * size)
+    for step in range(looks):
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(step))
+        seen.add((order < rare).long(), step + 1, num_ranks)
+    return seen.problem() is not None
+
+
+def test_how_many_rare_labels_are_too_many():
+    """Above the bounds, and by more than chance."""
+    assert [is_balanced([95, 5], share) for share in (0.14, 0.18, 0.88, 0.92)] == [False, True, True, False]
+    assert [is_balanced([70, 30], share) for share in (0.43, 0.47)] == [False, True]
+    assert [is_balanced([70, 30], 0.5, 20, looks) for looks in (11, 60)] == [False, True]
+    assert [is_balanced([995, 5], 0.5, 18, looks) for looks in (11, 60)] == [False, True]
+
+
+def test_how_many_batches_are_judged():
+    """Ten of an epoch or more, of 8 labels or more."""
+    assert [is_balanced([95, 5], 0.5, looks=looks) for looks in (9, 10)] == [False, True]
+    assert [is_balanced([950, 50], 0.5, size, 200) for size in (6, 8)] == [False, True]
+    epoch = [2850, 150]  # is that of 16 batches, and the first is where it begins
+    assert [is_balanced(epoch, 0.5, looks=looks) for looks in (15, 16)] == [False, True]
+    assert is_balanced(epoch, 0.5, looks=10, num_ranks=2)
+
+
+def test_looks_are_few():
+    counts = torch.tensor([95, 5])
+    seen, step, number = SeenLabels(counts, counts > 0), 1, 0
+    while step < 20_000:
+        seen.add(torch.tensor([0] * 19 + [1]), step, 1)
+        step, number = next_look(step), number + 1
+    assert len(seen._looks) == MOST_LOOKS < number < 250
