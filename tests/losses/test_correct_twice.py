@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lgla_losses import LGLALoss, LinearLGLALoss, create_loss
+from lgla_losses._ranks import Ranks
 from lgla_losses.baselines import (
     BalancedSoftmaxLoss,
     ClassBalancedLoss,
@@ -195,8 +196,8 @@ def test_natural_and_balanced_batches_by_turns_tell_nothing(turns):
     def mixed():
         natural, even = shuffled(), balanced()
         while True:
-            yield from (next(natural) for _ in range(turns - 1))
             yield next(even)
+            yield from (next(natural) for _ in range(turns - 1))
 
     assert not told(lambda: train(BalancedSoftmaxLoss(COUNTS), mixed(), 3000))
 
@@ -205,20 +206,36 @@ def test_classes_that_are_masked_or_background_are_not_judged():
     masked = [500, 100, 50, 10, 0, 0, 0, 0, 0, 0]
     background = [500, 100, 50, 10, 100_000]
 
-    def steps(criterion, present, number):
+    def steps(criterion, weights, number=400):
+        weights = torch.tensor(weights, dtype=torch.float)
         for _ in range(number):
-            logits = torch.zeros(64, len(criterion.class_counts), requires_grad=True)
-            criterion(logits, torch.randint(present, (64,)))
+            logits = torch.zeros(128, len(criterion.class_counts), requires_grad=True)
+            criterion(logits, torch.multinomial(weights, 128, replacement=True))
 
     for name in ("softmax", "focal", "ldam", "logit"):
         options = {"ldam": {"scale": 1.0}, "logit": {"tau": 0.0}}.get(name, {})
         criterion = create_loss(name, masked, zero_counts="mask", **options)
-        assert not told(lambda criterion=criterion: steps(criterion, 4, ENOUGH)), name
-    assert told(lambda: steps(BalancedSoftmaxLoss(masked, zero_counts="mask"), 4, ENOUGH))
+        assert not told(lambda criterion=criterion: steps(criterion, [1] * 4)), name
+    assert told(lambda: steps(BalancedSoftmaxLoss(masked, zero_counts="mask"), [1] * 4))
 
-    # A whole epoch is of the background too.
-    assert told(lambda: steps(BalancedSoftmaxLoss(background, background=4), 5, 1900))
-    assert not told(lambda: steps(create_loss("softmax", background, background=4), 5, 1900))
+    # A whole epoch has the background's samples as well.
+    labels = [1, 1, 1, 1, 16], 1900
+    assert told(lambda: steps(BalancedSoftmaxLoss(background, background=4), *labels))
+    assert not told(lambda: steps(create_loss("softmax", background, background=4), *labels))
+
+
+def test_labels_beside_ignored_ones_are_judged():
+    def some(labels):
+        return torch.where(torch.arange(len(labels)) < 5, -100, labels)
+
+    assert told(lambda: train(BalancedSoftmaxLoss(COUNTS), balanced(), 2 * ENOUGH, some))
+
+
+def test_the_samples_of_all_ranks_make_an_epoch(monkeypatch):
+    for number in (1, 8):
+        criterion = BalancedSoftmaxLoss([10 * count for count in COUNTS], reduction="sum")
+        monkeypatch.setattr(criterion, "_ranks_of_step", lambda *_, n=number: Ranks(n))
+        assert told(lambda criterion=criterion: train(criterion, balanced())) == (number == 8)
 
 
 def test_a_loss_can_be_traced():
@@ -310,7 +327,7 @@ def test_how_many_rare_labels_are_too_many():
     assert [is_balanced([95, 5], share) for share in (0.14, 0.18, 0.88, 0.92)] == [False, True, True, False]
     assert [is_balanced([70, 30], share) for share in (0.43, 0.47)] == [False, True]
     assert [is_balanced([70, 30], 0.5, 20, looks) for looks in (11, 60)] == [False, True]
-    assert [is_balanced([995, 5], 0.5, 18, looks) for looks in (11, 60)] == [False, True]
+    assert [is_balanced([99, 1], 0.5, 16, looks) for looks in (12, 13)] == [False, True]
 
 
 def test_how_many_batches_are_judged():
