@@ -22,12 +22,12 @@ _FEWEST_RARE, _DEVIATIONS = 100, 8.0
 
 
 def next_look(step: int) -> int:
-    """Give the number of the batch to look at after number ``step``: soon at first, later in about 100.
+    """Give the number of the batch to look at after number ``step``: soon at first, later in about 260.
 
     The distances are random, or the same part of each epoch could come again and again. None has the factor 2
     or 3: if natural and balanced batches take turns, looks meet both.
     """
-    most = 1 + min(step, 768) // 24
+    most = 1 + min(step, 2040) // 24
     return step + 6 * random.Random(step).randint(1, most) + 1
 
 
