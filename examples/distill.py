@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from cli import Parser, needs, number, start
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lgla_losses import ExpertModel, ExpertOutput, GroupConvExperts, LGLALoss
 from lgla_losses.adjusted import AdjustedLoss
@@ -216,6 +215,8 @@ def recalls(model: nn.Module, split: Split) -> Tensor:
 @torch.inference_mode()
 def multiply_adds(model: nn.Module, images: Tensor) -> int:
     """Multiplications with an addition, for one image."""
+    from torch.utils.flop_counter import FlopCounterMode  # which says on import that it lacks triton
+
     with FlopCounterMode(display=False) as counter:
         model(images[:1])
     return int(counter.get_total_flops()) // 2

@@ -367,18 +367,9 @@ class Loss(nn.Module):
             self._seen, self._next_look = None, math.inf
             warnings.warn(problem, stacklevel=6)
 
-    def _terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Give adjustments, class weights and margins, each ``[C]`` or None."""
-        return None, None, None
-
     def _corrected_counts(self) -> tuple[Tensor, Tensor] | None:
         """Give the class counts ``[C]`` if the loss corrects them, and for which classes; else None."""
-        counts: Tensor | None = getattr(self, "class_counts", None)
-        if counts is None:
-            return None
-        counts, rules = counts.as_subclass(Tensor), getattr(self, "_rules", ClassRules())
-        table, weight, _ = self._terms()
-        return _if_corrected(counts, rules, table, weight)
+        return None
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         refuse_data_parallel(self)
@@ -527,7 +518,7 @@ class ExpertLoss(Loss):
         if self.adjustment == "table":  # of your own, which need not correct the counts
             return None
         counts, table = self.grouper.constant("class_counts"), self.adjuster.constant("table")
-        return _if_corrected(counts, self.grouper._rules, table)
+        return if_corrected(counts, self.grouper._rules, table)
 
     def _explain(self, batch: Batch) -> None:
         # An ensemble's logits, which are not adjusted, are also those of masked classes.
@@ -577,7 +568,7 @@ def _chunked(batch: Batch) -> Engine:
     return Blockwise(chunked) if batch.is_map else chunked
 
 
-def _if_corrected(
+def if_corrected(
     counts: Tensor, rules: ClassRules, *constants: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """Give counts ``[C]`` and the adjusted classes ``[C]``, if constants ``[..., C]`` differ by these."""

@@ -20,7 +20,7 @@ from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.grouping import same_classes
 from lgla_losses.kernels.autograd import CrossEntropy, evaluate
 from lgla_losses.kernels.operators import cross_entropies
-from lgla_losses.losses._base import Loss
+from lgla_losses.losses._base import Loss, if_corrected
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -322,6 +322,12 @@ class AdjustedLoss(ConstantBuffers, Loss):
             own = self.constant("own_class_weight")
             weight = own if weight is None else weight * own
         return table, weight, None
+
+    def _corrected_counts(self) -> tuple[Tensor, Tensor] | None:
+        if "class_counts" not in self._exact:
+            return None
+        table, weight, _ = self._terms()
+        return if_corrected(self.constant("class_counts"), self._rules, table, weight)
 
     def _masked(self) -> Tensor | None:
         return self.constant("class_counts") == 0 if self.zero_counts == "mask" else None
