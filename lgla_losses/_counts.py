@@ -121,6 +121,23 @@ class ClassRules(NamedTuple):
         return zero_counts + (f"background={list(self.background)}, " if self.background else "")
 
 
+class Ruled:
+    """Show the rules of what makes adjustments from class counts."""
+
+    #: Which classes are adjusted.
+    _rules = ClassRules()
+
+    @property
+    def zero_counts(self) -> str:
+        """What is done about classes without samples, as given."""
+        return self._rules.zero_counts
+
+    @property
+    def background(self) -> tuple[int, ...]:
+        """The classes that are left out of the adjustment, in order."""
+        return self._rules.background
+
+
 def _background_classes(background: int | Iterable[int] | None, num_classes: int) -> tuple[int, ...]:
     """Check that ``background`` holds class indices, each once; return them sorted."""
     if background is None:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lgla_losses._buffers import ConstantBuffers
 from lgla_losses._checks import positive_int, target_tensor, target_values
-from lgla_losses._counts import ArrayLike, ClassRules, to_numpy
+from lgla_losses._counts import ArrayLike, ClassRules, Ruled, to_numpy
 from lgla_losses._torch import values_readable
 from lgla_losses.functional import partition_classes
 
 
-class ClassGrouper(ConstantBuffers):
+class ClassGrouper(ConstantBuffers, Ruled):
     r"""Divide the classes into groups :math:`C_1, \dots, C_{K-1}` of equal sample mass.
 
     The classes are sorted by count, descending, ties by class index, and cut into non-empty
@@ -67,7 +67,6 @@ class ClassGrouper(ConstantBuffers):
 
     #: Whether the groups are the caller's own, which other counts do not change.
     is_own = False
-    _rules = ClassRules()
 
     def __init__(
         self,
@@ -123,16 +122,6 @@ class ClassGrouper(ConstantBuffers):
         """Group the classes by other counts ``[C]``: give the groups ``[C]``. Groups of the caller stay."""
         own = self.on_cpu("group_index") if self.is_own else None
         return regrouped(counts, self.num_groups, self._rules, own)
-
-    @property
-    def zero_counts(self) -> str:
-        """What is done about classes without samples, as given."""
-        return self._rules.zero_counts
-
-    @property
-    def background(self) -> tuple[int, ...]:
-        """The classes that are left out of the adjustment, in order."""
-        return self._rules.background
 
     @property
     def class_counts(self) -> Tensor:

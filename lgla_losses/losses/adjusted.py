@@ -13,7 +13,7 @@ from torch import Tensor
 from lgla_losses import functional
 from lgla_losses._batch import Batch
 from lgla_losses._buffers import ConstantBuffers, read_only, same_constants, scalar
-from lgla_losses._counts import ArrayLike, ClassRules, as_class_weight
+from lgla_losses._counts import ArrayLike, ClassRules, Ruled, as_class_weight
 from lgla_losses._torch import values_readable
 from lgla_losses.adjustment import check_tau, strength_of
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
@@ -50,7 +50,7 @@ class Options(TypedDict, total=False):
     backend: str
 
 
-class AdjustedLoss(ConstantBuffers, Loss):
+class AdjustedLoss(ConstantBuffers, Loss, Ruled):
     r"""Cross entropy of adjusted logits, weighted by class, summed over one model or any number of experts.
 
     .. math:: \sum_k \sum_y q_y w_y \, (1 - p_{ky})^\gamma (-\log p_{ky}), \qquad
@@ -95,8 +95,6 @@ class AdjustedLoss(ConstantBuffers, Loss):
           ``[N, K, C, H, W]``, target ``[N, H, W]`` or ``[N, C, H, W]``
     """
 
-    #: Which classes the constants are made for.
-    _rules = ClassRules()
     #: The exponent, that of the focal loss; 0 is cross entropy.
     focusing = 0.0
     #: Whether ``"mean"`` divides by the sum of the samples' weights, not by their number.
@@ -205,16 +203,6 @@ class AdjustedLoss(ConstantBuffers, Loss):
                 value = self._rules.spread(value, counts, masked=masked, background=background)
             constants[name] = value
         return constants
-
-    @property
-    def zero_counts(self) -> str:
-        """What is done about classes without samples, as given."""
-        return self._rules.zero_counts
-
-    @property
-    def background(self) -> tuple[int, ...]:
-        """The classes that are left out of the adjustment, in order."""
-        return self._rules.background
 
     @property
     def class_counts(self) -> Tensor | None:

@@ -19,7 +19,7 @@ from lgla_losses._checks import (
     integer,
     positive_int,
 )
-from lgla_losses._counts import ArrayLike, ClassRules
+from lgla_losses._counts import ArrayLike, Ruled
 from lgla_losses._ranks import Ranks, RanksOf, digest_of, group_size
 from lgla_losses._torch import values_readable
 from lgla_losses.adjustment import strength
@@ -76,7 +76,7 @@ def class_shard(num_classes: int, rank: int, num_ranks: int) -> slice:
     return slice(min(rank * size, num_classes), min((rank + 1) * size, num_classes))
 
 
-class ClassParallelLGLALoss(Loss):
+class ClassParallelLGLALoss(Loss, Ruled):
     r"""The LGLA loss of classifiers whose classes are spread over ranks.
 
     Equal to :class:`~lgla_losses.LinearLGLALoss` in one process, in loss and gradients. Features and
@@ -138,8 +138,6 @@ class ClassParallelLGLALoss(Loss):
     """
 
     _explains_first = True
-    #: Which classes are adjusted.
-    _rules = ClassRules()
 
     class_counts: Tensor
     group_index: Tensor
@@ -236,16 +234,6 @@ class ClassParallelLGLALoss(Loss):
     def process_group(self) -> ProcessGroup | None:
         """The ranks that share the classes; None means all."""
         return self._ranks.group
-
-    @property
-    def zero_counts(self) -> str:
-        """What is done about classes without samples, as given."""
-        return self._rules.zero_counts
-
-    @property
-    def background(self) -> tuple[int, ...]:
-        """The classes that are left out of the adjustment, in order."""
-        return self._rules.background
 
     @property
     def data_group(self) -> ProcessGroup | None:
