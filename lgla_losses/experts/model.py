@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from functools import partial
-from typing import Any, Protocol, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from lgla_losses._checks import boolean, describe, one_of
+from lgla_losses._counts import ArrayLike
 from lgla_losses.experts import _saving
 from lgla_losses.experts._finding import Watch, check_kept, find_classifier, remove_classifier
 from lgla_losses.experts._stacking import copy_module
@@ -22,15 +23,7 @@ from lgla_losses.experts.backbone import (
     split_backbone,
 )
 from lgla_losses.experts.group_conv import GroupConvExperts
-from lgla_losses.experts.output import ExpertOutput
-from lgla_losses.functional import compute_dtype
-
-
-class Calibrated(Protocol):
-    """Turn logits into probabilities under a test prior, as a calibration fitted in advance."""
-
-    def probabilities(self, logits: Tensor, prior: Any = None) -> Tensor:
-        """Give ``[N, C]`` of logits ``[N, C]``; ``prior=None`` is uniform."""
+from lgla_losses.experts.output import Calibrated, ExpertOutput
 
 
 class ExpertModel(nn.Module):
@@ -277,13 +270,19 @@ class ExpertModel(nn.Module):
 
     @torch.no_grad()
     def predict(
-        self, *inputs: Any, prior: Any = None, calibration: Calibrated | None = None, **kwargs: Any
+        self,
+        *inputs: Any,
+        prior: ArrayLike | None = None,
+        calibration: Calibrated | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """Give probabilities ``[N, C]``, in eval mode and without gradient; the mode is as before afterwards.
 
+        They are those of :meth:`ExpertOutput.probabilities`.
+
         Args:
             *inputs: what the network takes.
-            prior: of the classes in the test set, for the calibration; None is uniform.
+            prior: of the classes in the test set ``[C]``, for the calibration; None is uniform.
             calibration: what makes probabilities of the ensemble's logits; None takes their softmax.
             **kwargs: inputs by name.
 
@@ -291,28 +290,14 @@ class ExpertModel(nn.Module):
             TypeError: ``calibration`` has no ``probabilities``.
             ValueError: a ``prior`` without ``calibration``.
         """
-        if calibration is None and prior is not None:
-            raise ValueError(
-                "prior: expected None without calibration=, as a softmax knows no prior, got one; fit a "
-                "calibration on a validation split and pass it"
-            )
-        if calibration is not None and not callable(getattr(calibration, "probabilities", None)):
-            raise TypeError(
-                "calibration: expected an object with probabilities(logits, prior=None), got "
-                f"{describe(calibration)}"
-            )
-
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            logits = self._run(*inputs, **kwargs)[0].ensemble()
+            output, _ = self._run(*inputs, **kwargs)
         finally:
             for module, training in modes:
                 module.training = training
-
-        if calibration is not None:
-            return calibration.probabilities(logits, prior=prior)
-        return logits.softmax(dim=1, dtype=compute_dtype(logits.dtype))
+        return output.probabilities(calibration, prior)
 
     def extra_repr(self) -> str:
         """Describe the configuration, as ``repr`` shows it."""

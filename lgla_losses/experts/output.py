@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn, TypeAlias
+from typing import NamedTuple, NoReturn, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lgla_losses._checks import computable_tensor, dense_tensor, describe
+from lgla_losses._counts import ArrayLike
 from lgla_losses._torch import values_readable
 from lgla_losses.functional import compute_dtype, widest_dtype
 
 #: Logits of K experts: ``[N, K, C]``, or K tensors ``[N, C]``.
 ExpertLogits: TypeAlias = Tensor | Sequence[Tensor]
+
+
+class Calibrated(Protocol):
+    """Turn logits into probabilities under a test prior, as a calibration fitted in advance."""
+
+    def probabilities(self, logits: Tensor, prior: ArrayLike | None = None) -> Tensor:
+        """Give ``[N, C]`` of logits ``[N, C]``; ``prior=None`` is uniform."""
 
 
 class ExpertOutput(NamedTuple):
@@ -62,6 +70,50 @@ class ExpertOutput(NamedTuple):
         # An expert without weight takes no part, even where it masks a class with -inf.
         logits = torch.where(weights == 0, 0.0, self.logits.to(dtype))
         return (logits * weights).sum(dim=1).to(self.logits.dtype)
+
+    def probabilities(
+        self,
+        calibration: Calibrated | None = None,
+        prior: ArrayLike | None = None,
+        fusion: Tensor | Sequence[float] | None = None,
+    ) -> Tensor:
+        """Compute the class probabilities of the fused experts.
+
+        Args:
+            calibration: what makes them of the fused logits, fitted on logits of the same ``fusion``; None
+                takes their softmax.
+            prior: of the classes in the test set ``[C]``, for the calibration; None is uniform.
+            fusion: as in :meth:`ensemble`.
+
+        Returns:
+            ``[N, C]``, of maps ``[N, C, H, W]``; of a softmax in float32, or float64 for float64 logits.
+
+        Raises:
+            TypeError: ``calibration`` has no ``probabilities``, or as of :meth:`ensemble`.
+            ValueError: a ``prior`` without ``calibration``, or as of :meth:`ensemble`.
+
+        Example:
+            >>> output = ExpertOutput(torch.zeros(2, 3, 4), torch.zeros(2, 3, 8), torch.zeros(3, 4, 8))
+            >>> output.probabilities()[0]
+            tensor([0.2500, 0.2500, 0.2500, 0.2500])
+        """
+        if calibration is None and prior is not None:
+            raise ValueError(
+                "prior: expected None without calibration=, as a softmax knows no prior, got one; fit a "
+                "calibration on a validation split and pass it"
+            )
+        if calibration is not None and not callable(getattr(calibration, "probabilities", None)):
+            raise TypeError(
+                "calibration: expected an object with probabilities(logits, prior=None), got "
+                f"{describe(calibration)}"
+            )
+
+        logits = self.ensemble(fusion)
+        if calibration is None:
+            return logits.softmax(dim=1, dtype=compute_dtype(logits.dtype))
+        by_position = logits.movedim(1, -1)  # of maps, whose positions are samples to a calibration
+        found = calibration.probabilities(by_position.flatten(0, -2), prior=prior)
+        return found.reshape(by_position.shape).movedim(-1, 1)
 
 
 def _explain_missing(output: ExpertOutput, name: str) -> NoReturn:

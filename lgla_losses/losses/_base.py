@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lgla_losses import functional
 from lgla_losses._batch import Batch
-from lgla_losses._buffers import refuse_assignment, unregister
+from lgla_losses._buffers import read_only, refuse_assignment, unregister
 from lgla_losses._checks import (
     boolean,
     finite_float,
@@ -114,6 +114,18 @@ class Loss(nn.Module):
 
     def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
         """Change class counts and strength in place."""
+        raise NotImplementedError
+
+    def implied_prior(self) -> Tensor:
+        """Compute the class prior that the logits hold where the loss is lowest."""
+        raise NotImplementedError
+
+    def _training_counts(self) -> Tensor:
+        """Give the training samples of all classes ``[C]``, in float64 (float32 on MPS).
+
+        Raises:
+            ValueError: the loss has none, or its samples have several labels.
+        """
         raise NotImplementedError
 
     # --- Before a batch is computed with ------------------------------------------------------------------
@@ -460,7 +472,7 @@ class ExpertLoss(Loss):
         self._compared = False
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("adjustment", "grouper"):
+        if name in ("adjustment", "class_counts", "grouper"):
             refuse_assignment(name)
         super().__setattr__(name, value)
 
@@ -474,6 +486,11 @@ class ExpertLoss(Loss):
     def grouper(self) -> ClassGrouper:
         """The groups of the classes."""
         return self.adjuster.grouper
+
+    @property
+    def class_counts(self) -> Tensor:
+        """Training samples per class ``[C]``, with those that ``zero_counts="smooth"`` adds."""
+        return read_only(self._training_counts())
 
     @property
     def zero_counts(self) -> str:
@@ -499,6 +516,29 @@ class ExpertLoss(Loss):
     def num_classes(self) -> int:
         """Number of classes ``C``."""
         return self.grouper.num_classes
+
+    def implied_prior(self, fusion: Tensor | Sequence[float] | None = None) -> Tensor:
+        """Compute the class prior that the fused logits hold where the loss is lowest.
+
+        It is that of the adjustments, see :meth:`CLALogitAdjuster.implied_prior
+        <lgla_losses.CLALogitAdjuster.implied_prior>`, which says for which losses it is exact.
+
+        Args:
+            fusion: as in :meth:`ExpertOutput.ensemble <lgla_losses.ExpertOutput.ensemble>`: one weight for
+                each expert ``[K]``; None for equal weights.
+
+        Returns:
+            float64 ``[C]``, summing to 1.
+
+        Raises:
+            TypeError: the weights are not numbers.
+            ValueError: a weight is negative or not finite, all are zero, or there are not K.
+        """
+        return self.adjuster.implied_prior(fusion)
+
+    def _training_counts(self) -> Tensor:
+        counts = self.grouper.constant("class_counts")
+        return counts.to(functional.widest_dtype(counts.device), copy=True)
 
     def _constants(self) -> list[Tensor]:
         grouper = self.grouper

@@ -222,6 +222,57 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
             return read_only(self._read("class_weight") * self._read("own_class_weight"))
         return self._read("class_weight" if made else "own_class_weight") if made or given else None
 
+    def implied_prior(self) -> Tensor:
+        r"""Compute the class prior that the logits hold where the loss is lowest.
+
+        .. math:: v_j = \log p(x | j) + \log p_j + c(x), \qquad p_j \propto n_j \, w_j \exp(-T_j)
+
+        This is our derivation: at its minimum a cross entropy weighted by :math:`w` has
+        :math:`\mathrm{softmax}(v + T)_j \propto n_j \, w_j \, p(x | j)`. It holds without label smoothing
+        and sample weights, of experts for each and for their mean, whatever the fusion. It is approximate for
+
+        - a focal exponent above 0: the probabilities are less confident than the posterior, in the same
+          order;
+        - factors of the logits (:class:`~lgla_losses.baselines.VSLoss`): the logits times their factors hold
+          it, the logits themselves only for factors close to 1;
+        - margins (:class:`~lgla_losses.baselines.LDAMLoss`), which have no such theory and are left out. The
+          weights count once they are on.
+
+        Returns:
+            float64 ``[C]``, summing to 1; 0 for masked classes and for those of weight 0.
+
+        Raises:
+            ValueError: the loss has no class counts, its samples have several labels, or every class has the
+                weight 0.
+
+        Example:
+            >>> from lgla_losses.baselines import BalancedSoftmaxLoss
+            >>> AdjustedLoss([300, 100]).implied_prior()
+            tensor([0.7500, 0.2500], dtype=torch.float64)
+            >>> BalancedSoftmaxLoss([300, 100]).implied_prior()
+            tensor([0.5000, 0.5000], dtype=torch.float64)
+        """
+        counts = self._training_counts()
+        table, weight, _ = self._terms()
+        table = torch.zeros_like(counts) if table is None else table
+        if weight is not None:  # a weight does what the adjustment -log w does
+            table = table - weight.log()
+        prior = functional.implied_prior(table[None], counts, counts.new_ones(1))
+        if values_readable(prior, True) and prior.isnan().any():
+            raise ValueError(
+                "class_weight: expected a class with samples and a positive weight, got none, so that the "
+                "logits hold no prior; give a class a weight"
+            )
+        return prior
+
+    def _training_counts(self) -> Tensor:
+        if "class_counts" not in self._exact:
+            raise ValueError(
+                f"class_counts: expected them of {type(self).__name__}, as the prior follows from them, got "
+                "None; pass class_counts= when you make the loss (count_classes makes them)"
+            )
+        return self.constant("class_counts").detach().clone()
+
     def _inferred(self) -> frozenset[str]:
         return frozenset({"tau"})  # states of version 0.1.0 have none
 

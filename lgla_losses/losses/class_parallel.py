@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self, Unpack, cast
 
 import torch
@@ -203,8 +203,7 @@ class ClassParallelLGLALoss(Loss, Ruled):
         counts = self._all_counts
         if class_counts is not None:
             counts = same_classes(class_counts, self.num_classes, self._rules)
-        index = regrouped(counts, self.num_groups, self._rules, self._own_groups)
-        grouper = ClassGrouper._of_checked(counts, index, self._rules)
+        grouper = self._grouper_of(counts)
         tau = strength(self.adjustment, tau)
 
         constants = {}
@@ -215,6 +214,37 @@ class ClassParallelLGLALoss(Loss, Ruled):
 
         self._all_counts, self._tau = counts.clone(), tau
         self._take(grouper, constants)
+
+    def _grouper_of(self, counts: Tensor) -> ClassGrouper:
+        """Group all classes by their counts ``[C]``, or as the caller has grouped them."""
+        index = regrouped(counts, self.num_groups, self._rules, self._own_groups)
+        return ClassGrouper._of_checked(counts, index, self._rules)
+
+    def implied_prior(self, fusion: Tensor | Sequence[float] | None = None) -> Tensor:
+        """Compute the prior of all classes that the fused logits hold, without a word to other ranks.
+
+        Args:
+            fusion: as in :meth:`LGLALoss.implied_prior <lgla_losses.LGLALoss.implied_prior>`.
+
+        Returns:
+            float64 ``[C]``, summing to 1.
+
+        Raises:
+            TypeError: the weights are not numbers.
+            ValueError: they are wrong, or the adjustment is a table of your own.
+        """
+        if self.adjustment == "table":
+            raise ValueError(
+                "adjustment: expected one that is made from class counts, got a table of your own, of which "
+                "a rank keeps its classes only; CLALogitAdjuster.from_table(grouper, table).implied_prior() "
+                "takes all"
+            )
+        grouper = self._grouper_of(self._all_counts)
+        adjuster = make_adjuster(grouper, self.num_experts, self.adjustment, self._tau)
+        return adjuster.implied_prior(fusion).to(self.table.device)
+
+    def _training_counts(self) -> Tensor:
+        return self._all_counts.to(self.table.device, torch.float64, copy=True)
 
     def _take(self, grouper: ClassGrouper, constants: dict[str, Tensor]) -> None:
         """Keep the constants of this rank's classes; reuse the memory of the old ones."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -176,6 +176,13 @@ class MultiLabelLoss(AdjustedLoss):
         if normalizer is not None:
             samples = scalar_on(device, normalizer, dtype)
         return samples if self.reduction == "mean" else None
+
+    def _training_counts(self) -> NoReturn:
+        raise ValueError(
+            f"criterion: expected a loss of one class a sample, got {type(self).__name__}, of several labels "
+            "a sample, whose logits hold no prior over the classes; each class has one of its own, the share "
+            "of the samples that have it"
+        )
 
     def _engine(self, *batch_and_constants: object) -> None:
         """Choose plain PyTorch."""

@@ -571,6 +571,37 @@ def test_low_precision_is_fused_in_float32():
     assert torch.equal(output.ensemble([1, 2, 3]), expected)
 
 
+class Halved:
+    """Stands for a calibration: of logits ``[N, C]``, times the prior."""
+
+    def probabilities(self, logits, prior=None):
+        assert logits.dim() == 2
+        prior = torch.ones(logits.shape[1]) if prior is None else torch.as_tensor(prior)
+        return (logits / 2 + prior.log()).softmax(1)
+
+
+@pytest.mark.parametrize("fusion", [None, [1, 0, 3]])
+@pytest.mark.parametrize("shape", [(5, 3, 4), (0, 3, 4), (2, 3, 4, 5, 6), (2, 3, 4, 0)])
+def test_probabilities_are_those_of_the_fused_logits(shape, fusion):
+    """Of maps as of samples: those of every position."""
+    output = ExpertOutput(torch.randn(shape), torch.empty(0), torch.empty(0))
+    fused = output.ensemble(fusion)
+    torch.testing.assert_close(output.probabilities(fusion=fusion), fused.softmax(1))
+
+    calibrated = output.probabilities(Halved(), fusion=fusion)
+    torch.testing.assert_close(calibrated, (fused / 2).softmax(1))
+    prior = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    shifted = output.probabilities(Halved(), prior=prior, fusion=fusion)
+    weighted = calibrated * prior.view(-1, *[1] * (len(shape) - 3))
+    torch.testing.assert_close(shifted, weighted / weighted.sum(1, keepdim=True))
+
+
+def test_probabilities_of_half_precision_are_float32():
+    output = ExpertOutput(torch.randn(4, 3, 7).bfloat16(), torch.empty(0), torch.empty(0))
+    assert output.probabilities().dtype == torch.float32
+    assert output._replace(logits=output.logits.double()).probabilities().dtype == torch.float64
+
+
 def test_an_expert_without_weight_may_mask_classes():
     logits = torch.randn(4, 3, 5)
     logits[:, 1, 3] = -torch.inf

@@ -32,7 +32,7 @@ from lgla_losses.baselines import (
     SigmoidAdjustedLoss,
     VSLoss,
 )
-from lgla_losses.distributed import class_shard
+from lgla_losses.distributed import ClassParallelLGLALoss, class_shard
 
 COUNTS = [40, 9, 5, 1]
 LOGITS = torch.zeros(2, 3, 4)
@@ -458,6 +458,24 @@ CASES = {
     ),
     "sparse fusion": (lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble(torch.ones(3).to_sparse()), TypeError, "fusion", "dense", "to_dense"),
     "prior of a fusion without values": (lambda: ADJUSTER.implied_prior(torch.ones(3, device=META)), ValueError, "fusion", "have values", "meta"),
+    "prior of a loss with a short fusion": (lambda: criterion().implied_prior([1, 1]), ValueError, "fusion", "3 experts", "[2]"),
+    "prior without class counts": (lambda: FocalLoss().implied_prior(), ValueError, "class_counts", "FocalLoss", "None", "count_classes"),
+    "prior of several labels": (lambda: sigmoid().implied_prior(), ValueError, "one class a sample", "SigmoidAdjustedLoss", "share"),
+    "prior of weights that are all 0": (
+        lambda: BalancedSoftmaxLoss(COUNTS, class_weight=[0] * 4).implied_prior(), ValueError, "class_weight", "positive", "none",
+    ),
+    "prior of a table over ranks": (
+        lambda: ClassParallelLGLALoss(COUNTS, adjustment=torch.zeros(3, 4)).implied_prior(), ValueError, "adjustment", "table of your own", "from_table",
+    ),
+    "probabilities of a prior alone": (
+        lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).probabilities(prior=COUNTS), ValueError, "prior", "without calibration=", "validation split",
+    ),
+    "probabilities of no calibration": (
+        lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).probabilities(3), TypeError, "calibration", "probabilities(", "3",
+    ),
+    "probabilities of a short fusion": (
+        lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).probabilities(fusion=[1, 1]), ValueError, "fusion", "3 experts", "[2]",
+    ),
     "ensemble of one model": (lambda: ExpertOutput(LOGITS[:, 0], LOGITS, LOGITS).ensemble(), ValueError, "logits", "[N, K, C, ...]", "[2, 4]", "as they are"),
     "ensemble of a list": (lambda: ExpertOutput([LOGITS[:, 0]] * 3, LOGITS, LOGITS).ensemble(), TypeError, "logits", "floating-point tensor [N, K, C, ...]", "list"),
     "ensemble of sparse logits": (lambda: ExpertOutput(LOGITS.to_sparse(), LOGITS, LOGITS).ensemble([1, 2, 3]), TypeError, "logits", "dense", "to_dense"),

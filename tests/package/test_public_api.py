@@ -34,11 +34,13 @@ SIGNATURES = {
     "label_smoothing=0.0, sync=True, process_group=None, validate_args=None, backend='auto'",
     "LGLALoss.forward": "self, output, target, *, features=None, weight=None, sample_weight=None, "
     "normalizer=None",
+    "LGLALoss.implied_prior": "self, fusion=None",
     "LinearLGLALoss": "class_counts=None, num_experts=None, tau=None, *, scale=None, **options",
     "LinearLGLALoss.forward": "self, features, weight, target, bias=None, *, sample_weight=None, "
     "normalizer=None",
     "ExpertOutput": "logits, features, weight",
     "ExpertOutput.ensemble": "self, fusion=None",
+    "ExpertOutput.probabilities": "self, calibration=None, prior=None, fusion=None",
     "GroupConvExperts": "stage, num_experts, num_classes, *, num_features=None, classifier='cosine', "
     "scale=30.0, layout='grouped', reset=None, init_fn=None, gradient='bounded'",
     "GroupConvExperts.forward": "self, shared",
