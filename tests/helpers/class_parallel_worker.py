@@ -44,16 +44,16 @@ def gradients(criterion, features, weight, target, bias=None, **inputs):
 
 
 def check_one_process(rank, world_size):
-    """Loss, and the gradients of features and of every shard; uneven shards, and empty ones."""
+    """Loss, the gradients of features and of every shard, the prior; uneven shards, and empty ones."""
     for counts in (COUNTS, COUNTS[:5], COUNTS[:3]):
         for options in CONFIGURATIONS:
             features, weight, target, bias = batch(counts, options.get("num_experts", 3))
             bias = None if "scale" in options else bias
-            expected = gradients(
-                LinearLGLALoss(counts, sync=False, **options), features, weight, target, bias
-            )
+            alone = LinearLGLALoss(counts, sync=False, **options)
+            expected = gradients(alone, features, weight, target, bias)
             mine = class_shard(len(counts), rank, world_size)
             criterion = ClassParallelLGLALoss(counts, **options)
+            assert torch.equal(criterion.implied_prior(), alone.implied_prior())
             assert criterion.table.shape == (features.shape[1], mine.stop - mine.start)
             for lines in (1 << 25, 1):  # one chunk, and several
                 with pytest.MonkeyPatch.context() as patch:
