@@ -1,4 +1,4 @@
-"""Accuracy on many-, medium- and few-shot classes, as a metric of torchmetrics.
+"""Accuracy by shots and scores of class probabilities, as metrics of torchmetrics.
 
 Needs torchmetrics: ``pip install "lgla-losses[metrics]"``.
 """
@@ -12,8 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgla_losses._checks import describe, floating_tensor, same_device, target_tensor, target_values
+from lgla_losses._checks import (
+    describe,
+    floating_tensor,
+    one_of,
+    positive_int,
+    same_device,
+    target_tensor,
+    target_values,
+)
 from lgla_losses._counts import ArrayLike, as_class_counts, shot_splits
+from lgla_losses._scores import AVERAGES, ScoreSums, check_predictions, score_sums, scores
 from lgla_losses._torch import values_readable
 
 try:
@@ -23,13 +32,28 @@ except ImportError as error:
         f'lgla_losses.metrics needs torchmetrics ({error}): pip install "lgla-losses[metrics]"'
     ) from error
 
-__all__ = ["ShotAccuracy"]
+__all__ = ["ProbabilityScores", "ShotAccuracy"]
 
 #: The rows of ``ShotAccuracy.splits``.
 SPLITS = ("many", "medium", "few")
 
 
-class ShotAccuracy(Metric):
+class _MayBeEmpty(Metric):
+    """Give NaN without a batch, and not the warning of torchmetrics."""
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        wrapped = super()._wrap_compute(compute)
+
+        def without_warning(*args: Any, **kwargs: Any) -> Any:
+            # A rank may have no batch at all; NaN says what there is to say.
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
+                return wrapped(*args, **kwargs)
+
+        return without_warning
+
+
+class ShotAccuracy(_MayBeEmpty):
     """Compute the mean per-class recall over all classes, and over many-, medium- and few-shot classes.
 
     The splits go by training samples: more than ``many``, fewer than ``few``, and between, both
@@ -142,13 +166,95 @@ class ShotAccuracy(Metric):
         ):
             return self.correct / self.total
 
-    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        wrapped = super()._wrap_compute(compute)
 
-        def without_warning(*args: Any, **kwargs: Any) -> Any:
-            # A rank may have no batch at all; NaN says what there is to say.
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
-                return wrapped(*args, **kwargs)
+class ProbabilityScores(_MayBeEmpty):
+    r"""Compute negative log likelihood, expected calibration error and Brier score of class probabilities.
 
-        return without_warning
+    With :math:`p_{ij}` the probability of class :math:`j` for sample :math:`i` and :math:`w_i` the weights
+    of the samples, which sum to 1,
+
+    .. math::
+        \mathrm{nll} = -\sum_i w_i \log p_{i y_i}, \quad
+        \mathrm{brier} = \sum_i w_i \sum_j (p_{ij} - [j = y_i])^2, \quad
+        \mathrm{ece} = \sum_b \Big|\sum_{i \in b} w_i ([\hat y_i = y_i] - \max_j p_{ij})\Big|,
+
+    where the bins :math:`b` divide the largest probability in equal steps. All three are better the lower.
+    A label of probability 0 makes ``nll`` infinite; take the softmax in float32 or more, as float16 rounds
+    small probabilities to 0. Over several ranks the samples of all are counted. Sums are kept in float64,
+    which MPS lacks: there keep the metric on the CPU.
+
+    With ``average="samples"`` ``ece`` is what ``MulticlassCalibrationError`` of torchmetrics gives, which
+    keeps every sample and has no weights.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, Eq. 3; Brier, "Verification of
+    Forecasts Expressed in Terms of Probability", Monthly Weather Review 78(1), 1950.
+
+    Args:
+        num_classes: ``C``.
+        average: ``"samples"`` weighs all samples alike. ``"classes"`` gives all classes that have samples the
+            same weight: on a long-tailed validation split these are the scores under the uniform prior.
+        bins: number of bins of the calibration error.
+        kwargs: of ``torchmetrics.Metric``, such as ``process_group``.
+
+    Attributes:
+        samples: samples by label and bin, int64 ``[C, B]``.
+        correct: those of them that were predicted right, int64 ``[C, B]``.
+        confidence: sum of their largest probabilities, float64 ``[C, B]``.
+        nll: sum of the negative log likelihoods by label, float64 ``[C]``.
+        brier: sum of the Brier scores by label, float64 ``[C]``.
+
+    Raises:
+        TypeError: an argument, ``probabilities`` or ``target`` is of another type.
+        ValueError: an argument, shape or class index is out of range, or rows are no probabilities; values
+            are read on the CPU only.
+
+    Shape:
+        - probabilities: ``[N, C]``, rows that sum to 1
+        - target: class indices int64 ``[N]``
+        - output: a dict of scalars ``nll``, ``ece``, ``brier``; NaN without samples
+
+    Example:
+        >>> metric = ProbabilityScores(2)
+        >>> metric.update(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([0, 1]))
+        >>> metric.compute()
+        {'nll': tensor(0.8370), 'ece': tensor(0.2500), 'brier': tensor(0.6250)}
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    samples: Tensor
+    correct: Tensor
+    confidence: Tensor
+    nll: Tensor
+    brier: Tensor
+
+    def __init__(self, num_classes: int, *, average: str = "samples", bins: int = 15, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.num_classes = positive_int("num_classes", num_classes, "it is the number of classes")
+        self.average = one_of("average", average, AVERAGES)
+        self.bins = positive_int("bins", bins, "it is the number of bins of confidence")
+        cells, labels = (self.num_classes, self.bins), (self.num_classes,)
+        empty = ScoreSums(
+            samples=torch.zeros(cells, dtype=torch.int64),
+            correct=torch.zeros(cells, dtype=torch.int64),
+            confidence=torch.zeros(cells, dtype=torch.float64),
+            nll=torch.zeros(labels, dtype=torch.float64),
+            brier=torch.zeros(labels, dtype=torch.float64),
+        )
+        for name, zeros in empty._asdict().items():
+            self.add_state(name, zeros, dist_reduce_fx="sum")
+
+    def update(self, probabilities: Tensor, target: Tensor) -> None:
+        """Add a batch."""
+        probabilities, target = check_predictions(probabilities, target, self.num_classes)
+        same_device(probabilities=probabilities, metric=self.samples)
+        batch = score_sums(probabilities, target, self.bins)
+        for name, sums in batch._asdict().items():
+            setattr(self, name, getattr(self, name) + sums)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Give ``nll``, ``ece`` and ``brier``."""
+        sums = ScoreSums(*(getattr(self, name) for name in ScoreSums._fields))
+        return {name: value.float() for name, value in scores(sums, self.average).items()}

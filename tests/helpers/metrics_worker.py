@@ -4,7 +4,7 @@ import torch
 import torchvision_shim  # noqa: F401
 from ranks import serve
 
-from lgla_losses.metrics import ShotAccuracy
+from lgla_losses.metrics import ProbabilityScores, ShotAccuracy
 
 COUNTS = [500, 50, 50, 5]
 
@@ -38,9 +38,23 @@ def check(rank, sizes):
         torch.testing.assert_close(step, alone.compute(), equal_nan=True)
 
 
+def check_scores(rank, sizes, average):
+    torch.manual_seed(0)
+    probabilities = torch.randn(sum(sizes), 4).softmax(dim=1)
+    target = torch.randint(4, (sum(sizes),))
+    whole = ProbabilityScores(4, average=average, sync_on_compute=False)
+    whole.update(probabilities, target)
+    metric = ProbabilityScores(4, average=average)
+    if sizes[rank]:
+        metric.update(probabilities.split(sizes)[rank], target.split(sizes)[rank])
+    torch.testing.assert_close(metric.compute(), whole.compute(), rtol=1e-6, atol=0)
+
+
 def main(rank, world_size):
     for sizes in ([5, 12], [17, 0]):
         check(rank, sizes)
+        for average in ("samples", "classes"):
+            check_scores(rank, sizes, average)
 
 
 if __name__ == "__main__":

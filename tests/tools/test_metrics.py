@@ -1,4 +1,4 @@
-"""Accuracy by shots, as a metric of torchmetrics."""
+"""Accuracy by shots, as a metric of torchmetrics; what runs over ranks is in helpers/metrics_worker.py."""
 
 import copy
 import pickle

@@ -1,0 +1,104 @@
+"""Negative log likelihood, calibration error and Brier score of probabilities, from sums over samples."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lgla_losses._checks import SUM_TOLERANCE, floating_tensor, same_device, target_tensor, target_values
+from lgla_losses._torch import values_readable
+from lgla_losses.functional import widest_dtype
+
+#: Over what the scores are means: all samples count alike, or all classes do.
+AVERAGES = ("samples", "classes")
+
+
+class ScoreSums(NamedTuple):
+    """Hold sums over samples by label, from which the scores of all samples follow.
+
+    Attributes:
+        samples: number of samples by label and bin of confidence, int64 ``[C, B]``.
+        correct: number of those predicted right, int64 ``[C, B]``.
+        confidence: sum of the largest probabilities, ``[C, B]``.
+        nll: sum of the negative log likelihoods by label ``[C]``.
+        brier: sum of the Brier scores by label ``[C]``.
+    """
+
+    samples: Tensor
+    correct: Tensor
+    confidence: Tensor
+    nll: Tensor
+    brier: Tensor
+
+
+def check_predictions(
+    probabilities: Tensor, target: Tensor, num_classes: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Check class probabilities ``[N, C]`` and labels ``[N]``; return them.
+
+    Values are read on the CPU only.
+    """
+    target = target_tensor(target)
+    floating_tensor("probabilities", probabilities, "[N, C]")
+    shape = [len(target), probabilities.shape[1] if num_classes is None else num_classes]
+    if list(probabilities.shape) != shape or shape[1] == 0:
+        raise ValueError(
+            f"probabilities: expected shape [{shape[0]}, {shape[1] or 'C'}], a row for each sample of "
+            f"target and a column for each class, got {list(probabilities.shape)}"
+        )
+    same_device(probabilities=probabilities, target=target)
+    if len(target) and values_readable(probabilities, None):
+        lowest = float(probabilities.min())
+        least, most = map(float, probabilities.double().sum(dim=1).aminmax())
+        # Of NaN every comparison is false.
+        if not (lowest >= 0 and least >= 1 - SUM_TOLERANCE and most <= 1 + SUM_TOLERANCE):
+            raise ValueError(
+                "probabilities: expected class probabilities >= 0 that sum to 1 over the classes, got values "
+                f"from {lowest:.4g} and sums from {least:.4g} to {most:.4g}; logits.softmax(dim=1) makes such"
+            )
+    if values_readable(target, None):
+        target_values(target, shape[1])
+    return probabilities, target
+
+
+def score_sums(probabilities: Tensor, target: Tensor, bins: int) -> ScoreSums:
+    """Add up the samples; bin ``b`` of ``B`` holds confidences above ``b / B``, up to ``(b + 1) / B``."""
+    probabilities = probabilities.to(widest_dtype(probabilities.device))
+    num_classes = probabilities.shape[1]
+    confidence, predicted = probabilities.max(dim=1)
+    edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=confidence.device)
+    cell = target * bins + torch.bucketize(confidence, edges[1:-1])
+
+    def by_cell(values: Tensor) -> Tensor:
+        return values.new_zeros(num_classes * bins).index_add(0, cell, values).view(num_classes, bins)
+
+    def by_label(values: Tensor) -> Tensor:
+        return values.new_zeros(num_classes).index_add(0, target, values)
+
+    label = target[:, None]
+    of_label = probabilities.gather(1, label)
+    error = probabilities.scatter_add(1, label, -torch.ones_like(of_label))
+    return ScoreSums(
+        samples=by_cell(torch.ones_like(target)),
+        correct=by_cell((predicted == target).long()),
+        confidence=by_cell(confidence),
+        nll=by_label(-of_label[:, 0].log()),
+        brier=by_label(error.square().sum(dim=1)),
+    )
+
+
+def label_weights(sums: ScoreSums, average: str) -> Tensor:
+    """Give the weight of a sample by its label ``[C]``; those of all samples sum to 1."""
+    samples = sums.samples.sum(dim=1).to(sums.nll.dtype)
+    if average == "samples":
+        return samples.sum().reciprocal().expand_as(samples)
+    return (samples.clamp(min=1) * (samples > 0).sum()).reciprocal()
+
+
+def scores(sums: ScoreSums, average: str) -> dict[str, Tensor]:
+    """Compute the means ``nll``, ``ece`` and ``brier``; without samples they are NaN."""
+    weights = label_weights(sums, average)
+    gaps = weights @ (sums.correct - sums.confidence)
+    return {"nll": weights @ sums.nll, "ece": gaps.abs().sum(), "brier": weights @ sums.brier}
