@@ -1,4 +1,4 @@
-"""Pictures of the loss on one's own data: groups, adjustments, margins, boundaries, priors, experts.
+"""Pictures of the loss on one's own data: groups, adjustments, margins, priors, experts, calibration.
 
 Needs matplotlib: ``pip install "lgla-losses[plot]"``. A picture of one panel is drawn on ``ax`` and its
 ``Axes`` returned, one of several panels on ``figure``, which is returned. Without them a new ``Figure`` is
@@ -23,6 +23,8 @@ from lgla_losses.plot.angles import plot_angles
 from lgla_losses.plot.boundaries import plot_boundaries
 from lgla_losses.plot.classes import plot_groups, plot_implied_prior, plot_weight_norms
 from lgla_losses.plot.fusion import fusion_sweep, plot_fusion_sweep
+from lgla_losses.plot.prior_shift import plot_prior_shift
+from lgla_losses.plot.reliability import plot_reliability
 
 __all__ = [
     "fusion_sweep",
@@ -32,6 +34,8 @@ __all__ = [
     "plot_groups",
     "plot_implied_prior",
     "plot_margins",
+    "plot_prior_shift",
+    "plot_reliability",
     "plot_table",
     "plot_weight_norms",
 ]

@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from lgla_losses import functional
 from lgla_losses._batch import one_or_more_experts
-from lgla_losses._checks import finite_float, target_tensor, target_values
-from lgla_losses._counts import ArrayLike, as_class_counts, shot_splits, to_numpy
+from lgla_losses._checks import target_tensor, target_values
+from lgla_losses._counts import ArrayLike, as_class_counts
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.plot.canvas import describe_panels, panels
-from lgla_losses.plot.style import expert_names, line_styles, numbers
-
-#: The lines of a panel.
-SPLITS = ("many-shot", "medium-shot", "few-shot", "all classes")
+from lgla_losses.plot.recall import all_and_shot_splits, draw_recalls, mean_recalls, number_grid
+from lgla_losses.plot.style import expert_names, numbers
 
 
 def fusion_sweep(
@@ -77,8 +74,7 @@ def fusion_sweep(
         if expert.isnan().any() or expert.isposinf().any():
             raise ValueError("logits: expected finite values, or -inf for masked classes, got NaN or +inf")
 
-    splits = torch.cat([torch.ones(1, len(counts), dtype=torch.bool), shot_splits(counts, many, few)])
-    total = target.bincount(minlength=len(counts))
+    splits = all_and_shot_splits(counts, many, few)
     grid = _sweep_weights(weights)
     result = torch.full((num_experts - 1, len(grid), len(splits)), math.nan, dtype=torch.float64)
 
@@ -91,9 +87,7 @@ def fusion_sweep(
             parts = [
                 f * v.to(functional.compute_dtype(v.dtype)) for f, v in zip(fusion, experts, strict=True) if f
             ]
-            right = target[sum(parts[1:], parts[0]).argmax(dim=1).cpu() == target]
-            recall = right.bincount(minlength=len(counts)) / total.double()
-            result[k, i] = torch.stack([recall[split].nanmean() for split in splits])
+            result[k, i] = mean_recalls(sum(parts[1:], parts[0]).argmax(dim=1).cpu(), target, splits)
     return result
 
 
@@ -140,12 +134,8 @@ def plot_fusion_sweep(
     percent = 100 * fusion_sweep(logits, target, class_counts, weights, many=many, few=few)
     grid = _sweep_weights(weights)
     figure, drawn = panels(figure, expert_names(len(percent) + 1)[:-1], (3.6, 3.5))
-    styles = line_styles(drawn[0], SPLITS, len(grid))
-    for axes, rows in zip(drawn, numbers(percent), strict=True):
-        # The most important line last, above the others.
-        for accuracies, style in zip(np.roll(rows, -1, axis=1).T, styles, strict=True):
-            if not np.isnan(accuracies).all():
-                axes.plot(grid, accuracies, **style)
+    for axes, recalls in zip(drawn, numbers(percent), strict=True):
+        draw_recalls(axes, grid, recalls)
     handles, _ = axes.get_legend_handles_labels()
     describe_panels(figure, "fusion weight of the local expert", "mean per-class accuracy (%)", handles)
     return figure
@@ -154,10 +144,6 @@ def plot_fusion_sweep(
 def _sweep_weights(weights: Sequence[float] | None) -> list[float]:
     if weights is None:
         return [i / 10 for i in range(1, 10)]
-    grid = to_numpy("weights", weights)
-    if grid.ndim != 1 or grid.size == 0:
-        raise ValueError(f"weights: expected one fusion weight or more [W], got shape {list(grid.shape)}")
-    return [
-        finite_float("weights", w, low=0.0, high=1.0, expected="fusion weights in 0..1")
-        for w in grid.tolist()
-    ]
+    return number_grid(
+        "weights", weights, "fusion weight", low=0.0, high=1.0, expected="fusion weights in 0..1"
+    )

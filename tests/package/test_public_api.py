@@ -82,6 +82,9 @@ PICTURES = {
     "plot_groups": "grouper, *, ax=None",
     "plot_implied_prior": "adjuster, fusion=None, *, ax=None",
     "plot_margins": "adjuster, target_class, *, ax=None",
+    "plot_prior_shift": "logits, target, class_counts, exponents=None, *, calibration=None, many=100, "
+    "few=20, ax=None",
+    "plot_reliability": "probabilities, target, *, average='samples', bins=15, ax=None",
     "plot_table": "adjuster, *, ax=None",
     "plot_weight_norms": "weight, class_counts, *, ax=None",
 }

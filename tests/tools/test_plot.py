@@ -298,12 +298,16 @@ def test_a_group_without_samples_has_no_angles():
 def single_panels():
     adjuster = adjuster_of(10, 3)
     weight = torch.ones(3, 10, 2)
+    logits, target = samples(10, 1)
+    named = {"blurred": (0.5 * logits[:, 0]).softmax(1), "network": logits[:, 0].softmax(1)}
     return {
         "groups": lambda **on: plot.plot_groups(adjuster.grouper, **on),
         "table": lambda **on: plot.plot_table(adjuster, **on),
         "margins": lambda **on: plot.plot_margins(adjuster, 4, **on),
         "norms": lambda **on: plot.plot_weight_norms(weight, counts_of(10), **on),
         "prior": lambda **on: plot.plot_implied_prior(adjuster, **on),
+        "reliability": lambda **on: plot.plot_reliability(named, target, **on),
+        "shift": lambda **on: plot.plot_prior_shift(logits[:, 0], target, counts_of(10), **on),
     }
 
 
