@@ -34,11 +34,11 @@ class ScoreSums(NamedTuple):
 
 
 def check_predictions(
-    probabilities: Tensor, target: Tensor, num_classes: int | None = None
+    probabilities: Tensor, target: Tensor, num_classes: int | None = None, validate_args: bool | None = None
 ) -> tuple[Tensor, Tensor]:
     """Check class probabilities ``[N, C]`` and labels ``[N]``; return them.
 
-    Values are read on the CPU only.
+    Values are read as :func:`values_readable` says of ``validate_args``.
     """
     target = target_tensor(target)
     floating_tensor("probabilities", probabilities, "[N, C]")
@@ -49,16 +49,17 @@ def check_predictions(
             f"target and a column for each class, got {list(probabilities.shape)}"
         )
     same_device(probabilities=probabilities, target=target)
-    if len(target) and values_readable(probabilities, None):
+    if len(target) and values_readable(probabilities, validate_args):
         lowest = float(probabilities.min())
-        least, most = map(float, probabilities.double().sum(dim=1).aminmax())
+        dtype = torch.promote_types(probabilities.dtype, torch.float32)
+        least, most = map(float, probabilities.sum(dim=1, dtype=dtype).aminmax())
         # Of NaN every comparison is false.
         if not (lowest >= 0 and least >= 1 - SUM_TOLERANCE and most <= 1 + SUM_TOLERANCE):
             raise ValueError(
                 "probabilities: expected class probabilities >= 0 that sum to 1 over the classes, got values "
                 f"from {lowest:.4g} and sums from {least:.4g} to {most:.4g}; logits.softmax(dim=1) makes such"
             )
-    if values_readable(target, None):
+    if values_readable(target, validate_args):
         target_values(target, shape[1])
     return probabilities, target
 

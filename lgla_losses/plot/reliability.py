@@ -59,7 +59,7 @@ def plot_reliability(
     bins = positive_int("bins", bins, "it is the number of bins of confidence")
     sums = {}
     for name, rows in named.items():
-        rows, labels = check_predictions(rows, target)
+        rows, labels = check_predictions(rows, target, validate_args=True)
         if len(labels) == 0:
             raise ValueError("probabilities: expected one sample or more [N, C], got none")
         sums[name] = score_sums(rows.detach(), labels, bins)

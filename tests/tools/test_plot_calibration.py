@@ -61,8 +61,8 @@ def test_points_and_shares_of_a_reliability_diagram(num_samples, bins, average, 
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-def test_several_networks_in_a_reliability_diagram(average):
-    logits, target = samples()
+def test_several_networks_in_a_reliability_diagram(average, device):
+    logits, target = (values.to(device) for values in samples())
     named = {
         "sharp": (3 * logits).softmax(1),
         "flat": (0.2 * logits).softmax(1),
@@ -71,7 +71,7 @@ def test_several_networks_in_a_reliability_diagram(average):
     axes = plot.plot_reliability(named, target, average=average)
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     for name, probabilities in named.items():
-        metric = ProbabilityScores(5, average=average)
+        metric = ProbabilityScores(5, average=average).to(device)
         metric.update(probabilities, target)
         assert f"{name}:\ncalibration error {100 * metric.compute()['ece']:.1f} %" in labels
     assert {"calibrated", "share of the samples"} <= set(labels)
@@ -102,15 +102,15 @@ def test_long_names_are_not_cut_off():
 
 
 @pytest.mark.parametrize("used", [True, False])
-def test_accuracy_over_the_exponent(used):
-    logits, target = samples()
+def test_accuracy_over_the_exponent(used, device):
+    logits, target = (values.to(device) for values in samples())
     grid = [-0.5, 0.0, 0.7, 1.3]
     calibration = SimpleNamespace(exponent=0.62, used=used)
     axes = plot.plot_prior_shift(logits, target, COUNTS, grid, calibration=calibration)
     lines = lines_of(axes)
     for i, s in enumerate(grid):
-        metric = ShotAccuracy(COUNTS)
-        metric.update(logits - s * torch.tensor(COUNTS).log(), target)
+        metric = ShotAccuracy(COUNTS).to(device)
+        metric.update(logits - s * torch.tensor(COUNTS).log().to(device), target)
         for name, value in metric.compute().items():
             line = lines["all classes" if name == "all" else f"{name}-shot"]
             assert line.get_xdata()[i] == s
