@@ -52,6 +52,7 @@ __all__ = [
 _MODULES = (
     "adjusted",
     "baselines",
+    "calibration",
     "data",
     "distributed",
     "inspection",
@@ -64,6 +65,7 @@ _MODULES = (
 if TYPE_CHECKING:
     from lgla_losses import adjusted as adjusted
     from lgla_losses import baselines as baselines
+    from lgla_losses import calibration as calibration
     from lgla_losses import data as data
     from lgla_losses import distributed as distributed
     from lgla_losses import inspection as inspection

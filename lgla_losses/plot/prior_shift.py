@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from matplotlib.axes import Axes
@@ -12,14 +11,12 @@ from torch import Tensor
 
 from lgla_losses._checks import describe, floating_tensor, target_tensor, target_values
 from lgla_losses._counts import ArrayLike, as_class_counts
+from lgla_losses.calibration import Calibration
 from lgla_losses.experts.output import ExpertOutput
 from lgla_losses.functional import compute_dtype
 from lgla_losses.plot.canvas import given_axes
 from lgla_losses.plot.recall import all_and_shot_splits, draw_recalls, mean_recalls, number_grid
 from lgla_losses.plot.style import COLORS, ink, legend, numbers
-
-if TYPE_CHECKING:
-    from lgla_losses.calibration import Calibration
 
 
 def plot_prior_shift(
@@ -83,7 +80,7 @@ def plot_prior_shift(
     grid = number_grid(
         "exponents", exponents, "exponent", low=-math.inf, high=math.inf, expected="finite exponents of n"
     )
-    if calibration is not None and not hasattr(calibration, "exponent"):
+    if calibration is not None and not isinstance(calibration, Calibration):
         raise TypeError(
             "calibration: expected what lgla_losses.calibration.fit returns, or None, got "
             f"{describe(calibration)}"

@@ -1,7 +1,7 @@
 """The pictures of calibration hold what the metrics compute; style and layout are in test_plot.py."""
 
 import io
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lgla_losses import ExpertOutput, plot
+from lgla_losses.calibration import fit
 from lgla_losses.metrics import ProbabilityScores, ShotAccuracy
 
 COUNTS = [900, 300, 90, 40, 8]
@@ -105,7 +106,7 @@ def test_long_names_are_not_cut_off():
 def test_accuracy_over_the_exponent(used, device):
     logits, target = (values.to(device) for values in samples())
     grid = [-0.5, 0.0, 0.7, 1.3]
-    calibration = SimpleNamespace(exponent=0.62, used=used)
+    calibration = replace(fit(logits, target, class_counts=COUNTS), exponent=0.62, used=used)
     axes = plot.plot_prior_shift(logits, target, COUNTS, grid, calibration=calibration)
     lines = lines_of(axes)
     for i, s in enumerate(grid):

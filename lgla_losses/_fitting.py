@@ -1,0 +1,239 @@
+r"""How temperature and exponent are fitted to labelled logits, and judged on held-out folds.
+
+With :math:`a = 1 / T` and :math:`x_j = v_j - \log \pi_j`, the logits without the prior of theory, the
+posterior of :mod:`lgla_losses.calibration` is :math:`\mathrm{softmax}_j(a x_j + b \log n_j + \log q_j)`: a
+logistic regression with two coefficients, whose log likelihood is concave.
+
+Labels of prior :math:`q` say much of frequent classes and little of rare ones, which count as much under a
+uniform prior. So samples have weights :math:`\propto q_y^{-1/2}`, which makes their prior
+:math:`\propto q^{1/2}`, half way between the two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lgla_losses._scores import ScoreSums, score_sums
+
+#: What is usual for trained networks, before any label is seen: log a is normal about log 0.75,
+USUAL, SPREAD_OF_LOG = 0.75, 0.5
+#: and b about (a - 1) / 2, half of what it is where v + T(k, j) is calibrated.
+SPREAD_OF_SHIFT = 0.2
+
+FOLDS = 5
+MOST_STEPS = 100
+#: Logits are read in parts of so many numbers.
+PART = 1 << 22
+
+
+class Point(NamedTuple):
+    """Coefficients of the regression."""
+
+    a: float
+    b: float
+
+
+START = Point(USUAL, (USUAL - 1) / 2)
+
+
+class Labelled(NamedTuple):
+    """Hold logits ``[M, C]`` and labels ``[M]``, and log priors ``[C]``.
+
+    Attributes:
+        logits: in any floating-point dtype.
+        target: class indices.
+        weight: of every sample ``[M]``.
+        implied: log of the prior that the logits hold in theory.
+        log_counts: log of the class counts, of mean 0.
+        split: log of the prior that the labels have.
+    """
+
+    logits: Tensor
+    target: Tensor
+    weight: Tensor
+    implied: Tensor
+    log_counts: Tensor
+    split: Tensor
+
+    def chosen(self, which: Tensor) -> Labelled:
+        """Give the samples of a mask."""
+        samples = {"logits": self.logits, "target": self.target, "weight": self.weight}
+        return self._replace(**{name: values[which] for name, values in samples.items()})
+
+    def ranked(self) -> Labelled:
+        """Give the same without a prior to take out, so that a fit leaves the ranking of the logits."""
+        zeros = torch.zeros_like(self.log_counts)
+        return self._replace(implied=zeros, log_counts=zeros)
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Go through ``x``, labels and weights, in parts that fit into memory."""
+        rows = max(1, PART // self.logits.shape[1])
+        for logits, target, weight in zip(
+            self.logits.split(rows), self.target.split(rows), self.weight.split(rows), strict=True
+        ):
+            x = logits.to(self.implied.dtype) - self.implied
+            yield x - x.amax(dim=1, keepdim=True), target, weight
+
+
+def sample_weights(split: Tensor, target: Tensor) -> Tensor:
+    """Compute weights ``[M]``; their sum is the number of equal samples worth as much (Kish, 1965)."""
+    weight = (-split[target] / 2).exp()
+    return weight * weight.sum() / weight.square().sum()
+
+
+def objective(data: Labelled, point: Point) -> tuple[float, Tensor, Tensor]:
+    """Compute the negative log of likelihood times prior, its gradient and a positive Hessian."""
+    log_counts = data.log_counts
+    value, gradient, hessian = (log_counts.new_zeros(shape) for shape in ((), (2,), (2, 2)))
+
+    for x, target, weight in data.parts():
+        log_p = (point.a * x + point.b * log_counts + data.split / 2).log_softmax(dim=1)
+        value -= log_p.gather(1, target[:, None])[:, 0] @ weight
+
+        # Means and covariance of the two features, x_j and log n_j, under the posterior of every sample.
+        p = log_p.exp()
+        means = torch.stack([(p * x).sum(1), p @ log_counts])
+        at_label = torch.stack([x.gather(1, target[:, None])[:, 0], log_counts[target]])
+        mixed = (p * x) @ log_counts
+        squares = torch.stack([(p * x.square()).sum(1), mixed, mixed, p @ log_counts.square()])
+        gradient += (means - at_label) @ weight
+        hessian += (squares @ weight).view(2, 2) - means * weight @ means.T
+
+    residuals = gradient.new_tensor(
+        [math.log(point.a / USUAL) / SPREAD_OF_LOG, (point.b - (point.a - 1) / 2) / SPREAD_OF_SHIFT]
+    )
+    slopes = gradient.new_tensor(
+        [[1 / (SPREAD_OF_LOG * point.a), 0.0], [-0.5 / SPREAD_OF_SHIFT, 1 / SPREAD_OF_SHIFT]]
+    )
+    value += residuals.square().sum() / 2
+    return float(value), gradient + residuals @ slopes, hessian + slopes.T @ slopes
+
+
+def fitted_point(data: Labelled) -> Point | None:
+    """Find the likeliest coefficients by Newton's method; None where it does not converge."""
+    point = START
+    value, gradient, hessian = objective(data, point)
+
+    for _ in range(MOST_STEPS):
+        step = torch.linalg.solve(hessian, gradient)
+        descent = float(gradient @ step)
+        if not (math.isfinite(value) and math.isfinite(descent)):
+            return None
+        if descent <= 1e-10 * max(1.0, abs(value)):
+            return point
+
+        length = 1.0
+        while length > 1e-9:
+            trial = Point(point.a - length * float(step[0]), point.b - length * float(step[1]))
+            if trial.a > 0:
+                found = objective(data, trial)
+                if found[0] <= value - 1e-4 * length * descent:
+                    break
+            length /= 2
+        else:
+            return None
+        point, (value, gradient, hessian) = trial, found
+
+    return None
+
+
+class Outcome(NamedTuple):
+    """Say what predictions of labelled samples are worth.
+
+    Attributes:
+        log_likelihood: of every label, where samples are weighted ``[M]``.
+        right: whether the likeliest class under the uniform prior is the label ``[M]``.
+        sums: from which the scores under another prior follow.
+    """
+
+    log_likelihood: Tensor
+    right: Tensor
+    sums: ScoreSums
+
+
+def outcome(data: Labelled, point: Point, prior: Tensor) -> Outcome:
+    """Predict the samples of ``data`` at ``point``; ``prior`` is the log of that for the scores."""
+    likelihoods, rights, sums = [], [], []
+    for x, target, _ in data.parts():
+        scores = point.a * x + point.b * data.log_counts
+        weighted = (scores + data.split / 2).log_softmax(dim=1)
+        likelihoods.append(weighted.gather(1, target[:, None])[:, 0])
+        rights.append(scores.argmax(dim=1) == target)
+        sums.append(score_sums((scores + prior).softmax(dim=1), target, bins=15))
+    return Outcome(torch.cat(likelihoods), torch.cat(rights), total(sums))
+
+
+def total(sums: list[ScoreSums]) -> ScoreSums:
+    """Add up the sums of several parts."""
+    return ScoreSums(*(torch.stack(values).sum(0) for values in zip(*sums, strict=True)))
+
+
+class Judgement(NamedTuple):
+    """Say what held-out folds show.
+
+    Attributes:
+        calibrated: the outcome of all samples, each calibrated by the other folds.
+        likelihood: mean log likelihood of the labels beyond that of a temperature alone, and its error.
+        accuracy: balanced accuracy beyond that of the logits, and its standard error.
+        converged: whether every fit did.
+    """
+
+    calibrated: Outcome
+    likelihood: tuple[float, float]
+    accuracy: tuple[float, float]
+    converged: bool
+
+
+def judge(data: Labelled) -> Judgement:
+    """Compare the calibration with a temperature alone, on folds that neither was fitted to."""
+    fold = folds(data.target)
+    likelier, right = torch.zeros_like(data.weight), torch.zeros_like(data.target, dtype=torch.bool)
+    sums, converged = [], True
+
+    for held_out in range(int(fold.max()) + 1):
+        here = fold == held_out
+        alone, both = fitted_point(data.ranked().chosen(~here)), fitted_point(data.chosen(~here))
+        converged = converged and alone is not None and both is not None
+
+        ranked = outcome(data.ranked().chosen(here), alone or START, data.split)
+        calibrated = outcome(data.chosen(here), both or START, data.split)
+        likelier[here] = calibrated.log_likelihood - ranked.log_likelihood
+        right[here] = calibrated.right
+        sums.append(calibrated.sums)
+
+    change = right.to(likelier.dtype) - (data.logits.argmax(dim=1) == data.target).to(likelier.dtype)
+    by_sample, by_class = data.weight, class_shares(data.target).to(likelier.dtype)
+    return Judgement(
+        Outcome(likelier, right, total(sums)),
+        mean_and_error(likelier, by_sample / by_sample.sum()),
+        mean_and_error(change, by_class),
+        converged,
+    )
+
+
+def folds(target: Tensor) -> Tensor:
+    """Deal the samples of every class over the folds ``[M]``, at random but alike in every run."""
+    shuffled = torch.randperm(len(target), generator=torch.Generator().manual_seed(0)).to(target.device)
+    dealt = shuffled[target[shuffled].argsort(stable=True)]
+    fold = torch.empty_like(target)
+    fold[dealt] = torch.arange(len(target), device=target.device) % min(FOLDS, len(target))
+    return fold
+
+
+def class_shares(target: Tensor) -> Tensor:
+    """Give weights ``[M]`` that sum to 1, by which all classes that are there count alike."""
+    share = 1 / torch.bincount(target)[target]
+    return share / share.sum()
+
+
+def mean_and_error(values: Tensor, share: Tensor) -> tuple[float, float]:
+    """Compute a weighted mean and its standard error.
+
+    The variance is that of all samples: classes of a sample or two have none of their own.
+    """
+    return float(values @ share), float(values.var(correction=0).sqrt() * share.norm())

@@ -1,0 +1,391 @@
+r"""Calibrated probabilities under any test prior, from logits and labels of a validation split.
+
+The logits :math:`v` of a trained network hold a class prior, and they are too sure or not sure enough. Each
+is a number here, an exponent :math:`s` and a temperature :math:`T`, with which
+
+.. math:: p_q(j | x) = \mathrm{softmax}_j\bigl((v_j - s \log n_j) / T + \log q_j\bigr)
+
+is the posterior under any class prior :math:`q`. :func:`fit` finds the two numbers that make validation
+labels likeliest.
+
+In theory, for cross entropy at its minimum, :math:`T = 1`, and :math:`s` follows from the loss, whose
+``implied_prior()`` is :math:`\propto n^s`: 1 for softmax, 0 for balanced softmax,
+:math:`1 - (1 + \tau) / K` for LGLA. Networks that are trained for long have a larger :math:`T`, and a larger
+:math:`s` with it: where :math:`v + T(k, j)` is calibrated at temperature :math:`T`, LGLA has
+:math:`s = T - (1 + \tau) / K`. A fit lies between these two as a rule.
+
+Source: for the temperature Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; for the prior
+Menon et al., "Long-tail learning via logit adjustment", ICLR 2021. Fitting both at once, and how, is our own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lgla_losses._checks import (
+    describe,
+    finite_tensors,
+    floating_tensor,
+    one_of,
+    same_device,
+    target_tensor,
+    target_values,
+)
+from lgla_losses._counts import ArrayLike
+from lgla_losses._fitting import (
+    START,
+    Judgement,
+    Labelled,
+    Outcome,
+    Point,
+    class_shares,
+    fitted_point,
+    judge,
+    outcome,
+    sample_weights,
+)
+from lgla_losses._scores import scores
+from lgla_losses.experts.output import ExpertOutput
+from lgla_losses.functional import compute_dtype, widest_dtype
+from lgla_losses.label_shift import _check_prior as class_prior
+from lgla_losses.label_shift import estimate_prior
+from lgla_losses.losses._base import Loss
+
+__all__ = ["Calibration", "Report", "Scores", "fit"]
+
+
+class Scores(NamedTuple):
+    """Hold the scores of predictions.
+
+    Attributes:
+        nll: mean negative log likelihood of the labels, in nats.
+        ece: expected calibration error, 15 bins of equal width (Guo et al., 2017), 0 to 1.
+        brier: mean squared distance from the one-hot label (Brier, 1950), 0 to 2.
+        accuracy: share of the samples whose likeliest class is the label.
+        balanced_accuracy: mean over classes of that share, of predictions under the uniform prior.
+    """
+
+    nll: float
+    ece: float
+    brier: float
+    accuracy: float
+    balanced_accuracy: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Say how a calibration does on held-out folds of the validation split.
+
+    Attributes:
+        reason: why the calibration is used or not.
+        num_samples: samples of the validation split.
+        missing_classes: classes without any sample there.
+        plain: scores of the softmax of the logits.
+        calibrated: scores of the calibrated probabilities under the prior of the validation split.
+        gain: balanced accuracy that the calibration adds.
+        standard_error: of ``gain``: a true gain or loss of this size cannot be seen in so few samples.
+    """
+
+    reason: str
+    num_samples: int
+    missing_classes: tuple[int, ...]
+    plain: Scores
+    calibrated: Scores
+    gain: float
+    standard_error: float
+
+    def __str__(self) -> str:
+        missing = f", none of {len(self.missing_classes)} classes" if self.missing_classes else ""
+        lines = [
+            f"{self.num_samples} samples{missing}; {self.reason}",
+            f"{'on held-out folds':20}{'plain':>10}{'calibrated':>12}",
+        ]
+        for name, before, after in zip(Scores._fields, self.plain, self.calibrated, strict=True):
+            lines.append(f"{name.replace('_', ' '):20}{before:10.3f}{after:12.3f}")
+        return "\n".join([*lines, f"{'gain':20}{self.gain:22.3f} +- {self.standard_error:.3f}"])
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Turn logits into calibrated probabilities under a test prior; :func:`fit` makes one.
+
+    It holds plain numbers, so pickle keeps it, and ``dataclasses.asdict`` gives what JSON takes.
+
+    Attributes:
+        temperature: T, which divides the logits once their prior is out; above 1 where they are too sure.
+        exponent: s of n^s, the prior that the logits are found to hold; 0 where ``used`` is False. Where the
+            loss has a prior of another form it is the slope over log n.
+        used: False where held-out folds show no gain; the classes then keep the order of their logits.
+        report: how the calibration does on held-out folds.
+        log_prior: log of the prior that the logits hold, ``C`` numbers of mean 0; -inf for masked classes.
+    """
+
+    temperature: float
+    exponent: float
+    used: bool
+    report: Report
+    log_prior: tuple[float, ...]
+
+    @cached_property
+    def _log_prior(self) -> Tensor:
+        return torch.tensor(self.log_prior, dtype=torch.float64)
+
+    def logits(self, logits: Tensor | ExpertOutput, prior: ArrayLike | str | None = None) -> Tensor:
+        """Give the logarithm of the probabilities, up to a constant per sample.
+
+        Args:
+            logits: ``[N, C]`` of the network that was calibrated, or an :class:`~lgla_losses.ExpertOutput`,
+                whose ensemble is taken.
+            prior: of the classes in the test set, ``[C]``, at least 0, divided by its sum. None and
+                ``"uniform"`` take all classes as equally frequent; ``"estimated"`` has
+                :func:`~lgla_losses.label_shift.estimate_prior` find the prior, for which the call must hold
+                the whole test set.
+
+        Returns:
+            ``[N, C]`` in float32, or float64 for float64 logits; -inf for masked classes.
+
+        Raises:
+            TypeError: logits are no floating-point tensor, or a prior is not of numbers.
+            ValueError: there is another number of classes, or a prior is out of range.
+        """
+        logits = logits.ensemble() if isinstance(logits, ExpertOutput) else logits
+        logits = floating_tensor("logits", logits, "[N, C]")
+        num_classes = len(self.log_prior)
+        if logits.shape[1] != num_classes:
+            raise ValueError(
+                f"logits: expected [N, {num_classes}], as the calibration was fitted to, got "
+                f"{list(logits.shape)}"
+            )
+
+        dtype = compute_dtype(logits.dtype)
+        held = self._log_prior.to(logits.device, dtype)
+        masked = held == -math.inf
+        likelihood = (logits.to(dtype) - held.masked_fill(masked, 0.0)) / self.temperature
+        likelihood = likelihood.masked_fill(masked, -math.inf)
+
+        if prior is None:
+            return likelihood
+        if not isinstance(prior, str):
+            return likelihood + class_prior("prior", prior, num_classes, logits, zeros=True).log().to(dtype)
+        if one_of("prior", prior, ("uniform", "estimated")) == "uniform":
+            return likelihood
+        found = likelihood.new_zeros(num_classes)
+        found[~masked] = estimate_prior(likelihood[:, ~masked], torch.ones(int((~masked).sum()))).to(dtype)
+        return likelihood + found.log()
+
+    def probabilities(self, logits: Tensor | ExpertOutput, prior: ArrayLike | str | None = None) -> Tensor:
+        """Give class probabilities ``[N, C]`` under a test prior; takes what :meth:`logits` takes."""
+        return self.logits(logits, prior).softmax(dim=1)
+
+
+@torch.no_grad()
+def fit(
+    logits: Tensor | ExpertOutput,
+    target: Tensor,
+    *,
+    criterion: Loss | None = None,
+    implied_prior: ArrayLike | None = None,
+    class_counts: ArrayLike | None = None,
+    validation_prior: ArrayLike | str | None = None,
+) -> Calibration:
+    r"""Fit temperature and exponent to a validation split, and judge them on held-out folds.
+
+    The network has not been trained on these samples. They are drawn as the training samples were, so the
+    classes have the frequencies of training; ``validation_prior`` says where they have others. Logits of
+    cross-fitting serve as well: those of every sample are of a network that has not seen it.
+
+    Where the split is small, a weak prior decides: a normal distribution about what is usual for trained
+    networks. Five folds are each predicted by a fit to the other four. The calibration is used where their
+    labels are likelier than under a temperature alone, by more than the standard error, and balanced accuracy
+    does not fall by more than its own.
+
+    Args:
+        logits: ``[M, C]``, finite; or an :class:`~lgla_losses.ExpertOutput`, whose ensemble is taken.
+        target: class indices, int64 ``[M]``. Classes may be missing, as rare ones often are.
+        criterion: the loss that the network was trained with, which knows the next two.
+        implied_prior: the prior that the logits hold in theory ``[C]``, as ``criterion.implied_prior()``: the
+            training frequencies for softmax, equal numbers for balanced softmax. None is softmax.
+        class_counts: training samples per class ``[C]``. A class of 0 is masked: its probability is 0.
+        validation_prior: of the validation samples: None is that of training; ``"uniform"``, or ``[C]``.
+
+    Returns:
+        The calibration; its ``report`` has scores, missing classes and the error of the gain.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: there are fewer than two samples, or one class alone; shapes do not fit; a value is out of
+            range; ``criterion`` and ``class_counts`` are both None, or neither is.
+
+    Example:
+        >>> target = torch.arange(4).repeat_interleave(torch.tensor([80, 40, 20, 10]))
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> logits = 4 * (torch.eye(4)[target] + torch.randn(150, 4, generator=generator))
+        >>> calibration = fit(logits, target, class_counts=[800, 400, 200, 100], implied_prior=[1, 1, 1, 1])
+        >>> calibration.temperature > 2
+        True
+        >>> calibration.probabilities(logits[:2], prior=[0.4, 0.3, 0.2, 0.1]).shape
+        torch.Size([2, 4])
+    """
+    logits = _ensemble_logits(logits, criterion)
+    num_classes = logits.shape[1]
+    target = target_tensor(target, [len(logits)])
+    _check_samples(logits, target)
+    counts, implied = _training_priors(criterion, class_counts, implied_prior, logits)
+    split = _split_prior(validation_prior, counts, logits)
+
+    kept = (counts > 0) & (implied > 0)
+    _check_possible(target, kept & (split > 0))
+    missing = (torch.bincount(target, minlength=num_classes) == 0).nonzero()[:, 0]
+
+    # Masked classes take no part: the others are numbered anew.
+    own = (kept.cumsum(0) - 1)[target]
+    log_counts, log_split = counts[kept].log(), split[kept].log()
+    data = Labelled(
+        logits=logits[:, kept],
+        target=own,
+        weight=sample_weights(log_split, own),
+        implied=implied[kept].log(),
+        log_counts=log_counts - log_counts.mean(),
+        split=log_split,
+    )
+    finite_tensors(logits=data.logits)
+
+    judged, both, alone = judge(data), fitted_point(data), fitted_point(data.ranked())
+    unused = _why_unused(judged, both is not None and alone is not None)
+    view, point = (data.ranked(), alone or START) if unused else (data, both or START)
+    log_prior = view.implied - point.b / point.a * view.log_counts
+
+    plain = outcome(data.ranked(), Point(1.0, 0.0), torch.zeros_like(data.split))
+    report = Report(
+        reason=unused or "used, as held-out labels are likelier than under a temperature alone",
+        num_samples=len(target),
+        missing_classes=tuple(missing.tolist()),
+        plain=_scores(plain, own),
+        calibrated=_scores(judged.calibrated, own),
+        gain=judged.accuracy[0],
+        standard_error=judged.accuracy[1],
+    )
+    whole = torch.full_like(counts, -math.inf)
+    whole[kept] = log_prior - log_prior.mean()
+    exponent = _slope(log_prior, data.log_counts)
+    return Calibration(1 / point.a, exponent, unused is None, report, tuple(whole.tolist()))
+
+
+def _why_unused(judged: Judgement, converged: bool) -> str | None:
+    """Say why the order of the logits is better kept; None where the calibration gains."""
+    if not (converged and judged.converged):
+        return "not used, as a fit does not converge"
+    if judged.likelihood[0] <= judged.likelihood[1]:
+        return "not used, as held-out labels are not clearly likelier than under a temperature alone"
+    if judged.accuracy[0] < -judged.accuracy[1]:
+        return "not used, as balanced accuracy falls on held-out folds"
+    return None
+
+
+def _slope(values: Tensor, log_counts: Tensor) -> float:
+    """Compute the slope of values ``[C]`` over log counts of mean 0; 0 where all counts are equal."""
+    square = float(log_counts.square().sum())
+    return float(values @ log_counts) / square if square > 1e-12 else 0.0
+
+
+def _scores(found: Outcome, target: Tensor) -> Scores:
+    means = scores(found.sums, "samples")
+    accuracy = found.sums.correct.sum() / found.sums.samples.sum()
+    balanced = class_shares(target)[found.right].sum()
+    return Scores(
+        *(float(value) for value in (means["nll"], means["ece"], means["brier"], accuracy, balanced))
+    )
+
+
+def _ensemble_logits(logits: Tensor | ExpertOutput, criterion: Loss | None) -> Tensor:
+    """Check the logits and the loss; give the logits of the ensemble ``[M, C]``."""
+    if criterion is not None and not isinstance(criterion, Loss):
+        raise TypeError(
+            f"criterion: expected a loss of lgla_losses, got {describe(criterion)}; for another loss give "
+            "class_counts= and implied_prior="
+        )
+    if isinstance(logits, ExpertOutput):
+        num_experts = getattr(criterion, "num_experts", None)
+        if num_experts is not None and logits.logits.shape[1] != num_experts:
+            raise ValueError(
+                f"logits: expected [M, {num_experts}, C] of {num_experts} experts, as criterion has, got "
+                f"{list(logits.logits.shape)}"
+            )
+        logits = logits.ensemble()
+    if isinstance(logits, Tensor) and logits.dim() == 3:
+        raise ValueError(
+            f"logits: expected those of the ensemble [M, C], got {list(logits.shape)}; take "
+            "output.ensemble(), or logits.mean(dim=1) of [M, K, C]"
+        )
+    return floating_tensor("logits", logits, "[M, C]")
+
+
+def _check_samples(logits: Tensor, target: Tensor) -> None:
+    num_samples, num_classes = logits.shape
+    if num_classes < 2:
+        raise ValueError(f"logits: expected two classes or more [M, C], got {list(logits.shape)}")
+    if num_samples < 2:
+        raise ValueError(f"logits: expected two samples or more, got {num_samples}; hold out a few hundred")
+    same_device(logits=logits, target=target)
+    target_values(target, num_classes)
+    if (target == target[0]).all():
+        raise ValueError(
+            f"target: expected two classes or more, got {num_samples} samples of class {int(target[0])}; "
+            "hold out samples at random"
+        )
+
+
+def _training_priors(
+    criterion: Loss | None, class_counts: ArrayLike | None, implied_prior: ArrayLike | None, logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Give the class frequencies of training and the prior that the logits hold in theory, ``[C]`` each."""
+    num_classes = logits.shape[1]
+    if criterion is None:
+        if class_counts is None:
+            raise ValueError(
+                f"class_counts: expected the training samples per class, shape [{num_classes}], got None; "
+                "give them and implied_prior=, or criterion="
+            )
+        counts = class_prior("class_counts", class_counts, num_classes, logits, zeros=True)
+        if implied_prior is None:
+            return counts, counts
+        return counts, class_prior("implied_prior", implied_prior, num_classes, logits, zeros=True)
+
+    if class_counts is not None or implied_prior is not None:
+        raise ValueError(
+            "criterion: expected None beside class_counts or implied_prior, as it knows these, got both; "
+            "leave one out"
+        )
+    counts, implied = criterion._training_counts(), criterion.implied_prior()
+    if len(counts) != num_classes:
+        raise ValueError(
+            f"logits: expected [M, {len(counts)}], as criterion has {len(counts)} classes, got "
+            f"{list(logits.shape)}"
+        )
+    counts, implied = (values.to(logits.device, widest_dtype(logits.device)) for values in (counts, implied))
+    return counts / counts.sum(), implied
+
+
+def _split_prior(validation_prior: ArrayLike | str | None, counts: Tensor, logits: Tensor) -> Tensor:
+    """Give the class prior of the validation samples ``[C]``."""
+    if validation_prior is None:
+        return counts
+    if isinstance(validation_prior, str):
+        one_of("validation_prior", validation_prior, ("uniform",))
+        return torch.full_like(counts, 1 / len(counts))
+    return class_prior("validation_prior", validation_prior, len(counts), logits, zeros=True)
+
+
+def _check_possible(target: Tensor, possible: Tensor) -> None:
+    wrong = target[~possible[target]]
+    if len(wrong):
+        raise ValueError(
+            f"target: expected classes of which the training and the split have samples, got class "
+            f"{int(wrong[0])} ({len(wrong)} such samples); leave them out"
+        )
