@@ -4,7 +4,7 @@ The modules compose the paper: :class:`ClassGrouper` (section 3.2), :class:`CLAL
 (Eqs. 4 to 6), :class:`AAWWeighter` (Eqs. 7 and 8), :class:`LGLALoss` (Eq. 9), or
 :class:`LinearLGLALoss` for more classes than there is memory for logits, and
 :class:`GroupConvExperts` (section 4.4), for which :func:`split_backbone` divides a network;
-:class:`ExpertModel` does both in one call.
+:class:`ExpertModel` does both in one call. :func:`suggest` says which tau to start with.
 :mod:`lgla_losses.functional` holds the equations.
 """
 
@@ -27,6 +27,7 @@ from lgla_losses.grouping import ClassGrouper
 from lgla_losses.losses.create import create_loss
 from lgla_losses.losses.lgla import LGLALoss
 from lgla_losses.losses.linear import LinearLGLALoss
+from lgla_losses.suggestion import suggest
 from lgla_losses.weighting import AAWWeighter
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "parameter_groups",
     "split_backbone",
     "split_points",
+    "suggest",
 ]
 
 #: Modules that are imported when they are first asked for: ``metrics`` and ``plot`` need extras.

@@ -17,6 +17,7 @@ from lgla_losses._counts import ArrayLike, ClassRules
 from lgla_losses._torch import values_readable
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput, normalized_fusion
 from lgla_losses.grouping import ClassGrouper, check_grouper, same_classes
+from lgla_losses.suggestion import suggest
 
 #: Adjustments that have a strength.
 WITH_TAU = ("lgla", "logit")
@@ -36,8 +37,8 @@ class CLALogitAdjuster(ConstantBuffers):
     Args:
         grouper: the groups; ``K = num_groups + 1``.
         tau: strength of the global adjustment, at least 0. None means ``1.25 * (K - 1)``, the
-            paper's 2.5 at K = 3 in proportion to the number of local experts; the ensemble is
-            uniform at ``K - 1`` and leans to the tail above (see :meth:`implied_prior`).
+            paper's 2.5 at K = 3 in proportion to the number of local experts; :func:`suggest` says when
+            another is better. At K = 2 and ``tau=1`` both rows of the table are balanced softmax's.
 
     Attributes:
         table: the adjustments, float64 ``[K, C]`` with maximum 0; read only.
@@ -64,7 +65,8 @@ class CLALogitAdjuster(ConstantBuffers):
     def __init__(self, grouper: ClassGrouper, tau: float | None = None) -> None:
         super().__init__()
         self.grouper = check_grouper(grouper)
-        self._arrange("lgla", grouper.num_groups + 1, 1.25 * grouper.num_groups if tau is None else tau)
+        num_experts = grouper.num_groups + 1
+        self._arrange("lgla", num_experts, suggest(num_experts).tau if tau is None else tau)
 
     @classmethod
     def from_table(cls, grouper: ClassGrouper, table: Tensor) -> CLALogitAdjuster:
@@ -204,8 +206,9 @@ class CLALogitAdjuster(ConstantBuffers):
         It is proportional to :math:`\exp \sum_k f_k (\log n_j - T(k, j))`. With equal fusion of the LGLA
         experts that is :math:`n_j^{(K - 1 - \tau) / K}`, so the ensemble is uniform exactly at
         :math:`\tau = K - 1`, biased to the head below and to the tail above. This is our derivation, for
-        cross entropy at its minimum with ``aaw=False`` and without label smoothing. Hard-sample weights,
-        which are on by default, move the logits further; this is not counted here. Masked classes have 0;
+        experts whose posteriors, the softmax of :math:`v + T`, are calibrated. Trained networks are
+        overconfident as a rule, and hold more of the training prior than this says (see :func:`suggest`);
+        :func:`calibration.fit <lgla_losses.calibration.fit>` measures what they hold. Masked classes have 0;
         a background keeps its own :math:`n_j`, beside
         :math:`n_{max} (n_j / n_{max})^{(K - 1 - \tau) / K}` of the others.
 

@@ -135,7 +135,8 @@ def implied_prior(table: Tensor, class_counts: Tensor, fusion: Tensor) -> Tensor
 
     Expert k learns :math:`v_k = \log p(x|j) + \log n_j - T(k, j)` up to a constant, so logits fused
     with weights :math:`f_k` carry the prior
-    :math:`\propto \exp \sum_k f_k (\log n_j - T(k, j))`. (Our derivation, not the paper's.)
+    :math:`\propto \exp \sum_k f_k (\log n_j - T(k, j))`. (Our derivation, not the paper's, for calibrated
+    posteriors: see :meth:`CLALogitAdjuster.implied_prior <lgla_losses.CLALogitAdjuster.implied_prior>`.)
 
     Args:
         table: adjustments ``[K, C]``.

@@ -17,6 +17,7 @@ from lgla_losses._checks import positive_int
 from lgla_losses._counts import ArrayLike, integer_array, shot_splits, to_numpy
 from lgla_losses.adjustment import CLALogitAdjuster
 from lgla_losses.grouping import ClassGrouper
+from lgla_losses.suggestion import suggest
 
 #: The numbers of experts K that are looked at, those of the paper's Fig. 7; everywhere else it has three.
 EXPERTS = range(2, 8)
@@ -353,15 +354,16 @@ def _suggestion(groupings: Sequence[Grouping], batch_size: int, expression: str)
             f"No class is rarer than another: nothing to adjust, plain cross entropy does as well. Else {why}"
         )
 
-    num_experts, uniform = chosen.num_experts, float(chosen.num_experts - 1)
+    num_experts = chosen.num_experts
+    usual, linear = suggest(num_experts), suggest(num_experts, classifier="linear")
+    long = suggest(num_experts, training="long")
     reason = (
-        f"{why} tau = 1.25 (K - 1) = {chosen.tau:g}, the default, leans to the tail; at tau = K - 1 = "
-        f"{uniform:g} the ensemble carries a uniform prior. Neither was best on all data (docs/results.md): "
-        "try both."
+        f"{why} {usual.reason} K - 1 = {linear.tau:g} suits linear heads, label smoothing and underfit "
+        f"networks, {long.tau:.4g} long training."
     )
 
-    line = f"criterion = LGLALoss({expression}, num_experts={num_experts}, tau={chosen.tau:g})"
-    return Suggestion(num_experts, chosen.tau, uniform, reason, line)
+    line = f"criterion = LGLALoss({expression}, num_experts={num_experts}, tau={usual.tau:g})"
+    return Suggestion(num_experts, usual.tau, float(num_experts - 1), reason, line)
 
 
 def class_label(one: ClassInfo) -> str:

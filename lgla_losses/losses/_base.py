@@ -45,6 +45,7 @@ from lgla_losses.losses._config import (
     runnable_backend,
 )
 from lgla_losses.losses._seen import SeenLabels, next_look
+from lgla_losses.suggestion import suggest
 from lgla_losses.weighting import AAWWeighter
 
 if TYPE_CHECKING:
@@ -413,7 +414,8 @@ class ExpertLoss(Loss):
         super().__init__()
         check_adjustment(adjustment)
         self.aaw = boolean("aaw", aaw)
-        needs_groups = self.aaw or (isinstance(adjustment, str) and adjustment == "lgla")
+        is_lgla = isinstance(adjustment, str) and adjustment == "lgla"
+        needs_groups = self.aaw or is_lgla
         num_experts = number_of_experts(num_experts, grouper, adjustment, needs_groups)
         if grouper is None:
             grouper = group_classes(class_counts, num_experts, needs_groups, zero_counts, background)
@@ -427,6 +429,9 @@ class ExpertLoss(Loss):
         else:
             grouper = copy.deepcopy(grouper)  # as set_adjustment changes its own
 
+        if tau is None and is_lgla:
+            classifier = "linear" if scale is None else "cosine"
+            tau = suggest(num_experts, classifier=classifier, label_smoothing=label_smoothing).tau
         self.adjuster = make_adjuster(grouper, num_experts, adjustment, tau)
         self._take_options(
             reduction, ignore_index, label_smoothing, sync, process_group, validate_args, backend

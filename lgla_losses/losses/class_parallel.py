@@ -100,7 +100,8 @@ class ClassParallelLGLALoss(Loss, Ruled):
     Args:
         class_counts: of all classes ``[C]``, as in :class:`~lgla_losses.LGLALoss`.
         num_experts: as in :class:`~lgla_losses.LGLALoss`.
-        tau: as in :class:`~lgla_losses.LGLALoss`.
+        tau: as in :class:`~lgla_losses.LGLALoss`; so by default ``K - 1``, as ``scale=None`` stands for
+            linear heads.
         scale: the factor of cosine classifiers, :math:`v = s \cos(W, f)`, which have no bias; None for
             linear ones.
         process_group: the ranks that share the classes; None means all.

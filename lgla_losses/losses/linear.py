@@ -32,7 +32,7 @@ class LinearLGLALoss(ExpertLoss):
     Args:
         class_counts: as in :class:`LGLALoss`.
         num_experts: as in :class:`LGLALoss`.
-        tau: as in :class:`LGLALoss`.
+        tau: as in :class:`LGLALoss`; so by default ``K - 1``, as ``scale=None`` stands for linear heads.
         scale: the factor of cosine classifiers, :math:`v = s \cos(W, f)`, which have no bias; None
             for linear ones.
         options: the other arguments of :class:`LGLALoss`.

@@ -56,7 +56,8 @@ def call(form, logits, features, weight, target, *, backend="reference", **optio
     """The loss and the gradient of the logits, whatever form they come in."""
     inputs = {name: options.pop(name) for name in ("sample_weight", "normalizer") if name in options}
     of_angles = {"scale": None} if form in ("features", "output") else {}
-    criterion = LGLALoss(COUNTS, aaw=form != "no aaw", backend=backend, **of_angles, **options)
+    # Every form with the same tau, which by default depends on the heads.
+    criterion = LGLALoss(COUNTS, tau=2.5, aaw=form != "no aaw", backend=backend, **of_angles, **options)
     leaf = logits.detach().clone().requires_grad_()
     if form == "list":
         loss = criterion(list(leaf.unbind(1)), target, **inputs)
