@@ -21,6 +21,7 @@ from lgla_losses import (
     LinearLGLALoss,
     count_classes,
     plot,
+    suggest,
 )
 from lgla_losses.baselines import (
     BalancedSoftmaxLoss,
@@ -275,6 +276,14 @@ CASES = {
     "number of thousands of digits": (lambda: criterion(num_experts=10**5000), ValueError, "num_experts", "64 bits", "got a number of thousands"),
     "tau beyond every float": (lambda: criterion(tau=10**400), ValueError, "tau", "finite", "10000"),
     "float ignore_index": (lambda: criterion(ignore_index=0.5), TypeError, "ignore_index", "integer", "0.5"),
+    # the suggested tau
+    "suggest: one model": (lambda: suggest(1), ValueError, "num_experts: expected an integer >= 2", "got 1", "no tau"),
+    "suggest: part of an expert": (lambda: suggest(2.5), TypeError, "num_experts: expected an integer", "2.5"),
+    "suggest: unknown head": (lambda: suggest(classifier="cos"), ValueError, "classifier", "'cosine'", "'cos'"),
+    "suggest: smoothing above one": (lambda: suggest(label_smoothing=1.5), ValueError, "label_smoothing", "0..1", "1.5"),
+    "suggest: epochs for training": (lambda: suggest(training=200), TypeError, "training", "'usual'", "200"),
+    "suggest: no temperature": (lambda: suggest(temperature=0), ValueError, "temperature: expected a positive", "calibration.fit", "0"),
+    "suggest: tensor as temperature": (lambda: suggest(temperature=torch.tensor(1.5)), TypeError, "temperature", "tensor"),
     # logits
     "2-D logits": (lambda: criterion()(WITH_GRADIENT[:, 0], TARGET), ValueError, "logits", "[N, 3, 4]", "[2, 4] with a gradient", "BalancedSoftmaxLoss", "ExpertOutput", ".ensemble()", "validation"),
     "2-D logits of a loss of one expert": (

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lgla_losses import CLALogitAdjuster, ClassGrouper, LGLALoss
+from lgla_losses.baselines import BalancedSoftmaxLoss
 
 LOGITS = st.integers(0, 10**6).map(
     lambda seed: (
@@ -36,6 +37,21 @@ def test_two_experts_are_balanced_softmax_plus_gla(logits, counts, tau):
     balanced = F.cross_entropy(logits[:, 0] + log_prior(counts), TARGET)
     gla = F.cross_entropy(logits[:, 1] + tau * log_prior(counts), TARGET)
     torch.testing.assert_close(loss, balanced + gla, **CLOSE)
+
+
+@given(LOGITS, COUNTS)
+def test_two_experts_at_tau_one_are_two_of_balanced_softmax(logits, counts):
+    """In loss and gradients, and in what their mean is said to hold."""
+    logits = logits[:, :2].requires_grad_()
+    criterion = LGLALoss(counts, 2, 1.0, aaw=False)
+    balanced = BalancedSoftmaxLoss(counts)
+    loss, expected = criterion(logits, TARGET), sum(balanced(v, TARGET) for v in logits.unbind(1))
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    gradients = [torch.autograd.grad(one, logits)[0] for one in (loss, expected)]
+    torch.testing.assert_close(*gradients, **CLOSE)
+    torch.testing.assert_close(
+        criterion.adjuster.implied_prior(), torch.full((4,), 0.25, dtype=torch.float64), **CLOSE
+    )
 
 
 @given(LOGITS, COUNTS)

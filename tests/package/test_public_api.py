@@ -58,6 +58,8 @@ SIGNATURES = {
     "parameter_groups": "model, weight_decay",
     "split_backbone": "model, at, *, head='auto'",
     "split_points": "model",
+    "suggest": "num_experts=3, *, classifier='cosine', label_smoothing=0.0, training='usual', "
+    "temperature=None",
 }
 
 

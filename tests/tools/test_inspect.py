@@ -20,7 +20,7 @@ from scripts import ROOT
 from typer.testing import CliRunner
 
 import lgla_losses
-from lgla_losses import ClassGrouper, LGLALoss
+from lgla_losses import ClassGrouper, LGLALoss, suggest
 from lgla_losses.inspection import gini_coefficient, inspect_counts, read_class_counts
 from lgla_losses.inspection.command import app
 from lgla_losses.inspection.picture import draw_groups
@@ -213,6 +213,9 @@ def test_known_figures_of_cifar_100_lt(tmp_path):
     suggestion = found["suggestion"]
     assert (suggestion["num_experts"], suggestion["tau"], suggestion["uniform_tau"]) == (3, 2.5, 2)
     assert "as in the paper" in suggestion["reason"]
+    assert suggest(3).reason in suggestion["reason"]
+    assert "K - 1 = 2 suits linear heads, label smoothing" in suggestion["reason"]
+    assert "3.8 long training" in suggestion["reason"]
     shown = run(tmp_path / "a.txt").stdout
     assert re.findall(r"(\d), (?:local|global)", shown) == ["1", "2", "3"]  # from 1, for people
 
@@ -265,6 +268,7 @@ def test_groups_of_one_class_and_missed_groups_are_warned_of(tmp_path):
     assert missed["cases"][0]["probability"] == pytest.approx((1 - 18 / 2803) ** 128)
     assert found["suggestion"]["num_experts"] == 2
     assert "group 1 would be class 0 alone" in found["suggestion"]["reason"]
+    assert "tau = 1 with aaw=False is balanced softmax" in found["suggestion"]["reason"]
     larger = record(path, "--batch-size", 100_000)
     assert codes(larger) == ["single_class_groups"]
     shown = " ".join(run(path).stdout.split())
