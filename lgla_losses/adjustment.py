@@ -206,10 +206,10 @@ class CLALogitAdjuster(ConstantBuffers):
         It is proportional to :math:`\exp \sum_k f_k (\log n_j - T(k, j))`. With equal fusion of the LGLA
         experts that is :math:`n_j^{(K - 1 - \tau) / K}`, so the ensemble is uniform exactly at
         :math:`\tau = K - 1`, biased to the head below and to the tail above. This is our derivation, for
-        experts whose posteriors, the softmax of :math:`v + T`, are calibrated. Trained networks are
-        overconfident as a rule, and hold more of the training prior than this says (see :func:`suggest`);
-        :func:`calibration.fit <lgla_losses.calibration.fit>` measures what they hold. Masked classes have 0;
-        a background keeps its own :math:`n_j`, beside
+        cross entropy at its minimum with ``aaw=False`` and without label smoothing, where the softmax of
+        :math:`v + T` is calibrated. Trained networks are overconfident as a rule, and lean more to the head
+        (see :func:`suggest`); :func:`calibration.fit <lgla_losses.calibration.fit>` measures it.
+        Masked classes have 0; a background keeps its own :math:`n_j`, beside
         :math:`n_{max} (n_j / n_{max})^{(K - 1 - \tau) / K}` of the others.
 
         Args:

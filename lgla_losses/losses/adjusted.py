@@ -229,7 +229,9 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
 
         This is our derivation: at its minimum a cross entropy weighted by :math:`w` has
         :math:`\mathrm{softmax}(v + T)_j \propto n_j \, w_j \, p(x | j)`. It holds without label smoothing
-        and sample weights, of experts for each and for their mean, whatever the fusion. It is approximate for
+        and sample weights, of experts for each and for their mean, whatever the fusion. Trained networks are
+        overconfident as a rule, and hold another one, which :func:`calibration.fit
+        <lgla_losses.calibration.fit>` measures. The theory is approximate for
 
         - a focal exponent above 0: the probabilities are less confident than the posterior, in the same
           order;
