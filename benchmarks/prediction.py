@@ -1,9 +1,10 @@
 """What calibrated prediction gains over the plain mean of three experts, on real long-tailed data.
 
 Trains three experts on every data set, with every loss, head and seed, and keeps the logits of each run in a
-folder; a run that is there is not repeated. Every seed draws the training samples, a tenth of them for validation,
-and the first weights. The calibration is fitted to that tenth and judged on the test set, whose classes count
-alike; no test set chooses anything.
+folder; a run that is there is not repeated. Every seed draws the training samples, a tenth of them for
+validation, and the first weights. The calibration is fitted to that tenth (where these are too few,
+to logits of cross-fitting) and scored on the test set, whose classes count alike. No test set chooses
+anything.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from arguments import positive, record_file
 from measure import made_here
@@ -29,23 +29,26 @@ from torch import Tensor, nn
 from lgla_losses import GroupConvExperts, LGLALoss
 from lgla_losses._scores import score_sums
 from lgla_losses._scores import scores as mean_scores
-from lgla_losses.calibration import fit
+from lgla_losses.calibration import Calibration, fit
 
 RESULTS = Path(__file__).parent / "results"
-EXPERTS = 3
+EXPERTS, FOLDS = 3, 5
 LOSSES: dict[str, dict[str, Any]] = {
     "softmax x3": {"adjustment": "softmax", "aaw": False},
     "balanced softmax x3": {"adjustment": "balanced", "aaw": False},
     "LGLA, tau = K - 1": {"tau": EXPERTS - 1.0},
 }
 HEADS = ("cosine", "linear")
+#: Data sets that the rules of the calibration were not chosen on.
+FRESH = ("Fashion-MNIST", "CIFAR-10", "Debian sections", "docstrings")
 
-#: What a run is named by: data set, loss, head and seed.
-Key = tuple[str, str, str, int]
+#: Logits and labels of a network, class counts and the prior of theory.
+Run = dict[str, Tensor]
+Record = dict[str, Any]
 
 
 def network(inputs: Tensor) -> tuple[nn.Module, Callable[[], nn.Module]]:
-    """Trunk and maker of a stage of 128 features: two convolutions for images, a linear layer for features."""
+    """Trunk and maker of a stage of 128 features: convolutions for images, a linear layer for features."""
     if inputs.dim() == 2:
         trunk = nn.Sequential(nn.Linear(inputs.shape[1], 256), nn.ReLU())
         return trunk, lambda: nn.Sequential(nn.Linear(256, 128), nn.ReLU())
@@ -55,31 +58,23 @@ def network(inputs: Tensor) -> tuple[nn.Module, Callable[[], nn.Module]]:
     return nn.Sequential(*layers, nn.Flatten()), lambda: nn.Sequential(nn.Linear(768, 128), nn.ReLU())
 
 
-def train(
-    split: Split, loss: dict[str, Any], head: str, seed: int, epochs: int, batch: int
-) -> dict[str, Any]:
-    """Train one ensemble; give its logits of the validation and the test part, and what a calibration needs."""
+def train(split: Split, loss: dict[str, Any], head: str, seed: int, epochs: int, batch: int) -> Run:
+    """Train one ensemble; give its logits of the validation and the test part."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
     num_classes = int(split.test_labels.max()) + 1
     # A class whose samples are all held out counts as one.
     counts = torch.bincount(split.labels, minlength=num_classes).clamp_min(1)
     trunk, stage = network(split.inputs)
-    cosine = head == "cosine"
+    gradient, scale = ("bounded", 30.0) if head == "cosine" else ("exact", None)
     experts = GroupConvExperts(
-        stage,
-        EXPERTS,
-        num_classes,
-        num_features=128,
-        classifier=head,
-        gradient="bounded" if cosine else "exact",
+        stage, EXPERTS, num_classes, num_features=128, classifier=head, gradient=gradient
     )
-    criterion = LGLALoss(counts, EXPERTS, scale=30.0 if cosine else None, **loss)
+    criterion = LGLALoss(counts, EXPERTS, scale=scale, **loss)
     parameters = [*trunk.parameters(), *experts.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, epochs * math.ceil(len(split.labels) / batch)
-    )
+    steps = epochs * math.ceil(len(split.labels) / batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     for _ in range(epochs):
         for chosen in torch.randperm(len(split.labels), generator=generator).split(batch):
@@ -109,26 +104,39 @@ def train(
     }
 
 
-def scores(run: dict[str, Tensor]) -> dict[str, Any]:
-    """Fit the calibration of a run, and score the test set with and without; all in percent but the NLL."""
-    calibration = fit(
+def cross_fit(split: Split, loss: dict[str, Any], head: str, seed: int, epochs: int, batch: int) -> Run:
+    """Train on all samples; their validation logits are of networks that each left a fifth of them out."""
+    inputs = torch.cat([split.inputs, split.validation_inputs])
+    labels = torch.cat([split.labels, split.validation_labels])
+    fold = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)) % FOLDS
+    logits = torch.empty(len(labels), int(split.test_labels.max()) + 1)
+
+    for left_out in range(FOLDS):
+        rest, part = fold != left_out, fold == left_out
+        folded = split._replace(inputs=inputs[rest], labels=labels[rest], validation_inputs=inputs[part])
+        logits[part] = train(folded, loss, head, seed, epochs, batch)["validation_logits"]
+
+    whole = train(split._replace(inputs=inputs, labels=labels), loss, head, seed, epochs, batch)
+    return {**whole, "validation_logits": logits, "validation_target": labels}
+
+
+def calibrate(run: Run) -> Calibration:
+    """Fit the calibration of a run to its validation logits."""
+    return fit(
         run["validation_logits"],
         run["validation_target"],
         class_counts=run["class_counts"],
         implied_prior=run["implied_prior"],
     )
+
+
+def scores(run: Run) -> dict[str, Any]:
+    """Score the test set of a run, as it is and calibrated."""
+    calibration = calibrate(run)
     logits, target = run["test_logits"], run["test_target"]
-    predictions = {"plain": logits.softmax(1), "calibrated": calibration.probabilities(logits)}
-    found: dict[str, Any] = {}
-    for name, probabilities in predictions.items():
-        means = mean_scores(score_sums(probabilities, target, bins=15), "classes")
-        found[name] = {
-            "balanced_accuracy": balanced_accuracy(probabilities, target),
-            "nll": float(means["nll"]),
-            "ece": 100 * float(means["ece"]),
-        }
     return {
-        **found,
+        "plain": scores_of(logits.softmax(1), target),
+        "calibrated": scores_of(calibration.probabilities(logits), target),
         "temperature": calibration.temperature,
         "exponent": calibration.exponent,
         "used": calibration.used,
@@ -137,72 +145,131 @@ def scores(run: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def balanced_accuracy(predictions: Tensor, target: Tensor) -> float:
-    """Mean over classes of the part that is right, in percent."""
+def scores_of(probabilities: Tensor, target: Tensor) -> dict[str, float]:
+    """Score probabilities, in percent but for the likelihood; classes count alike."""
+    means = mean_scores(score_sums(probabilities, target, bins=15), "classes")
     share = 1 / torch.bincount(target)[target].double()
-    return 100 * float((predictions.argmax(1) == target).double() @ share / share.sum())
+    right = (probabilities.argmax(1) == target).double() @ share / share.sum()
+    return {
+        "balanced_accuracy": 100 * float(right),
+        "nll": float(means["nll"]),
+        "ece": 100 * float(means["ece"]),
+    }
 
 
-def keys(seeds: int) -> Iterator[Key]:
-    """All runs, seed by seed."""
-    for seed in range(1, seeds + 1):
-        for name, loss, head in itertools.product(DATA_SETS, LOSSES, HEADS):
-            yield name, loss, head, seed
+def runs_of(record: Record, data: str, head: str, loss: str) -> list[dict[str, Any]]:
+    """The runs of all seeds."""
+    return [run for run in record["runs"] if (run["data"], run["head"], run["loss"]) == (data, head, loss)]
 
 
-def gains(record: dict[str, Any], loss: str, head: str, name: str) -> list[float]:
-    """What calibrated prediction gains in balanced accuracy, for every seed."""
-    return [
-        run["calibrated"]["balanced_accuracy"] - run["plain"]["balanced_accuracy"]
-        for run in record["runs"]
-        if (run["loss"], run["head"], run["data"]) == (loss, head, name)
+def means(record: Record, data: str, head: str, loss: str, what: str) -> list[float]:
+    """A score's mean over seeds: of the plain mean of the experts, and calibrated."""
+    runs = runs_of(record, data, head, loss)
+    return [statistics.mean(run[which][what] for run in runs) for which in ("plain", "calibrated")]
+
+
+def gains(record: Record, data: str, head: str, loss: str) -> list[float]:
+    """What the calibration gains in balanced accuracy, in points, for every seed."""
+    what = "balanced_accuracy"
+    return [run["calibrated"][what] - run["plain"][what] for run in runs_of(record, data, head, loss)]
+
+
+def table(record: Record, cell: Callable[[str, str, str], str]) -> str:
+    """A row a data set and head, a column a loss."""
+    sets = [name for name in DATA_SETS if any(run["data"] == name for run in record["runs"])]
+    rows = [
+        [data, head, *(cell(data, head, loss) for loss in LOSSES)]
+        for data, head in itertools.product(sets, HEADS)
     ]
+    return grid(["data", "heads", *LOSSES], rows, texts=2)
+
+
+def accuracy_table(record: Record) -> str:
+    """Balanced accuracy of the plain mean, and what the calibration gains, with its standard error."""
+
+    def cell(data: str, head: str, loss: str) -> str:
+        gained = gains(record, data, head, loss)
+        error = f" ± {statistics.stdev(gained) / math.sqrt(len(gained)):.2f}" if len(gained) > 1 else ""
+        plain = means(record, data, head, loss, "balanced_accuracy")[0]
+        return f"{plain:.1f} {statistics.mean(gained):+.2f}{error}"
+
+    return table(record, cell)
+
+
+def score_table(record: Record, what: str, digits: int) -> str:
+    """A score of the plain mean, and calibrated."""
+    return table(
+        record,
+        lambda data, head, loss: " → ".join(
+            f"{mean:.{digits}f}" for mean in means(record, data, head, loss, what)
+        ),
+    )
+
+
+def found_table(record: Record) -> str:
+    """Temperature, exponent where the calibration is used, and in how many runs it is."""
+
+    def cell(data: str, head: str, loss: str) -> str:
+        runs = runs_of(record, data, head, loss)
+        used = [run["exponent"] for run in runs if run["used"]]
+        exponent = f"{statistics.mean(used):.2f}" if used else "-"
+        return f"{statistics.mean(run['temperature'] for run in runs):.2f}, {exponent}, {len(used)}"
+
+    return table(record, cell)
+
+
+def draw(runs: dict[str, Run], path: Path) -> None:
+    """Draw reliability, and accuracy over the exponent: a column a data set."""
+    from matplotlib.figure import Figure
+
+    from lgla_losses.plot import plot_prior_shift, plot_reliability
+
+    figure = Figure(figsize=(3.8 * len(runs), 7.6), layout="constrained")
+    panels = figure.subplots(2, len(runs), squeeze=False)
+    for (name, run), (above, below) in zip(runs.items(), panels.T, strict=True):
+        calibration, logits, target = calibrate(run), run["test_logits"], run["test_target"]
+        predictions = {"plain mean": logits.softmax(1), "calibrated": calibration.probabilities(logits)}
+        plot_reliability(predictions, target, average="classes", ax=above)
+        plot_prior_shift(logits, target, run["class_counts"], calibration=calibration, ax=below)
+        above.set_title(name)
+    figure.savefig(path, dpi=144)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train what the folder lacks, and write the record of all."""
+    """Train what the folder lacks, write the record of all, and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path, help="the folder of benchmarks/real_data.py")
-    parser.add_argument(
-        "--logits", type=Path, default=Path("runs/prediction"), help="where the runs are kept"
-    )
-    parser.add_argument("--seeds", type=positive, default=5)
+    parser.add_argument("data", type=Path, help="the folder that benchmarks/real_data.py describes")
     parser.add_argument("--sets", nargs="+", choices=DATA_SETS, default=list(DATA_SETS))
+    parser.add_argument("--seeds", type=positive, default=5)
+    parser.add_argument("--logits", type=Path, default=Path("runs/prediction"), help="where runs are kept")
     parser.add_argument("--output", type=record_file, default=RESULTS / "prediction_cpu.json")
+    parser.add_argument("--picture", type=record_file, help="a .png file; none without")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     options.logits.mkdir(parents=True, exist_ok=True)
 
-    split: tuple[tuple[str, int], Split] | None = None
-    rows = []
-    for key in keys(options.seeds):
-        name, loss, head, seed = key
-        if name not in options.sets:
-            continue
-        path = options.logits / ("_".join(map(str, key)).replace(" ", "-") + ".pt")
-        if not path.exists():
-            if split is None or split[0] != (name, seed):
-                split = (name, seed), split_of(name, options.data, seed)
-            data = DATA_SETS[name]
-            torch.save(train(split[1], LOSSES[loss], head, seed, data.epochs, data.batch), path)
-        run = torch.load(path, weights_only=True)
-        rows.append({"data": name, "loss": loss, "head": head, "seed": seed, **scores(run)})
-        print(
-            *key,
-            {
-                k: round(v["balanced_accuracy"], 2) if isinstance(v, dict) else round(v, 2)
-                for k, v in rows[-1].items()
-                if k in ("plain", "calibrated", "temperature", "exponent", "used", "training_accuracy")
-            },
-            flush=True,
-        )
+    runs, drawn = [], {}
+    for seed, name in itertools.product(range(1, options.seeds + 1), options.sets):
+        data, split = DATA_SETS[name], None
+        for loss, head in itertools.product(LOSSES, HEADS):
+            path = options.logits / f"{name}_{loss}_{head}_{seed}.pt".replace(" ", "-")
+            if not path.exists():
+                split = split or split_of(name, options.data, seed)
+                how = cross_fit if data.cross_fit else train
+                torch.save(how(split, LOSSES[loss], head, seed, data.epochs, data.batch), path)
+            run = torch.load(path, weights_only=True)
+            runs.append({"data": name, "loss": loss, "head": head, "seed": seed, **scores(run)})
+            if (seed, loss, head) == (1, "LGLA, tau = K - 1", "cosine") and name in FRESH:
+                drawn[name] = run
+            print(seed, name, loss, head, "" if runs[-1]["used"] else "not used", flush=True)
 
-    record = {
-        "what": f"{EXPERTS} experts, classes of the test set count alike, one thread",
-        **made_here(),
-        "runs": rows,
-    }
+    what = f"{EXPERTS} experts, one thread; on the test set all classes count alike"
+    record = {"what": what, **made_here(), "runs": runs}
     write_whole(options.output, json.dumps(record, indent=1) + "\n")
+    if options.picture is not None:
+        draw(drawn, options.picture)
+    print(accuracy_table(record), score_table(record, "ece", 1), sep="\n\n", end="\n\n")
+    print(score_table(record, "nll", 2), found_table(record), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""Real long-tailed data sets for benchmarks: a training, an ordinary validation and a test part for every seed.
+"""Real long-tailed data sets for benchmarks: parts for training, validation and test, drawn by a seed.
 
 All but the digits are read from a folder, in which lie
 
-- ``cifar10.npz`` and ``tiny_imagenet.npz``, as :func:`lgla_losses.data.read_npz` takes them;
+- ``cifar10.npz``, as :func:`lgla_losses.data.read_npz` takes it;
 - ``fashion-mnist/``, the four files of Debian's package dataset-fashion-mnist;
 - ``packages.txt``, what ``apt-cache dumpavail`` prints: a line on every Debian package, and its section;
+- ``docstrings.csv``, which ``python examples/make_data.py docstrings`` writes: docstrings of Python's
+  standard library and their packages;
 - ``wordnet/``, the files ``data.*`` of Debian's package wordnet-base: the glosses and their 45 topics.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 from collections import Counter
 from collections.abc import Callable
@@ -25,17 +28,19 @@ from torch import Tensor
 
 from lgla_losses.data import long_tailed_counts, long_tailed_indices, read_npz
 
-#: Side of the images of CIFAR-10 and Tiny-ImageNet.
+#: Side of the images of CIFAR-10.
 PIXELS = 16
 
 
 class Pool(NamedTuple):
-    """Inputs and labels; where there is no test set, every seed draws one of the samples."""
+    """Inputs and labels."""
 
     inputs: Tensor
     labels: npt.NDArray[np.int64]
-    test_inputs: Tensor | None = None
-    test_labels: npt.NDArray[np.int64] | None = None
+
+
+#: The samples to train on, and those of the test; None where every seed draws a test part of the former.
+Pools = tuple[Pool, Pool | None]
 
 
 class Split(NamedTuple):
@@ -52,24 +57,25 @@ class Split(NamedTuple):
 class DataSet(NamedTuple):
     """Where the samples come from, and the long tail that is cut from them; None keeps the natural one."""
 
-    pool: Callable[[Path], Pool]
+    pools: Callable[[Path], Pools]
     largest: int | None
     imbalance: float = 100.0
     epochs: int = 30
     batch: int = 128
+    cross_fit: bool = False
 
 
 def split_of(name: str, folder: Path, seed: int, validation: float = 0.1) -> Split:
     """Draw the parts of one seed: the share ``validation`` of the training samples is held out."""
     data = DATA_SETS[name]
-    pool = data.pool(folder)
+    pool, test = data.pools(folder)
     order = np.random.default_rng(seed).permutation(len(pool.labels))
     num_classes = int(pool.labels.max()) + 1
 
-    if pool.test_inputs is None or pool.test_labels is None:
+    if test is None:
         share = int(0.3 * len(order))
-        test, order = order[:share], order[share:]
-        pool = pool._replace(test_inputs=pool.inputs[test], test_labels=pool.labels[test])
+        chosen, order = order[:share], order[share:]
+        test = Pool(pool.inputs[chosen], pool.labels[chosen])
     if data.largest is not None:
         counts = long_tailed_counts(data.largest, num_classes, data.imbalance)
         order = order[long_tailed_indices(pool.labels[order], counts, seed=seed).numpy()]
@@ -78,11 +84,9 @@ def split_of(name: str, folder: Path, seed: int, validation: float = 0.1) -> Spl
     held = int(validation * len(order))
     parts = (order[held:], order[:held])
     mean, deviation = _moments(pool.inputs[parts[0]])
-    assert pool.test_inputs is not None and pool.test_labels is not None
-    halves: list[Tensor] = []
-    for part in parts:
-        halves += [(pool.inputs[part] - mean) / deviation, torch.from_numpy(pool.labels[part])]
-    return Split(*halves, (pool.test_inputs - mean) / deviation, torch.from_numpy(pool.test_labels))
+    inputs = [(values - mean) / deviation for values in (*(pool.inputs[part] for part in parts), test.inputs)]
+    labels = [torch.from_numpy(values) for values in (*(pool.labels[part] for part in parts), test.labels)]
+    return Split(inputs[0], labels[0], inputs[1], labels[1], inputs[2], labels[2])
 
 
 def _moments(inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,55 +97,42 @@ def _moments(inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _digits(folder: Path) -> Pool:
+def _digits(folder: Path) -> Pools:
     from sklearn.datasets import load_digits
 
     data, labels = load_digits(return_X_y=True)
     rest, test = np.arange(len(labels)) % 2 == 0, np.arange(len(labels)) % 2 == 1
     inputs = torch.from_numpy(data).float() / 16
-    return Pool(inputs[rest], labels[rest], inputs[test], labels[test])
+    return Pool(inputs[rest], labels[rest]), Pool(inputs[test], labels[test])
 
 
 @cache
-def _fashion_mnist(folder: Path) -> Pool:
+def _fashion_mnist(folder: Path) -> Pools:
     arrays = []
     for half in ("train", "t10k"):
         for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
             packed = (folder / "fashion-mnist" / f"{half}-{kind}-ubyte.gz").read_bytes()
             arrays.append(np.frombuffer(gzip.decompress(packed), np.uint8, offset=header))
     inputs = [torch.from_numpy(arrays[i].reshape(-1, 784) / np.float32(255)) for i in (0, 2)]
-    return Pool(inputs[0], arrays[1].astype(np.int64), inputs[1], arrays[3].astype(np.int64))
+    labels = [arrays[i].astype(np.int64) for i in (1, 3)]
+    return Pool(inputs[0], labels[0]), Pool(inputs[1], labels[1])
 
 
 @cache
-def _cifar10(folder: Path) -> Pool:
-    return _images(folder / "cifar10.npz")
-
-
-@cache
-def _tiny_imagenet(folder: Path) -> Pool:
-    return _images(folder / "tiny_imagenet.npz")
-
-
-def _images(path: Path) -> Pool:
-    """Images of an ``.npz`` file, ``[N, 3, 16, 16]``."""
+def _cifar10(folder: Path) -> Pools:
     parts: list[Tensor] = []
     labels = []
-    for images in read_npz(path).values():
-        small = [
-            F.interpolate(
-                torch.from_numpy(np.array(image)).movedim(-1, 0)[None].float() / 255, PIXELS, mode="area"
-            )
-            for image, _ in images
-        ]
-        parts.append(torch.cat(small))
+    for images in read_npz(folder / "cifar10.npz").values():
+        whole = torch.stack([torch.from_numpy(np.array(images[i][0])) for i in range(len(images))])
+        parts.append(F.interpolate(whole.movedim(-1, 1).float() / 255, size=PIXELS, mode="area"))
         labels.append(np.asarray(images.targets, np.int64))
-    return Pool(parts[0], labels[0], parts[1], labels[1])
+    return Pool(parts[0], labels[0]), Pool(parts[1], labels[1])
 
 
 @cache
-def _debian_sections(folder: Path) -> Pool:
-    texts, labels = {}, {}
+def _debian_sections(folder: Path) -> Pools:
+    texts: dict[str, str] = {}
+    labels: dict[str, str] = {}
     for block in (folder / "packages.txt").read_text(encoding="utf-8", errors="replace").split("\n\n"):
         fields = dict(line.split(": ", 1) for line in block.splitlines() if ": " in line and line[0] != " ")
         if "Description" in fields and "/" not in fields.get("Section", "/"):
@@ -153,7 +144,7 @@ def _debian_sections(folder: Path) -> Pool:
 
 
 @cache
-def _wordnet(folder: Path) -> Pool:
+def _wordnet(folder: Path) -> Pools:
     texts, labels = [], []
     for name in ("noun", "verb", "adj", "adv"):
         for line in (folder / "wordnet" / f"data.{name}").read_text(encoding="utf-8").splitlines():
@@ -164,8 +155,15 @@ def _wordnet(folder: Path) -> Pool:
     return _text_pool([texts[i] for i in chosen], [labels[i] for i in chosen], fewest=30)
 
 
-def _text_pool(texts: list[str], labels: list[str], fewest: int) -> Pool:
-    """Texts as 256 numbers each, made without labels; classes with fewer samples than ``fewest`` are left out."""
+@cache
+def _docstrings(folder: Path) -> Pools:
+    with (folder / "docstrings.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return _text_pool([row["text"] for row in rows], [row["label"] for row in rows], fewest=10)
+
+
+def _text_pool(texts: list[str], labels: list[str], fewest: int) -> Pools:
+    """Texts as 256 numbers each, made without labels; classes of fewer texts than ``fewest`` are left out."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -178,14 +176,15 @@ def _text_pool(texts: list[str], labels: list[str], fewest: int) -> Pool:
     )
     features = TruncatedSVD(256, random_state=0).fit_transform(words)
     features /= np.linalg.norm(features, axis=1, keepdims=True) + 1e-6
-    return Pool(torch.from_numpy(features).float(), np.array([index[labels[i]] for i in kept]))
+    numbers = np.array([index[labels[i]] for i in kept])
+    return Pool(torch.from_numpy(features).float(), numbers), None
 
 
 DATA_SETS = {
-    "digits": DataSet(_digits, largest=80, imbalance=40.0, epochs=60, batch=32),
+    "digits": DataSet(_digits, largest=80, imbalance=40.0, epochs=60, batch=32, cross_fit=True),
     "Fashion-MNIST": DataSet(_fashion_mnist, largest=5000),
     "CIFAR-10": DataSet(_cifar10, largest=5000),
-    "Tiny-ImageNet": DataSet(_tiny_imagenet, largest=None, epochs=20),
     "Debian sections": DataSet(_debian_sections, largest=None),
+    "docstrings": DataSet(_docstrings, largest=None, epochs=20, batch=64, cross_fit=True),
     "WordNet topics": DataSet(_wordnet, largest=None),
 }

@@ -207,12 +207,14 @@ def judge(data: Labelled) -> Judgement:
         sums.append(calibrated.sums)
 
     change = right.to(likelier.dtype) - (data.logits.argmax(dim=1) == data.target).to(likelier.dtype)
-    by_sample, by_class = data.weight, class_shares(data.target).to(likelier.dtype)
+    by_sample, by_class = data.weight / data.weight.sum(), class_shares(data.target).to(likelier.dtype)
+    likelihood, accuracy = likelier @ by_sample, change @ by_class
     return Judgement(
-        Outcome(likelier, right, total(sums)),
-        mean_and_error(likelier, by_sample / by_sample.sum()),
-        mean_and_error(change, by_class),
-        converged,
+        calibrated=Outcome(likelier, right, total(sums)),
+        likelihood=(float(likelihood), float(((likelier - likelihood) * by_sample).norm())),
+        # The variance of all samples stands for that of a class of a sample or two, which has none.
+        accuracy=(float(accuracy), float(change.var(correction=0).sqrt() * by_class.norm())),
+        converged=converged,
     )
 
 
@@ -229,11 +231,3 @@ def class_shares(target: Tensor) -> Tensor:
     """Give weights ``[M]`` that sum to 1, by which all classes that are there count alike."""
     share = 1 / torch.bincount(target)[target]
     return share / share.sum()
-
-
-def mean_and_error(values: Tensor, share: Tensor) -> tuple[float, float]:
-    """Compute a weighted mean and its standard error.
-
-    The variance is that of all samples: classes of a sample or two have none of their own.
-    """
-    return float(values @ share), float(values.var(correction=0).sqrt() * share.norm())
