@@ -195,7 +195,7 @@ def label_shift(outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
         priors = {
             "as it is": prior,
             "uniform": torch.full_like(prior, 1 / num_classes),
-            "fitted": estimate_prior(logits, prior),
+            "fitted": estimate_prior(logits, prior, smoothing=0.0),
             "fitted, smoothed": estimate_prior(logits, prior, smoothing=SMOOTHING),
             "true": true,
         }

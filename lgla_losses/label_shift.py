@@ -1,13 +1,11 @@
 r"""The class prior of a test set without labels, and predictions under it.
 
-Both functions hold where the classes look alike in training and test, :math:`p(x|j)` unchanged, and the
-logits are calibrated: log-likelihood plus log prior, up to a constant per sample. Overconfident logits, as
-of networks trained for long, bias the estimate, and so do hard-sample weights (``aaw=True``); calibrate the
-logits on held-out data first. Where classes are many and the model weak, the likelihood alone fits noise:
-``smoothing`` holds the estimate back.
+Both functions hold where the classes look alike in training and test, :math:`p(x|j)` unchanged.
 
 Source: Saerens, Latinne and Decaestecker, "Adjusting the Outputs of a Classifier to New a Priori
-Probabilities: A Simple Procedure", Neural Computation 14(1), 2002.
+Probabilities: A Simple Procedure", Neural Computation 14(1), 2002. Lipton, Wang and Smola, "Detecting and
+Correcting for Label Shift with Black Box Predictors", ICML 2018. Garg, Wu, Balakrishnan and Lipton, "A
+Unified View of Label Shift Estimation", NeurIPS 2020.
 """
 
 from __future__ import annotations
@@ -18,7 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lgla_losses._checks import describe, finite_float, floating_tensor, positive_int
+from lgla_losses._checks import (
+    describe,
+    finite_float,
+    floating_tensor,
+    positive_int,
+    same_device,
+    target_tensor,
+    target_values,
+)
 from lgla_losses._counts import ArrayLike, to_numpy
 from lgla_losses._torch import values_readable
 from lgla_losses.functional import compute_dtype, widest_dtype
@@ -26,70 +32,143 @@ from lgla_losses.functional import compute_dtype, widest_dtype
 __all__ = ["estimate_prior", "shift_prior"]
 
 
+#: What the errors of trained networks add to the squared distance from the uniform prior, beside chance. More
+#: samples do not cure them, and nothing in unlabelled ones tells their size: chosen on trained networks.
+MARGIN = 0.05
+#: The smoothing where rates of labelled samples explain the predictions, chosen in the same way.
+SMOOTHING_OF_RATES = 0.05
+#: What the network believes about its errors counts as much as this many labelled samples of each class.
+BELIEVED_SAMPLES = 5.0
+
+
 @torch.no_grad()
 def estimate_prior(
     logits: Tensor,
     prior: ArrayLike,
     *,
-    smoothing: float = 0.0,
+    validation: tuple[Tensor, Tensor] | None = None,
+    smoothing: float | None = None,
     max_steps: int = 1000,
     tolerance: float = 1e-6,
 ) -> Tensor:
-    r"""Estimate the class prior under which the samples are most likely, by expectation maximisation.
+    r"""Estimate the class prior of samples without labels.
 
-    From :math:`p = p_{prior}` on, repeats
+    By default it is the mean probability of each class, under the uniform prior,
 
-    .. math:: p_j \leftarrow \frac{1}{N} \sum_i
-        \mathrm{softmax}_j(v_i + \log p - \log p_{prior}).
+    .. math:: q = \frac{1}{N} \sum_i \mathrm{softmax}(v_i - \log p_{prior}),
 
-    The likelihood is concave in :math:`p` and never falls, so the limit maximises it. See the module for when
-    it is sound.
+    held back towards the uniform prior, and equal to it where q may differ from it by chance or by the errors
+    of the network: :math:`p \propto q^a` with
 
-    Source: Saerens et al., 2002.
+    .. math:: a = \max\left(0,\ 1 - \frac{0.05 + z}{2\,\mathrm{KL}(q\,\|\,1/C)}\right),
+
+    where z is what the denominator would be by chance if no class were more frequent than another: with the
+    probabilities :math:`s_i` of the samples, :math:`(C \cdot \overline{\lVert s_i \rVert^2} - 1) / N`. Large
+    shifts are kept, small ones are not worth the risk.
+
+    With ``validation`` :math:`p` explains how often each class is predicted by the rates :math:`R_{jc}` at
+    which labelled samples of class j are predicted as c. This repeats, from :math:`p = p_{prior}` on,
+
+    .. math:: p_j \leftarrow p_j \sum_c q_c R_{jc} / \textstyle\sum_l p_l R_{lc}
+
+    before it is held back. Of a class with few or no labelled samples :math:`R_{jc}` leans on what the
+    network believes: the mean probability of c over the test samples, weighted by that of j.
+
+    With ``smoothing`` nothing is held back, and without ``validation`` it is expectation maximisation: the
+    prior under which the samples are most likely, the fixed point of
+
+    .. math:: p_j \leftarrow \frac{1}{N} \sum_i \mathrm{softmax}_j(v_i + \log p - \log p_{prior}).
+
+    It gains more than the default where the logits are exact, and loses where the network is weak.
+
+    Source: expectation maximisation by Saerens et al., 2002; rates by Lipton et al., 2018, fitted by maximum
+    likelihood as in "MLLS-CM" of Garg et al., 2020. The exponent is the positive-part factor of James and
+    Stein, with a margin.
 
     Args:
         logits: finite log-likelihood plus log ``prior`` ``[N, C]``, up to a constant per sample.
         prior: what the logits hold, positive ``[C]``, divided by its sum; of an LGLA ensemble
             ``criterion.adjuster.implied_prior()``.
+        validation: logits ``[M, C]`` of the same network, finite, and the classes, int64 ``[M]``, of samples
+            that it was not trained on. Their class frequencies do not matter, and classes may be missing.
         smoothing: evenly spread samples that count beside the test samples, per test sample: 0 trusts the
-            likelihood alone, 1 weighs it as much as the uniform distribution.
-        max_steps: most steps, at least 1.
+            likelihood alone, the more the nearer is the uniform prior. None: the default above.
+        max_steps: most steps of what is repeated, at least 1.
         tolerance: stops when no probability changes by more.
 
     Returns:
         Probabilities ``[C]`` in float64 (float32 on MPS), without gradient.
 
     Raises:
-        TypeError: logits are not a floating-point tensor, the prior not numbers.
-        ValueError: shapes do not fit, there is no sample, or a value is not finite or not positive.
+        TypeError: logits are not a floating-point tensor, classes not int64, the prior not numbers.
+        ValueError: shapes or devices do not fit, there is no sample, or a value is not finite, not positive
+            or not a class.
 
     Example:
-        >>> logits = torch.tensor([[9.0, 0.0], [0.0, 9.0], [0.0, 9.0], [0.0, 9.0]])
+        >>> logits = torch.tensor([[9.0, 0.0], [0.0, 9.0], [0.0, 9.0], [0.0, 9.0]]).repeat(100, 1)
         >>> estimate_prior(logits, prior=[0.5, 0.5])
+        tensor([0.2936, 0.7064], dtype=torch.float64)
+        >>> estimate_prior(logits, prior=[0.5, 0.5], smoothing=0.0)
         tensor([0.2499, 0.7501], dtype=torch.float64)
     """
-    num_classes = _check_logits(logits)
+    num_classes = _check_sample("logits", logits)
     max_steps = positive_int("max_steps", max_steps, "it bounds the loop")
-    smoothing = finite_float("smoothing", smoothing, low=0.0, high=math.inf, expected="a finite number >= 0")
     tolerance = finite_float("tolerance", tolerance, low=0.0, high=math.inf, expected="a finite number >= 0")
-    if len(logits) == 0:
-        raise ValueError("logits: expected at least one sample [N, C], got none; leave empty test sets out")
-    if not logits.isfinite().all():
-        raise ValueError("logits: expected finite values, got NaN or infinity; leave masked classes out")
+    if smoothing is not None:
+        expected = "a finite number >= 0"
+        smoothing = finite_float("smoothing", smoothing, low=0.0, high=math.inf, expected=expected)
 
-    p = _check_prior("prior", prior, num_classes, logits)
-    log_likelihood = logits.to(p.dtype) - p.log()
-    # Every sample's likelihoods are divided by their largest, which the posterior does not see.
-    likelihood = (log_likelihood - log_likelihood.amax(dim=1, keepdim=True)).exp()
+    start = _check_prior("prior", prior, num_classes, logits)
+    log_likelihood = logits.to(start.dtype) - start.log()
+    probabilities = log_likelihood.softmax(dim=1)
+    if validation is not None:
+        known, target = _check_validation(validation, logits)
+        rates = _rates(probabilities, (known.to(start.dtype) - start.log()).softmax(dim=1), target)
+        frequency = probabilities.mean(dim=0)
+        predicted = frequency > torch.finfo(start.dtype).eps  # the others' evidence may be 0
+        amount = SMOOTHING_OF_RATES if smoothing is None else smoothing
+        p = _most_likely(rates.T[predicted], frequency[predicted], start, amount, max_steps, tolerance)
+    elif smoothing is not None:
+        # Every sample's likelihoods are divided by their largest, which the posterior does not see.
+        likelihood = (log_likelihood - log_likelihood.amax(dim=1, keepdim=True)).exp()
+        each = start.new_full((len(logits),), 1 / len(logits))
+        p = _most_likely(likelihood, each, start, smoothing, max_steps, tolerance)
+    else:
+        p = probabilities.mean(dim=0)
+    return _held_back(p, probabilities) if smoothing is None else p
 
+
+def _rates(probabilities: Tensor, known: Tensor, target: Tensor) -> Tensor:
+    """Return how often samples of class j are predicted as c, ``[j, c]``, from labelled ones and belief."""
+    # A class of probability 0 in all samples is believed to be predicted as itself.
+    identity = torch.eye(probabilities.shape[1]).to(probabilities)
+    believed = probabilities.T @ probabilities + torch.finfo(probabilities.dtype).tiny * identity
+    believed = believed / believed.sum(dim=1, keepdim=True)
+    sums = (BELIEVED_SAMPLES * believed).index_add(0, target, known)
+    return sums / sums.sum(dim=1, keepdim=True)
+
+
+def _most_likely(
+    likelihood: Tensor, frequency: Tensor, p: Tensor, smoothing: float, max_steps: int, tolerance: float
+) -> Tensor:
+    """Return the prior under which outcomes ``[O, C]`` of such frequencies are most likely, from ``p`` on."""
     for _ in range(max_steps):
         evidence = likelihood @ p
-        before, p = p, p * (evidence.reciprocal() @ likelihood) / len(logits) + smoothing / num_classes
+        before, p = p, p * ((frequency / evidence) @ likelihood) + smoothing / len(p)
         p = p / p.sum()
         if (p - before).abs().max() <= tolerance:
             break
-
     return p
+
+
+def _held_back(p: Tensor, probabilities: Tensor) -> Tensor:
+    """Return ``p`` to the power that leaves what neither chance nor the network's errors explain."""
+    num_classes, num_samples = len(p), len(probabilities)
+    distance = 2 * torch.xlogy(p, p * num_classes).sum()
+    chance = (num_classes * probabilities.square().sum(dim=1).mean() - 1) / num_samples
+    exponent = (1 - (MARGIN + chance) / distance.clamp(min=MARGIN)).clamp(min=0)
+    held_back = p**exponent
+    return held_back / held_back.sum()
 
 
 def shift_prior(logits: Tensor, prior: ArrayLike, new_prior: ArrayLike) -> Tensor:
@@ -117,7 +196,7 @@ def shift_prior(logits: Tensor, prior: ArrayLike, new_prior: ArrayLike) -> Tenso
         >>> shift_prior(torch.zeros(1, 2), prior=[0.5, 0.5], new_prior=[0.5, 0.0])
         tensor([[0.6931,   -inf]])
     """
-    num_classes = _check_logits(logits)
+    num_classes = _check_logits("logits", logits)
     if values_readable(logits, None) and not (logits < math.inf).all():
         raise ValueError("logits: expected finite values, or -inf for masked classes, got NaN or infinity")
     old = _check_prior("prior", prior, num_classes, logits)
@@ -126,11 +205,40 @@ def shift_prior(logits: Tensor, prior: ArrayLike, new_prior: ArrayLike) -> Tenso
     return (logits.to(dtype) + (new.log() - old.log()).to(dtype)).to(logits.dtype)
 
 
-def _check_logits(logits: Tensor) -> int:
-    num_classes = floating_tensor("logits", logits, "[N, C]").shape[1]
+def _check_logits(name: str, logits: Tensor) -> int:
+    num_classes = floating_tensor(name, logits, "[N, C]").shape[1]
     if num_classes == 0:
-        raise ValueError(f"logits: expected [N, C] with a class or more, got {list(logits.shape)}")
+        raise ValueError(f"{name}: expected [N, C] with a class or more, got {list(logits.shape)}")
     return num_classes
+
+
+def _check_sample(name: str, logits: Tensor) -> int:
+    """Check logits of which something is estimated; return the number of classes."""
+    num_classes = _check_logits(name, logits)
+    if len(logits) == 0:
+        raise ValueError(f"{name}: expected at least one sample [N, C], got none; leave empty sets out")
+    if not logits.isfinite().all():
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity; leave masked classes out")
+    return num_classes
+
+
+def _check_validation(validation: tuple[Tensor, Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Check labelled logits beside those of the test set."""
+    if not isinstance(validation, (tuple, list)) or len(validation) != 2:
+        raise TypeError(
+            f"validation: expected (logits, target) of labelled samples, got {describe(validation)}"
+        )
+    known, target = validation
+    num_classes = _check_sample("validation logits", known)
+    if num_classes != logits.shape[1]:
+        raise ValueError(
+            f"validation logits: expected the {logits.shape[1]} classes of logits, got {list(known.shape)}; "
+            "both come from one network"
+        )
+    target_tensor(target, known.shape[:1])
+    same_device(logits=logits, validation_logits=known, target=target)
+    target_values(target, num_classes)
+    return known, target
 
 
 def _check_prior(
