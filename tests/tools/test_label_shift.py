@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from prior_shift import gains
 
 from lgla_losses import LGLALoss
 from lgla_losses.label_shift import estimate_prior, shift_prior
-from prior_shift import gains
 
 COUNTS = torch.tensor([400.0, 90.0, 30.0, 10.0], dtype=torch.float64)
 SHIFTED = torch.tensor([0.1, 0.15, 0.25, 0.5], dtype=torch.float64)
