@@ -71,8 +71,9 @@ def estimate_prior(
 
     .. math:: p_j \leftarrow p_j \sum_c q_c R_{jc} / \textstyle\sum_l p_l R_{lc}
 
-    before it is held back. Of a class with few or no labelled samples :math:`R_{jc}` leans on what the
-    network believes: the mean probability of c over the test samples, weighted by that of j.
+    before it is held back. The rates :math:`R_{jc}` lean on what the network believes, which counts as much
+    as five labelled samples of each class: the mean probability of c over the test samples, weighted by that
+    of j.
 
     With ``smoothing`` nothing is held back, and without ``validation`` it is expectation maximisation: the
     prior under which the samples are most likely, the fixed point of
@@ -92,7 +93,8 @@ def estimate_prior(
         validation: logits ``[M, C]`` of the same network, finite, and the classes, int64 ``[M]``, of samples
             that it was not trained on. Their class frequencies do not matter, and classes may be missing.
         smoothing: evenly spread samples that count beside the test samples, per test sample: 0 trusts the
-            likelihood alone, the more the nearer is the uniform prior. None: the default above.
+            likelihood alone, the more the nearer is the uniform prior. None: the default above, with
+            ``validation`` 0.05 before it is held back.
         max_steps: most steps of what is repeated, at least 1.
         tolerance: stops when no probability changes by more.
 
