@@ -53,8 +53,7 @@ from lgla_losses._fitting import (
 from lgla_losses._scores import scores
 from lgla_losses.experts.output import ExpertOutput
 from lgla_losses.functional import compute_dtype, widest_dtype
-from lgla_losses.label_shift import _check_prior as class_prior
-from lgla_losses.label_shift import estimate_prior
+from lgla_losses.label_shift import class_prior, estimate_prior
 from lgla_losses.losses._base import Loss
 
 __all__ = ["Calibration", "Report", "Scores", "fit"]

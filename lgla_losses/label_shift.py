@@ -120,7 +120,7 @@ def estimate_prior(
         expected = "a finite number >= 0"
         smoothing = finite_float("smoothing", smoothing, low=0.0, high=math.inf, expected=expected)
 
-    start = _check_prior("prior", prior, num_classes, logits)
+    start = class_prior("prior", prior, num_classes, logits)
     log_likelihood = logits.to(start.dtype) - start.log()
     probabilities = log_likelihood.softmax(dim=1)
     if validation is not None:
@@ -201,8 +201,8 @@ def shift_prior(logits: Tensor, prior: ArrayLike, new_prior: ArrayLike) -> Tenso
     num_classes = _check_logits("logits", logits)
     if values_readable(logits, None) and not (logits < math.inf).all():
         raise ValueError("logits: expected finite values, or -inf for masked classes, got NaN or infinity")
-    old = _check_prior("prior", prior, num_classes, logits)
-    new = _check_prior("new_prior", new_prior, num_classes, logits, zeros=True)
+    old = class_prior("prior", prior, num_classes, logits)
+    new = class_prior("new_prior", new_prior, num_classes, logits, zeros=True)
     dtype = compute_dtype(logits.dtype)
     return (logits.to(dtype) + (new.log() - old.log()).to(dtype)).to(logits.dtype)
 
@@ -243,7 +243,7 @@ def _check_validation(validation: tuple[Tensor, Tensor], logits: Tensor) -> tupl
     return known, target
 
 
-def _check_prior(
+def class_prior(
     name: str, prior: ArrayLike, num_classes: int, logits: Tensor, zeros: bool = False
 ) -> Tensor:
     """Convert ``prior`` to probabilities in the widest dtype on the logits' device."""
