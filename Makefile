@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow test-torch sanitize lint docs hero bench gpu bench-class-parallel bench-learning-rate bench-layouts paper-smoke paper-cpu paper-gpu dist clean
+.PHONY: demo test test-slow test-torch sanitize lint docs hero bench gpu bench-class-parallel bench-learning-rate bench-prediction bench-layouts paper-smoke paper-cpu paper-gpu dist clean
 # What says that an extra is installed is kept.
 .SECONDARY:
 
@@ -45,6 +45,9 @@ bench-class-parallel: $(VENV)/.bench  ## classes spread over ranks: memory, numb
 
 bench-learning-rate: $(VENV)/.bench  ## what the usual learning rate makes of three experts; DATA=cifar10.npz for images
 	$(RUN) benchmarks/learning_rate.py $(if $(DATA),--data "$(DATA)")
+
+bench-prediction: $(VENV)/.examples  ## calibrated prediction on real data: DATA is the folder of benchmarks/real_data.py
+	$(RUN) benchmarks/prediction.py "$(DATA)" --picture docs/images/prediction.png
 
 bench-layouts: $(VENV)/.bench  ## what grouped experts cost against independent ones
 	$(RUN) tests/helpers/torchvision_shim.py benchmarks/expert_layouts.py

@@ -15,12 +15,14 @@ import json
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from arguments import positive, record_file
 from measure import made_here
+from prior_shift import gains as gains_of_estimate
 from real_data import DATA_SETS, Split, split_of
 from recording import write_whole
 from tables import grid
@@ -30,6 +32,7 @@ from lgla_losses import GroupConvExperts, LGLALoss
 from lgla_losses._scores import score_sums
 from lgla_losses._scores import scores as mean_scores
 from lgla_losses.calibration import Calibration, fit
+from lgla_losses.label_shift import estimate_prior
 
 RESULTS = Path(__file__).parent / "results"
 EXPERTS, FOLDS = 3, 5
@@ -142,7 +145,30 @@ def scores(run: Run) -> dict[str, Any]:
         "used": calibration.used,
         "training_accuracy": 100 * float(run["training_accuracy"]),
         "validation_samples": len(run["validation_target"]),
+        "estimated_priors": estimated_priors(run, calibration),
     }
+
+
+def estimated_priors(run: Run, calibration: Calibration) -> dict[str, dict[str, float]]:
+    """What an estimated class prior gains over the uniform one, by way and kind of test set; in points."""
+    known = run["validation_logits"], run["validation_target"]
+    ways: dict[str, tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]] = {
+        "smoothing=0": (run["test_logits"], run["implied_prior"], partial(estimate_prior, smoothing=0.0)),
+        "default": (run["test_logits"], run["implied_prior"], estimate_prior),
+        "validation=": (run["test_logits"], run["implied_prior"], partial(estimate_prior, validation=known)),
+        "calibrated": (
+            calibration.logits(run["test_logits"]),
+            torch.ones_like(run["implied_prior"]),
+            estimate_prior,
+        ),
+    }
+    found: dict[str, dict[str, float]] = {}
+    for name, (logits, prior, estimate) in ways.items():
+        gained = gains_of_estimate(
+            logits, run["test_target"], prior, run["class_counts"], estimate, sizes=(1000,)
+        )
+        found[name] = {kind: estimated for kind, (estimated, _) in gained.items()}
+    return found | {"true prior": {kind: true for kind, (_, true) in gained.items()}}
 
 
 def scores_of(probabilities: Tensor, target: Tensor) -> dict[str, float]:
@@ -218,6 +244,18 @@ def found_table(record: Record) -> str:
     return table(record, cell)
 
 
+def estimate_table(record: Record) -> str:
+    """What an estimated prior gains over the uniform one, a row a kind of test set, and the worst run."""
+    found = [run["estimated_priors"] for run in record["runs"]]
+    ways = list(found[0])
+    rows = [
+        [kind, *(f"{statistics.mean(run[way][kind] for run in found):+.2f}" for way in ways)]
+        for kind in found[0]["default"]
+    ]
+    rows.append(["mean, worst run", *(f"{min(run[way]['mean'] for run in found):+.2f}" for way in ways)])
+    return grid(["test set", *ways], rows)
+
+
 def draw(runs: dict[str, Run], path: Path) -> None:
     """Draw reliability, and accuracy over the exponent: a column a data set."""
     from matplotlib.figure import Figure
@@ -232,6 +270,17 @@ def draw(runs: dict[str, Run], path: Path) -> None:
         plot_reliability(predictions, target, average="classes", ax=above)
         plot_prior_shift(logits, target, run["class_counts"], calibration=calibration, ax=below)
         above.set_title(name)
+        for axes in (above, below):  # there is no room beside
+            handles, labels = axes.get_legend_handles_labels()
+            axes.get_legend().remove()
+            axes.legend(
+                handles,
+                labels,
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.2),
+                frameon=False,
+                fontsize="small",
+            )
     figure.savefig(path, dpi=144)
 
 
@@ -269,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.picture is not None:
         draw(drawn, options.picture)
     print(accuracy_table(record), score_table(record, "ece", 1), sep="\n\n", end="\n\n")
-    print(score_table(record, "nll", 2), found_table(record), sep="\n\n")
+    print(score_table(record, "nll", 2), found_table(record), estimate_table(record), sep="\n\n")
 
 
 if __name__ == "__main__":
