@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lgla_losses._scores import ScoreSums, score_sums
+from lgla_losses.functional import widest_dtype
 
 #: What is usual for trained networks, before any label is seen: log a is normal about log 0.75,
 USUAL, SPREAD_OF_LOG = 0.75, 0.5
@@ -27,6 +28,8 @@ SPREAD_OF_SHIFT = 0.2
 
 FOLDS = 5
 MOST_STEPS = 100
+#: A fit has converged where a step lowers the objective by less than this share; or than rounding, if larger.
+TOLERANCE = 1e-10
 #: Logits are read in parts of so many numbers.
 PART = 1 << 22
 
@@ -118,13 +121,14 @@ def fitted_point(data: Labelled) -> Point | None:
     """Find the likeliest coefficients by Newton's method; None where it does not converge."""
     point = START
     value, gradient, hessian = objective(data, point)
+    tolerance = max(TOLERANCE, 10 * torch.finfo(gradient.dtype).eps)
 
     for _ in range(MOST_STEPS):
         step = torch.linalg.solve(hessian, gradient)
         descent = float(gradient @ step)
         if not (math.isfinite(value) and math.isfinite(descent)):
             return None
-        if descent <= 1e-10 * max(1.0, abs(value)):
+        if descent <= tolerance * max(1.0, abs(value)):
             return point
 
         length = 1.0
@@ -207,7 +211,7 @@ def judge(data: Labelled) -> Judgement:
         sums.append(calibrated.sums)
 
     change = right.to(likelier.dtype) - (data.logits.argmax(dim=1) == data.target).to(likelier.dtype)
-    by_sample, by_class = data.weight / data.weight.sum(), class_shares(data.target).to(likelier.dtype)
+    by_sample, by_class = data.weight / data.weight.sum(), class_shares(data.target)
     likelihood, accuracy = likelier @ by_sample, change @ by_class
     return Judgement(
         calibrated=Outcome(likelier, right, total(sums)),
@@ -229,5 +233,5 @@ def folds(target: Tensor) -> Tensor:
 
 def class_shares(target: Tensor) -> Tensor:
     """Give weights ``[M]`` that sum to 1, by which all classes that are there count alike."""
-    share = 1 / torch.bincount(target)[target]
+    share = torch.bincount(target)[target].to(widest_dtype(target.device)).reciprocal()
     return share / share.sum()

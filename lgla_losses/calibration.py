@@ -30,7 +30,6 @@ from torch import Tensor
 
 from lgla_losses._checks import (
     describe,
-    finite_tensors,
     floating_tensor,
     one_of,
     same_device,
@@ -171,7 +170,13 @@ class Calibration:
         if prior is None:
             return likelihood
         if not isinstance(prior, str):
-            return likelihood + class_prior("prior", prior, num_classes, logits, zeros=True).log().to(dtype)
+            given = class_prior("prior", prior, num_classes, logits, zeros=True)
+            if not given[~masked].any():
+                raise ValueError(
+                    "prior: expected a positive value for a class with training samples, got 0 for all of "
+                    f"them: {describe(given.tolist())}"
+                )
+            return likelihood + given.log().to(dtype)
         if one_of("prior", prior, ("uniform", "estimated")) == "uniform":
             return likelihood
         found = likelihood.new_zeros(num_classes)
@@ -253,7 +258,11 @@ def fit(
         log_counts=log_counts - log_counts.mean(),
         split=log_split,
     )
-    finite_tensors(logits=data.logits)
+    if not data.logits.isfinite().all():
+        raise ValueError(
+            "logits: expected finite values, got NaN or infinity; leave such samples out, and masked classes "
+            "by a class count of 0"
+        )
 
     judged, both, alone = judge(data), fitted_point(data), fitted_point(data.ranked())
     unused = _why_unused(judged, both is not None and alone is not None)
@@ -295,7 +304,7 @@ def _slope(values: Tensor, log_counts: Tensor) -> float:
 
 def _scores(found: Outcome, target: Tensor) -> Scores:
     means = scores(found.sums, "samples")
-    accuracy = found.sums.correct.sum() / found.sums.samples.sum()
+    accuracy = int(found.sums.correct.sum()) / len(target)
     balanced = class_shares(target)[found.right].sum()
     return Scores(
         *(float(value) for value in (means["nll"], means["ece"], means["brier"], accuracy, balanced))
@@ -385,6 +394,6 @@ def _check_possible(target: Tensor, possible: Tensor) -> None:
     wrong = target[~possible[target]]
     if len(wrong):
         raise ValueError(
-            f"target: expected classes of which the training and the split have samples, got class "
-            f"{int(wrong[0])} ({len(wrong)} such samples); leave them out"
+            "target: expected classes whose class count, implied prior and validation prior are above 0, got "
+            f"class {int(wrong[0])} ({len(wrong)} such samples); leave them out"
         )
