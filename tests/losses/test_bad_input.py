@@ -19,7 +19,9 @@ from lgla_losses import (
     GroupConvExperts,
     LGLALoss,
     LinearLGLALoss,
+    calibration,
     count_classes,
+    create_loss,
     plot,
     suggest,
 )
@@ -43,6 +45,8 @@ WITH_GRADIENT = LOGITS.clone().requires_grad_()
 META = torch.device("meta")
 FLOAT8 = torch.float8_e4m3fn
 ADJUSTER = CLALogitAdjuster(ClassGrouper(COUNTS, 2))
+SPLIT = torch.eye(4).repeat(5, 1)  # 20 samples for a calibration
+LABELS = torch.arange(4).repeat(5)
 MASKING = CLALogitAdjuster(ClassGrouper([5, 0, 3], 2, zero_counts="mask"))
 
 
@@ -54,6 +58,10 @@ def nested(*tensors, **options):
 
 def criterion(**options):
     return LGLALoss(COUNTS, **options)
+
+
+def calibrated(logits=SPLIT, target=LABELS, class_counts=COUNTS, **options):
+    return calibration.fit(logits, target, class_counts=class_counts, **options)
 
 
 def sigmoid(counts=COUNTS, num_samples=80, **options):
@@ -701,6 +709,62 @@ CASES = {
     "plot: angles without experts": (lambda: plot.plot_angles(torch.zeros(2), TARGET, ADJUSTER.grouper), ValueError, "angles: expected shape [N, K]", "got [2]"),
     "plot: all ignored": (lambda: plot.plot_angles(torch.zeros(2, 3), TARGET * 0 - 100, ADJUSTER.grouper), ValueError, "angles: expected angles of a sample", "got [2, 3]"),
     "plot: no bins": (lambda: plot.plot_angles(torch.zeros(2, 3), TARGET, ADJUSTER.grouper, bins=0), ValueError, "bins: expected an integer >= 1", "got 0"),
+    # calibration
+    "calibration: one class alone": (lambda: calibrated(target=LABELS * 0), ValueError, "target: expected two classes or more", "got 20 samples of class 0", "at random"),
+    "calibration: one sample": (lambda: calibrated(SPLIT[:1], LABELS[:1]), ValueError, "logits: expected two samples or more", "got 1", "hold out"),
+    "calibration: no sample": (lambda: calibrated(SPLIT[:0], LABELS[:0]), ValueError, "logits: expected two samples or more", "got 0", "hold out"),
+    "calibration: logits of one class": (lambda: calibrated(SPLIT[:, :1], LABELS * 0, [40]), ValueError, "logits: expected two classes or more", "got [20, 1]"),
+    "calibration: no class counts": (lambda: calibrated(class_counts=None), ValueError, "class_counts: expected", "shape [4]", "got None", "criterion="),
+    "calibration: a prior without class counts": (lambda: calibrated(class_counts=None, implied_prior=COUNTS), ValueError, "class_counts: expected", "got None"),
+    "calibration: loss without class counts": (
+        lambda: calibrated(class_counts=None, criterion=create_loss("softmax")), ValueError, "class_counts", "got None", "pass class_counts=",
+    ),
+    "calibration: loss beside class counts": (lambda: calibrated(criterion=criterion()), ValueError, "criterion: expected None beside", "got both", "leave one out"),
+    "calibration: loss beside a prior": (
+        lambda: calibrated(class_counts=None, criterion=criterion(), implied_prior=COUNTS), ValueError, "criterion: expected None beside", "got both",
+    ),
+    "calibration: loss of several labels": (lambda: calibrated(class_counts=None, criterion=sigmoid()), ValueError, "criterion: expected a loss of one class", "got SigmoidAdjustedLoss"),
+    "calibration: loss of PyTorch": (
+        lambda: calibrated(class_counts=None, criterion=nn.CrossEntropyLoss()), TypeError, "criterion: expected a loss of lgla_losses", "got CrossEntropyLoss()", "class_counts=",
+    ),
+    "calibration: name of a loss": (lambda: calibrated(class_counts=None, criterion="lgla"), TypeError, "criterion: expected a loss", "got 'lgla'"),
+    "calibration: logits of experts": (lambda: calibrated(SPLIT[:, None].expand(-1, 3, -1)), ValueError, "logits: expected those of the ensemble [M, C]", "got [20, 3, 4]", "mean(dim=1)"),
+    "calibration: output of other experts": (
+        lambda: calibrated(ExpertOutput(SPLIT[:, None].expand(-1, 2, -1), SPLIT, SPLIT), class_counts=None, criterion=criterion()),
+        ValueError, "logits: expected [M, 3, C]", "criterion", "got [20, 2, 4]",
+    ),
+    "calibration: logits of other classes than the loss": (
+        lambda: calibrated(SPLIT[:, :3], LABELS % 3, None, criterion=criterion()), ValueError, "logits: expected [M, 4]", "criterion has 4 classes", "got [20, 3]",
+    ),
+    "calibration: logits of other classes than the counts": (lambda: calibrated(SPLIT[:, :3], LABELS % 3), ValueError, "class_counts", "shape [3]", "got [4]"),
+    "calibration: NaN logits": (lambda: calibrated(SPLIT * math.nan), ValueError, "logits: expected finite", "got NaN", "leave such samples out"),
+    "calibration: infinite logits": (lambda: calibrated(SPLIT / 0), ValueError, "logits: expected finite", "got NaN or infinity"),
+    "calibration: logits as an array": (lambda: calibrated(SPLIT.numpy()), TypeError, "logits: expected a floating-point tensor [M, C]", "got array"),
+    "calibration: integer logits": (lambda: calibrated(SPLIT.long()), TypeError, "logits: expected a floating-point tensor", "int64"),
+    "calibration: target too large": (lambda: calibrated(target=LABELS + 1), ValueError, "target: expected class indices 0..3", "got 4", "target - 1"),
+    "calibration: negative target": (lambda: calibrated(target=LABELS - 1), ValueError, "target: expected class indices 0..3", "got -1"),
+    "calibration: float target": (lambda: calibrated(target=LABELS.float()), TypeError, "target: expected an int64 tensor", "got torch.float32", "target.long()"),
+    "calibration: target as a list": (lambda: calibrated(target=LABELS.tolist()), TypeError, "target: expected an int64 tensor", "list", "torch.as_tensor"),
+    "calibration: target too short": (lambda: calibrated(target=LABELS[1:]), ValueError, "target: expected shape [20]", "got [19]"),
+    "calibration: text for a validation prior": (lambda: calibrated(validation_prior="estimated"), ValueError, "validation_prior: expected", "'uniform'", "got 'estimated'"),
+    "calibration: negative validation prior": (lambda: calibrated(validation_prior=[1, -1, 1, 1]), ValueError, "validation_prior: expected finite, non-negative", "got [1.0, -1.0"),
+    "calibration: negative implied prior": (lambda: calibrated(implied_prior=[1, -1, 1, 1]), ValueError, "implied_prior: expected finite, non-negative", "got [1.0, -1.0"),
+    "calibration: negative class counts": (lambda: calibrated(class_counts=[1, -1, 1, 1]), ValueError, "class_counts: expected finite, non-negative", "got [1.0, -1.0"),
+    "calibration: labels that the split cannot have": (
+        lambda: calibrated(validation_prior=[1, 0, 1, 1]), ValueError, "target: expected classes whose", "validation prior", "got class 1 (5 such samples)", "leave them out",
+    ),
+    "calibration: labels of a masked class": (lambda: calibrated(class_counts=[9, 5, 0, 1]), ValueError, "target: expected classes whose class count", "got class 2 (5 such samples)"),
+    "calibration: labels of a class without a prior": (lambda: calibrated(implied_prior=[1, 1, 1, 0]), ValueError, "target: expected", "implied prior", "got class 3 (5 such samples)"),
+    "calibrated: unknown prior": (lambda: calibrated().logits(SPLIT, "test"), ValueError, "prior: expected one of 'uniform', 'estimated'", "got 'test'"),
+    "calibrated: prior of other classes": (lambda: calibrated().probabilities(SPLIT, [1, 1]), ValueError, "prior: expected", "shape [4]", "got [2]"),
+    "calibrated: negative prior": (lambda: calibrated().probabilities(SPLIT, [1, -1, 1, 1]), ValueError, "prior: expected finite, non-negative", "got [1.0, -1.0"),
+    "calibrated: prior of a masked class only": (
+        lambda: calibrated(SPLIT[LABELS < 3], LABELS[LABELS < 3], [9, 5, 3, 0]).probabilities(SPLIT, [0, 0, 0, 1]),
+        ValueError, "prior: expected a positive value for a class with training samples", "got 0 for all of them",
+    ),
+    "calibrated: logits of other classes": (lambda: calibrated().logits(SPLIT[:, :3]), ValueError, "logits: expected [N, 4]", "got [20, 3]"),
+    "calibrated: logits of experts": (lambda: calibrated().logits(SPLIT[:, None]), ValueError, "logits: expected shape [N, C]", "got [20, 1, 4]"),
+    "calibrated: logits as a list": (lambda: calibrated().logits(SPLIT.tolist()), TypeError, "logits: expected a floating-point tensor [N, C]", "list"),
     "3-D stage output": (
         lambda: experts(stage=nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(2)))(torch.zeros(2, 2, 5, 5)),
         ValueError, "stage", "[N, d]", "9", "pooling",

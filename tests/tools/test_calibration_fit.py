@@ -1,0 +1,157 @@
+"""How temperature and exponent are fitted and judged, beside plain float64 equations, sample by sample."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lgla_losses import _fitting as fitting
+from lgla_losses._fitting import (
+    Labelled,
+    Point,
+    fitted_point,
+    folds,
+    judge,
+    mean_and_error,
+    objective,
+    sample_weights,
+)
+
+
+@st.composite
+def labelled(draw, most_samples=12):
+    """Draw a few samples of two classes or more, whose logits say something of the labels."""
+    num_classes, num_samples = draw(st.integers(2, 6)), draw(st.integers(2, most_samples))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    target = torch.randint(num_classes, (num_samples,), generator=generator)
+    logits = draw(st.floats(0.1, 8)) * normal(num_samples, num_classes)
+    logits[range(num_samples), target] += draw(st.floats(0, 3))
+    log_counts, implied, split = (2 * normal(num_classes) for _ in range(3))
+    return Labelled(
+        logits, target, sample_weights(split, target), implied, log_counts - log_counts.mean(), split
+    )
+
+
+POINTS = st.builds(Point, st.floats(0.05, 4), st.floats(-2, 2))
+
+
+def likelihood_term(data, a, b):
+    """The sum over samples of weight times -log of the posterior under the prior of the weighted samples."""
+    square_roots = [math.exp(float(-data.split[y]) / 2) for y in data.target]
+    weights = [w * sum(square_roots) / sum(v * v for v in square_roots) for w in square_roots]
+    total = 0.0
+    for v, y, weight in zip(data.logits, data.target, weights, strict=True):
+        scores = a * (v.double() - data.implied) + b * data.log_counts + 0.5 * data.split
+        total = total + weight * (scores.logsumexp(0) - scores[y])
+    return total
+
+
+def residuals(a, b):
+    """How far a and b are from the usual, in standard deviations."""
+    return torch.stack([(a / 0.75).log() / 0.5, (b - (a - 1) / 2) / 0.2])
+
+
+def plain_objective(data, point):
+    a, b = point[0], point[1]
+    return likelihood_term(data, a, b) + residuals(a, b).square().sum() / 2
+
+
+@given(labelled(), POINTS)
+def test_value_gradient_and_hessian_are_those_of_the_equations(data, point):
+    """The Hessian is Gauss-Newton's for the penalty: log a would make it negative."""
+    value, gradient, hessian = objective(data, point)
+    at = torch.tensor(point, dtype=torch.float64)
+    torch.testing.assert_close(value, float(plain_objective(data, at)), rtol=1e-10, atol=1e-10)
+    expected = torch.autograd.functional.jacobian(lambda p: plain_objective(data, p), at)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
+    slopes = torch.autograd.functional.jacobian(lambda p: residuals(p[0], p[1]), at)
+    expected = torch.autograd.functional.hessian(lambda p: likelihood_term(data, p[0], p[1]), at)
+    torch.testing.assert_close(hessian, expected + slopes.T @ slopes, rtol=1e-8, atol=1e-8)
+    assert torch.linalg.eigvalsh(hessian).min() > 0
+
+
+@given(labelled())
+def test_no_point_nearby_or_on_a_grid_is_likelier(data):
+    point = fitted_point(data)
+    assert point is not None
+    lowest = float(plain_objective(data, torch.tensor(point, dtype=torch.float64)))
+    near = [Point(point.a * (1 + da), point.b + db) for da in (-0.02, 0, 0.02) for db in (-0.02, 0, 0.02)]
+    grid = [Point(a, b) for a in (0.1, 0.3, 0.6, 1.0, 2.0) for b in (-1.0, -0.5, 0.0, 0.5)]
+    for other in near + grid:
+        assert float(plain_objective(data, torch.tensor(other, dtype=torch.float64))) >= lowest - 1e-6
+
+
+@settings(max_examples=15)
+@given(labelled(), st.randoms(use_true_random=False))
+def test_neither_the_order_of_samples_nor_a_constant_of_each_nor_parts_count(data, random):
+    point = fitted_point(data)
+    order = list(range(len(data.target)))
+    random.shuffle(order)
+    constant = torch.linspace(-50, 50, len(order), dtype=torch.float64)[:, None]
+    for same in (data.chosen(torch.tensor(order)), data._replace(logits=data.logits + constant)):
+        assert fitted_point(same) == pytest.approx(point, rel=1e-6, abs=1e-6)
+    whole = judge(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "PART", 2 * data.logits.shape[1] + 1)  # two samples
+        assert len(list(data.parts())) == math.ceil(len(order) / 2)
+        assert fitted_point(data) == pytest.approx(point, rel=1e-6, abs=1e-6)
+        parts = judge(data)
+    assert parts.likelihood == pytest.approx(whole.likelihood, rel=1e-6, abs=1e-6)
+    assert parts.accuracy == pytest.approx(whole.accuracy)
+    torch.testing.assert_close(parts.calibrated.sums.nll, whole.calibrated.sums.nll, rtol=1e-6, atol=1e-6)
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=80))
+def test_folds_have_equally_many_samples_of_every_class(labels):
+    target = torch.tensor(labels)
+    fold = folds(target)
+    num_folds = min(5, len(labels))
+    for chosen in (fold, *(fold[target == j] for j in target.unique())):
+        sizes = chosen.bincount(minlength=num_folds)
+        assert len(sizes) == num_folds
+        assert sizes.max() - sizes.min() <= 1
+
+
+def test_folds_do_not_follow_the_order_of_the_samples():
+    """Neighbours are often alike, as frames of a film are."""
+    fold = folds(torch.zeros(500, dtype=torch.int64))
+    assert len({tuple(fold[i : i + 5].tolist()) for i in range(0, 500, 5)}) > 50
+
+
+@settings(max_examples=12)
+@given(labelled(most_samples=30))
+def test_what_is_judged_is_predicted_without_its_own_label(data):
+    """By hand: each fold by fits to the other folds; balanced accuracy under the uniform prior."""
+    judged, fold = judge(data), folds(data.target)
+    gains, rights = [], []
+    for i, y in enumerate(data.target):
+        others = fold != fold[i]
+        a, b = fitted_point(data.chosen(others))
+        alone, shift = fitted_point(data.ranked().chosen(others))
+        scores = a * (data.logits[i] - data.implied) + b * data.log_counts
+        calibrated = (scores + data.split / 2).log_softmax(0)[y]
+        gains.append(float(calibrated - (alone * data.logits[i] + data.split / 2).log_softmax(0)[y]))
+        assert shift == pytest.approx((alone - 1) / 2, abs=1e-3)  # it multiplies zeros, so the usual one
+        rights.append(int(scores.argmax() == y) - int(data.logits[i].argmax() == y))
+
+    weight, classes = data.weight.tolist(), data.target.unique()
+    expected = sum(w * g for w, g in zip(weight, gains, strict=True)) / sum(weight)
+    assert judged.converged
+    assert judged.likelihood[0] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    by_class = [[right for right, y in zip(rights, data.target, strict=True) if y == j] for j in classes]
+    assert judged.accuracy[0] == pytest.approx(sum(sum(r) / len(r) for r in by_class) / len(classes))
+
+
+def test_the_error_is_that_of_a_mean():
+    values = torch.randn(50, dtype=torch.float64)
+    mean, error = mean_and_error(values, torch.full((50,), 1 / 50, dtype=torch.float64))
+    assert mean == pytest.approx(float(values.mean()))
+    assert error == pytest.approx(float(values.std(correction=0)) / 50**0.5)
+    unequal = torch.tensor([0.9, 0.1], dtype=torch.float64)
+    assert mean_and_error(values[:2], unequal)[1] > mean_and_error(values[:2], unequal * 0 + 0.5)[1]
