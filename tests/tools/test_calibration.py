@@ -524,6 +524,15 @@ def test_a_fit_that_does_not_converge_is_not_used(monkeypatch):
     assert_leaves_the_order(calibration, logits)
 
 
+def test_a_fold_that_does_not_converge_is_not_used_either(monkeypatch):
+    likelihood, target = samples(500, COUNTS)
+    logits = held(likelihood, 2.5, COUNTS.log())
+    monkeypatch.setattr(module, "judge", lambda data: fitting.judge(data)._replace(converged=False))
+    calibration = fit(logits, target, class_counts=COUNTS)
+    assert "does not converge" in calibration.report.reason
+    assert_leaves_the_order(calibration, logits)
+
+
 @pytest.mark.parametrize("factor", [1e150, 1e300])
 def test_logits_beyond_all_numbers_do_not_converge(factor):
     likelihood, target = samples(100, COUNTS)

@@ -148,6 +148,18 @@ def test_what_is_judged_is_predicted_without_its_own_label(data):
     assert judged.accuracy[0] == pytest.approx(sum(sum(r) / len(r) for r in by_class) / len(classes))
 
 
+@pytest.mark.parametrize("failing", range(4))
+def test_one_fold_that_does_not_converge_is_seen(monkeypatch, failing):
+    """Two samples are two folds, of two fits each."""
+    zeros = torch.zeros(2, dtype=torch.float64)
+    data = Labelled(torch.eye(2), torch.arange(2), zeros + 1, zeros, zeros, zeros)
+    assert judge(data).converged
+    points = [Point(1.0, 0.0)] * 4
+    points[failing] = None
+    monkeypatch.setattr(fitting, "fitted_point", lambda data, given=iter(points): next(given))
+    assert not judge(data).converged
+
+
 def test_the_error_is_that_of_a_mean():
     values = torch.randn(50, dtype=torch.float64)
     mean, error = mean_and_error(values, torch.full((50,), 1 / 50, dtype=torch.float64))
