@@ -38,7 +38,6 @@ from lgla_losses._checks import (
 )
 from lgla_losses._counts import ArrayLike
 from lgla_losses._fitting import (
-    START,
     Judgement,
     Labelled,
     Outcome,
@@ -85,8 +84,9 @@ class Report:
         num_samples: samples of the validation split.
         missing_classes: classes without any sample there.
         plain: scores of the softmax of the logits.
-        calibrated: scores of the calibrated probabilities under the prior of the validation split.
-        gain: balanced accuracy that the calibration adds.
+        calibrated: scores of the calibrated probabilities under the prior of the validation split; also where
+            they are not used.
+        gain: balanced accuracy that the calibration adds, or would add.
         standard_error: of ``gain``: a true gain or loss of this size cannot be seen in so few samples.
     """
 
@@ -117,6 +117,7 @@ class Calibration:
 
     Attributes:
         temperature: T, which divides the logits once their prior is out; above 1 where they are too sure.
+            Where ``used`` is False it is fitted alone, and 1 if that does not converge.
         exponent: s of n^s, the prior that the logits are found to hold; 0 where ``used`` is False. Where the
             loss has a prior of another form it is the slope over log n.
         used: False where held-out folds show no gain; the classes then keep the order of their logits.
@@ -264,12 +265,13 @@ def fit(
             "by a class count of 0"
         )
 
-    judged, both, alone = judge(data), fitted_point(data), fitted_point(data.ranked())
+    both, alone, as_it_is = fitted_point(data), fitted_point(data.ranked()), Point(1.0, 0.0)
+    judged = judge(data, both, alone)
     unused = _why_unused(judged, both is not None and alone is not None)
-    view, point = (data.ranked(), alone or START) if unused else (data, both or START)
+    view, point = (data.ranked(), alone or as_it_is) if unused else (data, both or as_it_is)
     log_prior = view.implied - point.b / point.a * view.log_counts
 
-    plain = outcome(data.ranked(), Point(1.0, 0.0), torch.zeros_like(data.split))
+    plain = outcome(data.ranked(), as_it_is, torch.zeros_like(data.split))
     report = Report(
         reason=unused or "used, as held-out labels are likelier than under a temperature alone",
         num_samples=len(target),

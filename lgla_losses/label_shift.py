@@ -243,16 +243,14 @@ def _check_validation(validation: tuple[Tensor, Tensor], logits: Tensor) -> tupl
     return known, target
 
 
-def class_prior(
-    name: str, prior: ArrayLike, num_classes: int, logits: Tensor, zeros: bool = False
-) -> Tensor:
+def class_prior(name: str, prior: ArrayLike, num_classes: int, logits: Tensor, zeros: bool = False) -> Tensor:
     """Convert ``prior`` to probabilities in the widest dtype on the logits' device."""
     array = to_numpy(name, prior)
     if not any(np.issubdtype(array.dtype, kind) for kind in (np.integer, np.floating)):
         raise TypeError(f"{name}: expected {num_classes} real numbers, got {array.dtype}")
     if array.shape != (num_classes,):
         raise ValueError(
-            f"{name}: expected one probability for each of {num_classes} classes, shape [{num_classes}], "
+            f"{name}: expected one number for each of {num_classes} classes, shape [{num_classes}], "
             f"got {list(array.shape)}"
         )
     weights = torch.from_numpy(array.astype(np.float64)).to(widest_dtype(logits.device)).to(logits.device)

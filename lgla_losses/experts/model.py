@@ -272,7 +272,7 @@ class ExpertModel(nn.Module):
     def predict(
         self,
         *inputs: Any,
-        prior: ArrayLike | None = None,
+        prior: ArrayLike | str | None = None,
         calibration: Calibrated | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -282,7 +282,8 @@ class ExpertModel(nn.Module):
 
         Args:
             *inputs: what the network takes.
-            prior: of the classes in the test set ``[C]``, for the calibration; None is uniform.
+            prior: of the classes in the test set, for the calibration: ``[C]``, or ``"estimated"`` from the
+                samples of this call; None is uniform.
             calibration: what makes probabilities of the ensemble's logits; None takes their softmax.
             **kwargs: inputs by name.
 

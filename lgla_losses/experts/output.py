@@ -20,7 +20,7 @@ ExpertLogits: TypeAlias = Tensor | Sequence[Tensor]
 class Calibrated(Protocol):
     """Turn logits into probabilities under a test prior, as a calibration fitted in advance."""
 
-    def probabilities(self, logits: Tensor, prior: ArrayLike | None = None) -> Tensor:
+    def probabilities(self, logits: Tensor, prior: ArrayLike | str | None = None) -> Tensor:
         """Give ``[N, C]`` of logits ``[N, C]``; ``prior=None`` is uniform."""
 
 
@@ -74,7 +74,7 @@ class ExpertOutput(NamedTuple):
     def probabilities(
         self,
         calibration: Calibrated | None = None,
-        prior: ArrayLike | None = None,
+        prior: ArrayLike | str | None = None,
         fusion: Tensor | Sequence[float] | None = None,
     ) -> Tensor:
         """Compute the class probabilities of the fused experts.
@@ -82,7 +82,8 @@ class ExpertOutput(NamedTuple):
         Args:
             calibration: what makes them of the fused logits, fitted on logits of the same ``fusion``; None
                 takes their softmax.
-            prior: of the classes in the test set ``[C]``, for the calibration; None is uniform.
+            prior: of the classes in the test set, for the calibration: ``[C]``, or ``"estimated"`` from the
+                samples of this call; None is uniform.
             fusion: as in :meth:`ensemble`.
 
         Returns:

@@ -14,7 +14,6 @@ from lgla_losses._fitting import (
     fitted_point,
     folds,
     judge,
-    mean_and_error,
     objective,
     sample_weights,
 )
@@ -156,14 +155,32 @@ def test_one_fold_that_does_not_converge_is_seen(monkeypatch, failing):
     assert judge(data).converged
     points = [Point(1.0, 0.0)] * 4
     points[failing] = None
-    monkeypatch.setattr(fitting, "fitted_point", lambda data: points.pop(0))
+    monkeypatch.setattr(fitting, "fitted_point", lambda *_: points.pop(0))
     assert not judge(data).converged
 
 
-def test_the_error_is_that_of_a_mean():
-    values = torch.randn(50, dtype=torch.float64)
-    mean, error = mean_and_error(values, torch.full((50,), 1 / 50, dtype=torch.float64))
-    assert mean == pytest.approx(float(values.mean()))
-    assert error == pytest.approx(float(values.std(correction=0)) / 50**0.5)
-    unequal = torch.tensor([0.9, 0.1], dtype=torch.float64)
-    assert mean_and_error(values[:2], unequal)[1] > mean_and_error(values[:2], unequal * 0 + 0.5)[1]
+def long_tail(num_samples, seed):
+    """Logits of balanced softmax that are twice too sure, and labels of a long tail."""
+    generator = torch.Generator().manual_seed(seed)
+    log_counts = torch.linspace(1.5, -1.5, 5, dtype=torch.float64)
+    split = log_counts.log_softmax(0)
+    target = torch.multinomial(split.exp(), num_samples, replacement=True, generator=generator)
+    noise = torch.randn(num_samples, 5, generator=generator, dtype=torch.float64)
+    logits = 4 * (torch.eye(5)[target] + noise / 2 + 0.2 * log_counts)
+    return Labelled(logits, target, sample_weights(split, target), torch.zeros_like(split), log_counts, split)
+
+
+def test_errors_are_those_of_weighted_means_and_shrink_with_the_samples():
+    once, four = (judge(long_tail(m, seed=3)) for m in (200, 800))
+    for errors in ((once.likelihood[1], four.likelihood[1]), (once.accuracy[1], four.accuracy[1])):
+        assert 1.3 < errors[0] / errors[1] < 3, errors
+
+
+def test_where_newton_begins_does_not_matter():
+    data = long_tail(200, seed=4)
+    expected = judge(data)
+    for start in (Point(0.2, 0.3), Point(2.0, -1.0)):
+        assert fitted_point(data, start) == pytest.approx(fitted_point(data), abs=1e-4)
+        found = judge(data, start, start)
+        assert found.likelihood == pytest.approx(expected.likelihood, abs=1e-5)
+        assert found.accuracy == pytest.approx(expected.accuracy)
