@@ -135,11 +135,17 @@ def calibrate(run: Run) -> Calibration:
 
 def scores(run: Run) -> dict[str, Any]:
     """Score the test set of a run, as it is and calibrated."""
-    calibration = calibrate(run)
+    calibration, counts = calibrate(run), run["class_counts"]
     logits, target = run["test_logits"], run["test_target"]
+    plain = logits.softmax(1)
     return {
-        "plain": scores_of(logits.softmax(1), target),
-        "calibrated": scores_of(calibration.probabilities(logits), target),
+        "plain": {**scores_of(plain, target), "ece_as_in_training": calibration_error(plain, target, counts)},
+        "calibrated": {
+            **scores_of(calibration.probabilities(logits), target),
+            "ece_as_in_training": calibration_error(
+                calibration.probabilities(logits, counts), target, counts
+            ),
+        },
         "temperature": calibration.temperature,
         "exponent": calibration.exponent,
         "used": calibration.used,
@@ -181,6 +187,15 @@ def scores_of(probabilities: Tensor, target: Tensor) -> dict[str, float]:
         "nll": float(means["nll"]),
         "ece": 100 * float(means["ece"]),
     }
+
+
+def calibration_error(probabilities: Tensor, target: Tensor, prior: Tensor) -> float:
+    """Compute the expected calibration error, in percent, where the classes have a prior."""
+    sums = score_sums(probabilities, target, bins=15)
+    samples = sums.samples.sum(1)
+    prior = prior.double() * (samples > 0)
+    gaps = prior / prior.sum() / samples.clamp_min(1) @ (sums.correct - sums.confidence)
+    return 100 * float(gaps.abs().sum())
 
 
 def runs_of(record: Record, data: str, head: str, loss: str) -> list[dict[str, Any]]:
