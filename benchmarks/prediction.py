@@ -215,14 +215,25 @@ def gains(record: Record, data: str, head: str, loss: str) -> list[float]:
     return [run["calibrated"][what] - run["plain"][what] for run in runs_of(record, data, head, loss)]
 
 
-def table(record: Record, cell: Callable[[str, str, str], str]) -> str:
+def table(record: Record, cell: Callable[[str, str, str], str]) -> list[list[str]]:
     """A row a data set and head, a column a loss."""
     sets = [name for name in DATA_SETS if any(run["data"] == name for run in record["runs"])]
-    rows = [
+    return [
         [data, head, *(cell(data, head, loss) for loss in LOSSES)]
         for data, head in itertools.product(sets, HEADS)
     ]
-    return grid(["data", "heads", *LOSSES], rows, texts=2)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """The rows of :func:`table` below their header; a star marks data that the rules were chosen on."""
+    marked = [[data if data in FRESH else f"{data} *", *cells] for data, *cells in rows]
+    return grid(["data", "heads", *LOSSES], marked, texts=2)
+
+
+def mean_gain(record: Record, loss: str, head: str | None = None) -> float:
+    """Mean gain over the fresh data sets, of one kind of head or of both."""
+    heads = HEADS if head is None else (head,)
+    return statistics.mean(statistics.mean(gains(record, data, one, loss)) for data in FRESH for one in heads)
 
 
 def accuracy_table(record: Record) -> str:
@@ -234,17 +245,21 @@ def accuracy_table(record: Record) -> str:
         plain = means(record, data, head, loss, "balanced_accuracy")[0]
         return f"{plain:.1f} {statistics.mean(gained):+.2f}{error}"
 
-    return table(record, cell)
+    rows = table(record, cell)
+    if all(any(run["data"] == name for run in record["runs"]) for name in FRESH):
+        for head in (*HEADS, None):
+            of_head = (f"{mean_gain(record, loss, head):+.2f}" for loss in LOSSES)
+            rows.append(["mean", head or "both", *of_head])
+    return markdown(rows).replace("| mean * |", "| mean of those without * |")
 
 
 def score_table(record: Record, what: str, digits: int) -> str:
     """A score of the plain mean, and calibrated."""
-    return table(
-        record,
-        lambda data, head, loss: " → ".join(
-            f"{mean:.{digits}f}" for mean in means(record, data, head, loss, what)
-        ),
-    )
+
+    def cell(data: str, head: str, loss: str) -> str:
+        return " → ".join(f"{mean:.{digits}f}" for mean in means(record, data, head, loss, what))
+
+    return markdown(table(record, cell))
 
 
 def found_table(record: Record) -> str:
@@ -253,15 +268,25 @@ def found_table(record: Record) -> str:
     def cell(data: str, head: str, loss: str) -> str:
         runs = runs_of(record, data, head, loss)
         used = [run["exponent"] for run in runs if run["used"]]
-        exponent = f"{statistics.mean(used):.2f}" if used else "-"
-        return f"{statistics.mean(run['temperature'] for run in runs):.2f}, {exponent}, {len(used)}"
+        exponent = f", s {statistics.mean(used):.2f}" if used else ""
+        temperature = statistics.mean(run["temperature"] for run in runs)
+        return f"t {temperature:.2f}{exponent}, used {len(used)} of {len(runs)}"
 
-    return table(record, cell)
+    return markdown(table(record, cell))
+
+
+def fit_table(record: Record) -> str:
+    """Part of the training samples that the plain mean gets right, in percent."""
+
+    def cell(data: str, head: str, loss: str) -> str:
+        return f"{statistics.mean(r['training_accuracy'] for r in runs_of(record, data, head, loss)):.1f}"
+
+    return markdown(table(record, cell))
 
 
 def estimate_table(record: Record) -> str:
     """What an estimated prior gains over the uniform one, a row a kind of test set, and the worst run."""
-    found = [run["estimated_priors"] for run in record["runs"]]
+    found = [run["estimated_priors"] for run in record["runs"] if run["data"] in FRESH]
     ways = list(found[0])
     rows = [
         [kind, *(f"{statistics.mean(run[way][kind] for run in found):+.2f}" for way in ways)]
@@ -316,11 +341,14 @@ def main(arguments: list[str] | None = None) -> None:
     for seed, name in itertools.product(range(1, options.seeds + 1), options.sets):
         data, split = DATA_SETS[name], None
         for loss, head in itertools.product(LOSSES, HEADS):
-            path = options.logits / f"{name}_{loss}_{head}_{seed}.pt".replace(" ", "-")
+            file = f"{name}_{loss}_{head}_{seed}_{data.epochs}_{data.batch}.pt".replace(" ", "-")
+            path = options.logits / file
             if not path.exists():
                 split = split or split_of(name, options.data, seed)
                 how = cross_fit if data.cross_fit else train
-                torch.save(how(split, LOSSES[loss], head, seed, data.epochs, data.batch), path)
+                unfinished = path.with_suffix(".part")
+                torch.save(how(split, LOSSES[loss], head, seed, data.epochs, data.batch), unfinished)
+                unfinished.replace(path)
             run = torch.load(path, weights_only=True)
             runs.append({"data": name, "loss": loss, "head": head, "seed": seed, **scores(run)})
             if (seed, loss, head) == (1, "LGLA, tau = K - 1", "cosine") and name in FRESH:
@@ -333,7 +361,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.picture is not None:
         draw(drawn, options.picture)
     print(accuracy_table(record), score_table(record, "ece", 1), sep="\n\n", end="\n\n")
-    print(score_table(record, "nll", 2), found_table(record), estimate_table(record), sep="\n\n")
+    print(score_table(record, "nll", 2), found_table(record), fit_table(record), sep="\n\n", end="\n\n")
+    print(estimate_table(record))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 r"""How temperature and exponent are fitted to labelled logits, and judged on held-out folds.
 
-With :math:`a = 1 / T` and :math:`x_j = v_j - \log \pi_j`, the logits without the prior of theory, the
+With :math:`a = 1 / t` and :math:`x_j = v_j - \log \pi_j`, the logits without the prior of theory, the
 posterior of :mod:`lgla_losses.calibration` is :math:`\mathrm{softmax}_j(a x_j + b \log n_j + \log q_j)`: a
 logistic regression with two coefficients, whose log likelihood is concave.
 
@@ -114,7 +114,11 @@ def objective(data: Labelled, point: Point) -> tuple[float, Tensor, Tensor]:
         [[1 / (SPREAD_OF_LOG * point.a), 0.0], [-0.5 / SPREAD_OF_SHIFT, 1 / SPREAD_OF_SHIFT]]
     )
     value += residuals.square().sum() / 2
-    return float(value), gradient + residuals @ slopes, hessian + slopes.T @ slopes
+    hessian += slopes.T @ slopes
+    # Below the usual, log a bends more than its slope says; above, where it bends less, a step may be short.
+    hessian[0, 0] += max(0.0, -math.log(point.a / USUAL)) / (SPREAD_OF_LOG * point.a) ** 2
+    # Two numbers are no work for a device.
+    return float(value), (gradient + residuals @ slopes).cpu(), hessian.cpu()
 
 
 def fitted_point(data: Labelled, start: Point | None = None) -> Point | None:
@@ -150,31 +154,36 @@ class Outcome(NamedTuple):
     """Say what predictions of labelled samples are worth.
 
     Attributes:
-        log_likelihood: of every label, where samples are weighted ``[M]``.
         right: whether the likeliest class under the uniform prior is the label ``[M]``.
         sums: from which the scores under another prior follow.
     """
 
-    log_likelihood: Tensor
     right: Tensor
     sums: ScoreSums
 
 
 def outcome(data: Labelled, point: Point, prior: Tensor) -> Outcome:
-    """Predict the samples of ``data`` at ``point``; ``prior`` is the log of that for the scores."""
-    likelihoods, rights, sums = [], [], []
+    """Predict the samples at ``point``; ``prior`` is the log of that for the scores ``[C]``."""
+    rights, sums = [], []
     for x, target, _ in data.parts():
         scores = point.a * x + point.b * data.log_counts
-        weighted = (scores + data.split / 2).log_softmax(dim=1)
-        likelihoods.append(weighted.gather(1, target[:, None])[:, 0])
         rights.append(scores.argmax(dim=1) == target)
         sums.append(score_sums((scores + prior).softmax(dim=1), target, bins=15))
-    return Outcome(torch.cat(likelihoods), torch.cat(rights), total(sums))
+    return Outcome(torch.cat(rights), total(sums))
 
 
 def total(sums: list[ScoreSums]) -> ScoreSums:
     """Add up the sums of several parts."""
     return ScoreSums(*(torch.stack(values).sum(0) for values in zip(*sums, strict=True)))
+
+
+def log_likelihood(data: Labelled, point: Point) -> Tensor:
+    """Compute the log probability of every label, under the prior of the weighted samples ``[M]``."""
+    parts = []
+    for x, target, _ in data.parts():
+        log_p = (point.a * x + point.b * data.log_counts + data.split / 2).log_softmax(dim=1)
+        parts.append(log_p.gather(1, target[:, None])[:, 0])
+    return torch.cat(parts)
 
 
 class Judgement(NamedTuple):
@@ -204,31 +213,36 @@ def judge(data: Labelled, near: Point | None = None, near_alone: Point | None = 
 
     for held_out in range(int(fold.max()) + 1):
         here = fold == held_out
-        alone = fitted_point(data.ranked().chosen(~here), near_alone)
-        both = fitted_point(data.chosen(~here), near)
+        rest, part = data.chosen(~here), data.chosen(here)
+        alone, both = fitted_point(rest.ranked(), near_alone), fitted_point(rest, near)
         converged = converged and alone is not None and both is not None
 
-        ranked = outcome(data.ranked().chosen(here), alone or START, data.split)
-        calibrated = outcome(data.chosen(here), both or START, data.split)
-        likelier[here] = calibrated.log_likelihood - ranked.log_likelihood
+        likelier[here] = log_likelihood(part, both or START) - log_likelihood(part.ranked(), alone or START)
+        calibrated = outcome(part, both or START, data.split)
         right[here] = calibrated.right
         sums.append(calibrated.sums)
 
     change = right.to(likelier.dtype) - (data.logits.argmax(dim=1) == data.target).to(likelier.dtype)
     by_sample, by_class = data.weight / data.weight.sum(), class_shares(data.target)
     likelihood, accuracy = likelier @ by_sample, change @ by_class
+    errors = [
+        ((likelier - likelihood) * by_sample).norm(),
+        ((change - accuracy) * by_class).norm(),
+        # Classes of a sample or two have no variance of their own: that of all samples stands for it.
+        change.var(correction=0).sqrt() * by_class.norm(),
+    ]
     return Judgement(
-        calibrated=Outcome(likelier, right, total(sums)),
-        likelihood=(float(likelihood), float(((likelier - likelihood) * by_sample).norm())),
-        # The variance of all samples stands for that of a class of a sample or two, which has none.
-        accuracy=(float(accuracy), float(change.var(correction=0).sqrt() * by_class.norm())),
+        calibrated=Outcome(right, total(sums)),
+        likelihood=(float(likelihood), float(errors[0])),
+        accuracy=(float(accuracy), float(max(errors[1:]))),
         converged=converged,
     )
 
 
 def folds(target: Tensor) -> Tensor:
     """Deal the samples of every class over the folds ``[M]``, at random but alike in every run."""
-    shuffled = torch.randperm(len(target), generator=torch.Generator().manual_seed(0)).to(target.device)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    shuffled = torch.randperm(len(target), generator=generator, device="cpu").to(target.device)
     dealt = shuffled[target[shuffled].argsort(stable=True)]
     fold = torch.empty_like(target)
     fold[dealt] = torch.arange(len(target), device=target.device) % min(FOLDS, len(target))

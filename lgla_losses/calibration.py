@@ -1,18 +1,18 @@
 r"""Calibrated probabilities under any test prior, from logits and labels of a validation split.
 
 The logits :math:`v` of a trained network hold a class prior, and they are too sure or not sure enough. Each
-is a number here, an exponent :math:`s` and a temperature :math:`T`, with which
+is a number here, an exponent :math:`s` and a temperature :math:`t`, with which
 
-.. math:: p_q(j | x) = \mathrm{softmax}_j\bigl((v_j - s \log n_j) / T + \log q_j\bigr)
+.. math:: p_q(j | x) = \mathrm{softmax}_j\bigl((v_j - s \log n_j) / t + \log q_j\bigr)
 
 is the posterior under any class prior :math:`q`. :func:`fit` finds the two numbers that make validation
 labels likeliest.
 
-In theory, for cross entropy at its minimum, :math:`T = 1`, and :math:`s` follows from the loss, whose
+In theory, for cross entropy at its minimum, :math:`t = 1`, and :math:`s` follows from the loss, whose
 ``implied_prior()`` is :math:`\propto n^s`: 1 for softmax, 0 for balanced softmax,
-:math:`1 - (1 + \tau) / K` for LGLA. Networks that are trained for long have a larger :math:`T`, and a larger
-:math:`s` with it: where :math:`v + T(k, j)` is calibrated at temperature :math:`T`, LGLA has
-:math:`s = T - (1 + \tau) / K`. A fit lies between these two as a rule.
+:math:`1 - (1 + \tau) / K` for LGLA. Networks that are trained for long have a larger :math:`t`, and a larger
+:math:`s` with it: where a temperature :math:`t` calibrates :math:`v + T(k, j)`, LGLA has
+:math:`s = t - (1 + \tau) / K`. A fit lies between these two as a rule.
 
 Source: for the temperature Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; for the prior
 Menon et al., "Long-tail learning via logit adjustment", ICLR 2021. Fitting both at once, and how, is our own.
@@ -21,8 +21,8 @@ Menon et al., "Long-tail learning via logit adjustment", ICLR 2021. Fitting both
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+import warnings
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -45,16 +45,23 @@ from lgla_losses._fitting import (
     class_shares,
     fitted_point,
     judge,
+    objective,
     outcome,
     sample_weights,
 )
 from lgla_losses._scores import scores
+from lgla_losses._torch import values_readable
 from lgla_losses.experts.output import ExpertOutput
 from lgla_losses.functional import compute_dtype, widest_dtype
 from lgla_losses.label_shift import class_prior, estimate_prior
 from lgla_losses.losses._base import Loss
 
 __all__ = ["Calibration", "Report", "Scores", "fit"]
+
+#: Priors of a test set that have a name.
+PRIORS = ("uniform", "estimated")
+#: Standard deviations of a chi-square statistic from which on nobody would call it chance.
+BEYOND_CHANCE = 10
 
 
 class Scores(NamedTuple):
@@ -86,8 +93,9 @@ class Report:
         plain: scores of the softmax of the logits.
         calibrated: scores of the calibrated probabilities under the prior of the validation split; also where
             they are not used.
-        gain: balanced accuracy that the calibration adds, or would add.
-        standard_error: of ``gain``: a true gain or loss of this size cannot be seen in so few samples.
+        gain: balanced accuracy that the calibration adds, or would add, over the classes with samples.
+        standard_error: of ``gain``. A true gain or loss of about twice this size cannot be seen in so few
+            samples.
     """
 
     reason: str
@@ -99,7 +107,7 @@ class Report:
     standard_error: float
 
     def __str__(self) -> str:
-        missing = f", none of {len(self.missing_classes)} classes" if self.missing_classes else ""
+        missing = f", {len(self.missing_classes)} classes without any" if self.missing_classes else ""
         lines = [
             f"{self.num_samples} samples{missing}; {self.reason}",
             f"{'on held-out folds':20}{'plain':>10}{'calibrated':>12}",
@@ -113,14 +121,16 @@ class Report:
 class Calibration:
     """Turn logits into calibrated probabilities under a test prior; :func:`fit` makes one.
 
-    It holds plain numbers, so pickle keeps it, and ``dataclasses.asdict`` gives what JSON takes.
+    It holds plain numbers: pickle and ``torch.save`` keep it.
 
     Attributes:
-        temperature: T, which divides the logits once their prior is out; above 1 where they are too sure.
+        temperature: t, which divides the logits once their prior is out; above 1 where they are too sure.
             Where ``used`` is False it is fitted alone, and 1 if that does not converge.
         exponent: s of n^s, the prior that the logits are found to hold; 0 where ``used`` is False. Where the
             loss has a prior of another form it is the slope over log n.
-        used: False where held-out folds show no gain; the classes then keep the order of their logits.
+        used: False where held-out folds show no gain. Then the classes keep the order of their logits. A
+            prior that is given or estimated takes the place of that of theory, or of the uniform one where
+            this makes the labels likelier.
         report: how the calibration does on held-out folds.
         log_prior: log of the prior that the logits hold, ``C`` numbers of mean 0; -inf for masked classes.
     """
@@ -129,11 +139,11 @@ class Calibration:
     exponent: float
     used: bool
     report: Report
-    log_prior: tuple[float, ...]
+    log_prior: tuple[float, ...] = field(repr=False)
 
-    @cached_property
-    def _log_prior(self) -> Tensor:
-        return torch.tensor(self.log_prior, dtype=torch.float64)
+    def __str__(self) -> str:
+        found = f"temperature {self.temperature:.2f}, exponent {self.exponent:.2f}"
+        return f"{found}{'' if self.used else ', not used'}\n{self.report}"
 
     def logits(self, logits: Tensor | ExpertOutput, prior: ArrayLike | str | None = None) -> Tensor:
         """Give the logarithm of the probabilities, up to a constant per sample.
@@ -141,17 +151,18 @@ class Calibration:
         Args:
             logits: ``[N, C]`` of the network that was calibrated, or an :class:`~lgla_losses.ExpertOutput`,
                 whose ensemble is taken.
-            prior: of the classes in the test set, ``[C]``, at least 0, divided by its sum. None and
-                ``"uniform"`` take all classes as equally frequent; ``"estimated"`` has
-                :func:`~lgla_losses.label_shift.estimate_prior` find the prior, for which the call must hold
-                the whole test set.
+            prior: of the classes in the test set, ``[C]``, at least 0; those of masked classes do not
+                count. None and ``"uniform"`` take all classes as equally frequent. ``"estimated"`` has
+                :func:`~lgla_losses.label_shift.estimate_prior` find the prior; the call must then hold the
+                whole test set.
 
         Returns:
             ``[N, C]`` in float32, or float64 for float64 logits; -inf for masked classes.
 
         Raises:
             TypeError: logits are no floating-point tensor, or a prior is not of numbers.
-            ValueError: there is another number of classes, or a prior is out of range.
+            ValueError: there is another number of classes, or logits or a prior are out of range; logits are
+                read on the CPU only.
         """
         logits = logits.ensemble() if isinstance(logits, ExpertOutput) else logits
         logits = floating_tensor("logits", logits, "[N, C]")
@@ -163,26 +174,32 @@ class Calibration:
             )
 
         dtype = compute_dtype(logits.dtype)
-        held = self._log_prior.to(logits.device, dtype)
+        held = torch.tensor(self.log_prior, dtype=dtype, device=logits.device)
         masked = held == -math.inf
-        likelihood = (logits.to(dtype) - held.masked_fill(masked, 0.0)) / self.temperature
-        likelihood = likelihood.masked_fill(masked, -math.inf)
+        held = held.masked_fill(masked, 0.0)
+        values = logits.to(dtype).masked_fill(masked, -math.inf)
+        if values_readable(logits, None) and not (values < math.inf).all():
+            raise ValueError(
+                "logits: expected finite values, or -inf for masked classes, got NaN or infinity"
+            )
 
-        if prior is None:
-            return likelihood
-        if not isinstance(prior, str):
-            given = class_prior("prior", prior, num_classes, logits, zeros=True)
-            if not given[~masked].any():
-                raise ValueError(
-                    "prior: expected a positive value for a class with training samples, got 0 for all of "
-                    f"them: {describe(given.tolist())}"
-                )
-            return likelihood + given.log().to(dtype)
-        if one_of("prior", prior, ("uniform", "estimated")) == "uniform":
-            return likelihood
-        found = likelihood.new_zeros(num_classes)
-        found[~masked] = estimate_prior(likelihood[:, ~masked], torch.ones(int((~masked).sum()))).to(dtype)
-        return likelihood + found.log()
+        likelihood = (values - held) / self.temperature if self.used else values / self.temperature - held
+
+        if prior is None or (isinstance(prior, str) and one_of("prior", prior, PRIORS) == "uniform"):
+            return likelihood if self.used else values / self.temperature
+        if isinstance(prior, str):
+            found = likelihood.new_zeros(num_classes)
+            uniform = torch.ones(int((~masked).sum()), device="cpu")
+            found[~masked] = estimate_prior(likelihood[:, ~masked], uniform).to(dtype)
+            return likelihood + found.log()
+
+        given = class_prior("prior", prior, num_classes, logits, zeros=True)
+        if not given[~masked].any():
+            raise ValueError(
+                "prior: expected a positive value for a class with training samples, got 0 for all of "
+                f"them: {describe(given.tolist())}"
+            )
+        return likelihood + given.log().to(dtype)
 
     def probabilities(self, logits: Tensor | ExpertOutput, prior: ArrayLike | str | None = None) -> Tensor:
         """Give class probabilities ``[N, C]`` under a test prior; takes what :meth:`logits` takes."""
@@ -268,12 +285,22 @@ def fit(
     both, alone, as_it_is = fitted_point(data), fitted_point(data.ranked()), Point(1.0, 0.0)
     judged = judge(data, both, alone)
     unused = _why_unused(judged, both is not None and alone is not None)
-    view, point = (data.ranked(), alone or as_it_is) if unused else (data, both or as_it_is)
-    log_prior = view.implied - point.b / point.a * view.log_counts
+    doubt = _doubt(own, log_split) if validation_prior is None else ""
+    if doubt:
+        warnings.warn(f"calibration.fit{doubt}", stacklevel=3)
+
+    if unused:
+        log_prior, point = _as_they_are(data, alone)
+    else:
+        point = both or as_it_is
+        log_prior = data.implied - point.b / point.a * data.log_counts
+    whole = torch.full_like(counts, -math.inf)
+    whole[kept] = log_prior - log_prior.mean()
 
     plain = outcome(data.ranked(), as_it_is, torch.zeros_like(data.split))
     report = Report(
-        reason=unused or "used, as held-out labels are likelier than under a temperature alone",
+        reason=(unused or "used: held-out labels are likelier than if the logits held the uniform prior")
+        + doubt,
         num_samples=len(target),
         missing_classes=tuple(missing.tolist()),
         plain=_scores(plain, own),
@@ -281,20 +308,54 @@ def fit(
         gain=judged.accuracy[0],
         standard_error=judged.accuracy[1],
     )
-    whole = torch.full_like(counts, -math.inf)
-    whole[kept] = log_prior - log_prior.mean()
-    exponent = _slope(log_prior, data.log_counts)
+    exponent = 0.0 if unused else _slope(log_prior, data.log_counts)
     return Calibration(1 / point.a, exponent, unused is None, report, tuple(whole.tolist()))
+
+
+def _as_they_are(data: Labelled, alone: Point | None) -> tuple[Tensor, Point]:
+    """Give the log prior of logits that are left as they are, uniform or of theory, and their temperature."""
+    uniform, of_theory = data.ranked(), data.ranked()._replace(split=data.split - 2 * data.implied)
+    found = [
+        (objective(view, point)[0], log_prior, point)
+        for view, log_prior, point in (
+            (uniform, torch.zeros_like(data.implied), alone),
+            (of_theory, data.implied, fitted_point(of_theory)),
+        )
+        if point is not None
+    ]
+    if not found:
+        return data.implied, Point(1.0, 0.0)
+    _, log_prior, point = min(found, key=lambda item: item[0])
+    return log_prior, point
+
+
+def _doubt(target: Tensor, log_split: Tensor) -> str:
+    """Say so where labels have other class frequencies than those of training, far beyond chance."""
+    expected = log_split.softmax(dim=0) * len(target)
+    found = torch.bincount(target, minlength=len(expected))
+    # Classes of which few samples are expected count together, as a chi-square test demands.
+    few = expected < 5
+    expected, found = (
+        torch.cat([values[~few], values[few].sum(dim=0, keepdim=True)]) for values in (expected, found)
+    )
+    statistic = float(((found - expected).square() / expected.clamp_min(5)).sum())
+    freedom = len(expected) - 1
+    if statistic <= freedom + BEYOND_CHANCE * math.sqrt(2 * max(1, freedom)):
+        return ""
+    return (
+        ": the labels do not have the class frequencies of training; if the split is balanced, give "
+        "validation_prior='uniform', else its frequencies"
+    )
 
 
 def _why_unused(judged: Judgement, converged: bool) -> str | None:
     """Say why the order of the logits is better kept; None where the calibration gains."""
     if not (converged and judged.converged):
-        return "not used, as a fit does not converge"
-    if judged.likelihood[0] <= judged.likelihood[1]:
-        return "not used, as held-out labels are not clearly likelier than under a temperature alone"
+        return "not used: a fit does not converge"
+    if judged.likelihood[0] <= judged.likelihood[1] + 1e-9:  # equal models differ by rounding
+        return "not used: held-out labels are not clearly likelier than if the logits held the uniform prior"
     if judged.accuracy[0] < -judged.accuracy[1]:
-        return "not used, as balanced accuracy falls on held-out folds"
+        return "not used: balanced accuracy falls on held-out folds"
     return None
 
 
@@ -318,7 +379,7 @@ def _ensemble_logits(logits: Tensor | ExpertOutput, criterion: Loss | None) -> T
     if criterion is not None and not isinstance(criterion, Loss):
         raise TypeError(
             f"criterion: expected a loss of lgla_losses, got {describe(criterion)}; for another loss give "
-            "class_counts= and implied_prior="
+            "class_counts=, and implied_prior= where it is no softmax cross entropy"
         )
     if isinstance(logits, ExpertOutput):
         num_experts = getattr(criterion, "num_experts", None)
@@ -328,11 +389,19 @@ def _ensemble_logits(logits: Tensor | ExpertOutput, criterion: Loss | None) -> T
                 f"{list(logits.logits.shape)}"
             )
         logits = logits.ensemble()
-    if isinstance(logits, Tensor) and logits.dim() == 3:
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"logits: expected a tensor [M, C], got {describe(logits)}; wrap an array in "
+            "torch.as_tensor(logits), of several networks their mean"
+        )
+    if logits.dim() > 2:
         raise ValueError(
             f"logits: expected those of the ensemble [M, C], got {list(logits.shape)}; take "
-            "output.ensemble(), or logits.mean(dim=1) of [M, K, C]"
+            "output.ensemble(), or logits.mean(dim=1) of [M, K, C], and of maps "
+            "logits.movedim(1, -1).flatten(0, -2)"
         )
+    if logits.is_meta:
+        raise ValueError("logits: expected values, got a tensor without any (meta)")
     return floating_tensor("logits", logits, "[M, C]")
 
 
@@ -387,7 +456,11 @@ def _split_prior(validation_prior: ArrayLike | str | None, counts: Tensor, logit
     if validation_prior is None:
         return counts
     if isinstance(validation_prior, str):
-        one_of("validation_prior", validation_prior, ("uniform",))
+        if validation_prior != "uniform":
+            raise ValueError(
+                f"validation_prior: expected 'uniform', frequencies [C], or None for those of training, got "
+                f"{validation_prior!r}"
+            )
         return torch.full_like(counts, 1 / len(counts))
     return class_prior("validation_prior", validation_prior, len(counts), logits, zeros=True)
 
@@ -399,3 +472,7 @@ def _check_possible(target: Tensor, possible: Tensor) -> None:
             "target: expected classes whose class count, implied prior and validation prior are above 0, got "
             f"class {int(wrong[0])} ({len(wrong)} such samples); leave them out"
         )
+
+
+# What torch.save wrote is read again by torch.load as it is.
+torch.serialization.add_safe_globals([Calibration, Report, Scores])

@@ -298,7 +298,7 @@ class ExpertModel(nn.Module):
         finally:
             for module, training in modes:
                 module.training = training
-        return output.probabilities(calibration, prior)
+        return output.probabilities(calibration, prior=prior)
 
     def extra_repr(self) -> str:
         """Describe the configuration, as ``repr`` shows it."""

@@ -74,6 +74,7 @@ class ExpertOutput(NamedTuple):
     def probabilities(
         self,
         calibration: Calibrated | None = None,
+        *,
         prior: ArrayLike | str | None = None,
         fusion: Tensor | Sequence[float] | None = None,
     ) -> Tensor:

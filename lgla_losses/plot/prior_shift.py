@@ -93,10 +93,12 @@ def plot_prior_shift(
     recalls = [mean_recalls((values - s * log_counts).argmax(dim=1).cpu(), target, splits) for s in grid]
 
     axes = given_axes(ax)
-    axes.axvline(0, color=ink(axes), linewidth=0.8, label="logits as they are: s = 0")
-    if calibration is not None:
+    unused = calibration is not None and not calibration.used
+    label = f"logits as they are: s = 0{', calibration not used' if unused else ''}"
+    axes.axvline(0, color=ink(axes), linewidth=0.8, label=label)
+    if calibration is not None and calibration.used:
         found = calibration.exponent
-        label = f"{'found' if calibration.used else 'found, not used'} by calibration: s = {found:.2f}"
+        label = f"found by calibration: s = {found:.2f}"
         axes.axvline(found, color=COLORS[3], linewidth=1.8, linestyle="dashdot", label=label)
     draw_recalls(axes, grid, numbers(100 * torch.stack(recalls)))
     axes.set_xlabel("s, where the prior n^s is taken out of the logits")

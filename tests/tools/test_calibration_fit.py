@@ -63,7 +63,7 @@ def plain_objective(data, point):
 
 @given(labelled(), POINTS)
 def test_value_gradient_and_hessian_are_those_of_the_equations(data, point):
-    """The Hessian is Gauss-Newton's for the penalty: log a would make it negative."""
+    """The Hessian of the penalty is its own below the usual a, and Gauss-Newton's above, where it may be negative."""
     value, gradient, hessian = objective(data, point)
     at = torch.tensor(point, dtype=torch.float64)
     torch.testing.assert_close(value, float(plain_objective(data, at)), rtol=1e-10, atol=1e-10)
@@ -71,7 +71,11 @@ def test_value_gradient_and_hessian_are_those_of_the_equations(data, point):
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
     slopes = torch.autograd.functional.jacobian(lambda p: residuals(p[0], p[1]), at)
     expected = torch.autograd.functional.hessian(lambda p: likelihood_term(data, p[0], p[1]), at)
-    torch.testing.assert_close(hessian, expected + slopes.T @ slopes, rtol=1e-8, atol=1e-8)
+    expected += slopes.T @ slopes
+    if point[0] < 0.75:
+        of_penalty = torch.autograd.functional.hessian(lambda p: residuals(*p).square().sum() / 2, at)
+        expected += of_penalty - slopes.T @ slopes
+    torch.testing.assert_close(hessian, expected, rtol=1e-8, atol=1e-8)
     assert torch.linalg.eigvalsh(hessian).min() > 0
 
 
@@ -144,7 +148,16 @@ def test_what_is_judged_is_predicted_without_its_own_label(data):
     assert judged.converged
     assert judged.likelihood[0] == pytest.approx(expected, rel=1e-6, abs=1e-9)
     by_class = [[right for right, y in zip(rights, data.target, strict=True) if y == j] for j in classes]
-    assert judged.accuracy[0] == pytest.approx(sum(sum(r) / len(r) for r in by_class) / len(classes))
+    accuracy = sum(sum(r) / len(r) for r in by_class) / len(classes)
+    assert judged.accuracy[0] == pytest.approx(accuracy)
+
+    squares = [(w / sum(weight) * (g - expected)) ** 2 for w, g in zip(weight, gains, strict=True)]
+    assert judged.likelihood[1] == pytest.approx(math.sqrt(sum(squares)), rel=1e-4, abs=1e-9)
+    shares = [1 / (len(classes) * int((data.target == y).sum())) for y in data.target]
+    mean = sum(rights) / len(rights)
+    pooled = math.sqrt(sum((r - mean) ** 2 for r in rights) / len(rights) * sum(s * s for s in shares))
+    own = math.sqrt(sum((s * (r - accuracy)) ** 2 for r, s in zip(rights, shares, strict=True)))
+    assert judged.accuracy[1] == pytest.approx(max(pooled, own), abs=1e-12)
 
 
 @pytest.mark.parametrize("failing", range(4))

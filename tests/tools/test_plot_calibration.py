@@ -106,7 +106,8 @@ def test_long_names_are_not_cut_off():
 def test_accuracy_over_the_exponent(used, device):
     logits, target = (values.to(device) for values in samples())
     grid = [-0.5, 0.0, 0.7, 1.3]
-    calibration = replace(fit(logits, target, class_counts=COUNTS), exponent=0.62, used=used)
+    calibration = fit(logits, target, class_counts=COUNTS, validation_prior="uniform")
+    calibration = replace(calibration, exponent=0.62, used=used)
     axes = plot.plot_prior_shift(logits, target, COUNTS, grid, calibration=calibration)
     lines = lines_of(axes)
     for i, s in enumerate(grid):
@@ -116,9 +117,10 @@ def test_accuracy_over_the_exponent(used, device):
             line = lines["all classes" if name == "all" else f"{name}-shot"]
             assert line.get_xdata()[i] == s
             assert line.get_ydata()[i] == pytest.approx(100 * float(value), abs=1e-4)
-    assert lines["logits as they are: s = 0"].get_xdata() == [0, 0]
-    found = f"found{'' if used else ', not used'} by calibration: s = 0.62"
-    assert lines[found].get_xdata() == [0.62, 0.62]
+    as_they_are = f"logits as they are: s = 0{'' if used else ', calibration not used'}"
+    assert lines[as_they_are].get_xdata() == [0, 0]
+    if used:
+        assert lines["found by calibration: s = 0.62"].get_xdata() == [0.62, 0.62]
     axes.figure.savefig(io.BytesIO())
 
 
