@@ -296,6 +296,13 @@ def estimate_table(record: Record) -> str:
     return grid(["test set", *ways], rows)
 
 
+def rounded(value: Any) -> Any:
+    """The same with four decimals, all that anybody reads."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
+
+
 def draw(runs: dict[str, Run], path: Path) -> None:
     """Draw reliability, and accuracy over the exponent: a column a data set."""
     from matplotlib.figure import Figure
@@ -356,7 +363,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(seed, name, loss, head, "" if runs[-1]["used"] else "not used", flush=True)
 
     what = f"{EXPERTS} experts, one thread; on the test set all classes count alike"
-    record = {"what": what, **made_here(), "runs": runs}
+    record = {"what": what, **made_here(), "runs": [rounded(run) for run in runs]}
     write_whole(options.output, json.dumps(record, indent=1) + "\n")
     if options.picture is not None:
         draw(drawn, options.picture)

@@ -66,7 +66,7 @@ def plot_reliability(
 
     axes = given_axes(ax)
     axes.set_box_aspect(1)
-    axes.plot([0, 100], [0, 100], color=ink(axes), linewidth=0.8, label="as sure as right")
+    axes.plot([0, 100], [0, 100], color=ink(axes), linewidth=0.8, label="perfect calibration")
     edges = np.linspace(0, 100, bins + 1)
     for (name, of_bins), style in zip(sums.items(), line_styles(axes, list(sums), bins), strict=True):
         weights = label_weights(of_bins, average)

@@ -63,7 +63,7 @@ def plain_objective(data, point):
 
 @given(labelled(), POINTS)
 def test_value_gradient_and_hessian_are_those_of_the_equations(data, point):
-    """The Hessian of the penalty is its own below the usual a, and Gauss-Newton's above, where it may be negative."""
+    """That of the penalty is its own below the usual a; above, where it may be negative, Gauss-Newton's."""
     value, gradient, hessian = objective(data, point)
     at = torch.tensor(point, dtype=torch.float64)
     torch.testing.assert_close(value, float(plain_objective(data, at)), rtol=1e-10, atol=1e-10)

@@ -75,7 +75,7 @@ def test_several_networks_in_a_reliability_diagram(average, device):
         metric = ProbabilityScores(5, average=average).to(device)
         metric.update(probabilities, target)
         assert f"{name}:\ncalibration error {100 * metric.compute()['ece']:.1f} %" in labels
-    assert {"as sure as right", "share of the samples"} <= set(labels)
+    assert {"perfect calibration", "share of the samples"} <= set(labels)
     assert not axes.get_title()
     looks = {(str(line._unscaled_dash_pattern), line.get_marker()) for line in axes.get_lines()[1:]}
     assert len(looks) == 3  # told apart in grey
