@@ -124,8 +124,12 @@ def test_calibrated_prediction_gains_on_data_that_its_rules_were_not_chosen_on(r
 
 
 def test_probabilities_for_the_frequencies_of_training_are_calibrated(record):
+    errors = {}
     for run in record["runs"]:
-        assert run["calibrated"]["ece_as_in_training"] < 5, run
+        key = run["data"], run["head"], run["loss"]
+        errors.setdefault(key, []).append(run["calibrated"]["ece_as_in_training"])
+    means = {key: statistics.mean(values) for key, values in errors.items()}
+    assert max(means.values()) < 5, means
 
 
 def test_an_estimated_prior_gains_on_average(record):
