@@ -39,9 +39,8 @@ def suggest(
     r"""Suggest ``tau`` for :class:`LGLALoss`, from what is known of the network and its training.
 
     The more confident a network is, the more its ensemble leans to the head. It holds about the prior
-    :math:`n_j^s` with :math:`s = \text{temperature} - (1 + \tau) / K`, where the temperature calibrates
-    :math:`v + T(k, j)`, so it is uniform at :math:`\tau = K \cdot \text{temperature} - 1`. The first line
-    that fits decides:
+    :math:`n_j^s` with :math:`s = t - (1 + \tau) / K`, where the temperature :math:`t` calibrates
+    :math:`v + T(k, j)`, so it is uniform at :math:`\tau = K t - 1`. The first line that fits decides:
 
     ============================== ================================================================
     what is known                  tau
@@ -64,8 +63,9 @@ def suggest(
         label_smoothing: that of the loss.
         training: ``"underfit"`` ends well before the network fits its training samples, ``"usual"`` when it
             fits nearly all of them, ``"long"`` goes on for several times as many epochs.
-        temperature: measured on validation data of such a network, as
-            :func:`calibration.fit <lgla_losses.calibration.fit>` gives it; above 1 if it is overconfident.
+        temperature: measured on validation data of such a network: that of a
+            :func:`calibration <lgla_losses.calibration.fit>` that is used, from some hundred samples. It is
+            above 1 if the network is overconfident.
 
     Raises:
         TypeError: an argument is of a wrong type.
@@ -73,7 +73,7 @@ def suggest(
 
     Example:
         >>> print(suggest(num_experts=3).reason)
-        tau = 1.25 (K - 1) = 2.5, as for cosine heads that fit nearly all training samples.
+        tau = 1.25 (K - 1) = 2.5, for cosine heads that fit nearly all training samples.
         >>> suggest(num_experts=3, label_smoothing=0.1).tau
         2.0
         >>> suggest(num_experts=3, temperature=1.5).tau
@@ -102,16 +102,16 @@ def _choose(
 ) -> tuple[float, str, str]:
     """Give tau, its formula, and why it is this one."""
     if is_linear:
-        return k - 1.0, "K - 1", "as for linear heads, whatever their temperature"
+        return k - 1.0, "K - 1", "because the heads are linear, whatever their temperature"
     if temperature is not None:
         taken = min(max(temperature, _LOWEST), _HIGHEST)
         bounded = "" if taken == temperature else f", taken as {taken:g}"
         why = f"by the measured temperature of {temperature:.3g}{bounded}"
         return k * taken - 1, f"{taken:.3g} K - 1".removeprefix("1 "), why
     if is_smoothed:
-        return k - 1.0, "K - 1", "as for label smoothing"
+        return k - 1.0, "K - 1", "because of label smoothing"
     if training == "underfit":
-        return k - 1.0, "K - 1", "as for underfit networks"
+        return k - 1.0, "K - 1", "because the network is underfit"
     if training == "long":
-        return k * _AFTER_LONG_TRAINING - 1, f"{_AFTER_LONG_TRAINING} K - 1", "as after long training"
-    return 1.25 * (k - 1), "1.25 (K - 1)", "as for cosine heads that fit nearly all training samples"
+        return k * _AFTER_LONG_TRAINING - 1, f"{_AFTER_LONG_TRAINING} K - 1", "because training is long"
+    return 1.25 * (k - 1), "1.25 (K - 1)", "for cosine heads that fit nearly all training samples"

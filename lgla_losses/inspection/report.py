@@ -359,7 +359,7 @@ def _suggestion(groupings: Sequence[Grouping], batch_size: int, expression: str)
     long = suggest(num_experts, training="long")
     reason = (
         f"{why} {usual.reason} K - 1 = {linear.tau:g} suits linear heads, label smoothing and underfit "
-        f"networks, {long.tau:.4g} long training."
+        f"networks, and {long.tau:.4g} suits long training."
     )
 
     line = f"criterion = LGLALoss({expression}, num_experts={num_experts}, tau={usual.tau:g})"

@@ -215,7 +215,7 @@ def test_known_figures_of_cifar_100_lt(tmp_path):
     assert "as in the paper" in suggestion["reason"]
     assert suggest(3).reason in suggestion["reason"]
     assert "K - 1 = 2 suits linear heads, label smoothing" in suggestion["reason"]
-    assert "3.8 long training" in suggestion["reason"]
+    assert "3.8 suits long training" in suggestion["reason"]
     shown = run(tmp_path / "a.txt").stdout
     assert re.findall(r"(\d), (?:local|global)", shown) == ["1", "2", "3"]  # from 1, for people
 
