@@ -39,7 +39,7 @@ def test_the_front_page_stays_short():
 
 
 def test_the_drop_in_example_learns():
-    first, example = blocks(section("Install and use"), "python")
+    first, example, calibrated = blocks(section("Install and use"), "python")
     assert sum(bool(line.strip()) for line in first.splitlines()) <= 6
     assert sum(bool(line.strip()) and line[0] != "#" for line in example.splitlines()) <= 20
     torch.manual_seed(0)
@@ -50,6 +50,12 @@ def test_the_drop_in_example_learns():
     assert prediction.shape == labels.shape
     assert (prediction == labels).double().mean() > majority + 0.1
     assert (prediction == labels)[labels == 3].any()  # of a class of three samples
+
+    assert len(calibrated.splitlines()) <= 3
+    exec(compile(calibrated, "README.md", "exec"), names)
+    probabilities = names["probabilities"]
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(len(labels)))
+    assert (probabilities.argmax(dim=1) == labels).double().mean() > majority
 
 
 def test_the_commands_print_what_is_shown(tmp_path):
