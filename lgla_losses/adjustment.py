@@ -37,8 +37,9 @@ class CLALogitAdjuster(ConstantBuffers):
     Args:
         grouper: the groups; ``K = num_groups + 1``.
         tau: strength of the global adjustment, at least 0. None means ``1.25 * (K - 1)``, the
-            paper's 2.5 at K = 3 in proportion to the number of local experts; :func:`suggest` says when
-            another is better. At K = 2 and ``tau=1`` both rows of the table are balanced softmax's.
+            paper's 2.5 at K = 3 in proportion to the number of local experts. :func:`suggest` says when
+            another is better: :class:`LGLALoss` asks it, and takes another for linear heads and with label
+            smoothing. At K = 2 and ``tau=1`` both rows of the table are balanced softmax's.
 
     Attributes:
         table: the adjustments, float64 ``[K, C]`` with maximum 0; read only.

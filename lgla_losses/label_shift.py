@@ -88,10 +88,11 @@ def estimate_prior(
 
     Args:
         logits: finite log-likelihood plus log ``prior`` ``[N, C]``, up to a constant per sample.
-        prior: what the logits hold, positive ``[C]``, divided by its sum; of an LGLA ensemble
-            ``criterion.adjuster.implied_prior()``.
+        prior: what the logits hold, positive ``[C]``, divided by its sum; of an LGLA ensemble, in
+            theory, ``criterion.implied_prior()``.
         validation: logits ``[M, C]`` of the same network, finite, and the classes, int64 ``[M]``, of samples
-            that it was not trained on. Their class frequencies do not matter, and classes may be missing.
+            that it was not trained on. Their class frequencies do not matter, and classes may be missing. It
+            takes memory of ``C x C``.
         smoothing: evenly spread samples that count beside the test samples, per test sample: 0 trusts the
             likelihood alone, the more the nearer is the uniform prior. None: the default above, with
             ``validation`` 0.05 before it is held back.

@@ -183,8 +183,8 @@ class ProbabilityScores(_MayBeEmpty):
     small probabilities to 0. Over several ranks the samples of all are counted. Sums are kept in float64,
     which MPS lacks: there keep the metric on the CPU.
 
-    With ``average="samples"`` ``ece`` is what ``MulticlassCalibrationError`` of torchmetrics gives, which
-    keeps every sample and has no weights.
+    With ``average="samples"`` ``ece`` is what ``MulticlassCalibrationError`` of torchmetrics gives, but for
+    confidences on the edge of a bin, 1 included. That metric keeps every sample and has no weights.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, Eq. 3; Brier, "Verification of
     Forecasts Expressed in Terms of Probability", Monthly Weather Review 78(1), 1950.

@@ -54,7 +54,8 @@ class LGLALoss(ExpertLoss):
             :math:`T = 0` for every expert, and groups and adjustments of the other classes are as if it were
             not there. Its samples belong to the first group for their reference angles.
         aaw: weight hard samples (Eq. 8). Without it the loss is CLA of the paper's Table 5.
-        scale: factor of cosine logits, ``v = scale * cos``; None for a linear head.
+        scale: factor of cosine logits, ``v = scale * cos``. None is for linear heads, and sets the default of
+            ``tau`` as well.
         adjustment: ``"lgla"`` (Eq. 4); ``"softmax"`` (none); ``"balanced"``
             (:math:`\log n_j` for every expert, balanced softmax); ``"logit"`` (:math:`\tau \log n_j`);
             or a finite tensor ``[K, C]``.
