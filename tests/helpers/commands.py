@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 #: Commands that are not this project's.
-OTHERS = {"cd", "git", "tensorboard", "auditwheel"}
+OTHERS = {"apt-cache", "auditwheel", "cd", "cp", "git", "mkdir", "tensorboard"}
 PYTHONS = {"python", "python3", "torchrun"}
 TORCHRUN = {"--nproc-per-node", "--nnodes", "--standalone"}
 
