@@ -40,7 +40,7 @@ SIGNATURES = {
     "normalizer=None",
     "ExpertOutput": "logits, features, weight",
     "ExpertOutput.ensemble": "self, fusion=None",
-    "ExpertOutput.probabilities": "self, calibration=None, prior=None, fusion=None",
+    "ExpertOutput.probabilities": "self, calibration=None, *, prior=None, fusion=None",
     "GroupConvExperts": "stage, num_experts, num_classes, *, num_features=None, classifier='cosine', "
     "scale=30.0, layout='grouped', reset=None, init_fn=None, gradient='bounded'",
     "GroupConvExperts.forward": "self, shared",
