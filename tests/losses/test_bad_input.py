@@ -60,8 +60,10 @@ def criterion(**options):
     return LGLALoss(COUNTS, **options)
 
 
-def calibrated(logits=SPLIT, target=LABELS, class_counts=COUNTS, **options):
-    return calibration.fit(logits, target, class_counts=class_counts, **options)
+def calibrated(logits=SPLIT, target=LABELS, class_counts=COUNTS, validation_prior="uniform", **options):
+    return calibration.fit(
+        logits, target, class_counts=class_counts, validation_prior=validation_prior, **options
+    )
 
 
 def sigmoid(counts=COUNTS, num_samples=80, **options):
@@ -739,7 +741,7 @@ CASES = {
     "calibration: logits of other classes than the counts": (lambda: calibrated(SPLIT[:, :3], LABELS % 3), ValueError, "class_counts", "shape [3]", "got [4]"),
     "calibration: NaN logits": (lambda: calibrated(SPLIT * math.nan), ValueError, "logits: expected finite", "got NaN", "leave such samples out"),
     "calibration: infinite logits": (lambda: calibrated(SPLIT / 0), ValueError, "logits: expected finite", "got NaN or infinity"),
-    "calibration: logits as an array": (lambda: calibrated(SPLIT.numpy()), TypeError, "logits: expected a floating-point tensor [M, C]", "got array"),
+    "calibration: logits as an array": (lambda: calibrated(SPLIT.numpy()), TypeError, "logits: expected a tensor [M, C]", "got array", "torch.as_tensor"),
     "calibration: integer logits": (lambda: calibrated(SPLIT.long()), TypeError, "logits: expected a floating-point tensor", "int64"),
     "calibration: target too large": (lambda: calibrated(target=LABELS + 1), ValueError, "target: expected class indices 0..3", "got 4", "target - 1"),
     "calibration: negative target": (lambda: calibrated(target=LABELS - 1), ValueError, "target: expected class indices 0..3", "got -1"),
