@@ -234,7 +234,8 @@ def fit(
         implied_prior: the prior that the logits hold in theory ``[C]``, as ``criterion.implied_prior()``: the
             training frequencies for softmax, equal numbers for balanced softmax. None is softmax.
         class_counts: training samples per class ``[C]``. A class of 0 is masked: its probability is 0.
-        validation_prior: of the validation samples: None is that of training; ``"uniform"``, or ``[C]``.
+        validation_prior: of the validation samples: None is that of training, and labels that are far from it
+            give a warning; ``"uniform"``, or ``[C]``.
 
     Returns:
         The calibration; its ``report`` has scores, missing classes and the error of the gain.
