@@ -62,6 +62,10 @@ __all__ = ["Calibration", "Report", "Scores", "fit"]
 PRIORS = ("uniform", "estimated")
 #: Standard deviations of a chi-square statistic from which on nobody would call it chance.
 BEYOND_CHANCE = 10
+OTHER_FREQUENCIES = (
+    "the labels do not have the class frequencies of training; if the split is balanced, give "
+    "validation_prior='uniform', else its frequencies"
+)
 
 
 class Scores(NamedTuple):
@@ -234,8 +238,8 @@ def fit(
         implied_prior: the prior that the logits hold in theory ``[C]``, as ``criterion.implied_prior()``: the
             training frequencies for softmax, equal numbers for balanced softmax. None is softmax.
         class_counts: training samples per class ``[C]``. A class of 0 is masked: its probability is 0.
-        validation_prior: of the validation samples: None is that of training, and labels that are far from it
-            give a warning; ``"uniform"``, or ``[C]``.
+        validation_prior: of the validation samples: ``"uniform"``, or ``[C]``. None is that of training;
+            labels that are far from it give a warning, and the calibration is not used.
 
     Returns:
         The calibration; its ``report`` has scores, missing classes and the error of the gain.
@@ -286,9 +290,9 @@ def fit(
     both, alone, as_it_is = fitted_point(data), fitted_point(data.ranked()), Point(1.0, 0.0)
     judged = judge(data, both, alone)
     unused = _why_unused(judged, both is not None and alone is not None)
-    doubt = _doubt(own, log_split) if validation_prior is None else ""
-    if doubt:
-        warnings.warn(f"calibration.fit{doubt}", stacklevel=3)
+    if validation_prior is None and _has_other_frequencies(own, log_split):
+        unused = f"not used: {OTHER_FREQUENCIES}"
+        warnings.warn(f"calibration.fit: {OTHER_FREQUENCIES}", stacklevel=3)
 
     if unused:
         log_prior, point = _as_they_are(data, alone)
@@ -300,8 +304,7 @@ def fit(
 
     plain = outcome(data.ranked(), as_it_is, torch.zeros_like(data.split))
     report = Report(
-        reason=(unused or "used: held-out labels are likelier than if the logits held the uniform prior")
-        + doubt,
+        reason=unused or "used: held-out labels are likelier than if the logits held the uniform prior",
         num_samples=len(target),
         missing_classes=tuple(missing.tolist()),
         plain=_scores(plain, own),
@@ -330,8 +333,8 @@ def _as_they_are(data: Labelled, alone: Point | None) -> tuple[Tensor, Point]:
     return log_prior, point
 
 
-def _doubt(target: Tensor, log_split: Tensor) -> str:
-    """Say so where labels have other class frequencies than those of training, far beyond chance."""
+def _has_other_frequencies(target: Tensor, log_split: Tensor) -> bool:
+    """Say whether labels have other class frequencies than those of training, far beyond chance."""
     expected = log_split.softmax(dim=0) * len(target)
     found = torch.bincount(target, minlength=len(expected))
     # Classes of which few samples are expected count together, as a chi-square test demands.
@@ -341,12 +344,7 @@ def _doubt(target: Tensor, log_split: Tensor) -> str:
     )
     statistic = float(((found - expected).square() / expected.clamp_min(5)).sum())
     freedom = len(expected) - 1
-    if statistic <= freedom + BEYOND_CHANCE * math.sqrt(2 * max(1, freedom)):
-        return ""
-    return (
-        ": the labels do not have the class frequencies of training; if the split is balanced, give "
-        "validation_prior='uniform', else its frequencies"
-    )
+    return statistic > freedom + BEYOND_CHANCE * math.sqrt(2 * max(1, freedom))
 
 
 def _why_unused(judged: Judgement, converged: bool) -> str | None:
