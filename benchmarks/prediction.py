@@ -304,31 +304,24 @@ def rounded(value: Any) -> Any:
 
 
 def draw(runs: dict[str, Run], path: Path) -> None:
-    """Draw reliability, and accuracy over the exponent: a column a data set."""
+    """Draw reliability, and accuracy over the exponent: a row a data set."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     from lgla_losses.plot import plot_prior_shift, plot_reliability
 
-    figure = Figure(figsize=(3.8 * len(runs), 7.6), layout="constrained")
-    panels = figure.subplots(2, len(runs), squeeze=False)
-    for (name, run), (above, below) in zip(runs.items(), panels.T, strict=True):
+    # Between the panels there is room for labels and legends.
+    layout = ConstrainedLayoutEngine(wspace=0.12)
+    figure = Figure(figsize=(12, 3 * len(runs)), layout=layout)
+    panels = figure.subplots(len(runs), 2, squeeze=False)
+    for (name, run), (left, right) in zip(runs.items(), panels, strict=True):
         calibration, logits, target = calibrate(run), run["test_logits"], run["test_target"]
         predictions = {"plain mean": logits.softmax(1), "calibrated": calibration.probabilities(logits)}
-        plot_reliability(predictions, target, average="classes", ax=above)
-        plot_prior_shift(logits, target, run["class_counts"], calibration=calibration, ax=below)
-        above.set_title(name)
-        for axes in (above, below):  # there is no room beside
-            handles, labels = axes.get_legend_handles_labels()
-            axes.get_legend().remove()
-            axes.legend(
-                handles,
-                labels,
-                loc="upper center",
-                bbox_to_anchor=(0.5, -0.2),
-                frameon=False,
-                fontsize="small",
-            )
-    figure.savefig(path, dpi=144)
+        plot_reliability(predictions, target, average="classes", ax=left)
+        plot_prior_shift(logits, target, run["class_counts"], calibration=calibration, ax=right)
+        left.set_title(name)
+        right.set_title(name)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def main(arguments: list[str] | None = None) -> None:
