@@ -29,6 +29,7 @@ from tables import grid
 from torch import Tensor, nn
 
 from lgla_losses import GroupConvExperts, LGLALoss
+from lgla_losses._fitting import class_shares
 from lgla_losses._scores import score_sums
 from lgla_losses._scores import scores as mean_scores
 from lgla_losses.calibration import Calibration, fit
@@ -180,8 +181,7 @@ def estimated_priors(run: Run, calibration: Calibration) -> dict[str, dict[str, 
 def scores_of(probabilities: Tensor, target: Tensor) -> dict[str, float]:
     """Score probabilities, in percent but for the likelihood; classes count alike."""
     means = mean_scores(score_sums(probabilities, target, bins=15), "classes")
-    share = 1 / torch.bincount(target)[target].double()
-    right = (probabilities.argmax(1) == target).double() @ share / share.sum()
+    right = class_shares(target)[probabilities.argmax(1) == target].sum()
     return {
         "balanced_accuracy": 100 * float(right),
         "nll": float(means["nll"]),
