@@ -228,8 +228,8 @@ def fit(
 
     Where the split is small, a weak prior decides: a normal distribution about what is usual for trained
     networks. Five folds are each predicted by a fit to the other four. The calibration is used where their
-    labels are likelier than under a temperature alone, by more than the standard error, and balanced accuracy
-    does not fall by more than its own.
+    labels are likelier than if the logits held the uniform prior, by more than the standard error, and where
+    balanced accuracy does not fall by more than its own.
 
     Args:
         logits: ``[M, C]``, finite; or an :class:`~lgla_losses.ExpertOutput`, whose ensemble is taken.
@@ -247,7 +247,7 @@ def fit(
     Raises:
         TypeError: an argument is of another type.
         ValueError: there are fewer than two samples, or one class alone; shapes do not fit; a value is out of
-            range; ``criterion`` and ``class_counts`` are both None, or neither is.
+            range; there is neither ``criterion`` nor ``class_counts``, or ``criterion`` and what it knows.
 
     Example:
         >>> target = torch.arange(4).repeat_interleave(torch.tensor([80, 40, 20, 10]))
