@@ -205,6 +205,24 @@ class Batch(NamedTuple):
             return [expert.detach() for expert in self.logits]
         return [expert for block in self.logits for expert in block.detach().unbind(-2)]
 
+    def stacked(self, ignore_index: int) -> Tensor:
+        """Stack the logits of all experts ``[*B, K, C]``, with 0 for samples that count nothing.
+
+        They have the dtype of the arithmetic.
+        """
+        return torch.where(self._counted(ignore_index)[..., None, None], stack(self.logits, self.of_one), 0.0)
+
+    def amounts(self, ignore_index: int) -> Tensor:
+        """Say how many times each sample counts ``[*B]``, in the dtype of sums."""
+        dtype = functional.widest_dtype(self.target.device)
+        counted = self.target.sum(dim=-1) if self.is_soft else self._counted(ignore_index)
+        amounts = counted.to(dtype)
+        return amounts if self.sample_weight is None else amounts * self.sample_weight
+
+    def _counted(self, ignore_index: int) -> Tensor:
+        """Say which samples count ``[*B]``."""
+        return self.target.sum(dim=-1) > 0 if self.is_soft else self.target != ignore_index
+
     def weights_of_experts(self, num_experts: int) -> Tensor | None:
         """Repeat the samples' weights for every expert ``[*B, K]``; give None if there are none."""
         if self.sample_weight is None:
@@ -337,6 +355,12 @@ class Batch(NamedTuple):
                 f"logits: expected no NaN or +inf, and no -inf on the target, got one from expert {k}; "
                 f"{WAY_OUT}"
             )
+
+
+def stack(blocks: Sequence[Tensor], of_one: bool) -> Tensor:
+    """Stack logits ``[*B, C]`` of an expert each, or take those of all: ``[*B, K, C]``, to compute with."""
+    logits = torch.stack(tuple(blocks), dim=-2) if of_one else blocks[0]
+    return logits.to(functional.compute_dtype(logits.dtype))
 
 
 def refuse_masked(classes: Tensor, masked: Tensor) -> None:

@@ -20,7 +20,13 @@ from lgla_losses.grouping import ClassGrouper, check_grouper, same_classes
 from lgla_losses.suggestion import suggest
 
 #: Adjustments that have a strength.
-WITH_TAU = ("lgla", "logit")
+WITH_TAU = ("lgla", "logit", "sade")
+
+#: The strengths of those that adjust by the class prior, where none is given.
+_USUAL_TAU = {"logit": 1.0, "sade": 2.0}
+
+#: Rows of the table of ``"sade"``.
+NUM_SADE_EXPERTS = 3
 
 
 class CLALogitAdjuster(ConstantBuffers):
@@ -105,22 +111,28 @@ class CLALogitAdjuster(ConstantBuffers):
     def of_prior(
         cls, grouper: ClassGrouper, num_experts: int, adjustment: str, tau: float | None = None
     ) -> CLALogitAdjuster:
-        """Adjust every expert in the same way, by the class prior.
+        """Adjust by the class prior alone: every expert in the same way, or SADE's three.
 
         Args:
             grouper: holds the class counts.
             num_experts: number of experts ``K``.
-            adjustment: ``"softmax"``, ``"balanced"`` or ``"logit"``, as in :class:`LGLALoss`.
-            tau: strength of ``"logit"``, at least 0 (None: 1); others have none.
+            adjustment: ``"softmax"``, ``"balanced"``, ``"logit"`` or ``"sade"``, as in :class:`LGLALoss`.
+            tau: strength of ``"logit"`` (None: 1) and ``"sade"`` (None: 2), at least 0; others have none.
 
         Raises:
             TypeError: ``tau`` is not a number.
-            ValueError: ``tau`` is negative or not finite, or given for an adjustment that has none.
+            ValueError: ``tau`` is negative or not finite, or given for an adjustment that has none; or
+                ``"sade"`` is of other than 3 experts.
         """
+        if adjustment == "sade" and num_experts != NUM_SADE_EXPERTS:
+            raise ValueError(
+                f"num_experts: expected {NUM_SADE_EXPERTS} with adjustment='sade', one for each of its "
+                f"adjustments, got {num_experts}; 'lgla' takes other numbers"
+            )
         adjuster = cls.__new__(cls)
         ConstantBuffers.__init__(adjuster)
         adjuster.grouper = check_grouper(grouper)
-        adjuster._arrange(adjustment, num_experts, 1.0 if tau is None and adjustment == "logit" else tau)
+        adjuster._arrange(adjustment, num_experts, _USUAL_TAU.get(adjustment) if tau is None else tau)
         return adjuster
 
     def _arrange(self, adjustment: str, num_experts: int, tau: float | None) -> None:
@@ -275,6 +287,8 @@ def _table_of(
     adjusted = rules.adjusted(counts)
     if adjustment == "lgla" and tau is not None:
         table = functional.cla_table(counts[adjusted], index[adjusted], tau)
+    elif adjustment == "sade" and tau is not None:
+        table = functional.sade_table(counts[adjusted], tau)
     else:
         factor = {"softmax": 0.0, "balanced": 1.0}.get(adjustment, tau)
         table = functional.log_prior_table(counts[adjusted], num_experts, factor or 0.0)
@@ -302,7 +316,7 @@ def strength(adjustment: str, tau: float | None) -> float | None:
     if adjustment not in WITH_TAU:
         raise ValueError(
             f"tau: expected None with adjustment={adjustment!r}, which has no strength, got {tau}; "
-            "'lgla' and 'logit' have one"
+            "'lgla', 'logit' and 'sade' have one"
         )
     return check_tau(tau)
 

@@ -8,7 +8,10 @@ from lgla_losses.losses.baselines import (
     LogitAdjustedLoss,
     VSLoss,
 )
+from lgla_losses.losses.between import expert_distillation, expert_diversity
 from lgla_losses.losses.multi_label import ClassBalancedBCELoss, SigmoidAdjustedLoss
+from lgla_losses.losses.ncl import NCLLoss
+from lgla_losses.losses.ride import RIDELoss
 
 __all__ = [
     "BalancedSoftmaxLoss",
@@ -17,6 +20,10 @@ __all__ = [
     "FocalLoss",
     "LDAMLoss",
     "LogitAdjustedLoss",
+    "NCLLoss",
+    "RIDELoss",
     "SigmoidAdjustedLoss",
     "VSLoss",
+    "expert_distillation",
+    "expert_diversity",
 ]

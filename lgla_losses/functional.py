@@ -38,6 +38,7 @@ __all__ = [
     "lgla_loss",
     "log_prior_table",
     "partition_classes",
+    "sade_table",
     "smoothed_probabilities",
     "soft_aaw_statistics",
     "soft_aaw_weights",
@@ -108,6 +109,33 @@ def cla_table(class_counts: Tensor, group_index: Tensor, tau: float) -> Tensor:
     num_groups = int(group_index.max()) + 1
     own_group = group_index == torch.arange(num_groups, device=group_index.device)[:, None]
     return torch.cat([torch.where(own_group, log_prior, 0.0), tau * log_prior[None]])
+
+
+def sade_table(class_counts: Tensor, tau: float = 2.0) -> Tensor:
+    r"""Compute the adjustments of SADE's three experts: softmax, balanced softmax, inverse softmax.
+
+    .. math:: T(1, j) = 0, \qquad T(2, j) = \log \pi_j, \qquad T(3, j) = \log \pi_j - \tau \log \bar\pi_j
+
+    :math:`\pi` is the class prior, and :math:`\bar\pi` has its values in reversed order of frequency: the most
+    frequent class has that of the rarest. Of equal counts the lower class index counts as the rarer. Each row
+    is shifted by a constant, so that its maximum is 0: softmax cannot see it.
+
+    Source: Zhang et al., "Self-Supervised Aggregation of Diverse Experts for Test-Agnostic Long-Tailed
+    Recognition", NeurIPS 2022, the losses of the skill-diverse experts.
+
+    Args:
+        class_counts: positive samples per class ``[C]``.
+        tau: strength of the third expert's preference for the rare classes, :math:`\lambda` of the paper.
+
+    Returns:
+        float64 ``[3, C]`` with maximum 0 in every row.
+    """
+    log_prior = _log_prior(class_counts)
+    order = class_counts.argsort(stable=True)
+    log_inverse = torch.empty_like(log_prior)
+    log_inverse[order] = log_prior[order.flip(0)]
+    inverse = log_prior - tau * log_inverse
+    return torch.stack([torch.zeros_like(log_prior), log_prior, inverse - inverse.max()])
 
 
 def _log_prior(class_counts: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from lgla_losses._checks import dense_tensor, one_of, positive_int
 from lgla_losses._counts import ArrayLike, ClassRules
-from lgla_losses.adjustment import CLALogitAdjuster, strength
+from lgla_losses.adjustment import NUM_SADE_EXPERTS, CLALogitAdjuster, strength
 from lgla_losses.grouping import ClassGrouper, check_grouper, grouped
 from lgla_losses.kernels.autograd import triton_missing
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-ADJUSTMENTS = ("lgla", "softmax", "balanced", "logit")
+ADJUSTMENTS = ("lgla", "softmax", "balanced", "logit", "sade")
 BACKENDS = ("auto", "reference", "fused", "triton")
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -91,6 +91,8 @@ def number_of_experts(
         fixed["grouper (num_groups + 1)"] = check_grouper(grouper).num_groups + 1
     if isinstance(adjustment, Tensor) and dense_tensor("adjustment table", adjustment).dim() > 0:
         fixed["adjustment table"] = adjustment.shape[0]
+    elif isinstance(adjustment, str) and adjustment == "sade":
+        fixed["adjustment='sade'"] = NUM_SADE_EXPERTS
     if len(set(fixed.values())) > 1:
         got = ", ".join(f"{number} from {name}" for name, number in fixed.items())
         raise ValueError(f"num_experts: expected one number of experts, got {got}; drop num_experts")

@@ -14,11 +14,13 @@ from lgla_losses import functional
 from lgla_losses._batch import Batch
 from lgla_losses._buffers import ConstantBuffers, read_only, same_constants, scalar
 from lgla_losses._counts import ArrayLike, ClassRules, Ruled, as_class_weight
+from lgla_losses._ranks import Ranks
 from lgla_losses._torch import values_readable
 from lgla_losses.adjustment import check_tau, strength_of
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.grouping import same_classes
-from lgla_losses.kernels.autograd import CrossEntropy, evaluate
+from lgla_losses.kernels import Engine, Rows
+from lgla_losses.kernels.autograd import CrossEntropy, evaluate, total
 from lgla_losses.kernels.operators import cross_entropies
 from lgla_losses.losses._base import Loss, if_corrected
 
@@ -32,6 +34,7 @@ _LEFT_OUT = {
     "class_weight": (1.0, 1.0),
     "multiplier": (1.0, 1.0),
     "margins": (0.0, 0.0),
+    "temperature": (1.0, 1.0),
 }
 
 
@@ -101,6 +104,8 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
     divides_by_weights = False
     #: The factor of the cosine logits that the loss expects; None where it takes any logits.
     _cosine_scale: float | None = None
+    #: Whether class weights multiply what a subclass adds to the loss of a sample, too.
+    _weighs_added = True
 
     def __init__(
         self,
@@ -345,6 +350,10 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
         problem = functools.partial(CrossEntropy, of_one=batch.of_one)
         loss = evaluate(engine, rows, logits, problem, cross_entropies, self.backend)
 
+        added = self._added(batch)
+        if added is not None:
+            loss = loss + self._reduced(added, batch, rows, engine, ranks, normalizer)
+
         if readable:
             self._explain_unless_finite(batch, loss)
         if self._cosine_scale is not None and values_readable(batch.target, self.validate_args):
@@ -354,6 +363,32 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
     if TYPE_CHECKING:
         # nn.Module declares it as returning Any.
         __call__ = forward
+
+    def _added(self, batch: Batch) -> Tensor | None:
+        """Compute what a subclass adds to the loss of every sample ``[*B]``; None for nothing."""
+        return None
+
+    def _reduced(
+        self,
+        losses: Tensor,
+        batch: Batch,
+        rows: Rows,
+        engine: Engine | None,
+        ranks: Ranks,
+        normalizer: float | Tensor | None,
+    ) -> Tensor:
+        """Weigh losses of samples ``[*B]`` as cross entropy is weighed, and reduce them."""
+        amounts, class_weight = batch.amounts(self.ignore_index), self._terms()[1]
+        if self._weighs_added and class_weight is not None:
+            amounts = amounts * class_weight[batch.target * (batch.target != self.ignore_index)]
+        losses = torch.where(amounts == 0, 0.0, losses) * amounts.to(losses.dtype)
+        if self.reduction == "none":
+            return losses
+
+        divisor = rows.divisor
+        if divisor is not None and normalizer is None and self._divides_by_weights and not self._weighs_added:
+            divisor = self._count(engine, batch, ranks)
+        return total(losses, divisor)
 
     def _terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Give the adjustments, weights and margins of the classes ``[C]``; each may be None."""

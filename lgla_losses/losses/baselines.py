@@ -266,11 +266,23 @@ class LDAMLoss(AdjustedLoss):
         beta: float = 0.9999,
         **options: Unpack[Options],
     ) -> None:
+        self._arrange(class_counts, max_margin, scale, beta, {}, options)
+
+    def _arrange(
+        self,
+        class_counts: ArrayLike,
+        max_margin: float,
+        scale: float,
+        beta: float,
+        further: Mapping[str, float],
+        options: Options,
+    ) -> None:
+        """Check and keep the arguments; ``further`` are numbers of a subclass for its constants."""
         max_margin = finite_float(
             "max_margin", max_margin, low=0.0, high=math.inf, expected="a finite number >= 0"
         )
-        numbers = {"max_margin": max_margin, "beta": _check_beta(beta)}
-        super().__init__(_given(class_counts), numbers, **options)
+        numbers = {"max_margin": max_margin, "beta": _check_beta(beta), **further}
+        AdjustedLoss.__init__(self, _given(class_counts), numbers, **options)
         self._keep("reweighting", scalar(0.0))  # no bool, of which averages of weights cannot make a mean
         self.scale = positive_float("scale", scale, "1 for a linear head")
 

@@ -27,6 +27,8 @@ from lgla_losses.losses.multi_label import (
     MultiLabelOptions,
     SigmoidAdjustedLoss,
 )
+from lgla_losses.losses.ncl import NCLLoss
+from lgla_losses.losses.ride import RIDELoss
 
 
 class CreateOptions(LossOptions, Options, total=False):
@@ -40,6 +42,9 @@ class CreateOptions(LossOptions, Options, total=False):
     beta: float
     max_margin: float
     num_samples: float
+    diversity: float
+    distillation: float
+    hard_share: float
 
 
 #: A class for each name, and what the name fixes.
@@ -53,6 +58,9 @@ _LOSSES: dict[str, tuple[type[Loss], dict[str, Any]]] = {
     "class_balanced": (ClassBalancedLoss, {}),
     "ldam": (LDAMLoss, {}),
     "vs": (VSLoss, {}),
+    "ride": (RIDELoss, {}),
+    "ncl": (NCLLoss, {}),
+    "sade": (LGLALoss, {"adjustment": "sade", "aaw": False}),
     "sigmoid": (SigmoidAdjustedLoss, {}),
     "class_balanced_bce": (ClassBalancedBCELoss, {}),
 }
@@ -88,6 +96,9 @@ def create_loss(name: str, class_counts: ArrayLike | None = None, **options: Unp
     ``"class_balanced"``         :class:`~lgla_losses.baselines.ClassBalancedLoss`
     ``"ldam"``                   :class:`~lgla_losses.baselines.LDAMLoss`
     ``"vs"``                     :class:`~lgla_losses.baselines.VSLoss`
+    ``"ride"``                   :class:`~lgla_losses.baselines.RIDELoss` of K experts
+    ``"ncl"``                    :class:`~lgla_losses.baselines.NCLLoss` of K experts
+    ``"sade"``                   SADE's three experts: :class:`LGLALoss` of that adjustment, ``tau=2``
     ``"sigmoid"``                :class:`~lgla_losses.baselines.SigmoidAdjustedLoss`
     ``"class_balanced_bce"``     :class:`~lgla_losses.baselines.ClassBalancedBCELoss`
     ============================ ========================================================================

@@ -72,9 +72,13 @@ BASELINES = {
     "LDAMLoss": "class_counts, max_margin=0.5, scale=30.0, beta=0.9999, **options",
     "LDAMLoss.reweight": "self, enabled=True",
     "LogitAdjustedLoss": "class_counts, tau=1.0, **options",
+    "NCLLoss": "class_counts, distillation=0.6, hard_share=0.3, **options",
+    "RIDELoss": "class_counts, diversity=0.45, max_margin=0.5, scale=30.0, gamma=0.05, beta=0.9999, **options",
     "SigmoidAdjustedLoss": "class_counts, num_samples, tau=1.0, **options",
     "SigmoidAdjustedLoss.set_adjustment": "self, class_counts=None, tau=None, num_samples=None",
     "VSLoss": "class_counts, gamma=0.05, tau=1.0, **options",
+    "expert_distillation": "output",
+    "expert_diversity": "output, temperature=1.0",
 }
 PICTURES = {
     "fusion_sweep": "logits, target, class_counts, weights=None, *, many=100, few=20",

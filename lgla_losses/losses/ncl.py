@@ -1,0 +1,106 @@
+"""NCL's loss: balanced softmax over all and over hard classes, and what the experts learn from each other."""
+
+from __future__ import annotations
+
+import math
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from lgla_losses._batch import Batch
+from lgla_losses._checks import finite_float
+from lgla_losses._counts import ArrayLike
+from lgla_losses.losses.adjusted import Options
+from lgla_losses.losses.baselines import BalancedSoftmaxLoss
+from lgla_losses.losses.between import distillation_of
+
+
+class NCLLoss(BalancedSoftmaxLoss):
+    r"""NCL's loss of K experts: balanced softmax over all and over hard classes, and mutual distillation.
+
+    .. math:: \sum_{S \in \{\text{all}, H\}} \Big( \sum_k -\log p_k^S(y)
+        + \frac{\lambda}{K - 1} \sum_{k \ne l} \mathrm{KL}(p_k^S \,\|\, p_l^S) \Big), \qquad
+        p_k^S(j) = \frac{n_j \exp(v_k^j)}{\sum_{l \in S} n_l \exp(v_k^l)}
+
+    The hard classes :math:`H` of a sample are its own class and those of the others that the first expert
+    gives the highest logits. The second term is :func:`~lgla_losses.baselines.expert_distillation`. Expect
+    twice the loss of :class:`BalancedSoftmaxLoss`, and more in the beginning. A single model learns from the
+    first term alone. The paper's contrastive branch, which needs two views of every image and a network
+    that follows the trained one, is not part of the loss.
+
+    ``class_weight`` multiplies all terms of a sample, and ``label_smoothing`` is over the classes of each
+    softmax.
+
+    Source: Li et al., "Nested Collaborative Learning for Long-Tailed Visual Recognition", CVPR 2022: nested
+    individual learning, nested balanced online distillation, and hard category mining. The softmax over hard
+    classes is that of the paper; the authors' code keeps the other classes in it, with a logit of 0.
+
+    Args:
+        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows.
+        distillation: :math:`\lambda`, at least 0. The default is that of the authors' configurations.
+        hard_share: what part of the classes is hard, in ``(0, 1]``, rounded; at least two classes are. The
+            default is that of the authors' configurations.
+        options: as in :class:`FocalLoss`. Targets must be class indices.
+
+    Attributes:
+        table: as in :class:`LogitAdjustedLoss`.
+
+    Raises:
+        TypeError: an argument is of a wrong type.
+        ValueError: an argument is out of range, shapes, devices or values do not fit, or the targets are
+            class probabilities.
+
+    Example:
+        >>> criterion = NCLLoss([300, 100])
+        >>> criterion(torch.zeros(1, 3, 2), torch.tensor([1]))  # of three experts: -6 log(100 / 400)
+        tensor(8.3178)
+    """
+
+    def __init__(
+        self,
+        class_counts: ArrayLike,
+        distillation: float = 0.6,
+        hard_share: float = 0.3,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(class_counts, **options)
+        self.distillation = finite_float(
+            "distillation", distillation, low=0.0, high=math.inf, expected="a finite number >= 0"
+        )
+        low = math.nextafter(0.0, 1.0)
+        self.hard_share = finite_float(
+            "hard_share", hard_share, low=low, high=1.0, expected="a number in (0, 1], such as 0.3"
+        )
+
+    def _added(self, batch: Batch) -> Tensor:
+        if batch.is_soft:
+            raise ValueError(
+                f"target: expected class indices, of which {type(self).__name__} finds the hard classes, got "
+                "probabilities; add expert_distillation to the loss of BalancedSoftmaxLoss, which takes them"
+            )
+        logits = batch.stacked(self.ignore_index)
+        table = self.constant("table").to(logits.dtype)
+        adjusted = logits + table
+        hard = self._hard_classes(logits[..., 0, :].detach(), batch.target, table)
+        of_hard = adjusted.gather(-1, hard[..., None, :].expand(*adjusted.shape[:-1], hard.shape[-1]))
+
+        log_p = of_hard.log_softmax(dim=-1)
+        losses = -log_p[..., 0].sum(dim=-1)
+        if self.label_smoothing > 0:
+            losses = torch.lerp(losses, -log_p.mean(dim=-1).sum(dim=-1), self.label_smoothing)
+        if self.distillation > 0:
+            losses = losses + self.distillation * (distillation_of(adjusted) + distillation_of(of_hard))
+        return losses
+
+    def _hard_classes(self, logits: Tensor, target: Tensor, table: Tensor) -> Tensor:
+        """Choose the hard classes ``[*B, H]``, a sample's own first, by logits ``[*B, C]``."""
+        num_classes = logits.shape[-1]
+        number = min(num_classes, max(2, round(self.hard_share * num_classes)))
+        own = (target * (target != self.ignore_index))[..., None]
+        scores = torch.where(table == -math.inf, -math.inf, logits).scatter(-1, own, math.inf)
+        return scores.topk(number, dim=-1).indices
+
+    def extra_repr(self) -> str:
+        """Show the configuration."""
+        return f"{super().extra_repr()}, distillation={self.distillation}, hard_share={self.hard_share}"
