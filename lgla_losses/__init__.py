@@ -53,6 +53,7 @@ __all__ = [
 #: Modules that are imported when they are first asked for: ``metrics`` and ``plot`` need extras.
 _MODULES = (
     "adjusted",
+    "aggregation",
     "baselines",
     "calibration",
     "data",
@@ -62,10 +63,12 @@ _MODULES = (
     "metrics",
     "monitor",
     "plot",
+    "stages",
 )
 
 if TYPE_CHECKING:
     from lgla_losses import adjusted as adjusted
+    from lgla_losses import aggregation as aggregation
     from lgla_losses import baselines as baselines
     from lgla_losses import calibration as calibration
     from lgla_losses import data as data
@@ -75,6 +78,7 @@ if TYPE_CHECKING:
     from lgla_losses import metrics as metrics
     from lgla_losses import monitor as monitor
     from lgla_losses import plot as plot
+    from lgla_losses import stages as stages
 else:  # or type checkers would take any name
 
     def __getattr__(name: str) -> ModuleType:

@@ -114,11 +114,12 @@ def cla_table(class_counts: Tensor, group_index: Tensor, tau: float) -> Tensor:
 def sade_table(class_counts: Tensor, tau: float = 2.0) -> Tensor:
     r"""Compute the adjustments of SADE's three experts: softmax, balanced softmax, inverse softmax.
 
-    .. math:: T(1, j) = 0, \qquad T(2, j) = \log \pi_j, \qquad T(3, j) = \log \pi_j - \tau \log \bar\pi_j
+    .. math:: T(1, j) = 0, \qquad T(2, j) = \log \pi_j, \qquad
+        T(3, j) = \log \pi_j - \tau \log \bar\pi_j
 
-    :math:`\pi` is the class prior, and :math:`\bar\pi` has its values in reversed order of frequency: the most
-    frequent class has that of the rarest. Of equal counts the lower class index counts as the rarer. Each row
-    is shifted by a constant, so that its maximum is 0: softmax cannot see it.
+    :math:`\pi` is the class prior, and :math:`\bar\pi` has its values in reversed order of frequency: the
+    most frequent class has that of the rarest. Of equal counts the lower class index counts as the rarer.
+    Each row is shifted by a constant, so that its maximum is 0: softmax cannot see it.
 
     Source: Zhang et al., "Self-Supervised Aggregation of Diverse Experts for Test-Agnostic Long-Tailed
     Recognition", NeurIPS 2022, the losses of the skill-diverse experts.

@@ -295,7 +295,7 @@ class Loss(nn.Module):
     def _count(
         self, engine: Engine | None, batch: Batch, ranks: Ranks, class_weight: Tensor | None = None
     ) -> Tensor:
-        """Count the samples, by their class's weight ``[C]`` if given: those of all ranks over their number."""
+        """Count the samples, weighed by class if weights are given: of all ranks, over their number."""
         # A compiler sees into PyTorch's own operations only.
         counter = engine if engine is not None and not torch.compiler.is_compiling() else _chunked(batch)
         samples = counter.count(batch.target, batch.sample_weight, class_weight, self.ignore_index)

@@ -98,7 +98,7 @@ def distillation_of(logits: Tensor) -> Tensor:
 
 
 def _finite_difference(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Compute :math:`\\log p - \\log q`, and 0 for a class that -inf masks, whose :math:`p` is 0."""
+    r"""Compute :math:`\log p - \log q`, and 0 for a class that -inf masks, whose :math:`p` is 0."""
     return torch.where(log_p == -torch.inf, 0.0, log_p - log_q)
 
 

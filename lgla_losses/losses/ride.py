@@ -25,8 +25,8 @@ class RIDELoss(LDAMLoss):
 
     The second term is :func:`~lgla_losses.baselines.expert_diversity`. As in the authors' code all
     temperatures are 1 until :meth:`reweight` switches on those of the classes, together with LDAM's weights
-    of the classes, which do not weigh the second term: with ``"mean"`` that is always divided by the number of
-    samples. RIDE's routing of samples and its distillation from a larger model are not part of the loss.
+    of the classes. These do not weigh the second term, which ``"mean"`` divides by the number of samples.
+    RIDE's routing of samples and its distillation from a larger model are not part of the loss.
 
     The first term is bounded below and the second is not: with a large ``diversity`` training diverges.
 

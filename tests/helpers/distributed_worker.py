@@ -16,6 +16,8 @@ from lgla_losses.baselines import (
     FocalLoss,
     LDAMLoss,
     LogitAdjustedLoss,
+    NCLLoss,
+    RIDELoss,
     SigmoidAdjustedLoss,
 )
 
@@ -123,6 +125,9 @@ def check_baselines(rank, world_size):
     ):
         for v, y, s in ((logits[:, 0], target, None), (logits[:, 0], q, sample_weight), (logits, q, None)):
             compare_shares(make, v, y, s, sizes, rank)
+    for v, y, s in ((logits, target, None), (logits, target, sample_weight)):
+        compare_shares(partial(NCLLoss, COUNTS), v, y, s, sizes, rank)
+        compare_shares(reweighted_ride, v, y, s, sizes, rank)
     for v, s in ((logits[:, 0], None), (logits, sample_weight)):
         compare_shares(partial(SigmoidAdjustedLoss, COUNTS, 60), v, q, s, sizes, rank)
 
@@ -135,6 +140,13 @@ def mixed(target):
 
 def reweighted(**options):
     criterion = LDAMLoss(COUNTS, **options)
+    criterion.reweight()
+    return criterion
+
+
+def reweighted_ride(**options):
+    """Whose mean divides by the weights of all ranks' samples, and by their number."""
+    criterion = RIDELoss(COUNTS, diversity=0.3, gamma=0.4, **options)
     criterion.reweight()
     return criterion
 

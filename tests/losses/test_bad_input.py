@@ -19,10 +19,12 @@ from lgla_losses import (
     GroupConvExperts,
     LGLALoss,
     LinearLGLALoss,
+    aggregation,
     calibration,
     count_classes,
     create_loss,
     plot,
+    stages,
     suggest,
 )
 from lgla_losses.baselines import (
@@ -32,8 +34,12 @@ from lgla_losses.baselines import (
     FocalLoss,
     LDAMLoss,
     LogitAdjustedLoss,
+    NCLLoss,
+    RIDELoss,
     SigmoidAdjustedLoss,
     VSLoss,
+    expert_distillation,
+    expert_diversity,
 )
 from lgla_losses.distributed import ClassParallelLGLALoss, class_shard
 
@@ -624,6 +630,28 @@ CASES = {
     "baseline: multi-hot target": (lambda: FocalLoss()(LOGITS[:, 0], ROWS), ValueError, "target", "[2]", "[2, 4]", "SigmoidAdjustedLoss"),
     "baseline: multi-hot target of experts": (lambda: VSLoss(COUNTS)(LOGITS, ROWS), ValueError, "target", "[2]", "[2, 4]", "SigmoidAdjustedLoss"),
     "baseline: labels of a sequence": (lambda: BalancedSoftmaxLoss(COUNTS)(torch.zeros(2, 7, 4), torch.zeros(2, 7).long()), ValueError, "logits", "[N, 4, S]", "[2, 7, 4]", "movedim(-1, 1)"),
+    # terms between experts, and what comes after training
+    "negative diversity": (lambda: RIDELoss(COUNTS, -0.1), ValueError, "diversity", ">= 0", "-0.1"),
+    "temperatures too far apart": (lambda: RIDELoss(COUNTS, gamma=1.0), ValueError, "gamma", "[0, 1)", "1.0"),
+    "negative distillation": (lambda: NCLLoss(COUNTS, -0.1), ValueError, "distillation", ">= 0", "-0.1"),
+    "no hard classes": (lambda: NCLLoss(COUNTS, hard_share=0.0), ValueError, "hard_share", "(0, 1]", "0.0"),
+    "more than all classes are hard": (lambda: NCLLoss(COUNTS, hard_share=1.5), ValueError, "hard_share", "(0, 1]", "1.5"),
+    "NCL of probabilities": (lambda: NCLLoss(COUNTS)(LOGITS, torch.full((2, 4), 0.25)), ValueError, "target", "class indices", "probabilities", "expert_distillation"),
+    "SADE of two experts": (lambda: create_loss("sade", COUNTS, num_experts=2), ValueError, "num_experts", "2 from num_experts", "3 from adjustment='sade'"),
+    "SADE's table of two experts": (
+        lambda: CLALogitAdjuster.of_prior(ClassGrouper(COUNTS, 2), 2, "sade"), ValueError, "num_experts", "3 with adjustment='sade'", "got 2",
+    ),
+    "SADE of two logits": (lambda: create_loss("sade", COUNTS)(LOGITS[:, :2], TARGET), ValueError, "logits", "[N, 3, 4]", "[2, 2, 4]"),
+    "temperatures of other classes": (lambda: expert_diversity(LOGITS, torch.ones(3)), ValueError, "temperature", "[4]", "[3]"),
+    "distillation of integer logits": (lambda: expert_distillation(LOGITS.long()), TypeError, "logits", "floating", "int64"),
+    "views of other samples": (lambda: aggregation.self_supervised_weights(LOGITS, LOGITS[:1]), ValueError, "other_view", "[2, 3, 4]", "[1, 3, 4]"),
+    "views of one expert": (lambda: aggregation.self_supervised_weights(LOGITS[:, 0], LOGITS[:, 0]), ValueError, "view", "two experts", "[2, 1, 4]"),
+    "views without samples": (lambda: aggregation.self_supervised_weights(LOGITS[:0], LOGITS[:0]), ValueError, "view", "a sample or more", "[0, 3, 4]"),
+    "NaN in a view": (lambda: aggregation.self_supervised_weights(LOGITS, LOGITS * math.nan), ValueError, "other_view", "finite"),
+    "no epochs": (lambda: aggregation.self_supervised_weights(LOGITS, LOGITS, epochs=0), ValueError, "epochs", "0"),
+    "tau-normalising a model": (lambda: stages.tau_normalize(nn.ReLU()), TypeError, "head", "Linear", "ReLU", "model.experts.classifiers"),
+    "tau-normalising cosine heads": (lambda: stages.tau_normalize(experts().classifiers), ValueError, "head", "linear", "scale=30", 'classifier="linear"'),
+    "negative tau of a head": (lambda: stages.tau_normalize(nn.Linear(2, 2), -1.0), ValueError, "tau", ">= 0", "-1.0"),
     # several labels a sample
     "multi-label: no counts": (lambda: sigmoid(None), TypeError, "class_counts", "None", "count_classes"),
     "multi-label: a class of no sample": (lambda: sigmoid([3, 0, 1, 1]), ValueError, "class_counts", "positive", "class 1"),

@@ -609,4 +609,4 @@ def test_vmap_takes_gradients_of_single_samples(case):
 
 def test_the_page_has_a_row_for_each():
     rows = re.findall(r"^\| `(\w+)`", PAGE, re.MULTILINE)
-    assert rows == [*sorted(baselines.__all__), "LGLALoss"]
+    assert rows == [*(name for name in baselines.__all__ if name.endswith("Loss")), "LGLALoss"]

@@ -342,7 +342,8 @@ def test_what_is_ignored_may_hold_anything(make):
     loss = make(COUNTS)(leaf, target)
     torch.testing.assert_close(loss, expected)
     loss.backward()
-    assert (leaf.grad[3] == 0).all() and leaf.grad.isfinite().all()
+    assert (leaf.grad[3] == 0).all()
+    assert leaf.grad.isfinite().all()
 
 
 @every_loss
@@ -409,7 +410,8 @@ def test_own_class_weights_weigh_all_terms_of_ncl():
 
 def test_sade_has_three_experts_and_a_strength_that_can_change():
     criterion = create_loss("sade", COUNTS)
-    assert isinstance(criterion, LGLALoss) and not criterion.aaw
+    assert isinstance(criterion, LGLALoss)
+    assert not criterion.aaw
     assert (criterion.num_experts, float(criterion.adjuster.tau)) == (3, 2.0)
     criterion.set_adjustment(COUNTS[::-1], tau=1.0)
     assert torch.equal(criterion.adjuster.table, create_loss("sade", COUNTS[::-1], tau=1.0).adjuster.table)

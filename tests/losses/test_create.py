@@ -13,6 +13,8 @@ from lgla_losses.baselines import (
     FocalLoss,
     LDAMLoss,
     LogitAdjustedLoss,
+    NCLLoss,
+    RIDELoss,
     SigmoidAdjustedLoss,
     VSLoss,
 )
@@ -30,6 +32,9 @@ LOSSES = {
     "class_balanced": ({"beta": 0.99, "gamma": 0.5}, ClassBalancedLoss(COUNTS, beta=0.99, gamma=0.5)),
     "ldam": ({"max_margin": 0.3, "scale": 16.0}, LDAMLoss(COUNTS, max_margin=0.3, scale=16.0)),
     "vs": ({"gamma": 0.1}, VSLoss(COUNTS, gamma=0.1)),
+    "ride": ({"diversity": 0.2, "scale": 16.0}, RIDELoss(COUNTS, 0.2, scale=16.0)),
+    "ncl": ({"distillation": 0.3}, NCLLoss(COUNTS, 0.3)),
+    "sade": ({"tau": 1.0}, LGLALoss(COUNTS, adjustment="sade", tau=1.0, aaw=False)),
 }
 
 

@@ -73,12 +73,18 @@ BASELINES = {
     "LDAMLoss.reweight": "self, enabled=True",
     "LogitAdjustedLoss": "class_counts, tau=1.0, **options",
     "NCLLoss": "class_counts, distillation=0.6, hard_share=0.3, **options",
-    "RIDELoss": "class_counts, diversity=0.45, max_margin=0.5, scale=30.0, gamma=0.05, beta=0.9999, **options",
+    "RIDELoss": "class_counts, diversity=0.45, max_margin=0.5, scale=30.0, gamma=0.05, beta=0.9999, "
+    "**options",
     "SigmoidAdjustedLoss": "class_counts, num_samples, tau=1.0, **options",
     "SigmoidAdjustedLoss.set_adjustment": "self, class_counts=None, tau=None, num_samples=None",
     "VSLoss": "class_counts, gamma=0.05, tau=1.0, **options",
     "expert_distillation": "output",
     "expert_diversity": "output, temperature=1.0",
+}
+AFTER_TRAINING = {
+    "aggregation.self_supervised_weights": "view, other_view, *, learning_rate=0.1, epochs=5, "
+    "batch_size=128, seed=0",
+    "stages.tau_normalize": "head, tau=1.0",
 }
 PICTURES = {
     "fusion_sweep": "logits, target, class_counts, weights=None, *, many=100, few=20",
@@ -128,6 +134,13 @@ def test_signature_of_a_baseline(name):
         assert set(AdjustedLoss.__init__.__annotations__) - {"class_counts", "numbers", "return"} == set(
             Options.__annotations__
         )
+
+
+@pytest.mark.parametrize("name", AFTER_TRAINING)
+def test_signature_of_what_comes_after_training(name):
+    module, function = name.split(".")
+    assert parameters(getattr(getattr(lgla_losses, module), function)) == AFTER_TRAINING[name]
+    assert getattr(lgla_losses, module).__all__ == [function]
 
 
 @pytest.mark.parametrize("name", PICTURES)

@@ -1,0 +1,114 @@
+"""Weights of experts for a test set of unknown class prior, learned from its samples without labels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lgla_losses._batch import one_or_more_experts, stack
+from lgla_losses._checks import finite_float, finite_tensors, integer, positive_int, same_device
+from lgla_losses.experts.output import ExpertLogits, ExpertOutput
+
+__all__ = ["self_supervised_weights"]
+
+#: The settings of the authors' optimiser, beside the learning rate.
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+#: An expert that weighs less ends the search.
+SMALLEST_WEIGHT = 0.05
+
+
+def self_supervised_weights(
+    view: ExpertOutput | ExpertLogits,
+    other_view: ExpertOutput | ExpertLogits,
+    *,
+    learning_rate: float = 0.1,
+    epochs: int = 5,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> Tensor:
+    r"""Learn one weight an expert from two views of test samples without labels: SADE's aggregation.
+
+    .. math:: \max_w \frac{1}{N} \sum_i \cos\Big(\mathrm{softmax}\Big(\sum_k w_k v_{ik}\Big),
+        \mathrm{softmax}\Big(\sum_k w_k v'_{ik}\Big)\Big), \qquad w = \mathrm{softmax}(a)
+
+    Experts whose predictions are the same for both views of a sample get the larger weights, as an expert
+    is surer of the classes that it is good at. The views are what a training augmentation makes of a sample,
+    twice. The search begins with equal weights and goes by stochastic gradient descent with Nesterov's
+    momentum and weight decay of the numbers :math:`a`, as in the authors' code; it ends after an epoch in
+    which a weight has fallen below 0.05. Equal arguments give equal weights.
+
+    Source: Zhang et al., "Self-Supervised Aggregation of Diverse Experts for Test-Agnostic Long-Tailed
+    Recognition", NeurIPS 2022, test-time self-supervised aggregation, with the settings of the authors' code.
+
+    Args:
+        view: finite logits ``[N, K, C]`` of the samples in one view, K tensors ``[N, C]`` or an
+            :class:`~lgla_losses.ExpertOutput`.
+        other_view: those of the same samples, in the same order, in another view.
+        learning_rate: of the gradient descent.
+        epochs: how often it sees all samples at most.
+        batch_size: samples a step.
+        seed: of the order of the samples.
+
+    Returns:
+        Positive weights ``[K]`` that sum to 1, on the device of the logits: the ``fusion`` of
+        :meth:`ExpertOutput.ensemble <lgla_losses.ExpertOutput.ensemble>`.
+
+    Raises:
+        TypeError: the logits or another argument are of a wrong type.
+        ValueError: the views differ in shape or device, there is no sample or a single expert, a logit is
+            not finite, or another argument is out of range.
+
+    Example:
+        >>> sure, unsure = torch.eye(4).repeat(8, 1) * 5, torch.randn(2, 32, 4)
+        >>> view, other_view = ([sure, noise] for noise in unsure)
+        >>> weights = self_supervised_weights(view, other_view, epochs=20)
+        >>> weights[0] > weights[1]
+        tensor(True)
+    """
+    views = [stack(*one_or_more_experts(output, None)).detach() for output in (view, other_view)]
+    _check(views)
+    learning_rate = finite_float(
+        "learning_rate", learning_rate, low=0.0, high=math.inf, expected="a finite number >= 0"
+    )
+    epochs = positive_int("epochs", epochs, "the authors take 5")
+    batch_size = positive_int("batch_size", batch_size, "the authors take 128")
+    generator = torch.Generator().manual_seed(integer("seed", seed, "it orders the samples"))
+
+    num_samples, num_experts, _ = views[0].shape
+    # Also where the caller predicts without gradients.
+    with torch.inference_mode(False), torch.enable_grad():
+        free = torch.zeros(num_experts, dtype=views[0].dtype, device=views[0].device, requires_grad=True)
+        optimizer = torch.optim.SGD(
+            [free], lr=learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
+        )
+        for _ in range(epochs):
+            order = torch.randperm(num_samples, generator=generator).to(free.device)
+            for rows in order.split(batch_size):
+                optimizer.zero_grad()
+                weights = free.softmax(dim=0)[:, None]
+                one, other = ((logits[rows] * weights).sum(dim=1).softmax(dim=1) for logits in views)
+                (-F.cosine_similarity(one, other).mean()).backward()
+                optimizer.step()
+            if free.softmax(dim=0).min() < SMALLEST_WEIGHT:
+                break
+        return free.detach().softmax(dim=0)
+
+
+def _check(views: list[Tensor]) -> None:
+    """Raise unless the views ``[N, K, C]`` are of the same samples, and something can be learned of them."""
+    first, other = views
+    if first.shape != other.shape:
+        raise ValueError(
+            "other_view: expected the samples, experts and classes of view, shape "
+            f"{list(first.shape)}, got {list(other.shape)}"
+        )
+    same_device(view=first, other_view=other)
+    if first.shape[0] == 0 or first.shape[1] < 2:
+        raise ValueError(
+            "view: expected logits [N, K, C] of a sample or more and of two experts or more, got "
+            f"{list(first.shape)}; a single expert needs no weight"
+        )
+    finite_tensors(view=first, other_view=other)
