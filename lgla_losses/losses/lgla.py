@@ -41,10 +41,10 @@ class LGLALoss(ExpertLoss):
             :func:`count_classes` makes them.
         num_experts: number of experts ``K``, at least 2 for ``"lgla"``. None means 3, or what
             ``grouper`` or an adjustment table fixes.
-        tau: strength of the global adjustment for ``"lgla"``, and of every expert's for ``"logit"`` (None:
-            1). Other adjustments have none. For ``"lgla"`` None means what :func:`suggest` says of the heads
-            and the smoothing: ``K - 1`` with ``scale=None`` or ``label_smoothing > 0``, else
-            ``1.25 * (K - 1)``. At K = 2 ``tau=1, aaw=False`` is balanced softmax of two experts.
+        tau: strength of the global adjustment for ``"lgla"``, of every expert's for ``"logit"`` (None: 1),
+            and of the third's for ``"sade"`` (None: 2). Other adjustments have none. For ``"lgla"`` None
+            means what :func:`suggest` says of the heads and the smoothing: ``K - 1`` with ``scale=None`` or
+            ``label_smoothing > 0``, else ``1.25 * (K - 1)``. At K = 2 ``tau=1, aaw=False`` is balanced softmax of two experts.
         grouper: groups of your own instead of ``class_counts``; ``K = num_groups + 1``.
         zero_counts: what to do about classes without samples. ``"error"`` refuses them; ``"smooth"`` adds a
             sample to every class, Laplace's rule, before anything is computed; ``"mask"`` takes them out of
@@ -58,7 +58,8 @@ class LGLALoss(ExpertLoss):
             ``tau`` as well.
         adjustment: ``"lgla"`` (Eq. 4); ``"softmax"`` (none); ``"balanced"``
             (:math:`\log n_j` for every expert, balanced softmax); ``"logit"`` (:math:`\tau \log n_j`);
-            or a finite tensor ``[K, C]``.
+            ``"sade"`` (SADE's three experts, :func:`functional.sade_table
+            <lgla_losses.functional.sade_table>`); or a finite tensor ``[K, C]``.
         reduction: ``"mean"`` over the samples not ignored, ``"sum"``, or ``"none"``.
         ignore_index: target of samples that count nothing.
         label_smoothing: as in :class:`torch.nn.CrossEntropyLoss`, of ``v + T``; it never enters
