@@ -243,7 +243,9 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
         - factors of the logits (:class:`~lgla_losses.baselines.VSLoss`): the logits times their factors hold
           it, the logits themselves only for factors close to 1;
         - margins (:class:`~lgla_losses.baselines.LDAMLoss`), which have no such theory and are left out. The
-          weights count once they are on.
+          weights count once they are on;
+        - terms between experts (:class:`~lgla_losses.baselines.RIDELoss`) and over hard classes
+          (:class:`~lgla_losses.baselines.NCLLoss`), which are left out as well.
 
         Returns:
             float64 ``[C]``, summing to 1; 0 for masked classes and for those of weight 0.

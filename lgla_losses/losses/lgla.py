@@ -44,7 +44,8 @@ class LGLALoss(ExpertLoss):
         tau: strength of the global adjustment for ``"lgla"``, of every expert's for ``"logit"`` (None: 1),
             and of the third's for ``"sade"`` (None: 2). Other adjustments have none. For ``"lgla"`` None
             means what :func:`suggest` says of the heads and the smoothing: ``K - 1`` with ``scale=None`` or
-            ``label_smoothing > 0``, else ``1.25 * (K - 1)``. At K = 2 ``tau=1, aaw=False`` is balanced softmax of two experts.
+            ``label_smoothing > 0``, else ``1.25 * (K - 1)``. At K = 2 ``tau=1, aaw=False`` is balanced
+            softmax of two experts.
         grouper: groups of your own instead of ``class_counts``; ``K = num_groups + 1``.
         zero_counts: what to do about classes without samples. ``"error"`` refuses them; ``"smooth"`` adds a
             sample to every class, Laplace's rule, before anything is computed; ``"mask"`` takes them out of
