@@ -246,4 +246,6 @@ BASELINES: dict[str, Callable[[str], nn.Module]] = {
     "VSLoss": lambda backend: baselines.VSLoss(counts(), backend=backend),
     "LDAMLoss": lambda backend: baselines.LDAMLoss(counts(), backend=backend),
     "LDAMLoss, reweighted": reweighted,
+    "RIDELoss": lambda backend: baselines.RIDELoss(counts(), backend=backend),
+    "NCLLoss": lambda backend: baselines.NCLLoss(counts(), backend=backend),
 }

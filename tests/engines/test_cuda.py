@@ -117,6 +117,8 @@ BASELINES = {
     "VS": lambda: baselines.VSLoss(COUNTS),
     "LDAM": lambda: baselines.LDAMLoss(COUNTS),
     "LDAM, deferred weights": deferred_ldam,
+    "RIDE": lambda: baselines.RIDELoss(COUNTS),
+    "NCL": lambda: baselines.NCLLoss(COUNTS),
 }
 
 #: By name what makes a step for a device and a dtype.

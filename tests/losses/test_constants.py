@@ -20,6 +20,8 @@ from lgla_losses.baselines import (
     FocalLoss,
     LDAMLoss,
     LogitAdjustedLoss,
+    NCLLoss,
+    RIDELoss,
     VSLoss,
 )
 from lgla_losses.distributed import ClassParallelLGLALoss
@@ -42,6 +44,9 @@ LOSSES = {
     "own class weights": lambda counts: LDAMLoss(counts, class_weight=[0.5, 1.0, 2.0, 0.0, 3.5, 1.0]),
     "LogitAdjustedLoss": lambda counts: LogitAdjustedLoss(counts, tau=1.5),
     "VSLoss": VSLoss,
+    "RIDELoss": RIDELoss,
+    "NCLLoss": NCLLoss,
+    "sade": lambda counts: LGLALoss(counts, tau=1.5, adjustment="sade", aaw=False),
     "background": lambda counts: LGLALoss(counts, background=[1, 4]),
     "may mask classes": lambda counts: LDAMLoss(counts, zero_counts="mask", background=2),
 }

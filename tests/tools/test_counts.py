@@ -14,6 +14,8 @@ from lgla_losses.baselines import (
     ClassBalancedLoss,
     LDAMLoss,
     LogitAdjustedLoss,
+    NCLLoss,
+    RIDELoss,
     VSLoss,
 )
 from lgla_losses.data import long_tailed_indices
@@ -46,6 +48,8 @@ TAKERS = {
     "ClassBalancedLoss": lambda counts: ClassBalancedLoss(counts)(LOGITS, TARGET),
     "LDAMLoss": lambda counts: LDAMLoss(counts)(LOGITS, TARGET),
     "LogitAdjustedLoss": lambda counts: LogitAdjustedLoss(counts)(LOGITS, TARGET),
+    "NCLLoss": lambda counts: NCLLoss(counts)(LOGITS, TARGET),
+    "RIDELoss": lambda counts: RIDELoss(counts)(LOGITS, TARGET),
     "VSLoss": lambda counts: VSLoss(counts)(LOGITS, TARGET),
     "shift_prior": lambda prior: shift_prior(LOGITS, prior, [1, 1, 1]),
     "new_prior": lambda prior: shift_prior(LOGITS, [1, 1, 1], prior),
