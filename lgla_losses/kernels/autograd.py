@@ -25,6 +25,9 @@ from lgla_losses.kernels import TENSORS, Engine, Rows, chunked, native, with_fie
 
 logger = logging.getLogger(__name__)
 
+#: Found out here, as a compiler of PyTorch before 2.13 cannot trace ``find_spec``.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 #: The tensors whose gradients may be asked for; None for those that a loss goes without.
 Inputs: TypeAlias = Sequence[Any]
 
@@ -71,7 +74,7 @@ def triton_missing(device: torch.device | None = None) -> str | None:
 
     Without a device, say why it cannot run on any.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "it is not installed (pip install triton, or a PyTorch with CUDA)"
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"

@@ -1,5 +1,7 @@
 """torch.compile sees whole graphs, and new batch sizes compile nothing anew."""
 
+import importlib.util
+
 import pytest
 import torch
 from compilers import CHANGES_NUMBERS, TAKES_STAGES
@@ -13,7 +15,7 @@ from lgla_losses import (
     LGLALoss,
     LinearLGLALoss,
 )
-from lgla_losses.kernels import chunked, native
+from lgla_losses.kernels import autograd, chunked, native
 
 COUNTS = [40, 9, 5, 1]
 #: aot_eager traces and differentiates whole graphs without generating code: enough for most checks.
@@ -161,16 +163,37 @@ def test_a_compiled_loss_has_no_second_derivative_and_says_so(reduction):
         (loss + (gradient**2).sum()).backward()
 
 
+def of_many_classes(loss, device="cpu"):
+    """A criterion, for which the operator stands in a graph, and its inputs."""
+    counts, target = list(range(600, 0, -1)), torch.arange(4, device=device)
+    if loss == "logits":
+        return LGLALoss(counts).to(device), (30 * torch.rand(4, 3, 600, device=device), target)
+    features, weight = torch.randn(4, 3, 5, device=device), torch.randn(3, 600, 5, device=device)
+    return LinearLGLALoss(counts).to(device), (features, weight, target)
+
+
 @pytest.mark.parametrize("loss", ["logits", "linear"])
 def test_it_compiles_without_the_c_library(loss, monkeypatch):
     monkeypatch.setattr(native, "LIBRARY", None)
-    counts, target = list(range(600, 0, -1)), torch.arange(4)
-    if loss == "logits":
-        criterion, inputs = LGLALoss(counts), (30 * torch.rand(4, 3, 600), target)
-    else:
-        criterion, inputs = LinearLGLALoss(counts), (torch.randn(4, 3, 5), torch.randn(3, 600, 5), target)
+    criterion, inputs = of_many_classes(loss)
     compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), criterion(*inputs))
+
+
+@pytest.mark.parametrize("loss", ["logits", "linear"])
+def test_many_classes_compile_on_a_gpu(loss, device, monkeypatch):
+    """Where Triton is looked for, the compiler of PyTorch 2.11 gives up. Without a GPU it traces as if."""
+    pytest.importorskip("triton")
+    looked_for, find = [], importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: looked_for.append(name) or find(name))
+    if device == "cpu":
+        choose, gpu = autograd.engine_for, torch.device("cuda")
+        monkeypatch.setattr(autograd, "engine_for", lambda backend, _: choose(backend, gpu))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: torch.compiler.is_dynamo_compiling())
+    criterion, inputs = of_many_classes(loss, device)
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), criterion(*inputs))
+    assert "triton" not in looked_for
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
