@@ -342,8 +342,6 @@ _COLOURS = {
     "LinearLGLALoss": "C0",
     "LGLALoss, compiled": "C5",
     "LinearLGLALoss, compiled": "C5",
-    "LGLALoss, plan 0.1": "#8FB8DE",
-    "LinearLGLALoss, plan 0.1": "#8FB8DE",
     "LGLALoss, reference": "C2",
     "head + LGLALoss": "C2",
     "LGLALoss, fused": "#00614a",

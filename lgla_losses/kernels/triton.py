@@ -37,20 +37,18 @@ __all__ = [
 ]
 
 #: Ways to compute the loss that :func:`use` chooses between on NVIDIA, so that a benchmark can hold one to
-#: another. They differ in plain rows (:func:`_form_of`) of more than 2,048 classes, but for float64:
+#: another. They differ in plain rows (:func:`_form_of`) of 2,049 to 16,384 classes, but for float64:
 #:
 #: - ``"wide"``: a row of one tile takes fewer instructions (``_forward_lean``), by threads of 32 elements in
 #:   float32 and of 64 in 16 bits. Longer rows are those of ``"resident"``.
 #: - ``"resident"`` was the one before: threads of 16 elements, of which a multiprocessor runs 32 warps; of
 #:   longer rows a program of 32 warps takes one at a time (``_forward_streamed``). On AMD there is no other.
-#: - ``"swept-1"`` and ``"swept-2"``: longer rows take fewer instructions (``_forward_swept``), and a
-#:   multiprocessor runs one or two programs. Not measured yet. Rows of one tile are those of ``"wide"``.
 #:
-#: An H200 took, at 4,096 x 3 x 8,142 in float32, 0.24 ms by either of the first two, and a copy 0.19; in
-#: bfloat16 0.138 by ``"wide"``, 0.178 by ``"resident"``, and a copy 0.097. (Then ``"wide"`` took one
-#: instruction less a class, and was wrong for huge logits.) In float32 three or four programs on a
-#: multiprocessor were slower, and so were rows loaded ahead.
-PLANS = ("wide", "resident", "swept-1", "swept-2")
+#: An H200 took, at 4,096 x 3 x 8,142 in float32, 0.24 ms by either, and a copy 0.19; in bfloat16 0.134 by
+#: ``"wide"``, 0.173 by ``"resident"``, and a copy 0.096. In float32 three or four programs on a
+#: multiprocessor were slower, and so were rows loaded ahead; longer rows gained nothing by fewer
+#: instructions.
+PLANS = ("wide", "resident")
 
 _plan = "wide"
 
@@ -90,7 +88,6 @@ class Tile(NamedTuple):
         registers: the most that a thread may take, on NVIDIA; None leaves it to the compiler.
         lean: take fewer instructions, for rows that are plain; the tile is one row.
         keep: keep the adjustments of whole rows in registers; else they are read for every row.
-        group: of longer rows, the blocks that are loaded together.
     """
 
     rows: int
@@ -99,7 +96,6 @@ class Tile(NamedTuple):
     registers: int | None = None
     lean: bool = False
     keep: bool = True
-    group: int = 1
 
     def options(self, architecture: int | None) -> dict[str, int]:
         """Give the options for Triton's compiler.
@@ -136,14 +132,6 @@ def forward_tile(
     return _forward_tile(num_classes, dtype, "resident" if architecture is None else _plan)
 
 
-#: Tiles of longer rows by plan. A block has at least 8 elements a thread: of 16 bits these are one load, and
-#: no lane of several blocks then concerns two threads.
-_LONG = {
-    "swept-1": Tile(1, 4096, 16, 128, lean=True, group=2),
-    "swept-2": Tile(1, 2048, 8, 128, lean=True, group=2),
-}
-
-
 @lru_cache(maxsize=256)
 def _forward_tile(num_classes: int, dtype: torch.dtype, plan: str) -> Tile:
     wide = 2 if dtype == torch.float64 else 1
@@ -153,7 +141,7 @@ def _forward_tile(num_classes: int, dtype: torch.dtype, plan: str) -> Tile:
     if wide == 2:
         return Tile(rows, block, max(4, block // 256)) if whole else Tile(1, 2048, 8)
     if not whole:
-        return _LONG.get(plan, Tile(1, 4096, 32, 64))
+        return Tile(1, 4096, 32, 64)
     if block <= 2048:  # which takes few registers, or leaves the compiler no choice
         return Tile(rows, block, 4)
 
@@ -598,14 +586,11 @@ def _form(
     whole, flush = tile.block >= num_classes, flushes(architecture, dtype)
     if not tile.keep or not whole:
         constants.round_table(dtype)
-    if whole and tile.lean:
+    if tile.lean:
         return kernels._forward_lean, {"keep": tile.keep, "flush": flush}
     if whole:
         return kernels._forward, {"flush": flush}
-    ends = {"lowest": torch.finfo(dtype).min, "flush": flush}
-    if tile.lean:
-        return kernels._forward_swept, {"group": tile.group, **ends}
-    return kernels._forward_streamed, ends
+    return kernels._forward_streamed, {"lowest": torch.finfo(dtype).min, "flush": flush}
 
 
 # --- Launches -----------------------------------------------------------------------------------------------
