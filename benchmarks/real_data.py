@@ -1,6 +1,6 @@
 """Real long-tailed data sets for benchmarks: parts for training, validation and test, drawn by a seed.
 
-All but the digits are read from a folder, in which lie
+All but the digits and Python's own names of characters are read from a folder, in which lie
 
 - ``cifar10.npz``, as :func:`lgla_losses.data.read_npz` takes it;
 - ``fashion-mnist/``, the four files of Debian's package dataset-fashion-mnist;
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import csv
 import gzip
+import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -162,6 +164,17 @@ def _docstrings(folder: Path) -> Pools:
     return _text_pool([row["text"] for row in rows], [row["label"] for row in rows], fewest=10)
 
 
+@cache
+def _unicode_names(folder: Path) -> Pools:
+    """The name of a character says something of its category: letter, mark, number, symbol, ..."""
+    named = [(unicodedata.name(c, ""), unicodedata.category(c)) for c in map(chr, range(sys.maxunicode + 1))]
+    # The names of whole blocks are their numbers.
+    numbered = ("CJK ", "HANGUL SYLLABLE", "TANGUT IDEOGRAPH", "NUSHU", "KHITAN")
+    kept = [(name, category) for name, category in named if name and not name.startswith(numbered)]
+    chosen = [kept[i] for i in np.random.default_rng(0).permutation(len(kept))[:16000]]
+    return _text_pool([name for name, _ in chosen], [category for _, category in chosen], fewest=15)
+
+
 def _text_pool(texts: list[str], labels: list[str], fewest: int) -> Pools:
     """Texts as 256 numbers each, made without labels; classes of fewer texts than ``fewest`` are left out."""
     from sklearn.decomposition import TruncatedSVD
@@ -187,4 +200,5 @@ DATA_SETS = {
     "Debian sections": DataSet(_debian_sections, largest=None),
     "docstrings": DataSet(_docstrings, largest=None, epochs=20, batch=64, cross_fit=True),
     "WordNet topics": DataSet(_wordnet, largest=None),
+    "Unicode names": DataSet(_unicode_names, largest=None),
 }

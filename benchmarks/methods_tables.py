@@ -1,0 +1,179 @@
+"""Tables and picture of the record of methods.py, of which docs/methods.md is made."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from tables import grid
+
+Record = dict[str, Any]
+Row = dict[str, Any]
+
+#: Heads, and how many times the epochs.
+BUDGETS = (("cosine", 1), ("linear", 1), ("cosine", 4))
+SCORES = ("accuracy", "head", "middle", "tail", "nll", "ece")
+YARDSTICK = "balanced softmax x3"
+
+
+class Results:
+    """The rows of a record: a score by method, data set and seed."""
+
+    def __init__(self, record: Record) -> None:
+        self.costs = {cost["method"]: cost for cost in record["costs"]}
+        self.rows = {key(row): row for row in record["rows"]}
+        self.sets, self.methods, self.seeds = (
+            list(dict.fromkeys(row[what] for row in record["rows"])) for what in ("data", "method", "seed")
+        )
+
+    def of(self, budget: tuple[str, int], method: str, data: str, score: str, way: str) -> list[float]:
+        """A score of all seeds; ``way`` is plain or calibrated."""
+        keys = ((*budget, method, data, seed) for seed in self.seeds)
+        return [self.rows[k][way][SCORES.index(score)] for k in keys if k in self.rows]
+
+    def mean(
+        self, budget: tuple[str, int], method: str, score: str, way: str, data: str | None = None
+    ) -> float:
+        """A score's mean over seeds, of a data set or of all."""
+        sets = self.sets if data is None else [data]
+        return statistics.mean(statistics.mean(self.of(budget, method, name, score, way)) for name in sets)
+
+    def gain(
+        self,
+        budget: tuple[str, int],
+        method: str,
+        way: str,
+        over: str = YARDSTICK,
+        data: str | None = None,
+        score: str = "accuracy",
+    ) -> tuple[float, float]:
+        """Mean difference from another method and its standard error over the seeds, the data sets given."""
+        means, variances = [], []
+        for name in self.sets if data is None else [data]:
+            pairs = zip(*(self.of(budget, m, name, score, way) for m in (method, over)), strict=True)
+            gained = [mine - other for mine, other in pairs]
+            means.append(statistics.mean(gained))
+            variances.append(statistics.variance(gained) / len(gained) if len(gained) > 1 else math.nan)
+        return statistics.mean(means), math.sqrt(sum(variances)) / len(means)
+
+    def compared(self, budget: tuple[str, int]) -> list[str]:
+        """The methods of a budget."""
+        return [m for m in self.methods if all(self.of(budget, m, d, "accuracy", "plain") for d in self.sets)]
+
+
+def key(row: Row) -> tuple[str, int, str, str, int]:
+    """What a row is of."""
+    return row["head"], row["times"], row["method"], row["data"], row["seed"]
+
+
+def told(difference: tuple[float, float]) -> str:
+    """A difference and its standard error."""
+    mean, error = difference
+    return f"{mean:+.2f} ± {error:.2f}"
+
+
+def gains(results: Results, budget: tuple[str, int]) -> str:
+    """Balanced accuracy, and how far it is from that of the yardstick: as it is, and calibrated."""
+    rows = []
+    for method in results.compared(budget):
+        cells = [method]
+        for way in ("plain", "calibrated"):
+            cells.append(f"{results.mean(budget, method, 'accuracy', way):.1f}")
+            cells.append(told(results.gain(budget, method, way)) if method != YARDSTICK else "")
+        rows.append(cells)
+    return grid(["method", "plain", "difference", "calibrated", "difference"], rows)
+
+
+def by_set(results: Results, budget: tuple[str, int], way: str) -> str:
+    """Balanced accuracy by data set."""
+    rows = [
+        [method, *(f"{results.mean(budget, method, 'accuracy', way, data):.1f}" for data in results.sets)]
+        for method in results.compared(budget)
+    ]
+    return grid(["method", *results.sets], rows)
+
+
+def by_region(results: Results, budget: tuple[str, int]) -> str:
+    """Accuracy on frequent, middle and rare classes, a third of the classes each: plain → calibrated."""
+    rows = [
+        [method, *(arrow(results, budget, method, score, 1) for score in ("head", "middle", "tail"))]
+        for method in results.compared(budget)
+    ]
+    return grid(["method", "head", "middle", "tail"], rows)
+
+
+def quality(results: Results, budget: tuple[str, int]) -> str:
+    """Negative log likelihood, and calibration error in percent; classes count alike: plain → calibrated."""
+    rows = [
+        [method, arrow(results, budget, method, "nll", 2), arrow(results, budget, method, "ece", 1)]
+        for method in results.compared(budget)
+    ]
+    return grid(["method", "NLL", "ECE"], rows)
+
+
+def arrow(results: Results, budget: tuple[str, int], method: str, score: str, digits: int) -> str:
+    """A score's mean, plain and calibrated."""
+    return " → ".join(
+        f"{results.mean(budget, method, score, way):.{digits}f}" for way in ("plain", "calibrated")
+    )
+
+
+def costs(results: Results) -> str:
+    """Time of a training step and of a prediction, medians with quartiles, and parameters."""
+    yardstick = results.costs[YARDSTICK]
+    rows = []
+    for method, cost in results.costs.items():
+        cells = [method, f"{cost['parameters']:,}"]
+        for what in ("training_ms", "prediction_ms"):
+            low, median, high = cost[what]
+            cells.append(f"{median:.2f} ({low:.2f} to {high:.2f})")
+            cells.append(f"{median / yardstick[what][1]:.2f}")
+        rows.append(cells)
+    header = ["method", "parameters", "training step, ms", "relative", "prediction, ms", "relative"]
+    return grid(header, rows)
+
+
+def budget_name(budget: tuple[str, int]) -> str:
+    """A budget in words."""
+    head, times = budget
+    return f"{head} heads" if times == 1 else f"{head} heads, {times} times the epochs"
+
+
+def all_of(results: Results) -> str:
+    """All tables, each below what it is."""
+    parts = []
+    for budget in BUDGETS:
+        if not results.compared(budget):
+            continue
+        name = budget_name(budget)
+        parts += [f"{name}: balanced accuracy, difference from {YARDSTICK}", gains(results, budget)]
+        for way in ("plain", "calibrated"):
+            parts += [f"{name}: balanced accuracy by data set, {way}", by_set(results, budget, way)]
+        parts += [f"{name}: accuracy by frequency of the classes", by_region(results, budget)]
+        parts += [f"{name}: quality of the probabilities", quality(results, budget)]
+    return "\n\n".join([*parts, "cost", costs(results)])
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draw the differences from the yardstick with two standard errors: a panel a budget."""
+    from matplotlib.figure import Figure
+
+    budgets = [budget for budget in BUDGETS if results.compared(budget)]
+    figure = Figure(figsize=(4.2 * len(budgets) + 1.5, 6.5), layout="constrained")
+    panels = figure.subplots(1, len(budgets), sharex=True, squeeze=False)[0]
+    for panel, budget in zip(panels, budgets, strict=True):
+        methods = [m for m in reversed(results.methods) if m in results.compared(budget) and m != YARDSTICK]
+        for way, shape, offset in (("plain", "o", 0.15), ("calibrated", "s", -0.15)):
+            means, errors = zip(*(results.gain(budget, method, way) for method in methods), strict=True)
+            places = [place + offset for place in range(len(methods))]
+            panel.errorbar(means, places, xerr=[2 * e for e in errors], fmt=shape, markersize=4, label=way)
+        panel.axvline(0, color="grey", linewidth=0.8)
+        panel.set_yticks(range(len(methods)), methods, fontsize=8)
+        panel.set_title(budget_name(budget), fontsize=9)
+    panels[0].legend(loc="lower left", fontsize=8)
+    figure.supxlabel(
+        f"balanced accuracy in points, less that of {YARDSTICK} predicted in the same way", fontsize=9
+    )
+    figure.savefig(path, dpi=110)

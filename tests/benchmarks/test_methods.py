@@ -1,0 +1,209 @@
+"""The benchmark of methods: a miniature of it, and networks side by side."""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+MODULES = ("methods", "methods_tables", "side_by_side", "prediction", "real_data", "prior_shift")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The benchmark, with data sets that are made up: features with a natural tail, and images."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import methods
+    import real_data
+
+    def pool(size, shape, seed):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.multinomial(torch.tensor([0.6, 0.3, 0.1]), size, True, generator=generator)
+        inputs = torch.randn(size, *shape, generator=generator)
+        inputs.view(size, -1)[torch.arange(size), labels] += 3
+        return real_data.Pool(inputs, labels.numpy())
+
+    sets = {
+        "features": real_data.DataSet(lambda _: (pool(150, (8,), 0), None), None, batch=16),
+        "images": real_data.DataSet(
+            lambda _: (pool(200, (3, 16, 16), 1), pool(60, (3, 16, 16), 2)), 40, imbalance=4.0, batch=16
+        ),
+    }
+    for module in (methods, real_data):
+        monkeypatch.setattr(module, "DATA_SETS", sets)
+    monkeypatch.setattr(methods, "SETS", tuple(sets))
+    monkeypatch.setattr(methods, "EPOCHS", 1)
+    monkeypatch.setattr(methods, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(
+        methods, "costs", lambda: [cost(methods, name) for g in methods.GROUPS.values() for name in g.methods]
+    )
+    yield methods
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+class InThisProcess:
+    """Has the interface of a pool of processes, in which what is made up here is known."""
+
+    def __init__(self, *_):
+        self.map = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def cost(methods, name):
+    return {
+        "method": name,
+        "parameters": 10,
+        "training_ms": [1.0, 2.0, 3.0],
+        "prediction_ms": [1.0, 1.0, 1.0],
+    }
+
+
+def test_units_that_are_kept_are_not_repeated_and_tables_and_picture_are_made(script, tmp_path, capsys):
+    units, output, picture = tmp_path / "units", tmp_path / "record.json", tmp_path / "picture.png"
+    options = [str(tmp_path), "--units", str(units), "--output", str(output), "--seeds", "1"]
+    script.main([*options, "--minutes", "-1"])
+    assert list(units.iterdir()) == []
+    assert "left for later" in capsys.readouterr().out
+    assert json.loads(output.read_text())["rows"] == []
+
+    script.main([*options, "--picture", str(picture)])
+    rows = json.loads(output.read_text())["rows"]
+    number = len(script.GROUPS) * len(script.BUDGETS) * 2
+    kept = {path: path.stat().st_mtime_ns for path in units.iterdir()}
+    assert len(kept) == number
+    assert {row["method"] for row in rows} >= {"LGLA", "SADE, aggregated", "softmax, cRT", "NCL", "RIDE"}
+    assert {row["head"] for row in rows if row["method"] == "softmax, tau-normalised"} == {"linear"}
+    assert picture.stat().st_size > 10_000
+
+    script.main(options)
+    assert json.loads(output.read_text())["rows"] == rows
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    plain = [
+        row["plain"][0]
+        for row in rows
+        if (row["method"], row["head"], row["times"], row["data"]) == ("LGLA", "cosine", 1, "images")
+    ]
+    assert f"{statistics.mean(plain):.1f}" in capsys.readouterr().out
+
+
+def test_networks_side_by_side_are_what_each_is_alone(script):
+    """In a group or alone a method gives the same network."""
+    from real_data import split_of
+    from side_by_side import Group, train
+
+    methods = {
+        "softmax": script.GROUPS["one"].methods["softmax"],
+        "LDAM": script.GROUPS["one"].methods["LDAM-DRW"],
+    }
+    for data in ("features", "images"):
+        split = split_of(data, Path(), seed=0)
+        for head in ("cosine", "linear"):
+            together, _ = train(split, Group(methods, 1), head, seed=3, epochs=2, batch=16)
+            outputs = together(split.test_inputs)
+            for output, (name, method) in zip(outputs, methods.items(), strict=True):
+                alone, _ = train(split, Group({name: method}, 1), head, seed=3, epochs=2, batch=16)
+                torch.testing.assert_close(
+                    output.logits, alone(split.test_inputs)[0].logits, rtol=1e-3, atol=1e-3
+                )
+
+
+def test_a_network_is_the_librarys_experts_on_a_trunk(script):
+    from side_by_side import FEATURES, HIDDEN, SideBySide
+
+    from lgla_losses import GroupConvExperts
+
+    torch.manual_seed(0)
+    inputs = torch.randn(5, 8)
+    network = SideBySide(2, 3, inputs, 4, "cosine").eval()
+    index = 1
+    trunk = nn.Linear(8, HIDDEN)
+    trunk.load_state_dict({"weight": network.trunk.weight[index], "bias": network.trunk.bias[index]})
+    experts = GroupConvExperts(
+        lambda: nn.Sequential(nn.Linear(HIDDEN, FEATURES), nn.ReLU()), 3, 4, num_features=FEATURES
+    ).eval()
+    stages = (
+        network.stages.weight[index].view(3, FEATURES, HIDDEN),
+        network.stages.bias[index].view(3, FEATURES),
+    )
+    parameters = dict(experts.named_parameters())
+    with torch.no_grad():
+        for value in (*stages, network.heads.weight.view(2, 3, 4, FEATURES)[index]):
+            (name,) = (
+                n for n, p in parameters.items() if p.numel() == value.numel() and p.dim() == value.dim()
+            )
+            parameters.pop(name).view(value.shape).copy_(value)
+        expected = experts(trunk(inputs).relu())
+        got = network(inputs)[index]
+    torch.testing.assert_close(got.logits, expected.logits)
+    torch.testing.assert_close(got.features, expected.features)
+
+
+def test_the_gradient_of_every_network_is_clipped_by_its_own_norm(script):
+    from side_by_side import SideBySide
+
+    torch.manual_seed(0)
+    network = SideBySide(2, 1, torch.randn(4, 8), 3, "linear")
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+        parameter.grad.view(2, -1)[1] *= 1e-4
+    before = [p.grad.view(2, -1).clone() for p in network.parameters()]
+    network.clip(1.0)
+    after = [p.grad.view(2, -1) for p in network.parameters()]
+    assert torch.cat([g[0] for g in after]).norm().item() == pytest.approx(1.0, rel=1e-4)
+    assert all(torch.equal(one[1], other[1]) for one, other in zip(before, after, strict=True))
+
+
+def test_mixup_mixes_inputs_and_classes_by_the_same_share(script):
+    from side_by_side import mixed
+
+    inputs, target = torch.eye(6), torch.arange(6) % 3
+    got, probabilities = mixed(inputs, target, 3, 1.0, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(got.sum(1), torch.ones(6))
+    torch.testing.assert_close(probabilities, got @ F.one_hot(target, 3).float())
+    again, _ = mixed(inputs, target, 3, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(got, again)
+
+
+def test_scores_are_means_over_classes_and_over_thirds_of_them(script):
+    counts = torch.tensor([5, 50, 500])  # the frequent class is the last
+    target = torch.tensor([2, 2, 2, 2, 1, 1, 0])
+    predicted = torch.tensor([2, 2, 2, 0, 1, 0, 1])
+    probabilities = 0.7 * F.one_hot(predicted, 3).double() + 0.1
+    accuracy, head, middle, tail, nll, ece = script.scores_of(probabilities, target, counts)
+    assert (head, middle, tail) == pytest.approx((75, 50, 0))
+    assert accuracy == pytest.approx(125 / 3)
+    of_right, of_wrong = -torch.tensor([0.8, 0.1]).double().log()
+    assert nll == pytest.approx(float((1.25 * of_right + 1.75 * of_wrong) / 3))
+    assert ece == pytest.approx(100 * (0.8 - 1.25 / 3))
+
+
+def test_a_gain_is_a_mean_of_pairs_with_the_error_of_the_mean_over_the_data_sets(script):
+    from methods_tables import Results, told
+
+    def row(method, data, seed, accuracy):
+        scores = [accuracy, 0, 0, 0, 0, 0]
+        return {"head": "cosine", "times": 1, "method": method, "data": data, "seed": seed, "plain": scores}
+
+    # The seeds differ by much, the methods by 1 and 3 points, and by 2 twice.
+    values = {("a", 1): (10, 11), ("a", 2): (50, 53), ("b", 1): (30, 32), ("b", 2): (70, 72)}
+    rows = [
+        row(method, data, seed, accuracy)
+        for (data, seed), pair in values.items()
+        for method, accuracy in zip(("balanced softmax x3", "other"), pair, strict=True)
+    ]
+    results = Results({"rows": rows, "costs": []})
+    # Variances of the means: 2 / 2 of a, 0 of b; the mean of both has a quarter of their sum.
+    assert results.gain(("cosine", 1), "other", "plain") == pytest.approx((2.0, 0.5))
+    assert told((2.0, 0.5)) == "+2.00 ± 0.50"
