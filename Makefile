@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow test-torch sanitize lint docs hero bench gpu bench-class-parallel bench-learning-rate bench-prediction bench-layouts paper-smoke paper-cpu paper-gpu dist clean
+.PHONY: demo test test-slow test-torch sanitize lint docs hero bench gpu bench-class-parallel bench-learning-rate bench-prediction bench-methods bench-layouts paper-smoke paper-cpu paper-gpu dist clean
 # What says that an extra is installed is kept.
 .SECONDARY:
 
@@ -48,6 +48,9 @@ bench-learning-rate: $(VENV)/.bench  ## what the usual learning rate makes of th
 
 bench-prediction: $(VENV)/.examples  ## calibrated prediction on real data: DATA is the folder of benchmarks/real_data.py
 	$(RUN) benchmarks/prediction.py "$(DATA)" --picture docs/images/prediction.png
+
+bench-methods: $(VENV)/.examples  ## which method wins on real data, 90 minutes of two cores; what is done stays in runs/methods
+	$(RUN) benchmarks/methods.py "$(DATA)" --picture docs/images/methods.png $(if $(MINUTES),--minutes $(MINUTES))
 
 bench-layouts: $(VENV)/.bench  ## what grouped experts cost against independent ones
 	$(RUN) tests/helpers/torchvision_shim.py benchmarks/expert_layouts.py

@@ -197,6 +197,7 @@ DATA_SETS = {
     "digits": DataSet(_digits, largest=80, imbalance=40.0, epochs=60, batch=32, cross_fit=True),
     "Fashion-MNIST": DataSet(_fashion_mnist, largest=5000),
     "CIFAR-10": DataSet(_cifar10, largest=5000),
+    "small CIFAR-10": DataSet(_cifar10, largest=2500),
     "Debian sections": DataSet(_debian_sections, largest=None),
     "docstrings": DataSet(_docstrings, largest=None, epochs=20, batch=64, cross_fit=True),
     "WordNet topics": DataSet(_wordnet, largest=None),

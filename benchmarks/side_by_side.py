@@ -34,7 +34,8 @@ class Method(NamedTuple):
     Attributes:
         linear: further options where the heads are linear.
         deferred: whether it weighs classes in the last fifth of the epochs, as LDAM-DRW.
-        distillation: factor of the distillation between experts that is added.
+        distillation: factor of the distillation between experts that is added; below 0 it draws them apart.
+        rising: whether tau rises from epoch to epoch, to that of the options in the last.
     """
 
     loss: str
@@ -42,11 +43,12 @@ class Method(NamedTuple):
     linear: Mapping[str, Any] = NOTHING
     deferred: bool = False
     distillation: float = 0.0
+    rising: bool = False
 
     def criterion(self, counts: Tensor, head: str) -> Any:
         """Make the loss for a kind of heads."""
         loss = create_loss(self.loss, counts, **self.options, **(self.linear if head == "linear" else {}))
-        return Distilled(loss, self.distillation) if self.distillation > 0 else loss
+        return Distilled(loss, self.distillation) if self.distillation else loss
 
 
 class Distilled(nn.Module):
@@ -189,6 +191,8 @@ def train(
         for name, method in group.methods.items():
             if method.deferred:
                 criteria[name].reweight(epoch >= 0.8 * epochs)
+            if method.rising:
+                criteria[name].set_adjustment(tau=method.options["tau"] * (epoch + 1) / epochs)
         for chosen in torch.randperm(len(split.labels), generator=order).split(batch):
             inputs, target = split.inputs[chosen], split.labels[chosen]
             if inputs.dim() == 4 and torch.rand((), generator=order) < 0.5:

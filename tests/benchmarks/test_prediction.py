@@ -36,6 +36,7 @@ def script(monkeypatch):
     }
     for module in (prediction, real_data):
         monkeypatch.setattr(module, "DATA_SETS", sets)
+    monkeypatch.setattr(prediction, "SETS", tuple(sets))
     monkeypatch.setattr(prediction, "FRESH", ("cut",))
     yield prediction
     for name in ("prediction", "real_data", "prior_shift"):
