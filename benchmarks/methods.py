@@ -226,6 +226,21 @@ def keep(unit: Unit, folder: Path, units: Path, end: float) -> float | None:
     return time.monotonic() - begin
 
 
+def sizes(name: str, folder: Path) -> dict[str, Any]:
+    """Count the samples and classes of a data set, those of the first seed."""
+    split = split_of(name, folder, seed=1)
+    counts = class_counts(split)
+    return {
+        "data": name,
+        "classes": len(counts),
+        "training": len(split.labels),
+        "calibration": len(split.validation_labels),
+        "test": len(split.test_labels),
+        "most_frequent": int(counts.max()),
+        "rarest": int(counts.min()),
+    }
+
+
 def costs(repeats: int = 100) -> list[dict[str, Any]]:
     """Measure a training step of every method alone, and a prediction: quartiles in milliseconds.
 
@@ -307,7 +322,8 @@ def main(arguments: list[str] | None = None) -> None:
     what = "classes count alike; a tenth of the training samples is for the calibration alone"
     record = {"what": what, "command": shlex.join(["python", *sys.argv]), **made_here(), "epochs": EPOCHS}
     torch.set_num_threads(1)
-    write_record(options.output, {**record, "costs": rounded(costs()), "rows": rounded(rows)})
+    sets = [sizes(name, options.data) for name in options.sets]
+    write_record(options.output, {**record, "sets": sets, "costs": rounded(costs()), "rows": rounded(rows)})
     results = methods_tables.Results(json.loads(options.output.read_text(encoding="utf-8")))
     if options.picture is not None:
         methods_tables.draw(results, options.picture)

@@ -22,6 +22,7 @@ class Results:
     """The rows of a record: a score by method, data set and seed."""
 
     def __init__(self, record: Record) -> None:
+        self.sizes = record.get("sets", [])
         self.costs = {cost["method"]: cost for cost in record["costs"]}
         self.rows = {key(row): row for row in record["rows"]}
         self.sets, self.methods, self.seeds = (
@@ -72,6 +73,12 @@ def told(difference: tuple[float, float]) -> str:
     """A difference and its standard error."""
     mean, error = difference
     return f"{mean:+.2f} ± {error:.2f}"
+
+
+def sets(results: Results) -> str:
+    """The data sets: classes, samples and imbalance."""
+    header = ["data", "classes", "training", "calibration", "test", "most frequent", "rarest"]
+    return grid(header, (list(size.values()) for size in results.sizes))
 
 
 def gains(results: Results, budget: tuple[str, int]) -> str:
