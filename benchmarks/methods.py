@@ -17,6 +17,7 @@ import multiprocessing
 import shlex
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -34,6 +35,7 @@ from side_by_side import SCALE, Group, Method, SideBySide, class_counts, dropped
 from torch import Tensor, nn
 
 from lgla_losses import ExpertOutput
+from lgla_losses._fitting import class_shares
 from lgla_losses._scores import score_sums
 from lgla_losses._scores import scores as mean_scores
 from lgla_losses.aggregation import self_supervised_weights
@@ -55,24 +57,35 @@ GROUPS = {
             "softmax": Method("softmax"),
             "focal": Method("focal"),
             "class-balanced": Method("class_balanced"),
-            "LDAM-DRW": Method("ldam", linear={"scale": 1.0}, deferred=True),
             "VS": Method("vs"),
             "balanced softmax": Method("balanced"),
         },
         experts=1,
     ),
+    "LDAM": Group({"LDAM-DRW": Method("ldam", linear={"scale": 1.0}, deferred=True)}, experts=1),
     "three": Group(
         {
             "softmax x3": Method("softmax", OF_EXPERTS),
             "balanced softmax x3": BALANCED,
             "logit adjustment x3, tau = 1.5": Method("logit", {**OF_EXPERTS, "tau": 1.5}),
-            "RIDE": Method("ride", linear=NO_SCALE, deferred=True),
-            "SADE": Method("sade"),
             "NCL": Method("ncl"),
             "CLA": Method("cla", OF_EXPERTS, linear=NO_SCALE),
             "LGLA": LGLA,
         },
         experts=EXPERTS,
+    ),
+    "more": Group(
+        {
+            "balanced softmax x3, twice the loss": BALANCED._replace(factor=2.0),
+            "RIDE": Method("ride", linear=NO_SCALE, deferred=True),
+            "SADE": Method("sade"),
+        },
+        experts=EXPERTS,
+    ),
+    "dropout": Group(
+        {"balanced softmax x3, input dropout": BALANCED, "LGLA, input dropout": LGLA},
+        experts=EXPERTS,
+        dropped=0.2,
     ),
 }
 
@@ -125,25 +138,26 @@ def predictions(
             features = network.features(split.inputs)[:, [index]]
         heads = {"softmax, cRT": retrained(features, split.labels, head, seed, batch, len(counts))}
         if head == "linear":
-            heads["softmax, tau-normalised"] = tau_normalize(network.heads.only(index))
+            heads["softmax, tau-normalised, tau = 1"] = tau_normalize(network.heads.only(index))
         for name, classifier in heads.items():
             with torch.no_grad():
                 first, second = (classifier(output.features)[:, 0] for output in (validation, test))
             yield name, Logits(first, second, even)
     if "SADE" in names:
-        views = (
-            outputs_of(network, view)[names.index("SADE")] for view in two_views(split.test_inputs, seed)
-        )
-        weights = self_supervised_weights(*views)
+        # The weights are for a test set of equally frequent classes, as the scores are.
+        generator = torch.Generator().manual_seed(seed)
+        shares = class_shares(split.test_labels)
+        drawn = torch.multinomial(shares, len(shares), replacement=True, generator=generator)
+        views = two_views(split.test_inputs[drawn], generator)
+        weights = self_supervised_weights(*(outputs_of(network, v)[names.index("SADE")] for v in views))
         first, second = (output.ensemble(weights) for output in outputs["SADE"])
-        yield "SADE, aggregated", Logits(first, second, criteria["SADE"].implied_prior())
+        yield "SADE, aggregated", Logits(first, second, criteria["SADE"].implied_prior(weights))
 
 
-def two_views(inputs: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def two_views(inputs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Make two views of test samples: an image and its mirror image, or features of which a tenth is 0."""
     if inputs.dim() == 4:
         return inputs, inputs.flip(3)
-    generator = torch.Generator().manual_seed(seed)
     first, second = (dropped(inputs, 0.1, generator) for _ in range(2))
     return first, second
 
@@ -206,8 +220,9 @@ class Unit(NamedTuple):
 
     @property
     def file(self) -> str:
-        """The name of the file that keeps its scores."""
-        return f"{'_'.join(map(str, self))}.json".replace(" ", "-")
+        """The name of the file that keeps its scores; what is trained in another way has another."""
+        how = repr((GROUPS[self.group], EPOCHS, DATA_SETS[self.data].batch))
+        return f"{'_'.join(map(str, self))}_{zlib.crc32(how.encode()):08x}.json".replace(" ", "-")
 
 
 def keep(unit: Unit, folder: Path, units: Path, end: float) -> float | None:
@@ -305,9 +320,9 @@ def main(arguments: list[str] | None = None) -> None:
     seeds = range(1, options.seeds + 1)
     units = [
         Unit(group, data, head, times, seed)
+        for head, times in BUDGETS
         for seed in seeds
         for data in options.sets
-        for head, times in BUDGETS
         for group in GROUPS
     ]
     missing = [unit for unit in units if not (options.units / unit.file).exists()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,18 @@ class Results:
             list(dict.fromkeys(row[what] for row in record["rows"])) for what in ("data", "method", "seed")
         )
 
-    def of(self, budget: tuple[str, int], method: str, data: str, score: str, way: str) -> list[float]:
-        """A score of all seeds; ``way`` is plain or calibrated."""
-        keys = ((*budget, method, data, seed) for seed in self.seeds)
-        return [self.rows[k][way][SCORES.index(score)] for k in keys if k in self.rows]
+    def of(self, budget: tuple[str, int], method: str, data: str, score: str, way: str) -> dict[int, float]:
+        """A score by seed; ``way`` is plain or calibrated."""
+        keys = {seed: (*budget, method, data, seed) for seed in self.seeds}
+        return {s: self.rows[k][way][SCORES.index(score)] for s, k in keys.items() if k in self.rows}
 
     def mean(
         self, budget: tuple[str, int], method: str, score: str, way: str, data: str | None = None
     ) -> float:
         """A score's mean over seeds, of a data set or of all."""
         sets = self.sets if data is None else [data]
-        return statistics.mean(statistics.mean(self.of(budget, method, name, score, way)) for name in sets)
+        means = (statistics.mean(self.of(budget, method, name, score, way).values()) for name in sets)
+        return statistics.mean(means)
 
     def gain(
         self,
@@ -47,21 +49,26 @@ class Results:
         method: str,
         way: str,
         over: str = YARDSTICK,
-        data: str | None = None,
+        sets: Sequence[str] = (),
         score: str = "accuracy",
     ) -> tuple[float, float]:
-        """Mean difference from another method and its standard error over the seeds, the data sets given."""
+        """Mean difference from another method over data sets, and its standard error over the seeds."""
         means, variances = [], []
-        for name in self.sets if data is None else [data]:
-            pairs = zip(*(self.of(budget, m, name, score, way) for m in (method, over)), strict=True)
-            gained = [mine - other for mine, other in pairs]
+        for name in sets or self.sets:
+            mine, other = (self.of(budget, m, name, score, way) for m in (method, over))
+            gained = [mine[seed] - other[seed] for seed in mine if seed in other]
             means.append(statistics.mean(gained))
             variances.append(statistics.variance(gained) / len(gained) if len(gained) > 1 else math.nan)
         return statistics.mean(means), math.sqrt(sum(variances)) / len(means)
 
     def compared(self, budget: tuple[str, int]) -> list[str]:
-        """The methods of a budget."""
-        return [m for m in self.methods if all(self.of(budget, m, d, "accuracy", "plain") for d in self.sets)]
+        """The methods of a budget that share a seed with the yardstick on every data set."""
+        found = {
+            (method, data)
+            for head, times, method, data, seed in self.rows
+            if (head, times) == budget and (head, times, YARDSTICK, data, seed) in self.rows
+        }
+        return [m for m in self.methods if all((m, data) in found for data in self.sets)]
 
 
 def key(row: Row) -> tuple[str, int, str, str, int]:

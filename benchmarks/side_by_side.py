@@ -25,6 +25,8 @@ from lgla_losses.experts import ExpertClassifiers
 #: Numbers between the trunk and a stage, and between a stage and its classifier.
 HIDDEN, FEATURES = 256, 128
 SCALE = 30.0
+#: Share of the epochs after which LDAM-DRW and RIDE weigh the classes: where the learning rate has halved.
+DEFERRED = 0.5
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -33,7 +35,8 @@ class Method(NamedTuple):
 
     Attributes:
         linear: further options where the heads are linear.
-        deferred: whether it weighs classes in the last fifth of the epochs, as LDAM-DRW.
+        deferred: whether it weighs classes in the second half of the epochs, as LDAM-DRW.
+        factor: of the loss: twice the loss is about twice the learning rate, but for clipped gradients.
         distillation: factor of the distillation between experts that is added; below 0 it draws them apart.
         rising: whether tau rises from epoch to epoch, to that of the options in the last.
     """
@@ -42,6 +45,7 @@ class Method(NamedTuple):
     options: Mapping[str, Any] = NOTHING
     linear: Mapping[str, Any] = NOTHING
     deferred: bool = False
+    factor: float = 1.0
     distillation: float = 0.0
     rising: bool = False
 
@@ -182,6 +186,7 @@ def train(
     network = SideBySide(len(group.methods), group.experts, split.inputs, len(counts), head)
     network.begin_alike(first)
     criteria = {name: method.criterion(counts, head) for name, method in group.methods.items()}
+    factors = torch.tensor([method.factor for method in group.methods.values()])
     steps = epochs * math.ceil(len(split.labels) / batch)
     optimizer, schedule = optimizer_of(network, steps)
     # The order of the samples is the same in all groups.
@@ -190,7 +195,7 @@ def train(
     for epoch in range(epochs):
         for name, method in group.methods.items():
             if method.deferred:
-                criteria[name].reweight(epoch >= 0.8 * epochs)
+                criteria[name].reweight(epoch >= DEFERRED * epochs)
             if method.rising:
                 criteria[name].set_adjustment(tau=method.options["tau"] * (epoch + 1) / epochs)
         for chosen in torch.randperm(len(split.labels), generator=order).split(batch):
@@ -204,7 +209,7 @@ def train(
             outputs = network(inputs)
             losses = [loss(output, target) for loss, output in zip(criteria.values(), outputs, strict=True)]
             optimizer.zero_grad()
-            torch.stack(losses).sum().backward()
+            (torch.stack(losses) @ factors).backward()
             network.clip()
             optimizer.step()
             schedule.step()

@@ -12,6 +12,7 @@ import itertools
 import json
 import shlex
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,6 +43,7 @@ GROUPS = {
             **BOTH,
             "balanced softmax x3, distilled": BALANCED._replace(distillation=0.6),
             "balanced softmax x3, drawn apart": BALANCED._replace(distillation=-0.1),
+            "balanced softmax x3, twice the loss": BALANCED._replace(factor=2.0),
             "balanced softmax x3, hard classes": Method("ncl", {"distillation": 0.0}),
             "LGLA, distilled": LGLA._replace(distillation=0.6),
             "LGLA, rising tau": Method("lgla", {**OF_EXPERTS, "tau": 2.5}, rising=True),
@@ -65,7 +67,8 @@ def agreement(output: ExpertOutput, counts: Tensor) -> Tensor:
     """The mean of the experts, times how much their predictions agree: ``[N, 1, C]``."""
     probabilities = output.logits.softmax(-1)
     pairs = probabilities.sum(1).square().sum(-1) - probabilities.square().sum((1, 2))
-    return (pairs / 6)[:, None, None] * output.logits.mean(1, keepdim=True)
+    number = probabilities.shape[1] * (probabilities.shape[1] - 1)
+    return (pairs / number)[:, None, None] * output.logits.mean(1, keepdim=True)
 
 
 Rule = Callable[[ExpertOutput, Tensor], Tensor]
@@ -80,16 +83,18 @@ RULES: dict[str, Rule] = {
 
 
 def fitted(validation: Tensor, target: Tensor, test: Tensor, counts: Tensor) -> Tensor:
-    """Fit a factor to each of the terms ``[N, F, C]`` of the logits; give those of the test set.
+    """Fit a factor to each of the terms ``[N, F, C]`` of the logits; give the logits of the test set.
+
+    The first term is the mean of the experts without the prior of theory, the second the class prior.
 
     As in the calibration, labels weigh by the root of their classes' rarity, and a weak prior keeps the
-    factors near 3 / 4 for the mean and 0 for all others.
+    factors near those that are usual, and 0 for all others.
     """
     prior = (counts / counts.sum()).double()
     weights = prior[target].rsqrt()
     weights *= len(target) / weights.sum()
     usual = torch.zeros(validation.shape[1], dtype=torch.float64)
-    usual[0] = 0.75
+    usual[:2] = torch.tensor([0.75, -0.125])
     factors = usual.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([factors], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -105,13 +110,15 @@ def fitted(validation: Tensor, target: Tensor, test: Tensor, counts: Tensor) -> 
     return torch.einsum("f,nfc->nc", factors.detach(), test.double())
 
 
-def by_rules(validation: ExpertOutput, test: ExpertOutput, split: Split) -> Iterator[tuple[str, Tensor]]:
+def by_rules(
+    validation: ExpertOutput, test: ExpertOutput, implied_prior: Tensor, split: Split
+) -> Iterator[tuple[str, Tensor]]:
     """Predict the test set by every rule: logits ``[N, C]``."""
     counts = class_counts(split)
     for name, rule in RULES.items():
         parts = []
         for output in (validation, test):
-            mean = output.logits.mean(1, keepdim=True)
+            mean = output.logits.mean(1, keepdim=True) - implied_prior.log()
             shift = counts.log().expand_as(mean)
             parts.append(torch.cat([mean, shift, rule(output, counts)], dim=1))
         yield name, fitted(parts[0], split.validation_labels, parts[1], counts)
@@ -129,7 +136,7 @@ def run(data: str, times: int, seed: int, folder: Path) -> Iterator[Row]:
             yield {"method": f"{name}{suffix}", **of_all, **scores(logits, split)}
             if suffix or name not in BOTH:
                 continue
-            for rule, predicted in by_rules(validation, test, split):
+            for rule, predicted in by_rules(validation, test, logits.implied_prior, split):
                 found = scores_of(predicted.softmax(1), split.test_labels, class_counts(split))
                 yield {"method": f"{name}: {rule}", **of_all, "calibrated": found}
 
@@ -144,7 +151,8 @@ def table(results: Results) -> str:
                 for times, score in itertools.product(TIMES, ("accuracy", "nll"))
             ]
             rows.append([method, *gains])
-    header = [f"{what}, {times} x" for times, what in itertools.product(TIMES, ("accuracy", "NLL"))]
+    epochs = [f"{methods.EPOCHS * times} epochs" for times in TIMES]
+    header = [f"{what}, {number}" for number, what in itertools.product(epochs, ("accuracy", "NLL"))]
     return grid(["trial", *header], rows)
 
 
@@ -152,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Make the trials that the folder lacks, write the record of all, and print its table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path, help="the folder that benchmarks/real_data.py describes")
-    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--seeds", type=positive, default=2)
     parser.add_argument("--units", type=Path, default=Path("runs/trials"), help="where scores are kept")
     parser.add_argument("--output", type=record_file, default=RESULTS / "trials.json")
     options = parser.parse_args(arguments)
@@ -162,7 +170,9 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[Row] = []
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
     for seed, data, times in itertools.product(seeds, SETS, TIMES):
-        path = options.units / f"{data}_{times}_{seed}.json".replace(" ", "-")
+        how = repr((GROUPS, tuple(RULES), methods.EPOCHS, DATA_SETS[data].batch))
+        file = f"{data}_{times}_{seed}_{zlib.crc32(how.encode()):08x}.json"
+        path = options.units / file.replace(" ", "-")
         if not path.exists():
             write_whole(path, json.dumps(list(run(data, times, seed, options.data))))
         rows += json.loads(path.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-MODULES = ("methods", "methods_tables", "side_by_side", "prediction", "real_data", "prior_shift")
+MODULES = ("methods", "methods_tables", "side_by_side", "trials", "prediction", "real_data", "prior_shift")
 
 
 @pytest.fixture
@@ -39,6 +39,7 @@ def script(monkeypatch):
         monkeypatch.setattr(module, "DATA_SETS", sets)
     monkeypatch.setattr(methods, "SETS", tuple(sets))
     monkeypatch.setattr(methods, "EPOCHS", 1)
+    monkeypatch.setattr(methods, "BUDGETS", (("cosine", 1), ("linear", 1)))
     monkeypatch.setattr(methods, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(
         methods, "costs", lambda: [cost(methods, name) for g in methods.GROUPS.values() for name in g.methods]
@@ -70,7 +71,9 @@ def cost(methods, name):
     }
 
 
-def test_units_that_are_kept_are_not_repeated_and_tables_and_picture_are_made(script, tmp_path, capsys):
+def test_units_that_are_kept_are_not_repeated_and_tables_and_picture_are_made(
+    script, tmp_path, capsys, monkeypatch
+):
     units, output, picture = tmp_path / "units", tmp_path / "record.json", tmp_path / "picture.png"
     options = [str(tmp_path), "--units", str(units), "--output", str(output), "--seeds", "1"]
     script.main([*options, "--minutes", "-1"])
@@ -84,18 +87,32 @@ def test_units_that_are_kept_are_not_repeated_and_tables_and_picture_are_made(sc
     kept = {path: path.stat().st_mtime_ns for path in units.iterdir()}
     assert len(kept) == number
     assert {row["method"] for row in rows} >= {"LGLA", "SADE, aggregated", "softmax, cRT", "NCL", "RIDE"}
-    assert {row["head"] for row in rows if row["method"] == "softmax, tau-normalised"} == {"linear"}
+    assert {row["head"] for row in rows if "tau-normalised" in row["method"]} == {"linear"}
     assert picture.stat().st_size > 10_000
 
+    capsys.readouterr()
     script.main(options)
     assert json.loads(output.read_text())["rows"] == rows
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     plain = [
         row["plain"][0]
         for row in rows
-        if (row["method"], row["head"], row["times"], row["data"]) == ("LGLA", "cosine", 1, "images")
+        if (row["method"], row["head"], row["times"]) == ("balanced softmax x3", "cosine", 1)
     ]
-    assert f"{statistics.mean(plain):.1f}" in capsys.readouterr().out
+    assert f"\n| balanced softmax x3 | {statistics.mean(plain):.1f} |  | " in capsys.readouterr().out
+
+    # A part is told as far as it goes.
+    for path in units.glob("more_images_linear_*"):
+        path.unlink()
+    script.main([*options, "--minutes", "-1"])
+    linear = capsys.readouterr().out.partition("linear heads:")[2].partition("\n\ncost")[0]
+    assert "| LGLA |" in linear
+    assert "| SADE |" not in linear
+
+    # What is trained in another way is another unit.
+    monkeypatch.setattr(script, "EPOCHS", 2)
+    unit = script.Unit("one", "features", "cosine", 1, 1)
+    assert not (units / unit.file).exists()
 
 
 def test_networks_side_by_side_are_what_each_is_alone(script):
@@ -105,7 +122,7 @@ def test_networks_side_by_side_are_what_each_is_alone(script):
 
     methods = {
         "softmax": script.GROUPS["one"].methods["softmax"],
-        "LDAM": script.GROUPS["one"].methods["LDAM-DRW"],
+        "LDAM": script.GROUPS["LDAM"].methods["LDAM-DRW"],
     }
     for data in ("features", "images"):
         split = split_of(data, Path(), seed=0)
@@ -203,7 +220,64 @@ def test_a_gain_is_a_mean_of_pairs_with_the_error_of_the_mean_over_the_data_sets
         for (data, seed), pair in values.items()
         for method, accuracy in zip(("balanced softmax x3", "other"), pair, strict=True)
     ]
+    # Seeds of one method alone are no pairs.
+    rows += [row("other", "a", 3, 100), row("balanced softmax x3", "a", 4, 0), row("alone", "a", 1, 0)]
     results = Results({"rows": rows, "costs": []})
     # Variances of the means: 2 / 2 of a, 0 of b; the mean of both has a quarter of their sum.
     assert results.gain(("cosine", 1), "other", "plain") == pytest.approx((2.0, 0.5))
+    assert results.gain(("cosine", 1), "other", "plain", sets=["a"]) == pytest.approx((2.0, 1.0))
+    assert results.compared(("cosine", 1)) == ["balanced softmax x3", "other"]
     assert told((2.0, 0.5)) == "+2.00 ± 0.50"
+
+
+def test_every_method_has_a_cost(script, monkeypatch):
+    monkeypatch.undo()
+    names = [name for group in script.GROUPS.values() for name in group.methods]
+    for cost, name in zip(script.costs(repeats=2), names, strict=True):
+        assert cost["method"] == name
+        for what in ("training_ms", "prediction_ms"):
+            low, median, high = cost[what]
+            assert 0 < low <= median <= high
+
+
+def test_a_rule_finds_temperature_and_prior_and_no_more(script):
+    """Logits twice too large that hold the training prior, beside a term that says nothing."""
+    from trials import fitted
+
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([800.0, 150.0, 50.0])
+    log_prior = (counts / counts.sum()).log()
+
+    def draw(number, prior):
+        target = torch.multinomial(prior, number, True, generator=generator)
+        likelihood = (torch.eye(3)[target] * 2 + torch.randn(number, 3, generator=generator)) * 2
+        noise = torch.randn(number, 3, generator=generator)
+        return torch.stack(
+            [2 * (likelihood + log_prior), counts.log().expand(number, 3), noise], dim=1
+        ), target
+
+    validation, target = draw(20_000, counts / counts.sum())
+    test, expected = draw(20_000, torch.ones(3) / 3)
+    logits = fitted(validation, target, test, counts)
+    likelihood = test[:, 0] / 2 - log_prior
+    best = (likelihood.argmax(1) == expected).double().mean()
+    assert (logits.argmax(1) == expected).double().mean() > best - 0.01
+    assert (test[:, 0].argmax(1) == expected).double().mean() < best - 0.05
+    centred = logits - logits.mean(1, keepdim=True)
+    torch.testing.assert_close(
+        centred, (likelihood - likelihood.mean(1, keepdim=True)).double(), atol=0.5, rtol=0.1
+    )
+
+
+def test_trials_are_made_and_told(script, monkeypatch, tmp_path, capsys):
+    import trials
+
+    monkeypatch.setattr(trials, "SETS", ("features",))
+    monkeypatch.setattr(trials, "DATA_SETS", script.DATA_SETS)
+    output = tmp_path / "record.json"
+    trials.main([str(tmp_path), "--units", str(tmp_path / "units"), "--output", str(output), "--seeds", "1"])
+    rows = json.loads(output.read_text())["rows"]
+    names = {row["method"] for row in rows}
+    assert names >= {"LGLA, rising tau", "LGLA, mixup 1", "LGLA: own group's expert", "LGLA, distilled"}
+    table = capsys.readouterr().out
+    assert all(f"| {name} |" in table for name in names if name != "balanced softmax x3")
