@@ -32,6 +32,9 @@ OLDEST = {
     "transformers": "5",
 }
 
+ADJUSTMENTS = ("lgla", "balanced", "softmax", "logit", "sade")
+#: Those that have a strength.
+WITH_TAU = ("lgla", "logit", "sade")
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -155,13 +158,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--layout", choices=("grouped", "independent"), default="grouped", help="how experts are stored")
     add("--classifier", choices=("cosine", "linear"), default="cosine", help="of every expert")
     add("--scale", type=number(float, 1e-6), default=30.0, help="factor of cosine logits")
-    add(
-        "--adjustment", choices=("lgla", "balanced", "softmax", "logit"), default="lgla", help="of the logits"
-    )
+    add("--adjustment", choices=ADJUSTMENTS, default="lgla", help="of the logits")
     add(
         "--tau",
         type=number(float, 0),
-        help="strength of the adjustment lgla or logit; None is the loss's own",
+        help=f"strength of the adjustment, for {', '.join(WITH_TAU)}; None is the loss's own",
     )
     add(
         "--groups",
@@ -247,8 +248,10 @@ def parse_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argp
         )
     if options.groups == "shots" and options.num_experts != 4:
         parser.error(f"--groups shots: expected --num-experts 4, got {options.num_experts}")
-    if options.tau is not None and options.adjustment not in ("lgla", "logit"):
-        parser.error(f"--tau: expected --adjustment lgla or logit, got {options.adjustment}")
+    if options.adjustment == "sade" and options.num_experts != 3:
+        parser.error(f"--adjustment sade: expected --num-experts 3, got {options.num_experts}")
+    if options.tau is not None and options.adjustment not in WITH_TAU:
+        parser.error(f"--tau: expected an --adjustment of {', '.join(WITH_TAU)}, got {options.adjustment}")
     if options.milestones is None:
         tenths = {options.epochs * 8 // 10, options.epochs * 9 // 10}
         options.milestones = sorted(epoch for epoch in tenths if epoch > 0)

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from cli import InputError
+from cli import WITH_TAU, InputError
 from files import kind_of
 
 RECIPES = Path(__file__).with_name("paper")
@@ -111,7 +111,7 @@ def as_arguments(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> l
     """Turn settings into a command line, which checks their values."""
     not_settings = ("help", "resume", "seed", "log_dir")  # --seeds and --runs say these
     actions = {action.dest: action for action in parser._actions if action.dest not in not_settings}
-    has_tau = settings.get("adjustment", "lgla") in ("lgla", "logit")
+    has_tau = settings.get("adjustment", "lgla") in WITH_TAU
     arguments = []
     for key, value in settings.items():
         if key in ABOUT or value == "":  # nothing: the option's default

@@ -658,11 +658,15 @@ def test_wrong_folders_are_refused(folder, tmp_path, capsys, spoil, message):
         (["--epochs", "0"], "--epochs: expected a number from 1 to inf, got 0"),
         (["--lr", "nan"], "--lr: expected a number from 0 to inf, got nan"),
         (["--lr", "high"], "--lr: invalid float value: 'high'"),
+        (
+            ["--adjustment", "sade", "--num-experts", "2"],
+            "--adjustment sade: expected --num-experts 3, got 2",
+        ),
         (["--num-experts", "1"], "--num-experts 1: expected --no-aaw and an --adjustment other than lgla"),
         (["--num-experts", "5"], "expected at most C + 1 = 4 for 3 classes"),
         (
             ["--adjustment", "balanced", "--tau", "1"],
-            "--tau: expected --adjustment lgla or logit",
+            "--tau: expected an --adjustment of lgla, logit, sade",
         ),
         (["--amp", "fp16", "--device", "cpu"], "--amp fp16: expected a GPU, got --device cpu"),
         (["--device", "abacus"], "--device abacus: "),
