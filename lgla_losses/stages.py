@@ -41,7 +41,8 @@ def tau_normalize(head: Head, tau: float = 1.0) -> Head:
 
     Raises:
         TypeError: ``head`` is no such module or ``tau`` not a number.
-        ValueError: the head is a cosine head, or ``tau`` is negative or not finite.
+        ValueError: the head is a cosine head, or its weight is computed from other parameters, or ``tau`` is
+            negative or not finite.
 
     Example:
         >>> head = nn.Linear(2, 2)
@@ -61,6 +62,13 @@ def tau_normalize(head: Head, tau: float = 1.0) -> Head:
         raise ValueError(
             f"head: expected a linear head, got cosine classifiers of scale={head.scale:g}, whose logits do "
             'not depend on the length of their weights; classifier="linear" makes linear ones'
+        )
+    if not {"weight", "bias"} <= head._parameters.keys():
+        raise ValueError(
+            "head: expected a weight and a bias that are plain parameters, got one that is computed from "
+            "others, as by weight_norm; make it plain first, by "
+            "torch.nn.utils.parametrize.remove_parametrizations(head, 'weight'), or after the older "
+            "torch.nn.utils.weight_norm by torch.nn.utils.remove_weight_norm(head)"
         )
     tau = finite_float("tau", tau, low=0.0, high=math.inf, expected="a finite number >= 0")
 

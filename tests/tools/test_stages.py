@@ -49,6 +49,14 @@ def test_an_expert_is_normalised_by_itself_in_a_model():
     torch.testing.assert_close(experts(features).logits, expected)
 
 
+def test_a_head_that_was_parametrised_is_normalised_once_it_is_plain():
+    head = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))
+    with pytest.raises(ValueError, match="remove_parametrizations"):
+        tau_normalize(head)
+    nn.utils.parametrize.remove_parametrizations(head, "weight")
+    torch.testing.assert_close(tau_normalize(head).weight.norm(dim=1), torch.ones(4))
+
+
 def test_half_precision_and_a_weight_of_length_zero():
     head = nn.Linear(6, 4)
     nn.init.zeros_(head.weight[0].data)
