@@ -212,12 +212,24 @@ class Batch(NamedTuple):
         """
         return torch.where(self._counted(ignore_index)[..., None, None], stack(self.logits, self.of_one), 0.0)
 
-    def amounts(self, ignore_index: int) -> Tensor:
-        """Say how many times each sample counts ``[*B]``, in the dtype of sums."""
+    def amounts(self, ignore_index: int, class_weight: Tensor | None = None) -> Tensor:
+        """Say how many times each sample counts ``[*B]``, in the dtype of sums; by class weights ``[C]``."""
         dtype = functional.widest_dtype(self.target.device)
-        counted = self.target.sum(dim=-1) if self.is_soft else self._counted(ignore_index)
-        amounts = counted.to(dtype)
+        if self.is_soft:
+            shares = self.target if class_weight is None else self.target * class_weight
+            amounts = shares.sum(dim=-1).to(dtype)
+        else:
+            amounts = self._counted(ignore_index).to(dtype)
+            if class_weight is not None:
+                amounts = amounts * class_weight[self.own_class(len(class_weight))]
         return amounts if self.sample_weight is None else amounts * self.sample_weight
+
+    def own_class(self, num_classes: int) -> Tensor:
+        """Give the class of every sample ``[*B]``; any class where the target is ignored or out of range.
+
+        The cross entropy of a target out of range is NaN, and the error for it comes after the loss.
+        """
+        return self.target.clamp(0, num_classes - 1)
 
     def _counted(self, ignore_index: int) -> Tensor:
         """Say which samples count ``[*B]``."""

@@ -380,9 +380,7 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
         normalizer: float | Tensor | None,
     ) -> Tensor:
         """Weigh losses of samples ``[*B]`` as cross entropy is weighed, and reduce them."""
-        amounts, class_weight = batch.amounts(self.ignore_index), self._terms()[1]
-        if self._weighs_added and class_weight is not None:
-            amounts = amounts * class_weight[batch.target * (batch.target != self.ignore_index)]
+        amounts = batch.amounts(self.ignore_index, self._terms()[1] if self._weighs_added else None)
         losses = torch.where(amounts == 0, 0.0, losses) * amounts.to(losses.dtype)
         if self.reduction == "none":
             return losses

@@ -266,22 +266,14 @@ class LDAMLoss(AdjustedLoss):
         beta: float = 0.9999,
         **options: Unpack[Options],
     ) -> None:
-        self._arrange(class_counts, max_margin, scale, beta, {}, options)
+        self._arrange(class_counts, scale, options, max_margin=max_margin, beta=beta)
 
-    def _arrange(
-        self,
-        class_counts: ArrayLike,
-        max_margin: float,
-        scale: float,
-        beta: float,
-        further: Mapping[str, float],
-        options: Options,
-    ) -> None:
-        """Check and keep the arguments; ``further`` are numbers of a subclass for its constants."""
-        max_margin = finite_float(
-            "max_margin", max_margin, low=0.0, high=math.inf, expected="a finite number >= 0"
+    def _arrange(self, class_counts: ArrayLike, scale: float, options: Options, **numbers: float) -> None:
+        """Check and keep the arguments; further ``numbers`` are those of a subclass for its constants."""
+        numbers["max_margin"] = finite_float(
+            "max_margin", numbers["max_margin"], low=0.0, high=math.inf, expected="a finite number >= 0"
         )
-        numbers = {"max_margin": max_margin, "beta": _check_beta(beta), **further}
+        numbers["beta"] = _check_beta(numbers["beta"])
         AdjustedLoss.__init__(self, _given(class_counts), numbers, **options)
         self._keep("reweighting", scalar(0.0))  # no bool, of which averages of weights cannot make a mean
         self.scale = positive_float("scale", scale, "1 for a linear head")
@@ -334,7 +326,7 @@ class LDAMLoss(AdjustedLoss):
 
     def extra_repr(self) -> str:
         """Show the configuration."""
-        return f"{super().extra_repr()}, scale={self.scale}"
+        return f"{super().extra_repr()}, max_margin={self._numbers['max_margin']}, scale={self.scale}"
 
 
 def _given(class_counts: ArrayLike | None) -> ArrayLike:

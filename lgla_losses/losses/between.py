@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lgla_losses._batch import one_or_more_experts, stack
-from lgla_losses._checks import same_device
+from lgla_losses._checks import computable_tensor, positive_float, same_device
+from lgla_losses._torch import values_readable
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
+from lgla_losses.losses._base import scalar_on
 
 
 def expert_diversity(output: ExpertOutput | ExpertLogits, temperature: float | Tensor = 1.0) -> Tensor:
@@ -25,14 +29,14 @@ def expert_diversity(output: ExpertOutput | ExpertLogits, temperature: float | T
     Args:
         output: logits of K experts ``[N, K, C]``, K tensors ``[N, C]`` or an
             :class:`~lgla_losses.ExpertOutput`.
-        temperature: positive, of all classes or ``[C]``.
+        temperature: a positive number for all classes, or a tensor ``[C]`` with one for each.
 
     Returns:
         ``[N]`` in float32 (float64 for float64 logits), at least 0.
 
     Raises:
         TypeError: the logits or the temperature are of a wrong type.
-        ValueError: shapes or devices do not fit.
+        ValueError: shapes or devices do not fit, or a temperature is not positive and finite.
 
     Example:
         >>> logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [1.0, 0.0]]])
@@ -41,13 +45,11 @@ def expert_diversity(output: ExpertOutput | ExpertLogits, temperature: float | T
     """
     logits = _stacked(output)
     if isinstance(temperature, Tensor):
-        same_device(logits=logits, temperature=temperature)
-        if temperature.shape not in ((), logits.shape[-1:]):
-            raise ValueError(
-                f"temperature: expected a number or one for each class, shape [{logits.shape[-1]}], got "
-                f"{list(temperature.shape)}"
-            )
-    return diversity_of(logits, torch.as_tensor(temperature).to(logits))
+        _check_temperatures(temperature, logits)
+    elif not torch.compiler.is_compiling():  # to a compiler it has no value
+        positive_float("temperature", temperature, "or a tensor [C] of them, one for each class")
+    temperature = scalar_on(logits.device, temperature, logits.dtype)
+    return diversity_of(logits, temperature, temperature.mean())
 
 
 def expert_distillation(output: ExpertOutput | ExpertLogits) -> Tensor:
@@ -78,12 +80,12 @@ def expert_distillation(output: ExpertOutput | ExpertLogits) -> Tensor:
     return distillation_of(_stacked(output))
 
 
-def diversity_of(logits: Tensor, temperature: Tensor) -> Tensor:
+def diversity_of(logits: Tensor, temperature: Tensor, mean_temperature: Tensor) -> Tensor:
     """Compute :func:`expert_diversity` of logits ``[*B, K, C]`` in the arithmetic of a loss: ``[*B]``."""
     of_mean = (logits.detach().mean(dim=-2, keepdim=True) / temperature).log_softmax(dim=-1)
     of_experts = (logits / temperature).log_softmax(dim=-1)
     each = of_mean.exp() * _finite_difference(of_mean, of_experts)
-    return temperature.mean().square() * each.sum(dim=(-2, -1))
+    return mean_temperature.square() * each.sum(dim=(-2, -1))
 
 
 def distillation_of(logits: Tensor) -> Tensor:
@@ -100,6 +102,25 @@ def distillation_of(logits: Tensor) -> Tensor:
 def _finite_difference(log_p: Tensor, log_q: Tensor) -> Tensor:
     r"""Compute :math:`\log p - \log q`, and 0 for a class that -inf masks, whose :math:`p` is 0."""
     return torch.where(log_p == -torch.inf, 0.0, log_p - log_q)
+
+
+def _check_temperatures(temperature: Tensor, logits: Tensor) -> None:
+    """Raise for temperatures that are none, of all classes or ``[C]``, of logits ``[*B, K, C]``."""
+    num_classes = logits.shape[-1]
+    computable_tensor("temperature", temperature, [num_classes])
+    same_device(logits=logits, temperature=temperature)
+    if temperature.shape not in ((), (num_classes,)):
+        raise ValueError(
+            f"temperature: expected a number or one for each class, shape [{num_classes}], got "
+            f"{list(temperature.shape)}"
+        )
+    if values_readable(temperature, None):
+        low, high = temperature.detach().aminmax()  # of which NaN makes NaN
+        if not 0 < low <= high < math.inf:
+            raise ValueError(
+                f"temperature: expected positive, finite numbers, got {low:.4g} to {high:.4g}; "
+                "1 changes nothing"
+            )
 
 
 def _stacked(output: ExpertOutput | ExpertLogits) -> Tensor:

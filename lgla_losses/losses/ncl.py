@@ -11,6 +11,7 @@ from torch import Tensor
 from lgla_losses._batch import Batch
 from lgla_losses._checks import finite_float
 from lgla_losses._counts import ArrayLike
+from lgla_losses.functional import widest_dtype
 from lgla_losses.losses.adjusted import Options
 from lgla_losses.losses.baselines import BalancedSoftmaxLoss
 from lgla_losses.losses.between import distillation_of
@@ -30,7 +31,8 @@ class NCLLoss(BalancedSoftmaxLoss):
     that follows the trained one, is not part of the loss.
 
     ``class_weight`` multiplies all terms of a sample, and ``label_smoothing`` is over the classes of each
-    softmax.
+    softmax. With both, the smoothed part over all classes weighs each of them by its own weight, as in
+    PyTorch; that over hard classes weighs all by the weight of the sample's class.
 
     Source: Li et al., "Nested Collaborative Learning for Long-Tailed Visual Recognition", CVPR 2022: nested
     individual learning, nested balanced online distillation, and hard category mining. The softmax over hard
@@ -39,8 +41,8 @@ class NCLLoss(BalancedSoftmaxLoss):
     Args:
         class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows.
         distillation: :math:`\lambda`, at least 0. The default is that of the authors' configurations.
-        hard_share: what part of the classes is hard, in ``(0, 1]``, rounded; at least two classes are. The
-            default is that of the authors' configurations.
+        hard_share: what part of the classes that are not masked is hard, in ``(0, 1]``, rounded; at least two
+            classes are. The default is that of the authors' configurations.
         options: as in :class:`FocalLoss`. Targets must be class indices.
 
     Attributes:
@@ -82,8 +84,14 @@ class NCLLoss(BalancedSoftmaxLoss):
         logits = batch.stacked(self.ignore_index)
         table = self.constant("table").to(logits.dtype)
         adjusted = logits + table
-        hard = self._hard_classes(logits[..., 0, :].detach(), batch.target, table)
+        own = batch.own_class(logits.shape[-1])
+        hard = self._hard_classes(logits[..., 0, :].detach(), own, table)
         of_hard = adjusted.gather(-1, hard[..., None, :].expand(*adjusted.shape[:-1], hard.shape[-1]))
+        if self.zero_counts == "mask":  # on the device, so that no step waits for the number of classes
+            kept = (table > -math.inf).sum(dtype=widest_dtype(table.device))
+            number = (self.hard_share * kept).round().clamp_min(2)
+            place = torch.arange(hard.shape[-1], device=hard.device)
+            of_hard = torch.where(place < number, of_hard, -math.inf)
 
         log_p = of_hard.log_softmax(dim=-1)
         losses = -log_p[..., 0].sum(dim=-1)
@@ -93,12 +101,11 @@ class NCLLoss(BalancedSoftmaxLoss):
             losses = losses + self.distillation * (distillation_of(adjusted) + distillation_of(of_hard))
         return losses
 
-    def _hard_classes(self, logits: Tensor, target: Tensor, table: Tensor) -> Tensor:
-        """Choose the hard classes ``[*B, H]``, a sample's own first, by logits ``[*B, C]``."""
+    def _hard_classes(self, logits: Tensor, own: Tensor, table: Tensor) -> Tensor:
+        """Choose the hard classes ``[*B, H]``, hardest first after a sample's own, by logits ``[*B, C]``."""
         num_classes = logits.shape[-1]
         number = min(num_classes, max(2, round(self.hard_share * num_classes)))
-        own = (target * (target != self.ignore_index))[..., None]
-        scores = torch.where(table == -math.inf, -math.inf, logits).scatter(-1, own, math.inf)
+        scores = torch.where(table == -math.inf, -math.inf, logits).scatter(-1, own[..., None], math.inf)
         return scores.topk(number, dim=-1).indices
 
     def extra_repr(self) -> str:

@@ -38,7 +38,7 @@ class RIDELoss(LDAMLoss):
         class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows.
         diversity: :math:`\lambda`, at least 0; 0 is :class:`LDAMLoss`. The default is that of the authors'
             configuration for CIFAR-100-LT; their code's own is 0.2.
-        max_margin: as in :class:`LDAMLoss`.
+        max_margin: as in :class:`LDAMLoss`; None is 0.5, and no margin with ``scale=None``.
         scale: the factor of the cosine head, as in :class:`LDAMLoss`; None is for linear heads, and takes
             cross entropy in the place of LDAM.
         gamma: how far the temperatures of rare classes are below that of the most frequent, in ``[0, 1)``.
@@ -64,7 +64,7 @@ class RIDELoss(LDAMLoss):
         self,
         class_counts: ArrayLike,
         diversity: float = 0.45,
-        max_margin: float = 0.5,
+        max_margin: float | None = None,
         scale: float | None = 30.0,
         gamma: float = 0.05,
         beta: float = 0.9999,
@@ -73,8 +73,16 @@ class RIDELoss(LDAMLoss):
         high = math.nextafter(1.0, 0.0)
         gamma = finite_float("gamma", gamma, low=0.0, high=high, expected="a number in [0, 1)")
         if scale is None:  # without margins it is cross entropy
+            if max_margin is not None:
+                raise ValueError(
+                    "max_margin, scale: expected no margin with scale=None, which takes cross entropy in the "
+                    f"place of LDAM, got max_margin={max_margin}; leave it out, or take scale=1 for margins "
+                    "in units of a linear head's logits"
+                )
             max_margin, scale = 0.0, 1.0
-        self._arrange(class_counts, max_margin, scale, beta, {"gamma": gamma}, options)
+        elif max_margin is None:
+            max_margin = 0.5
+        self._arrange(class_counts, scale, options, max_margin=max_margin, beta=beta, gamma=gamma)
         expected = "a finite number >= 0"
         self.diversity = finite_float("diversity", diversity, low=0.0, high=math.inf, expected=expected)
 
@@ -93,11 +101,15 @@ class RIDELoss(LDAMLoss):
         if self.diversity == 0:
             return None
         logits = batch.stacked(self.ignore_index)
-        if "table" in self._exact:  # it masks classes
-            logits = logits + self.constant("table").to(logits.dtype)
         # As in LDAMLoss, no step waits for the flag.
         temperature = torch.where(self.constant("reweighting") > 0, self.constant("temperature"), 1.0)
-        return -self.diversity * diversity_of(logits, temperature.to(logits.dtype))
+        temperature = temperature.to(logits.dtype)
+        mean = temperature.mean()
+        if "table" in self._exact:  # it masks classes
+            table = self.constant("table").to(logits.dtype)
+            logits = logits + table
+            mean = torch.where(table == -math.inf, math.nan, temperature).nanmean()
+        return -self.diversity * diversity_of(logits, temperature, mean)
 
     def extra_repr(self) -> str:
         """Show the configuration."""

@@ -77,6 +77,18 @@ def of_one_model(device, dtype):
     return of_logits(device, dtype, lambda v: v[:, :1], criterion)
 
 
+def of_masked(device, dtype, make):
+    """A step of a loss that masks the last ten classes."""
+    criterion = make([*COUNTS[:-10], *[0] * 10], zero_counts="mask")
+    return of_logits(device, dtype, criterion=criterion, target=torch.randint(NUM_CLASSES - 10, (12,)))
+
+
+def of_term(device, dtype, term):
+    """A step of a term between experts alone."""
+    logits = leaf(torch.randn(12, 3, NUM_CLASSES), device, dtype)
+    return Step(lambda: term(logits), [logits])
+
+
 def of_features(device, dtype, criterion, with_bias=False, **inputs):
     """A step of :class:`LinearLGLALoss`."""
     features = leaf(torch.randn(300, 3, 16), device, dtype)
@@ -144,6 +156,11 @@ STEPS = {
     "several labels, focal": lambda *to: of_several_labels(
         *to, baselines.ClassBalancedBCELoss(COUNTS, gamma=2.0), sample_weight=torch.rand(12), normalizer=9.0
     ),
+    "RIDE, masked classes": lambda *to: of_masked(*to, baselines.RIDELoss),
+    "NCL, masked classes": lambda *to: of_masked(*to, baselines.NCLLoss),
+    "diversity": lambda *to: of_term(*to, baselines.expert_diversity),
+    "diversity, a temperature": lambda *to: of_term(*to, lambda v: baselines.expert_diversity(v, 1.5)),
+    "distillation": lambda *to: of_term(*to, baselines.expert_distillation),
     "features, linear": lambda *to: of_features(*to, LinearLGLALoss(COUNTS), with_bias=True),
     "features, cosine": lambda *to: of_features(*to, LinearLGLALoss(COUNTS, scale=30.0)),
     "features, a number as normalizer": lambda *to: of_features(*to, LinearLGLALoss(COUNTS), normalizer=9.0),

@@ -62,6 +62,12 @@ def nested(*tensors, **options):
         return torch.nested.nested_tensor(list(tensors), **options)
 
 
+def older_weight_norm(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        return nn.utils.weight_norm(layer)
+
+
 def criterion(**options):
     return LGLALoss(COUNTS, **options)
 
@@ -643,6 +649,17 @@ CASES = {
     ),
     "SADE of two logits": (lambda: create_loss("sade", COUNTS)(LOGITS[:, :2], TARGET), ValueError, "logits", "[N, 3, 4]", "[2, 2, 4]"),
     "temperatures of other classes": (lambda: expert_diversity(LOGITS, torch.ones(3)), ValueError, "temperature", "[4]", "[3]"),
+    "temperature of zero": (lambda: expert_diversity(LOGITS, 0.0), ValueError, "temperature", "positive, finite", "[C]", "0.0"),
+    "negative temperature": (lambda: expert_diversity(LOGITS, -1.0), ValueError, "temperature", "positive, finite", "-1.0"),
+    "NaN temperature": (lambda: expert_diversity(LOGITS, math.nan), ValueError, "temperature", "positive, finite", "nan"),
+    "no temperature": (lambda: expert_diversity(LOGITS, None), TypeError, "temperature", "positive, finite", "None"),
+    "temperatures as a list": (lambda: expert_diversity(LOGITS, [1.0] * 4), TypeError, "temperature", "tensor [C]", "list"),
+    "temperatures as integers": (lambda: expert_diversity(LOGITS, torch.ones(4).long()), TypeError, "temperature", "floating-point", "int64"),
+    "a temperature of zero among others": (lambda: expert_diversity(LOGITS, torch.arange(4.0)), ValueError, "temperature", "positive, finite", "0 to 3"),
+    "infinite temperature": (lambda: expert_diversity(LOGITS, torch.tensor(math.inf)), ValueError, "temperature", "positive, finite", "inf to inf"),
+    "NCL: target too large": (lambda: NCLLoss(COUNTS)(LOGITS, TARGET + 1), ValueError, "target", "0..3", "got 4"),
+    "NCL: negative target": (lambda: NCLLoss(COUNTS, class_weight=COUNTS)(LOGITS, TARGET - 3), ValueError, "target", "0..3", "got -3"),
+    "RIDE: a margin for linear heads": (lambda: RIDELoss(COUNTS, max_margin=0.3, scale=None), ValueError, "max_margin, scale", "no margin", "0.3", "scale=1"),
     "distillation of integer logits": (lambda: expert_distillation(LOGITS.long()), TypeError, "logits", "floating", "int64"),
     "views of other samples": (lambda: aggregation.self_supervised_weights(LOGITS, LOGITS[:1]), ValueError, "other_view", "[2, 3, 4]", "[1, 3, 4]"),
     "views of one expert": (lambda: aggregation.self_supervised_weights(LOGITS[:, 0], LOGITS[:, 0]), ValueError, "view", "two experts", "[2, 1, 4]"),
@@ -651,6 +668,10 @@ CASES = {
     "no epochs": (lambda: aggregation.self_supervised_weights(LOGITS, LOGITS, epochs=0), ValueError, "epochs", "0"),
     "tau-normalising a model": (lambda: stages.tau_normalize(nn.ReLU()), TypeError, "head", "Linear", "ReLU", "model.experts.classifiers"),
     "tau-normalising cosine heads": (lambda: stages.tau_normalize(experts().classifiers), ValueError, "head", "linear", "scale=30", 'classifier="linear"'),
+    "tau-normalising a weight that is computed": (
+        lambda: stages.tau_normalize(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))), ValueError, "head", "plain parameters", "weight_norm", "remove_parametrizations",
+    ),
+    "tau-normalising after the older weight_norm": (lambda: stages.tau_normalize(older_weight_norm(nn.Linear(2, 2))), ValueError, "head", "plain parameters", "remove_weight_norm"),
     "negative tau of a head": (lambda: stages.tau_normalize(nn.Linear(2, 2), -1.0), ValueError, "tau", ">= 0", "-1.0"),
     # several labels a sample
     "multi-label: no counts": (lambda: sigmoid(None), TypeError, "class_counts", "None", "count_classes"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from lgla_losses import ExpertOutput, LGLALoss, create_loss
+from lgla_losses.adjusted import AdjustedLoss
 from lgla_losses.baselines import (
     BalancedSoftmaxLoss,
     LDAMLoss,
@@ -204,6 +205,14 @@ def test_the_formulas_of_the_terms(problem, data):
         assert (term(stack) >= -1e-12).all()
 
 
+def test_a_temperature_keeps_its_digits_and_a_compiler_sees_it_change():
+    logits, _ = batch()
+    close(expert_diversity(logits, 0.1), [diversity(v, [0.1] * 5) for v in logits.tolist()])
+    traced = torch.compile(expert_diversity, backend="eager", fullgraph=True)
+    for temperature in (0.5, 1.5, torch.rand(5) + 0.5, torch.tensor(2.0)):
+        torch.testing.assert_close(traced(logits, temperature), expert_diversity(logits, temperature))
+
+
 @every_loss
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(make, reduction):
@@ -357,27 +366,52 @@ def test_a_batch_without_samples_gives_a_zero_with_a_graph(make, number):
 
 
 @every_loss
-def test_masked_classes_are_as_if_they_were_not_there(make):
+@pytest.mark.parametrize("number", [1, 15])
+def test_masked_classes_are_as_if_they_were_not_there(make, number):
     logits, target = batch()
-    kept = make(COUNTS)(logits, target)
-    wider = torch.cat([logits, 50 * torch.ones(7, 3, 1, dtype=torch.float64)], dim=-1).requires_grad_()
-    criterion = make([*COUNTS, 0], zero_counts="mask")
-    if isinstance(criterion, NCLLoss):  # of 6 classes, 0.6 are 4
-        criterion.hard_share = 0.5
+    leaf = logits.clone().requires_grad_()
+    kept = make(COUNTS)(leaf, target)
+    kept.backward()
+    wider = torch.cat([logits, 50 * torch.ones(7, 3, number, dtype=torch.float64)], dim=-1).requires_grad_()
+    criterion = make([*COUNTS, *[0] * number], zero_counts="mask")
     loss = criterion(wider, target)
-    if make is not LOSSES["ride, reweighted"]:  # the mean of whose temperatures is over all classes
-        torch.testing.assert_close(loss, kept)
+    torch.testing.assert_close(loss, kept)
     loss.backward()
-    assert wider.grad.isfinite().all()
+    torch.testing.assert_close(wider.grad, F.pad(leaf.grad, (0, number)))
+
+
+@pytest.mark.parametrize("hard_share", [0.3, 0.7])
+def test_as_many_classes_are_hard_as_without_the_masked_ones(hard_share):
+    """Also where half a class is rounded."""
+    for number in range(2, 36):
+        counts, target = list(range(1, number + 1)), torch.tensor([0, number - 1])
+        logits = torch.randn(2, 3, number, dtype=torch.float64)
+        expected = NCLLoss(counts, hard_share=hard_share)(logits, target)
+        masking = NCLLoss([*counts, 0, 0, 0], hard_share=hard_share, zero_counts="mask")
+        torch.testing.assert_close(masking(F.pad(logits, (0, 3)), target), expected)
 
 
 @every_loss
-def test_compiled_and_in_a_checkpoint(make):
+def test_other_classes_can_be_masked_in_training(make):
+    logits, target = batch(num_classes=8)
+    criterion = make([*COUNTS, 7, 5, 2], zero_counts="mask")
+    step = torch.compile(criterion, backend="eager", fullgraph=True)
+    for masked in ([], [5], [5, 7], [6]):
+        counts = [0 if j in masked else n for j, n in enumerate([*COUNTS, 7, 5, 2])]
+        criterion.set_adjustment(counts)
+        left = [j for j in range(8) if j not in masked]
+        expected = make([counts[j] for j in left])(logits[..., left], target)
+        torch.testing.assert_close(criterion(logits, target), expected)
+        torch.testing.assert_close(step(logits, target), expected)
+
+
+@every_loss
+def test_traced_by_a_compiler_and_in_a_checkpoint(make):
     logits, target = batch(dtype=torch.float32)
     criterion = make(COUNTS)
     expected = criterion(logits, target)
-    compiled = torch.compile(criterion, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(logits, target), expected)
+    traced = torch.compile(criterion, backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(logits, target), expected)
     other = make([5, 4, 3, 2, 1])
     other.load_state_dict(criterion.state_dict())
     torch.testing.assert_close(other(logits, target), expected)
@@ -406,6 +440,75 @@ def test_own_class_weights_weigh_all_terms_of_ncl():
     of_sample = torch.where(target >= 0, weight[target.clamp(min=0)], 0.0)
     loss = NCLLoss(COUNTS, class_weight=weight)(logits, target)
     torch.testing.assert_close(loss, (of_sample * each).sum() / of_sample.sum())
+
+
+def test_own_class_weights_and_label_smoothing_of_ncl():
+    """Over all classes each has its own weight, as in PyTorch; over hard ones all that of the target."""
+    logits, target = batch(num_experts=1)
+    weight = torch.tensor([1.0, 2, 3, 4, 5], dtype=torch.float64)
+    v = logits[:, 0] + torch.tensor(COUNTS, dtype=torch.float64).log()
+    over_all = F.cross_entropy(v, target, weight, label_smoothing=0.1, reduction="sum")
+    of_sample = torch.where(target >= 0, weight[target.clamp(min=0)], 0.0)
+    over_hard = of_sample * F.cross_entropy(v, target, label_smoothing=0.1, reduction="none")
+    criterion = NCLLoss(COUNTS, 0.0, hard_share=1.0, class_weight=weight, label_smoothing=0.1)
+    torch.testing.assert_close(criterion(logits, target), (over_all + over_hard.sum()) / of_sample.sum())
+
+
+class CrossEntropyTwice(AdjustedLoss):
+    """A loss of one's own, which adds to each sample what it computes itself."""
+
+    def _added(self, batch):
+        log_p = batch.stacked(self.ignore_index).log_softmax(-1).sum(dim=-2)
+        if batch.is_soft:
+            return -(batch.target * log_p).sum(dim=-1)
+        return -log_p.gather(-1, batch.own_class(log_p.shape[-1])[..., None])[..., 0]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_term_of_a_loss_of_ones_own_is_weighed_for_indices_and_probabilities(weighted, reduction):
+    logits, target = batch()
+    hot = F.one_hot(target.clamp(min=0), 5).double() * (target != -100)[:, None]
+    class_weight = [1.0, 2, 3, 4, 5] if weighted else None
+    given = {"sample_weight": torch.tensor([2.0, 1, 0, 3, 1, 1, 2])}
+    plain = AdjustedLoss(COUNTS, class_weight=class_weight, reduction=reduction)(logits, target, **given)
+    criterion = CrossEntropyTwice(COUNTS, class_weight=class_weight, reduction=reduction)
+    for kind in (target, hot):
+        torch.testing.assert_close(criterion(logits, kind, **given), 2 * plain)
+
+
+def test_a_term_of_a_loss_of_ones_own_weighs_mixed_samples_by_the_mean_of_their_weights():
+    logits, _ = batch(num_experts=1)
+    mixed = torch.rand(7, 5, dtype=torch.float64).softmax(dim=1)
+    weight = torch.tensor([1.0, 2, 3, 4, 5], dtype=torch.float64)
+    each = -(mixed * logits[:, 0].log_softmax(-1)).sum(dim=-1)
+    plain = AdjustedLoss(COUNTS, class_weight=weight, reduction="none")(logits, mixed)
+    loss = CrossEntropyTwice(COUNTS, class_weight=weight, reduction="none")(logits, mixed)
+    torch.testing.assert_close(loss, plain + mixed @ weight * each)
+
+
+def test_a_target_that_is_no_class_gives_nan_where_nobody_looks():
+    logits, target = batch()
+    for wrong in (7, -3):
+        target[1] = wrong
+        for criterion in (
+            NCLLoss(COUNTS, reduction="none", validate_args=False),
+            NCLLoss(COUNTS, class_weight=[1.0, 2, 3, 4, 5], reduction="none", validate_args=False),
+        ):
+            loss = criterion(logits, target)
+            assert loss.isnan().tolist() == [n == 1 for n in range(7)]
+
+
+def test_the_margin_of_ride_is_used_or_refused_and_shown():
+    assert RIDELoss(COUNTS).margins.max() == 0.5
+    given = RIDELoss(COUNTS, max_margin=0.3, scale=1.0)
+    assert given.margins.max() == 0.3
+    assert "max_margin=0.3, scale=1.0" in repr(given)
+    linear = RIDELoss(COUNTS, scale=None)
+    assert linear.margins.max() == 0
+    assert "max_margin=0.0, scale=1.0" in repr(linear)
+    with pytest.raises(ValueError, match=r"max_margin, scale: expected no margin.*got max_margin=0\.3"):
+        RIDELoss(COUNTS, max_margin=0.3, scale=None)
 
 
 def test_sade_has_three_experts_and_a_strength_that_can_change():

@@ -73,7 +73,7 @@ BASELINES = {
     "LDAMLoss.reweight": "self, enabled=True",
     "LogitAdjustedLoss": "class_counts, tau=1.0, **options",
     "NCLLoss": "class_counts, distillation=0.6, hard_share=0.3, **options",
-    "RIDELoss": "class_counts, diversity=0.45, max_margin=0.5, scale=30.0, gamma=0.05, beta=0.9999, "
+    "RIDELoss": "class_counts, diversity=0.45, max_margin=None, scale=30.0, gamma=0.05, beta=0.9999, "
     "**options",
     "SigmoidAdjustedLoss": "class_counts, num_samples, tau=1.0, **options",
     "SigmoidAdjustedLoss.set_adjustment": "self, class_counts=None, tau=None, num_samples=None",
