@@ -44,6 +44,8 @@ GROUPS = {
             "balanced softmax x3, distilled": BALANCED._replace(distillation=0.6),
             "balanced softmax x3, drawn apart": BALANCED._replace(distillation=-0.1),
             "balanced softmax x3, twice the loss": BALANCED._replace(factor=2.0),
+            "balanced softmax x3, four times the loss": BALANCED._replace(factor=4.0),
+            "LGLA, twice the loss": LGLA._replace(factor=2.0),
             "balanced softmax x3, hard classes": Method("ncl", {"distillation": 0.0}),
             "LGLA, distilled": LGLA._replace(distillation=0.6),
             "LGLA, rising tau": Method("lgla", {**OF_EXPERTS, "tau": 2.5}, rising=True),
