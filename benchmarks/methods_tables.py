@@ -76,10 +76,10 @@ def key(row: Row) -> tuple[str, int, str, str, int]:
     return row["head"], row["times"], row["method"], row["data"], row["seed"]
 
 
-def told(difference: tuple[float, float]) -> str:
+def told(difference: tuple[float, float], digits: int = 2) -> str:
     """A difference and its standard error."""
     mean, error = difference
-    return f"{mean:+.2f} ± {error:.2f}"
+    return f"{mean:+.{digits}f} ± {error:.{digits}f}"
 
 
 def sets(results: Results) -> str:

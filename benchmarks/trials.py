@@ -149,8 +149,8 @@ def table(results: Results) -> str:
     for method in results.methods:
         if method != YARDSTICK:
             gains = [
-                told(results.gain(("cosine", times), method, "calibrated", score=score))
-                for times, score in itertools.product(TIMES, ("accuracy", "nll"))
+                told(results.gain(("cosine", times), method, "calibrated", score=score), digits)
+                for times, (score, digits) in itertools.product(TIMES, (("accuracy", 2), ("nll", 3)))
             ]
             rows.append([method, *gains])
     epochs = [f"{methods.EPOCHS * times} epochs" for times in TIMES]

@@ -1,6 +1,7 @@
 """The benchmark of methods: a miniature of it, and networks side by side."""
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -281,3 +282,65 @@ def test_trials_are_made_and_told(script, monkeypatch, tmp_path, capsys):
     assert names >= {"LGLA, rising tau", "LGLA, mixup 1", "LGLA: own group's expert", "LGLA, distilled"}
     table = capsys.readouterr().out
     assert all(f"| {name} |" in table for name in names if name != "balanced softmax x3")
+
+
+def test_the_page_says_what_the_records_hold(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from methods_tables import BUDGETS, Results
+    from trials import SETS as TRIED
+
+    results = Results(json.loads((BENCHMARKS / "results" / "methods.json").read_text(encoding="utf-8")))
+    page = " ".join((ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split())
+    cosine, linear, long = BUDGETS
+    three, one = "balanced softmax x3", "balanced softmax"
+
+    def gain(method, over=three, budget=cosine, way="plain", sets=()):
+        return results.gain(budget, method, way, over, sets)[0]
+
+    def mean(method, score, way, budget=long):
+        return results.mean(budget, method, score, way)
+
+    by_budget = [gain(one, "softmax", budget) for budget in (cosine, linear)]
+    assert (
+        "It gains {:.1f} over softmax with cosine heads and {:.1f} with linear ones".format(*by_budget)
+        in page
+    )
+    behind = [gain("softmax, logit adjustment", one, budget) for budget in (cosine, linear)]
+    assert max(behind) < 0
+    assert (
+        "to within {:.1f} of balanced softmax with cosine heads and {:.1f} with linear".format(
+            *(abs(value) for value in behind)
+        )
+        in page
+    )
+    assert gain(three, one) == pytest.approx(gain(three, one, long), abs=0.1)
+    assert f"They gain {gain(three, one):.1f} over one model, for 8 epochs and for 32" in page
+    fewer = results.gain(linear, three, "plain", one)
+    assert "they gain nothing here: {:.1f} ± {:.1f}".format(*fewer) in page
+    level = ["LGLA", "CLA", "logit adjustment x3, tau = 1.5", "SADE", "softmax x3"]
+    largest = max(abs(gain(method, way="calibrated")) for method in level)
+    assert f"are within {math.ceil(10 * largest) / 10} of balanced softmax with cosine heads" in page
+    larger = {f"{gain(method, way='calibrated'):.1f}" for method in ("NCL", f"{three}, twice the loss")}
+    assert len(larger) <= 2
+    assert f"NCL is {gain('NCL', way='calibrated'):.1f} ahead for 8 epochs" in page
+    longer = gain("LGLA", budget=long)
+    assert f"{longer:+.1f} over balanced softmax for 32 epochs, {abs(gain('LGLA')):.1f} for 8" in page
+    dropout = [f"{name}, input dropout" for name in (three, "LGLA")]
+    low, high = sorted(gain(method, budget=long, way="calibrated") for method in dropout)
+    assert f"gains {low:.1f} to {high:.1f} for 32 epochs, calibrated" in page
+    rest = [name for name in results.sets if name not in TRIED]
+    assert len(rest) == 3
+    untried = gain(dropout[0], budget=long, way="calibrated", sets=rest)
+    assert f"no trial used it gains {untried:.1f} for 32 epochs" in page
+    nll, ece = ([mean(three, score, way) for way in ("plain", "calibrated")] for score in ("nll", "ece"))
+    assert "takes their NLL from {:.1f} to {:.1f}".format(*nll) in page
+    assert "calibration error from {:.0f} % to {:.0f} %".format(*ece) in page
+
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"balanced softmax gains {by_budget[0]:.1f} points of balanced accuracy over softmax" in readme
+    assert f"three experts with cosine heads {gain(three, one):.1f} more" in readme
+    assert f"LGLA gains {longer:.1f} over balanced softmax in long training" in readme
+    assert f"gains {low:.1f} to {high:.1f} there, more than any loss" in readme
+    losses = [m for m in results.compared(long) if m not in dropout]
+    assert max(gain(method, budget=long, way="calibrated") for method in losses) < low
+    assert {row["seed"] for row in results.rows.values()} == {1, 2, 3, 4, 5}
