@@ -17,13 +17,15 @@ Row = dict[str, Any]
 BUDGETS = (("cosine", 1), ("linear", 1), ("cosine", 4))
 SCORES = ("accuracy", "head", "middle", "tail", "nll", "ece")
 YARDSTICK = "balanced softmax x3"
+#: Of the picture: differences below are arrows.
+FARTHEST = -4
 
 
 class Results:
     """The rows of a record: a score by method, data set and seed."""
 
     def __init__(self, record: Record) -> None:
-        self.sizes = record.get("sets", [])
+        self.epochs, self.sizes = record.get("epochs", 0), record.get("sets", [])
         self.costs = {cost["method"]: cost for cost in record["costs"]}
         self.rows = {key(row): row for row in record["rows"]}
         self.sets, self.methods, self.seeds = (
@@ -89,23 +91,27 @@ def sets(results: Results) -> str:
 
 
 def gains(results: Results, budget: tuple[str, int]) -> str:
-    """Balanced accuracy, and how far it is from that of the yardstick: as it is, and calibrated."""
+    """Balanced accuracy, how far it is from the yardstick's, and on how many data sets it is ahead."""
     rows = []
     for method in results.compared(budget):
         cells = [method]
         for way in ("plain", "calibrated"):
+            ahead = sum(results.gain(budget, method, way, sets=[name])[0] > 0 for name in results.sets)
+            compared = [told(results.gain(budget, method, way)), f"{ahead} of {len(results.sets)}"]
             cells.append(f"{results.mean(budget, method, 'accuracy', way):.1f}")
-            cells.append(told(results.gain(budget, method, way)) if method != YARDSTICK else "")
+            cells += compared if method != YARDSTICK else ["", ""]
         rows.append(cells)
-    return grid(["method", "plain", "difference", "calibrated", "difference"], rows)
+    return grid(["method", *("plain", "difference", "ahead"), *("calibrated", "difference", "ahead")], rows)
 
 
-def by_set(results: Results, budget: tuple[str, int], way: str) -> str:
-    """Balanced accuracy by data set."""
-    rows = [
-        [method, *(f"{results.mean(budget, method, 'accuracy', way, data):.1f}" for data in results.sets)]
-        for method in results.compared(budget)
-    ]
+def by_set(results: Results, budget: tuple[str, int], way: str = "calibrated") -> str:
+    """How far the balanced accuracy of every data set is from the yardstick's, whose own it has first."""
+    own = [f"{results.mean(budget, YARDSTICK, 'accuracy', way, data):.1f}" for data in results.sets]
+    rows = [[YARDSTICK, *own]]
+    for method in results.compared(budget):
+        if method != YARDSTICK:
+            gained = (results.gain(budget, method, way, sets=[data]) for data in results.sets)
+            rows.append([method, *map(told, gained)])
     return grid(["method", *results.sets], rows)
 
 
@@ -149,10 +155,10 @@ def costs(results: Results) -> str:
     return grid(header, rows)
 
 
-def budget_name(budget: tuple[str, int]) -> str:
+def budget_name(results: Results, budget: tuple[str, int]) -> str:
     """A budget in words."""
     head, times = budget
-    return f"{head} heads" if times == 1 else f"{head} heads, {times} times the epochs"
+    return f"{head} heads, {results.epochs * times} epochs"
 
 
 def all_of(results: Results) -> str:
@@ -161,10 +167,10 @@ def all_of(results: Results) -> str:
     for budget in BUDGETS:
         if not results.compared(budget):
             continue
-        name = budget_name(budget)
+        name = budget_name(results, budget)
         parts += [f"{name}: balanced accuracy, difference from {YARDSTICK}", gains(results, budget)]
         for way in ("plain", "calibrated"):
-            parts += [f"{name}: balanced accuracy by data set, {way}", by_set(results, budget, way)]
+            parts += [f"{name}: difference by data set, {way}", by_set(results, budget, way)]
         parts += [f"{name}: accuracy by frequency of the classes", by_region(results, budget)]
         parts += [f"{name}: quality of the probabilities", quality(results, budget)]
     return "\n\n".join([*parts, "cost", costs(results)])
@@ -175,19 +181,26 @@ def draw(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
     budgets = [budget for budget in BUDGETS if results.compared(budget)]
-    figure = Figure(figsize=(4.2 * len(budgets) + 1.5, 6.5), layout="constrained")
-    panels = figure.subplots(1, len(budgets), sharex=True, squeeze=False)[0]
+    methods = [method for method in reversed(results.methods) if method != YARDSTICK]
+    figure = Figure(figsize=(3.6 * len(budgets) + 2.5, 6.5), layout="constrained")
+    panels = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
     for panel, budget in zip(panels, budgets, strict=True):
-        methods = [m for m in reversed(results.methods) if m in results.compared(budget) and m != YARDSTICK]
         for way, shape, offset in (("plain", "o", 0.15), ("calibrated", "s", -0.15)):
-            means, errors = zip(*(results.gain(budget, method, way) for method in methods), strict=True)
-            places = [place + offset for place in range(len(methods))]
-            panel.errorbar(means, places, xerr=[2 * e for e in errors], fmt=shape, markersize=4, label=way)
+            places, means, errors = [], [], []
+            for place, method in enumerate(methods):
+                if method in results.compared(budget):
+                    mean, error = results.gain(budget, method, way)
+                    places.append(place + offset)
+                    means.append(mean)
+                    errors.append(2 * error)
+            (line, *_) = panel.errorbar(means, places, xerr=errors, fmt=shape, markersize=4, label=way)
+            # What is far behind would squeeze the others: an arrow stands at the edge.
+            far = [place for place, mean in zip(places, means, strict=True) if mean < FARTHEST]
+            panel.plot([FARTHEST] * len(far), far, "<", color=line.get_color(), markersize=5, clip_on=False)
         panel.axvline(0, color="grey", linewidth=0.8)
-        panel.set_yticks(range(len(methods)), methods, fontsize=8)
-        panel.set_title(budget_name(budget), fontsize=9)
-    panels[0].legend(loc="lower left", fontsize=8)
-    figure.supxlabel(
-        f"balanced accuracy in points, less that of {YARDSTICK} predicted in the same way", fontsize=9
-    )
+        panel.set_title(budget_name(results, budget), fontsize=10)
+    panels[0].set_yticks(range(len(methods)), methods, fontsize=8)
+    panels[0].set_xlim(FARTHEST, 2)
+    panels[-1].legend(loc="lower right", fontsize=8)
+    figure.supxlabel(f"balanced accuracy in points, less that of {YARDSTICK}", fontsize=9)
     figure.savefig(path, dpi=110)

@@ -106,7 +106,7 @@ def test_units_that_are_kept_are_not_repeated_and_tables_and_picture_are_made(
     for path in units.glob("more_images_linear_*"):
         path.unlink()
     script.main([*options, "--minutes", "-1"])
-    linear = capsys.readouterr().out.partition("linear heads:")[2].partition("\n\ncost")[0]
+    linear = capsys.readouterr().out.partition("linear heads, 1 epochs")[2].partition("\n\ncost")[0]
     assert "| LGLA |" in linear
     assert "| SADE |" not in linear
 
@@ -302,45 +302,74 @@ def test_the_page_says_what_the_records_hold(monkeypatch):
 
     by_budget = [gain(one, "softmax", budget) for budget in (cosine, linear)]
     assert (
-        "It gains {:.1f} over softmax with cosine heads and {:.1f} with linear ones".format(*by_budget)
-        in page
+        "gains {:.1f} over softmax with cosine heads and {:.1f} with linear ones".format(*by_budget) in page
     )
-    behind = [gain("softmax, logit adjustment", one, budget) for budget in (cosine, linear)]
-    assert max(behind) < 0
+    singles = [
+        "focal",
+        "class-balanced",
+        "VS",
+        "LDAM-DRW",
+        *(m for m in results.methods if "softmax, " in m[:9]),
+    ]
+    assert max(results.gain(linear, m, "plain", one)[0] for m in singles) < 0.2
+    assert f"With cosine heads LDAM-DRW is {gain('LDAM-DRW', one):.1f} ahead" in page
+    assert gain("focal", "softmax") < 0.3 > gain("focal", "softmax", linear)
+    assert max(gain("class-balanced", one, budget) for budget in BUDGETS) < -0.8
+    behind = [-gain("softmax, logit adjustment", one, budget) for budget in (cosine, linear)]
     assert (
-        "to within {:.1f} of balanced softmax with cosine heads and {:.1f} with linear".format(
-            *(abs(value) for value in behind)
-        )
-        in page
+        "within {:.1f} of balanced softmax with cosine heads and {:.1f} with linear".format(*behind) in page
     )
-    assert gain(three, one) == pytest.approx(gain(three, one, long), abs=0.1)
-    assert f"They gain {gain(three, one):.1f} over one model, for 8 epochs and for 32" in page
-    fewer = results.gain(linear, three, "plain", one)
-    assert "they gain nothing here: {:.1f} ± {:.1f}".format(*fewer) in page
+    assert f"With cosine heads they gain {gain(three, one):.1f} over one model" in page
+    assert "they gain nothing: {:.1f} ± {:.1f}".format(*results.gain(linear, three, "plain", one)) in page
+    better = [
+        name
+        for name in results.sets
+        if results.mean(cosine, three, "accuracy", "plain", name)
+        > results.mean(linear, one, "accuracy", "plain", name) + 0.5
+    ]
+    assert better == ["small CIFAR-10"]
     level = ["LGLA", "CLA", "logit adjustment x3, tau = 1.5", "SADE", "softmax x3"]
     largest = max(abs(gain(method, way="calibrated")) for method in level)
-    assert f"are within {math.ceil(10 * largest) / 10} of balanced softmax with cosine heads" in page
+    assert f"are within {math.ceil(10 * largest) / 10} of balanced softmax" in page
     larger = {f"{gain(method, way='calibrated'):.1f}" for method in ("NCL", f"{three}, twice the loss")}
     assert len(larger) <= 2
-    assert f"NCL is {gain('NCL', way='calibrated'):.1f} ahead for 8 epochs" in page
-    longer = gain("LGLA", budget=long)
-    assert f"{longer:+.1f} over balanced softmax for 32 epochs, {abs(gain('LGLA')):.1f} for 8" in page
-    dropout = [f"{name}, input dropout" for name in (three, "LGLA")]
-    low, high = sorted(gain(method, budget=long, way="calibrated") for method in dropout)
-    assert f"gains {low:.1f} to {high:.1f} for 32 epochs, calibrated" in page
+    assert f"NCL is {gain('NCL', way='calibrated'):.1f} ahead" in page
+    for method in ("softmax x3", "RIDE", "SADE"):
+        mean_gain, error = results.gain(linear, method, "calibrated")
+        assert mean_gain < -2 * error
+    longer, stronger = (gain(method, budget=long) for method in ("LGLA", "logit adjustment x3, tau = 1.5"))
+    assert f"For 32 epochs LGLA gains {longer:.1f} over balanced softmax, and so does" in page
+    assert stronger == pytest.approx(longer, abs=0.1)
+    assert f"For 8 epochs that loses {-gain('logit adjustment x3, tau = 1.5'):.1f}, and LGLA nothing" in page
+    assert abs(gain("LGLA")) < 0.1
+    assert max(abs(gain(m, budget=long, way="calibrated")) for m in level) < 0.3
+    dropout = {name: f"{name}, input dropout" for name in (three, "LGLA")}
+    low, high = sorted(gain(own, name, long, "calibrated") for name, own in dropout.items())
+    assert f"it gains {low:.1f} to {high:.1f} over balanced softmax and LGLA without it" in page
+    losses = [m for m in results.compared(long) if m not in dropout.values()]
+    assert max(gain(method, budget=long, way="calibrated") for method in losses) < low
+    assert max(gain(own, name, way="calibrated") for name, own in dropout.items()) < -0.5
+    ahead = [
+        name for name in results.sets if gain(dropout[three], budget=long, way="calibrated", sets=[name]) > 0
+    ]
+    assert len(ahead) > 3
+    assert "small CIFAR-10" not in ahead
     rest = [name for name in results.sets if name not in TRIED]
     assert len(rest) == 3
-    untried = gain(dropout[0], budget=long, way="calibrated", sets=rest)
+    untried = gain(dropout[three], budget=long, way="calibrated", sets=rest)
     assert f"no trial used it gains {untried:.1f} for 32 epochs" in page
+    for method in results.methods:
+        for budget in BUDGETS:
+            if method in results.compared(budget) and method != three:
+                assert any(
+                    gain(method, budget=budget, way="calibrated", sets=[name]) < 0.1 for name in results.sets
+                )
     nll, ece = ([mean(three, score, way) for way in ("plain", "calibrated")] for score in ("nll", "ece"))
-    assert "takes their NLL from {:.1f} to {:.1f}".format(*nll) in page
+    assert "from {:.1f} to {:.1f} and their calibration error".format(*nll) in page
     assert "calibration error from {:.0f} % to {:.0f} %".format(*ece) in page
-
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"balanced softmax gains {by_budget[0]:.1f} points of balanced accuracy over softmax" in readme
     assert f"three experts with cosine heads {gain(three, one):.1f} more" in readme
-    assert f"LGLA gains {longer:.1f} over balanced softmax in long training" in readme
+    assert f"LGLA gains {longer:.1f} over balanced softmax for 32 epochs" in readme
     assert f"gains {low:.1f} to {high:.1f} there, more than any loss" in readme
-    losses = [m for m in results.compared(long) if m not in dropout]
-    assert max(gain(method, budget=long, way="calibrated") for method in losses) < low
     assert {row["seed"] for row in results.rows.values()} == {1, 2, 3, 4, 5}
