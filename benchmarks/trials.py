@@ -54,7 +54,7 @@ GROUPS = {
     ),
     ", mixup 0.2": Group(BOTH, experts=3, mixup=0.2),
     ", mixup 1": Group(BOTH, experts=3, mixup=1.0),
-    ", a fifth of the inputs dropped": Group(BOTH, experts=3, dropped=0.2),
+    ", input dropout": Group(BOTH, experts=3, dropped=0.2),
 }
 
 

@@ -358,6 +358,19 @@ def test_the_page_says_what_the_records_hold(monkeypatch):
     assert len(rest) == 3
     untried = gain(dropout[three], budget=long, way="calibrated", sets=rest)
     assert f"no trial used it gains {untried:.1f} for 32 epochs" in page
+    tried = Results(json.loads((BENCHMARKS / "results" / "trials.json").read_text(encoding="utf-8")))
+
+    def best(*names):
+        trials = [f"{base}{name}" for base in (three, "LGLA") for name in names]
+        known = [trial for trial in trials if trial in tried.methods]
+        return max(tried.gain(budget, trial, "calibrated")[0] for budget in (cosine, long) for trial in known)
+
+    assert (
+        best(": a weight for each expert", ": own group's expert", ": agreement")
+        < best(": shift alone") + 0.05
+    )
+    assert round(best(", distilled", ", drawn apart", ", rising tau"), 1) == 0.2
+    assert best(", hard classes") < best(", twice the loss") > best(", four times the loss")
     for method in results.methods:
         for budget in BUDGETS:
             if method in results.compared(budget) and method != three:
