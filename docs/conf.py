@@ -97,6 +97,7 @@ PAGES_OF_MODULES = {
     "torch.distributed.distributed_c10d": "torch.distributed",
     "torch.fx.graph": "torch.fx",
     "torch.nn.modules.module": "torch.nn",
+    "torch.nn.modules.linear": "torch.nn",
     "torch.utils.data.dataset": "torch.utils.data",
 }
 

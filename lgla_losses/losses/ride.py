@@ -24,9 +24,10 @@ class RIDELoss(LDAMLoss):
         T_j = \frac{t_j}{\max_l t_l}, \quad t_j = \gamma \frac{C n_j}{\sum_l n_l} + 1 - \gamma
 
     The second term is :func:`~lgla_losses.baselines.expert_diversity`. As in the authors' code all
-    temperatures are 1 until :meth:`reweight` switches on those of the classes, together with LDAM's weights
-    of the classes. These do not weigh the second term, which ``"mean"`` divides by the number of samples.
-    RIDE's routing of samples and its distillation from a larger model are not part of the loss.
+    temperatures are 1 until :meth:`~lgla_losses.baselines.LDAMLoss.reweight` switches on those of the
+    classes, together with LDAM's weights of the classes. These do not weigh the second term, which ``"mean"``
+    divides by the number of samples. RIDE's routing of samples and its distillation from a larger model are
+    not part of the loss.
 
     The first term is bounded below and the second is not: with a large ``diversity`` training diverges.
 
@@ -46,7 +47,7 @@ class RIDELoss(LDAMLoss):
         options: as in :class:`FocalLoss`.
 
     Attributes:
-        temperature: :math:`T` after :meth:`reweight`, float64 ``[C]``.
+        temperature: :math:`T` after :meth:`~lgla_losses.baselines.LDAMLoss.reweight`, float64 ``[C]``.
         margins: as in :class:`LDAMLoss`, as are ``class_weight`` and ``reweighting``.
 
     Example:
@@ -94,7 +95,7 @@ class RIDELoss(LDAMLoss):
 
     @property
     def temperature(self) -> Tensor:
-        """The temperatures of the classes after :meth:`reweight` ``[C]``."""
+        """The temperatures of the classes after :meth:`~lgla_losses.baselines.LDAMLoss.reweight` ``[C]``."""
         return self._read("temperature")
 
     def _added(self, batch: Batch) -> Tensor | None:
