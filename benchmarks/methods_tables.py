@@ -79,9 +79,9 @@ def key(row: Row) -> tuple[str, int, str, str, int]:
 
 
 def told(difference: tuple[float, float], digits: int = 2) -> str:
-    """A difference and its standard error."""
+    """A difference and its standard error, which no line break divides."""
     mean, error = difference
-    return f"{mean:+.{digits}f} ± {error:.{digits}f}"
+    return f"{mean:+.{digits}f}\u00a0±\u00a0{error:.{digits}f}"
 
 
 def sets(results: Results) -> str:

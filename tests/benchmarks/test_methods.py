@@ -228,7 +228,7 @@ def test_a_gain_is_a_mean_of_pairs_with_the_error_of_the_mean_over_the_data_sets
     assert results.gain(("cosine", 1), "other", "plain") == pytest.approx((2.0, 0.5))
     assert results.gain(("cosine", 1), "other", "plain", sets=["a"]) == pytest.approx((2.0, 1.0))
     assert results.compared(("cosine", 1)) == ["balanced softmax x3", "other"]
-    assert told((2.0, 0.5)) == "+2.00 ± 0.50"
+    assert told((2.0, 0.5)) == "+2.00\u00a0±\u00a00.50"
 
 
 def test_every_method_has_a_cost(script, monkeypatch):
