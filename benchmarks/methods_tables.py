@@ -185,22 +185,19 @@ def draw(results: Results, path: Path) -> None:
     figure = Figure(figsize=(3.6 * len(budgets) + 2.5, 6.5), layout="constrained")
     panels = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
     for panel, budget in zip(panels, budgets, strict=True):
+        compared = [place for place, method in enumerate(methods) if method in results.compared(budget)]
         for way, shape, offset in (("plain", "o", 0.15), ("calibrated", "s", -0.15)):
-            places, means, errors = [], [], []
-            for place, method in enumerate(methods):
-                if method in results.compared(budget):
-                    mean, error = results.gain(budget, method, way)
-                    places.append(place + offset)
-                    means.append(mean)
-                    errors.append(2 * error)
-            (line, *_) = panel.errorbar(means, places, xerr=errors, fmt=shape, markersize=4, label=way)
+            found = {place + offset: results.gain(budget, methods[place], way) for place in compared}
+            near = {place: gain for place, gain in found.items() if gain[0] > FARTHEST}
+            means, bars = [mean for mean, _ in near.values()], [2 * error for _, error in near.values()]
+            line = panel.errorbar(means, list(near), xerr=bars, fmt=shape, markersize=4, label=way)[0]
             # What is far behind would squeeze the others: an arrow stands at the edge.
-            far = [place for place, mean in zip(places, means, strict=True) if mean < FARTHEST]
-            panel.plot([FARTHEST] * len(far), far, "<", color=line.get_color(), markersize=5, clip_on=False)
+            far = [place for place in found if place not in near]
+            panel.plot([FARTHEST] * len(far), far, "<", color=line.get_color(), markersize=5)
         panel.axvline(0, color="grey", linewidth=0.8)
         panel.set_title(budget_name(results, budget), fontsize=10)
     panels[0].set_yticks(range(len(methods)), methods, fontsize=8)
-    panels[0].set_xlim(FARTHEST, 2)
-    panels[-1].legend(loc="lower right", fontsize=8)
+    panels[0].set_xlim(FARTHEST - 0.2, 2)
+    panels[0].legend(loc="lower left", fontsize=8)
     figure.supxlabel(f"balanced accuracy in points, less that of {YARDSTICK}", fontsize=9)
     figure.savefig(path, dpi=110)
