@@ -279,7 +279,11 @@ class Loss(nn.Module):
                 self._look_at_labels(batch, step, ranks.number)
 
         if samples is None and self._communicates(normalizer, ranks):
-            samples = self._count(engine, batch, ranks, counted)
+            # A compiler sees into PyTorch's own operations only.
+            counter = engine if engine is not None and not torch.compiler.is_compiling() else _chunked(batch)
+            samples = counter.count(batch.target, batch.sample_weight, counted, self.ignore_index)
+            if ranks.number > 1:
+                samples = self._summed(samples[None], ranks)[0] / ranks.number
         if normalizer is not None:
             device = batch.target.device
             samples = scalar_on(device, normalizer, functional.widest_dtype(device))
@@ -291,15 +295,6 @@ class Loss(nn.Module):
             reduce=self.reduction != "none",
             **fields,
         )
-
-    def _count(
-        self, engine: Engine | None, batch: Batch, ranks: Ranks, class_weight: Tensor | None = None
-    ) -> Tensor:
-        """Count the samples, weighed by class if weights are given: of all ranks, over their number."""
-        # A compiler sees into PyTorch's own operations only.
-        counter = engine if engine is not None and not torch.compiler.is_compiling() else _chunked(batch)
-        samples = counter.count(batch.target, batch.sample_weight, class_weight, self.ignore_index)
-        return self._summed(samples[None], ranks)[0] / ranks.number if ranks.number > 1 else samples
 
     def _explain_unless_finite(self, batch: Batch, loss: Tensor) -> None:
         """Raise if the loss is NaN or infinite because of a wrong value."""

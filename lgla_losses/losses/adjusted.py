@@ -19,7 +19,7 @@ from lgla_losses._torch import values_readable
 from lgla_losses.adjustment import check_tau, strength_of
 from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.grouping import same_classes
-from lgla_losses.kernels import Engine, Rows
+from lgla_losses.kernels import Rows
 from lgla_losses.kernels.autograd import CrossEntropy, evaluate, total
 from lgla_losses.kernels.operators import cross_entropies
 from lgla_losses.losses._base import Loss, if_corrected
@@ -104,8 +104,8 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
     divides_by_weights = False
     #: The factor of the cosine logits that the loss expects; None where it takes any logits.
     _cosine_scale: float | None = None
-    #: Whether class weights multiply what a subclass adds to the loss of a sample, too.
-    _weighs_added = True
+    #: Whether a subclass adds to the loss of a sample, and whether class weights multiply that, too.
+    _adds, _weighs_added = False, True
 
     def __init__(
         self,
@@ -352,9 +352,8 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
         problem = functools.partial(CrossEntropy, of_one=batch.of_one)
         loss = evaluate(engine, rows, logits, problem, cross_entropies, self.backend)
 
-        added = self._added(batch)
-        if added is not None:
-            loss = loss + self._reduced(added, batch, rows, engine, ranks, normalizer)
+        if self._adds:
+            loss = loss + self._reduced(self._added(batch), batch, rows, ranks, normalizer)
 
         if readable:
             self._explain_unless_finite(batch, loss)
@@ -366,16 +365,15 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
         # nn.Module declares it as returning Any.
         __call__ = forward
 
-    def _added(self, batch: Batch) -> Tensor | None:
-        """Compute what a subclass adds to the loss of every sample ``[*B]``; None for nothing."""
-        return None
+    def _added(self, batch: Batch) -> Tensor:
+        """Compute what a subclass adds to the loss of every sample ``[*B]``."""
+        raise NotImplementedError
 
     def _reduced(
         self,
         losses: Tensor,
         batch: Batch,
         rows: Rows,
-        engine: Engine | None,
         ranks: Ranks,
         normalizer: float | Tensor | None,
     ) -> Tensor:
@@ -387,7 +385,9 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
 
         divisor = rows.divisor
         if divisor is not None and normalizer is None and self._divides_by_weights and not self._weighs_added:
-            divisor = self._count(engine, batch, ranks)
+            divisor = amounts.sum()
+            if ranks.number > 1:
+                divisor = self._summed(divisor[None], ranks)[0] / ranks.number
         return total(losses, divisor)
 
     def _terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -59,6 +59,8 @@ class NCLLoss(BalancedSoftmaxLoss):
         tensor(8.3178)
     """
 
+    _adds = True
+
     def __init__(
         self,
         class_counts: ArrayLike,

@@ -86,6 +86,7 @@ class RIDELoss(LDAMLoss):
         self._arrange(class_counts, scale, options, max_margin=max_margin, beta=beta, gamma=gamma)
         expected = "a finite number >= 0"
         self.diversity = finite_float("diversity", diversity, low=0.0, high=math.inf, expected=expected)
+        self._adds = self.diversity > 0
 
     def constants(self, counts: Tensor, **numbers: float) -> dict[str, Tensor]:
         """Compute the margins, the weights and the temperatures."""
@@ -98,9 +99,7 @@ class RIDELoss(LDAMLoss):
         """The temperatures of the classes after :meth:`~lgla_losses.baselines.LDAMLoss.reweight` ``[C]``."""
         return self._read("temperature")
 
-    def _added(self, batch: Batch) -> Tensor | None:
-        if self.diversity == 0:
-            return None
+    def _added(self, batch: Batch) -> Tensor:
         logits = batch.stacked(self.ignore_index)
         # As in LDAMLoss, no step waits for the flag.
         temperature = torch.where(self.constant("reweighting") > 0, self.constant("temperature"), 1.0)

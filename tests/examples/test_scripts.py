@@ -43,7 +43,7 @@ from importlib.metadata import packages_distributions
 CORE = {"torch", "numpy", "lgla-losses", "setuptools", "sympy", "networkx", "mpmath", "jinja2", "markupsafe"}
 CORE |= {"typing_extensions", "filelock", "fsspec"}
 EXTRA = {name for name, owners in packages_distributions().items() if not CORE & {o.lower() for o in owners}}
-EXTRA -= {"torchgen", "functorch"}
+EXTRA -= {"torchgen", "functorch", "triton"}  # the last is looked for, not imported
 
 
 class Missing:

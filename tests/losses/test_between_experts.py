@@ -457,6 +457,8 @@ def test_own_class_weights_and_label_smoothing_of_ncl():
 class CrossEntropyTwice(AdjustedLoss):
     """A loss of one's own, which adds to each sample what it computes itself."""
 
+    _adds = True
+
     def _added(self, batch):
         log_p = batch.stacked(self.ignore_index).log_softmax(-1).sum(dim=-2)
         if batch.is_soft:
