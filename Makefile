@@ -49,7 +49,7 @@ bench-learning-rate: $(VENV)/.bench  ## what the usual learning rate makes of th
 bench-prediction: $(VENV)/.examples  ## calibrated prediction on real data: DATA is the folder of benchmarks/real_data.py
 	$(RUN) benchmarks/prediction.py "$(DATA)" --picture docs/images/prediction.png
 
-bench-methods: $(VENV)/.examples  ## which method wins on real data, 90 minutes of two cores; what is done stays in runs/methods
+bench-methods: $(VENV)/.examples  ## which method wins on real data; what is done stays in runs/methods
 	$(RUN) benchmarks/methods.py "$(DATA)" --picture docs/images/methods.png $(if $(MINUTES),--minutes $(MINUTES))
 
 bench-layouts: $(VENV)/.bench  ## what grouped experts cost against independent ones

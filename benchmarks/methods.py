@@ -17,7 +17,6 @@ import multiprocessing
 import shlex
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -30,7 +29,7 @@ from arguments import positive, record_file
 from measure import made_here, quartiles
 from methods_tables import BUDGETS
 from real_data import DATA_SETS, Split, split_of
-from recording import write_whole
+from recording import rounded, unit_file, write_whole
 from side_by_side import SCALE, Group, Method, SideBySide, class_counts, dropped, optimizer_of, train
 from torch import Tensor, nn
 
@@ -220,9 +219,8 @@ class Unit(NamedTuple):
 
     @property
     def file(self) -> str:
-        """The name of the file that keeps its scores; what is trained in another way has another."""
-        how = repr((GROUPS[self.group], EPOCHS, DATA_SETS[self.data].batch))
-        return f"{'_'.join(map(str, self))}_{zlib.crc32(how.encode()):08x}.json".replace(" ", "-")
+        """The name of the file that keeps its scores."""
+        return unit_file(self, (GROUPS[self.group], EPOCHS, DATA_SETS[self.data].batch))
 
 
 def keep(unit: Unit, folder: Path, units: Path, end: float) -> float | None:
@@ -338,7 +336,9 @@ def main(arguments: list[str] | None = None) -> None:
     record = {"what": what, "command": shlex.join(["python", *sys.argv]), **made_here(), "epochs": EPOCHS}
     torch.set_num_threads(1)
     sets = [sizes(name, options.data) for name in options.sets]
-    write_record(options.output, {**record, "sets": sets, "costs": rounded(costs()), "rows": rounded(rows)})
+    write_record(
+        options.output, {**record, "sets": sets, "costs": rounded(costs(), 3), "rows": rounded(rows, 3)}
+    )
     results = methods_tables.Results(json.loads(options.output.read_text(encoding="utf-8")))
     if options.picture is not None:
         methods_tables.draw(results, options.picture)
@@ -356,15 +356,6 @@ def in_lines(value: Any) -> str:
     if not isinstance(value, list):
         return json.dumps(value)
     return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
-
-
-def rounded(value: Any) -> Any:
-    """Give the same with three decimals, all that anybody reads."""
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return round(value, 3) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from arguments import positive, record_file
 from measure import made_here
 from prior_shift import gains as gains_of_estimate
 from real_data import DATA_SETS, Split, split_of
-from recording import write_whole
+from recording import rounded, write_whole
 from tables import grid
 from torch import Tensor, nn
 
@@ -297,13 +297,6 @@ def estimate_table(record: Record) -> str:
     return grid(["test set", *ways], rows)
 
 
-def rounded(value: Any) -> Any:
-    """The same with four decimals, all that anybody reads."""
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    return round(value, 4) if isinstance(value, float) else value
-
-
 def draw(runs: dict[str, Run], path: Path) -> None:
     """Draw reliability, and accuracy over the exponent: a row a data set."""
     from matplotlib.figure import Figure
@@ -357,7 +350,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(seed, name, loss, head, "" if runs[-1]["used"] else "not used", flush=True)
 
     what = f"{EXPERTS} experts, one thread; on the test set all classes count alike"
-    record = {"what": what, **made_here(), "runs": [rounded(run) for run in runs]}
+    record = {"what": what, **made_here(), "runs": [rounded(run, 4) for run in runs]}
     write_whole(options.output, json.dumps(record, indent=1) + "\n")
     if options.picture is not None:
         draw(drawn, options.picture)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -12,6 +15,21 @@ def write_whole(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
+
+
+def rounded(value: Any, digits: int) -> Any:
+    """Round all numbers of a value that a record holds."""
+    if isinstance(value, dict):
+        return {key: rounded(inner, digits) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner, digits) for inner in value]
+    return round(value, digits) if isinstance(value, float) else value
+
+
+def unit_file(what: Iterable[object], how: object) -> str:
+    """Name the file of a unit of work; what is made in another way has another name."""
+    name = "_".join(map(str, what)).replace(" ", "-")
+    return f"{name}_{zlib.crc32(repr(how).encode()):08x}.json"
 
 
 def leave_on_sigterm() -> None:

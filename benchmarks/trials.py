@@ -12,7 +12,6 @@ import itertools
 import json
 import shlex
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from measure import made_here
 from methods import BALANCED, LGLA, OF_EXPERTS, Logits, outputs_of, scores, scores_of
 from methods_tables import YARDSTICK, Results, Row, told
 from real_data import DATA_SETS, Split, split_of
-from recording import write_whole
+from recording import rounded, unit_file, write_whole
 from side_by_side import Group, Method, class_counts, train
 from tables import grid
 from torch import Tensor
@@ -172,16 +171,15 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[Row] = []
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
     for seed, data, times in itertools.product(seeds, SETS, TIMES):
-        how = repr((GROUPS, tuple(RULES), methods.EPOCHS, DATA_SETS[data].batch))
-        file = f"{data}_{times}_{seed}_{zlib.crc32(how.encode()):08x}.json"
-        path = options.units / file.replace(" ", "-")
+        how = (GROUPS, tuple(RULES), methods.EPOCHS, DATA_SETS[data].batch)
+        path = options.units / unit_file((data, times, seed), how)
         if not path.exists():
             write_whole(path, json.dumps(list(run(data, times, seed, options.data))))
         rows += json.loads(path.read_text(encoding="utf-8"))
         print(seed, data, times, flush=True)
     what = "cosine heads; classes count alike; a tenth of the training samples is for calibration and rules"
     record = {"what": what, "command": shlex.join(["python", *sys.argv]), **made_here(), "costs": []}
-    methods.write_record(options.output, {**record, "rows": methods.rounded(rows)})
+    methods.write_record(options.output, {**record, "rows": rounded(rows, 3)})
     print(table(Results(json.loads(options.output.read_text(encoding="utf-8")))))
 
 
