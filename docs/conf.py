@@ -192,15 +192,16 @@ def visit_math_block(translator: HTML5Translator, node: nodes.math_block) -> Non
 
 
 def describe_page(_app: Sphinx, _name: str, _template: str, context: dict, doctree: nodes.document) -> None:
-    """Give a page the description that search engines and link previews show: its first paragraph."""
-    if not doctree:  # a page that Sphinx makes, as the index
+    """Give a page the description that search engines and link previews show: its first plain paragraph."""
+    if not doctree:  # a page that Sphinx makes, such as the index
         return
-    first = next((" ".join(paragraph.astext().split()) for paragraph in doctree.findall(nodes.paragraph)), "")
+    plain = (par.astext() for par in doctree.findall(nodes.paragraph) if not any(par.findall(nodes.math)))
+    first = " ".join(next(plain, PROJECT["description"]).split())
     description = first if len(first) <= 200 else first[:200].rsplit(" ", 1)[0] + " ..."
     tags = {
-        'name="description"': description or PROJECT["description"],
+        'name="description"': description,
         'property="og:title"': re.sub("<[^>]+>", "", context["title"]),
-        'property="og:description"': description or PROJECT["description"],
+        'property="og:description"': description,
         'property="og:site_name"': project,
         'property="og:type"': "website",
     }
