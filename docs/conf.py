@@ -2,12 +2,15 @@
 
 import html
 import importlib.util
+import inspect
 import os
+import pkgutil
 import re
 import sys
 import tomllib
 import typing
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,8 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.deprecation import RemovedInNextVersionWarning
 from sphinx.environment import BuildEnvironment
+from sphinx.errors import PycodeError
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util import logging
 from sphinx.util.math import get_node_equation_number
 from sphinx.writers.html5 import HTML5Translator
@@ -209,8 +214,43 @@ def describe_page(_app: Sphinx, _name: str, _template: str, context: dict, doctr
         context["metatags"] += f'<meta {name} content="{html.escape(html.unescape(content))}">\n'
 
 
+def module_of_property(_app: Sphinx, module: str, name: str) -> str | None:
+    """The module that defines a property; None for other names, which viewcode finds itself."""
+    with suppress(AttributeError, ImportError, ValueError):
+        value = pkgutil.resolve_name(f"{module}:{name}")
+        return value.fget.__module__ if isinstance(value, property) else None
+    return None
+
+
+def source_with_inherited(_app: Sphinx, module: str) -> tuple[str, dict] | None:
+    """The code of a module, and the lines of its names; members also under the names of subclasses."""
+    try:
+        analyzer = ModuleAnalyzer.for_module(module)
+        analyzer.find_tags()
+    except PycodeError:
+        return None
+    lines = dict(analyzer.tags)
+    for _, value in public_values():
+        for base in inspect.getmro(value)[1:] if inspect.isclass(value) else ():
+            for name in vars(base) if base.__module__ == module else ():
+                if f"{base.__qualname__}.{name}" in lines:
+                    lines.setdefault(f"{value.__qualname__}.{name}", lines[f"{base.__qualname__}.{name}"])
+    return analyzer.code, lines
+
+
+def mend_source_page(app: Sphinx, name: str, _template: str, context: dict, _doctree: object) -> None:
+    """Leave out links from source code to missing entries: viewcode knows one name for each file."""
+    if name.startswith("_modules/"):
+        entries = app.env.domains.python_domain.objects
+        link = re.compile(r'<a class="viewcode-back" href="[^"#]*#([^"]+)">.*?</a>')
+        context["body"] = link.sub(lambda found: found[0] if found[1] in entries else "", context["body"])
+
+
 def setup(app: Sphinx) -> None:
     """Connect the functions above; Sphinx calls this."""
     app.connect("env-check-consistency", require_documentation)
     app.connect("html-page-context", describe_page)
+    app.connect("html-page-context", mend_source_page)
+    app.connect("viewcode-follow-imported", module_of_property)
+    app.connect("viewcode-find-source", source_with_inherited)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
