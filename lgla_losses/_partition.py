@@ -27,7 +27,7 @@ def partition_sorted(counts: Array, num_groups: int) -> list[int]:
         num_groups: number of groups ``G``, ``1 <= G <= C``.
 
     Returns:
-        The ``G - 1`` cut positions: group ``g`` holds ``counts[cuts[g-1]:cuts[g]]``.
+        The ``G - 1`` cut positions. Group ``g`` holds ``counts[cuts[g-1]:cuts[g]]``.
     """
     prefix = np.concatenate(([0], np.cumsum(_as_whole_numbers(counts))))
     alone = _dominant_classes(prefix, num_groups)

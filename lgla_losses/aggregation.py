@@ -53,7 +53,7 @@ def self_supervised_weights(
         seed: of the order of the samples.
 
     Returns:
-        Positive weights ``[K]`` that sum to 1, on the device of the logits: the ``fusion`` of
+        Positive weights ``[K]`` that sum to 1, on the device of the logits. Pass them as ``fusion`` of
         :meth:`ExpertOutput.ensemble <lgla_losses.ExpertOutput.ensemble>`.
 
     Raises:

@@ -272,7 +272,7 @@ def aaw_statistics(
         sample_weight: as how many samples each counts ``[N]``; None for 1.
 
     Returns:
-        ``[G, K + 1]``: for each group the sum of every expert's angles over its samples, and in
+        ``[G, K + 1]``, for each group the sum of every expert's angles over its samples, and in
         the last column their number. In float64, so that references of a million samples keep
         the digits of their angles.
     """
@@ -298,7 +298,7 @@ def aaw_weights(angles: Tensor, group: Tensor, statistics: Tensor) -> Tensor:
         statistics: from :func:`aaw_statistics`, ``[G, K + 1]``.
 
     Returns:
-        ``[N, K]`` in the angles' dtype, detached: 0 for ignored samples, else within
+        ``[N, K]`` in the angles' dtype, detached. 0 for ignored samples, else within
         :math:`[1, 1 + \pi]`.
     """
     excess = (angles.detach() - aaw_references(statistics)[group.clamp(min=0)]).clamp(min=0.0)

@@ -16,7 +16,7 @@ def draw_groups(
     Few classes are called by their numbers in the source, which may have others without samples.
 
     Returns:
-        A ``matplotlib.figure.Figure``, made without ``pyplot``: no window, no global state.
+        A ``matplotlib.figure.Figure``, made without ``pyplot``, so without a window or global state.
 
     Raises:
         ImportError: matplotlib is not installed.

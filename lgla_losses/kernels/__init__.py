@@ -101,7 +101,7 @@ class Engine(Protocol):
         """Compute Eq. 7 and what the batch adds to the reference angles.
 
         Returns:
-            What ``weights`` reads: the angles ``A [N, K]`` of class indices, else ``angles`` itself. Also
+            The angles ``A [N, K]`` of class indices, else ``angles`` itself, for ``weights``. Also
             parts, float64 ``[B, G, K + 1]``, to sum over their first dimension: for each group the sum of
             every expert's angles, and the number of samples.
         """

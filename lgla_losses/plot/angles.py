@@ -41,7 +41,7 @@ def plot_angles(
         figure: where to draw; None makes one.
 
     Returns:
-        The figure, with ``K`` panels: percent of the group's samples by angle.
+        The figure, with ``K`` panels. They show percent of the group's samples by angle.
 
     Raises:
         TypeError: an argument is of another type.

@@ -25,7 +25,7 @@ def by_frequency(grouper: ClassGrouper) -> tuple[Indices, Numbers, Indices]:
     """Sort the classes that have samples from the most to the least frequent, ties by index.
 
     Returns:
-        The classes, their counts, and their groups: -1 for background, which is in none.
+        The classes, their counts, and their groups (-1 for background, which is in none).
     """
     counts, group = grouper.class_counts.cpu(), grouper.group_index.cpu().clone()
     group[list(grouper.background)] = -1

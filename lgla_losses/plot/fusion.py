@@ -46,7 +46,7 @@ def fusion_sweep(
         few: few-shot classes have fewer; at most ``many``.
 
     Returns:
-        Mean per-class recalls, float64 ``[K - 1, W, 4]`` on the CPU: of all, many-, medium- and few-shot
+        Mean per-class recalls, float64 ``[K - 1, W, 4]`` on the CPU, of all, many-, medium- and few-shot
         classes; NaN for a split without test samples.
 
     Raises:
