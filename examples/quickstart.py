@@ -42,7 +42,7 @@ try:
 
     from lgla_losses import ClassGrouper, ExpertOutput, GroupConvExperts, LGLALoss
     from lgla_losses.data import long_tailed_counts
-    from lgla_losses.plot.style import color, line_styles, plain_numbers
+    from lgla_losses.plot.style import color, line_styles
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -214,7 +214,7 @@ def draw_images(axes: Axes, class_counts: list[int]) -> None:
         axes.bar_label(bars)
     axes.set(title="Training images of each digit", yscale="log", ylim=(1, 3 * class_counts[0]))
     axes.set(xticks=digits, xlabel="digit", ylabel="images")
-    plain_numbers(axes.yaxis)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend()
 
 
