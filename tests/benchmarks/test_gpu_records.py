@@ -23,7 +23,8 @@ def page(name):
     return " ".join((ROOT / name).read_text(encoding="utf-8").split())
 
 
-BENCHMARKS, README, RESULTS = (page(name) for name in ("docs/benchmarks.md", "README.md", "docs/results.md"))
+BENCHMARKS, README = page("docs/benchmarks.md"), page("README.md")
+RESULTS = f"{page('docs/results.md')} {page('docs/results-details.md')}"
 
 
 def told(template, *values, where=BENCHMARKS):
