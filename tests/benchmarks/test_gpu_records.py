@@ -68,10 +68,6 @@ def test_a_record_says_where_and_of_what_it_was_made(name):
     assert re.fullmatch(r"[0-9a-f]{40}", record["commit"])
 
 
-def test_the_page_tells_how_the_commit_came_into_the_record(losses):
-    assert losses["note"] in report.page(losses)
-
-
 @pytest.mark.parametrize("text", [BENCHMARKS, README], ids=["benchmarks", "README"])
 def test_many_classes_cost_what_is_recorded(row, text):
     steps = [row(LARGE, DEVICE, dtype=dtype) for dtype in TYPES]
@@ -223,10 +219,8 @@ def test_the_speed_of_the_experts_is_the_recorded_one():
     )
     called, graph = rates("ResNet-50", "channels first")
     told(
-        "({:,.0f} and {:,.0f} step by step, {:,.0f} and {:,.0f} from a CUDA graph), in a later run, where "
-        "one by one took {:,.0f} in",
+        "({:,.0f} and {:,.0f} step by step, {:,.0f} and {:,.0f} from a CUDA graph)",
         *(rate[way] for rate in (called, graph) for way in (alone, in_turn)),
-        record["later"][1]["again"][0]["images_per_second_quartiles"][1],
     )
     called, graph = rates("ResNet-32")
     assert max(called, key=called.get) == "hand-grouped"
