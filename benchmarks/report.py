@@ -334,7 +334,7 @@ def _table_of_type(dtype: str, sizes: dict[str, list[Row]], quantity: str) -> st
         measured = [row for row in cell if row.get(quantity) is not None]
         best = better((row[quantity] for row in measured if row["equal"]), default=None)
         for row in measured:
-            text = _text(row, quantity).replace(" ", "\u00a0")
+            text = _text(row, quantity)
             bold = row["equal"] and row[quantity] == best
             line = lines.setdefault(row["column"], [""] * len(sizes))
             line[place] = f"**{text}**" if bold else text
