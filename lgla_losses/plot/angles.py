@@ -109,17 +109,19 @@ def plot_angles(
     handles = [] if is_grid else grid[0, 0].get_legend_handles_labels()[0]
     mark = {"color": ink(grid[0, 0]), "linestyle": "none", "marker": "|", "markersize": 14}
     handles.append(Line2D([], [], label="reference angle", **mark))
-    describe_panels(figure, "angle to the class centre (radians)", "samples of the group (%)", handles)
+    place = {"loc": "outside upper right"} if is_grid else {}
+    describe_panels(figure, "angle to the class centre (radians)", "samples of the group (%)", handles, **place)
     return figure
 
 
 def _grid(figure: Figure | None, experts: Sequence[str], num_groups: int) -> tuple[Figure, Panels]:
     """Make a row of panels for each group and a column for each expert, on the same scales."""
-    figure = given_figure(figure, (1.9 * len(experts) + 2.4, 1.2 * num_groups + 0.8))
+    figure = given_figure(figure, (1.9 * len(experts) + 0.8, 1.2 * num_groups + 1.1))
     grid: Panels = figure.subplots(num_groups, len(experts), squeeze=False, sharex=True, sharey=True)
     for axes, expert in zip(grid[0], experts, strict=True):
         axes.set_title(expert, fontsize="medium")
-    for g, axes in enumerate(grid[:, 0]):
+    for g, axes in enumerate(grid[:, -1]):
+        axes.yaxis.set_label_position("right")
         axes.set_ylabel(f"group {g + 1}")
     return figure, grid
 

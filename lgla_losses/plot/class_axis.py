@@ -23,8 +23,9 @@ Indices = npt.NDArray[np.int64]
 FEW_CLASSES = 20
 #: A group of a smaller share of the classes would be a mere line: ranks then are logarithmic.
 VISIBLE_SHARE = 0.03
-#: Letters of a name that are shown, wide ones counted twice; inches of a tick and of a letter.
-NAME_LENGTH, TICK_INCHES, LETTER_INCHES = 20, 0.22, 0.085
+#: Letters of a name that are shown, wide ones counted twice; inches of a number, a slanted name and a letter,
+#: with room for the legend that makes the axes narrower.
+NAME_LENGTH, TICK_INCHES, NAME_INCHES, LETTER_INCHES = 20, 0.22, 0.32, 0.085
 
 
 def by_frequency(grouper: ClassGrouper) -> tuple[Indices, Numbers, Indices]:
@@ -136,7 +137,7 @@ def _write_names(axes: Axes, names: Sequence[str]) -> None:
 
     shown = [0]
     for i in range(1, len(names)):
-        if places[i] - places[shown[-1]] >= TICK_INCHES:
+        if places[i] - places[shown[-1]] >= NAME_INCHES:
             shown.append(i)
     kept = [names[i] for i in shown]
     axes.set_xticks(ranks[shown], kept, rotation=45, ha="right", rotation_mode="anchor")
