@@ -45,7 +45,7 @@ with needs("plot", make_parser, __name__):
     from lgla_losses.data import long_tailed_counts, long_tailed_indices
     from lgla_losses.label_shift import estimate_prior, shift_prior
     from lgla_losses.plot import fusion_sweep, plot_fusion_sweep, plot_weight_norms
-    from lgla_losses.plot.style import COLORS
+    from lgla_losses.plot.style import HATCHES, METHODS
 
     mpl.use("Agg")
 
@@ -58,9 +58,14 @@ SMOOTHING = 3.0  # of the prior that is fitted to a test set
 SPLITS = ("all", "many", "medium", "few")
 #: Their names in a record.
 COLUMNS = ("balanced", *SPLITS[1:])
-#: A color a method; a hatch tells its variants apart, and all bars in grey.
-METHODS = dict(zip(("Softmax", "BALMS", "CLA", "LGLA", "Ours"), (*COLORS[:4], COLORS[3]), strict=True))
-HATCHES = ("", "//", "..", "xx", "\\\\", "--")
+#: Colors by the first word of a method; CLA is LGLA without its weights. Hatches tell bars of one color apart.
+COLORS = {
+    "Softmax": METHODS["softmax"],
+    "BALMS": METHODS["balanced softmax"],
+    "CLA": METHODS["LGLA"],
+    "LGLA": METHODS["LGLA"],
+    "Ours": METHODS["LGLA"],
+}
 
 
 def cell_text(score: dict[str, float | None] | None) -> str:
@@ -319,7 +324,7 @@ def draw_cells(records: list[dict[str, Any]], title: str, path: Path) -> None:
             [score["mean"] for score in scores],
             width,
             label=label(record),
-            color=METHODS[record["row"].split()[0].rstrip(",")],
+            color=COLORS[record["row"].split()[0]],
             hatch=HATCHES[i % len(HATCHES)],
             edgecolor="white",
             linewidth=0.5,
