@@ -58,7 +58,7 @@ SMOOTHING = 3.0  # of the prior that is fitted to a test set
 SPLITS = ("all", "many", "medium", "few")
 #: Their names in a record.
 COLUMNS = ("balanced", *SPLITS[1:])
-#: Colors by the first word of a method; CLA is LGLA without its weights. Hatches tell bars of one color apart.
+#: Colors by the first word of a method; CLA is LGLA without its weights. Hatches tell the bars apart.
 COLORS = {
     "Softmax": METHODS["softmax"],
     "BALMS": METHODS["balanced softmax"],
