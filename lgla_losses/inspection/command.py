@@ -144,10 +144,11 @@ def _write_picture(png: Path, source: Path, found: ClassCounts, inspection: Insp
     num_experts = inspection.suggestion.num_experts
     grouper = ClassGrouper(found.positive, num_experts - 1)
     numbers = [number for number, count in enumerate(found.counts) if count]
+    names = found.names and [found.names[number] for number in numbers]
     title = f"{source.name}: groups of {num_experts} experts"
 
     try:
-        figure = draw_groups(grouper, numbers, inspection.many, inspection.few, title)
+        figure = draw_groups(grouper, numbers, inspection.many, inspection.few, title, names)
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=150)
         _write_whole(png.resolve(), drawn.getvalue())
