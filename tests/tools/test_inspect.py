@@ -342,6 +342,9 @@ def test_no_number_is_cut_or_broken_in_a_narrow_terminal(tmp_path, columns, name
     assert any(line.split()[:2] == ["largest", "9,000,000"] for line in table)
     for words in ("imbalance factor", "Gini coefficient", f"{sum(NUMBERS):,}", f"{found.gini:.3f}"):
         assert any(words in line for line in table), words
+    margins = next(i for i, line in enumerate(table) if line.startswith("Largest margins"))
+    if columns >= 60:
+        assert max(map(cell_len, table[margins:])) <= columns
     if columns >= 80:
         assert max(map(cell_len, table)) <= columns
         assert any("…" in line for line in table)
