@@ -110,7 +110,9 @@ def plot_angles(
     mark = {"color": ink(grid[0, 0]), "linestyle": "none", "marker": "|", "markersize": 14}
     handles.append(Line2D([], [], label="reference angle", **mark))
     place = {"loc": "outside upper right"} if is_grid else {}
-    describe_panels(figure, "angle to the class centre (radians)", "samples of the group (%)", handles, **place)
+    describe_panels(
+        figure, "angle to the class centre (radians)", "samples of the group (%)", handles, **place
+    )
     return figure
 
 

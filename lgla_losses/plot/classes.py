@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def plot_groups(grouper: ClassGrouper, *, names: Sequence[str] | None = None, ax
             f"{plain_number(mass)} samples ({100 * mass / sum(masses):.0f} %)"
         )
         own = np.where(group == g, counts, np.nan)
-        look = {"facecolor": color(g), "alpha": 0.75, "hatch": HATCHES[g % len(HATCHES)]}
+        look: dict[str, Any] = {"facecolor": color(g), "alpha": 0.75, "hatch": HATCHES[g % len(HATCHES)]}
         look |= {"edgecolor": (1, 1, 1, 0.7), "linewidth": 0}
         axes.stairs(own, edges, baseline=bottom, fill=True, label=label, **look)
 

@@ -17,7 +17,7 @@ DIGIT, LINE = 0.65, 1.6
 
 def plain_numbers(axis: Axis, least: float = 0.0) -> None:
     """Write plain numbers, as 1,000, at a logarithmic axis, as many as fit; none is below ``least``."""
-    axis.set_major_locator(_LogTicks(least))
+    axis.set_major_locator(_LogTicks(axis, least))
     axis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
     axis.set_minor_formatter(NullFormatter())
     if least:
@@ -39,13 +39,16 @@ def plain_number(value: float) -> str:
 class _LogTicks(Locator):
     """Choose the densest of several sets of round numbers whose labels do not touch."""
 
-    def __init__(self, least: float) -> None:
-        self.least = least
+    def __init__(self, owner: Axis, least: float) -> None:
+        self.owner, self.least = owner, least
+        self.is_x = owner is owner.axes.xaxis
+        size = rcParams["xtick.labelsize"] if self.is_x else rcParams["ytick.labelsize"]
+        self.font_inches = FontProperties(size=size).get_size_in_points() / 72
 
     def __call__(self) -> list[float]:
         """Give the ticks of the axis as it is now."""
-        low, high = self.axis.get_view_interval()
-        return self.tick_values(min(low, high), max(low, high))
+        low, high = sorted(self.owner.get_view_interval())
+        return self.tick_values(low, high)
 
     def tick_values(self, vmin: float, vmax: float) -> list[float]:
         """Give the ticks between two positive numbers."""
@@ -56,14 +59,12 @@ class _LogTicks(Locator):
         return []
 
     def _fit(self, ticks: list[float], vmin: float, vmax: float) -> bool:
-        axes, is_x = self.axis.axes, self.axis.axis_name == "x"
-        inches = (axes.bbox.width if is_x else axes.bbox.height) / axes.figure.dpi
-        font = (
-            FontProperties(size=rcParams[f"{'x' if is_x else 'y'}tick.labelsize"]).get_size_in_points() / 72
-        )
+        axes = self.owner.axes
+        inches = (axes.bbox.width if self.is_x else axes.bbox.height) / axes.figure.dpi
         places = [math.log(tick / vmin) / math.log(vmax / vmin) * inches for tick in ticks]
-        sizes = [font * (DIGIT * (1 + len(plain_number(tick))) if is_x else LINE) for tick in ticks]
-        return bool(np.all(np.diff(places) >= (np.array(sizes[:-1]) + sizes[1:]) / 2))
+        lengths = [DIGIT * (1 + len(plain_number(tick))) if self.is_x else LINE for tick in ticks]
+        sizes = self.font_inches * np.array(lengths)
+        return bool(np.all(np.diff(places) >= (sizes[:-1] + sizes[1:]) / 2))
 
 
 def _candidates(vmin: float, vmax: float) -> Iterator[list[float]]:
@@ -73,7 +74,7 @@ def _candidates(vmin: float, vmax: float) -> Iterator[list[float]]:
 
     if vmax / vmin < 10:
         for number in (5, 3, 2):
-            yield MaxNLocator(number, steps=[1, 2, 5, 10]).tick_values(vmin, vmax).tolist()
+            yield list(MaxNLocator(number, steps=[1, 2, 5, 10]).tick_values(vmin, vmax))
     first, last = math.floor(math.log10(vmin)), math.ceil(math.log10(vmax))
     yield [step * 10.0**decade for decade in range(first, last + 1) for step in (1, 2, 5)]
     for every in range(1, last - first + 2):

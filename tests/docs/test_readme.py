@@ -187,6 +187,19 @@ def test_the_cost_of_the_losses_is_the_recorded_one():
         assert not step_of_experts, line
 
 
+def test_the_first_picture_shows_the_record():
+    """Its bars are the means of docs/methods.md, over all seeds and data sets."""
+    hero = load("docs/images/hero.py")
+    results = hero.Results(tables.read("methods"))
+    assert (len(results.sets), len(results.seeds), results.epochs) == (6, 5, 8)
+    for method, _, _ in hero.ROWS:
+        for score in hero.SCORES:
+            seeds = hero.scores_of(results, method, score)
+            assert len(seeds) == 5
+            mean = results.mean(hero.BUDGET, method, score, "plain")
+            assert sum(seeds) / 5 == pytest.approx(mean), (method, score)
+
+
 def test_the_first_picture_is_what_the_library_draws(tmp_path):
     """As near as versions of matplotlib and fonts let it be."""
     hero = load("docs/images/hero.py")

@@ -758,7 +758,7 @@ CASES = {
     "plot: angles in degrees": (lambda: plot.plot_angles(torch.full((2, 3), 60.0), TARGET, ADJUSTER.grouper), ValueError, "angles: expected radians", "got 60", "torch.deg2rad"),
     "plot: NaN angles": (lambda: plot.plot_angles(torch.full((2, 3), math.nan), TARGET, ADJUSTER.grouper), ValueError, "angles: expected radians", "got nan"),
     "plot: angles without experts": (lambda: plot.plot_angles(torch.zeros(2), TARGET, ADJUSTER.grouper), ValueError, "angles: expected shape [N, K]", "got [2]"),
-    "plot: all ignored": (lambda: plot.plot_angles(torch.zeros(2, 3), TARGET * 0 - 100, ADJUSTER.grouper), ValueError, "angles: expected angles of a sample", "got [2, 3]"),
+    "plot: all ignored": (lambda: plot.plot_angles(torch.zeros(2, 3), TARGET * 0 - 100, ADJUSTER.grouper), ValueError, "angles: expected one sample or more", "got none in [2, 3]"),
     "plot: no bins": (lambda: plot.plot_angles(torch.zeros(2, 3), TARGET, ADJUSTER.grouper, bins=0), ValueError, "bins: expected an integer >= 1", "got 0"),
     # calibration
     "calibration: one class alone": (lambda: calibrated(target=LABELS * 0), ValueError, "target: expected two classes or more", "got 20 samples of class 0", "at random"),

@@ -89,16 +89,16 @@ AFTER_TRAINING = {
 PICTURES = {
     "fusion_sweep": "logits, target, class_counts, weights=None, *, many=100, few=20",
     "plot_angles": "angles, target, grouper, *, ignore_index=-100, bins=40, figure=None",
-    "plot_boundaries": "adjuster, classes, centres=None, *, figure=None",
+    "plot_boundaries": "adjuster, classes, centres=None, *, names=None, figure=None",
     "plot_fusion_sweep": "logits, target, class_counts, weights=None, *, many=100, few=20, figure=None",
-    "plot_groups": "grouper, *, ax=None",
-    "plot_implied_prior": "adjuster, fusion=None, *, ax=None",
-    "plot_margins": "adjuster, target_class, *, ax=None",
+    "plot_groups": "grouper, *, names=None, ax=None",
+    "plot_implied_prior": "adjuster, fusion=None, *, names=None, ax=None",
+    "plot_margins": "adjuster, target_class, *, names=None, ax=None",
     "plot_prior_shift": "logits, target, class_counts, exponents=None, *, calibration=None, many=100, "
     "few=20, ax=None",
     "plot_reliability": "probabilities, target, *, average='samples', bins=15, ax=None",
-    "plot_table": "adjuster, *, ax=None",
-    "plot_weight_norms": "weight, class_counts, *, ax=None",
+    "plot_table": "adjuster, *, names=None, ax=None",
+    "plot_weight_norms": "weight, class_counts, *, names=None, ax=None",
 }
 OPTIONS = (
     "class_counts=None, numbers=None, *, class_weight=None, zero_counts='error', background=None, "
