@@ -42,7 +42,7 @@ try:
 
     from lgla_losses import ClassGrouper, ExpertOutput, GroupConvExperts, LGLALoss
     from lgla_losses.data import long_tailed_counts
-    from lgla_losses.plot.style import color, line_styles
+    from lgla_losses.plot.style import COLORS, color, ink, line_styles
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -236,10 +236,11 @@ def draw_methods(axes: Axes, accuracy: dict[str, Tensor], class_counts: list[int
 
 
 def draw_experts(axes: Axes, per_class: Tensor) -> None:
-    """Draw what each expert is good at; a local one has the color of its group."""
+    """Draw what each expert is good at; a local one has the color of its group, the global one is black."""
     mean, deviation = mean_and_deviation(100 * per_class[:, [1, 2, 3, 0]])
     names = ("local expert, head group", "local expert, tail group", "global expert", "ensemble")
-    for k, look in enumerate(line_styles(axes, names, NUM_CLASSES)):
+    colors = (*COLORS[:2], ink(axes))
+    for k, look in enumerate(line_styles(axes, names, NUM_CLASSES, colors)):
         digits = np.arange(NUM_CLASSES) + 0.08 * (k - 1.5)  # side by side, for the bars
         axes.errorbar(digits, mean[k], yerr=deviation[k], elinewidth=1.0, **look)
     axes.set(title="LGLA: what each expert is good at", xticks=range(NUM_CLASSES), ylim=(0, 108))
