@@ -273,7 +273,7 @@ class Batch(NamedTuple):
         """Raise if a value of the batch makes the loss wrong. This reads all values.
 
         Args:
-            ignore_index: target of samples that count nothing.
+            ignore_index: target value of samples to ignore.
             num_classes: ``C``; None takes that of the logits.
             masked: which classes have no training samples, so that none may have them ``[C]``; None for none.
         """

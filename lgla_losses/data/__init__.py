@@ -1,4 +1,4 @@
-"""Long-tailed data sets: how many samples a class keeps, which ones, their files, and a sampler.
+"""Long-tailed data sets: how many samples each class keeps, which ones, their files, and a sampler.
 
 Only what opens images needs more than PyTorch: ``pip install "lgla-losses[vision]"``.
 """
