@@ -307,7 +307,7 @@ def fit(
 
     plain = outcome(data.ranked(), as_it_is, torch.zeros_like(data.split))
     report = Report(
-        reason=unused or "used: held-out labels are more likely than if the logits held the uniform prior",
+        reason=unused or "used: held-out labels are more likely than under the uniform prior",
         num_samples=len(target),
         missing_classes=tuple(missing.tolist()),
         plain=_scores(plain, own),
@@ -355,8 +355,7 @@ def _why_unused(judged: Judgement, converged: bool) -> str | None:
     if not (converged and judged.converged):
         return "not used: a fit did not converge"
     if judged.likelihood[0] <= judged.likelihood[1] + 1e-9:  # equal models differ by rounding
-        return "not used: held-out labels are not clearly more likely than if the logits held the uniform "
-            "prior"
+        return "not used: held-out labels are not clearly more likely than under the uniform prior"
     if judged.accuracy[0] < -judged.accuracy[1]:
         return "not used: balanced accuracy falls on held-out folds"
     return None
@@ -403,7 +402,7 @@ def _ensemble_logits(logits: Tensor | ExpertOutput, criterion: Loss | None) -> T
             "logits.mean(dim=1) of [M, K, C], and for maps logits.movedim(1, -1).flatten(0, -2)"
         )
     if logits.is_meta:
-        raise ValueError("logits: expected values, got a tensor on meta, which has none; move it to another device")
+        raise ValueError("logits: expected values, got a tensor on meta, which has none")
     return floating_tensor("logits", logits, "[M, C]")
 
 

@@ -155,7 +155,7 @@ def _rates(probabilities: Tensor, known: Tensor, target: Tensor) -> Tensor:
 def _most_likely(
     likelihood: Tensor, frequency: Tensor, p: Tensor, smoothing: float, max_steps: int, tolerance: float
 ) -> Tensor:
-    """Return the prior under which outcomes ``[O, C]`` of such frequencies are most likely, from ``p`` on."""
+    """Return the prior under which outcomes ``[O, C]`` of these frequencies are most likely, from ``p``."""
     for _ in range(max_steps):
         evidence = likelihood @ p
         before, p = p, p * ((frequency / evidence) @ likelihood) + smoothing / len(p)

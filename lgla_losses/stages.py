@@ -60,8 +60,8 @@ def tau_normalize(head: Head, tau: float = 1.0) -> Head:
         )
     if isinstance(head, ExpertClassifiers) and head.scale is not None:
         raise ValueError(
-            f"head: expected a linear head, got cosine classifiers with scale={head.scale:g}, whose logits do "
-            'not depend on the length of their weights; make the experts with classifier="linear"'
+            f"head: expected a linear head, got cosine classifiers with scale={head.scale:g}, whose logits "
+            'do not depend on the length of their weights; make the experts with classifier="linear"'
         )
     if not {"weight", "bias"} <= head._parameters.keys():
         raise ValueError(

@@ -233,7 +233,7 @@ class ExpertModel(nn.Module):
         """Return an :class:`ExpertOutput` in training mode, in eval mode the ensemble's logits ``[N, C]``.
 
         Args:
-            *inputs: what the network takes.
+            *inputs: inputs of the network.
             **kwargs: inputs by name.
 
         Raises:
@@ -280,7 +280,7 @@ class ExpertModel(nn.Module):
         They are those of :meth:`ExpertOutput.probabilities`.
 
         Args:
-            *inputs: what the network takes.
+            *inputs: inputs of the network.
             prior: class prior of the test set, for the calibration: ``[C]``, or ``"estimated"`` from the
                 samples of this call; None is uniform.
             calibration: turns the ensemble's logits into probabilities; None takes their softmax.
