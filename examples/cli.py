@@ -23,7 +23,16 @@ import torch
 if find_spec("lgla_losses") is None:  # a checkout that nobody has installed
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-#: The oldest versions of what the scripts are made for, as in pyproject.toml.
+#: The packages of each extra in pyproject.toml, for the errors.
+PACKAGES = {
+    "examples": "matplotlib scikit-learn tqdm rich",
+    "train": "torchmetrics tqdm rich tensorboard",
+    "vision": "torchmetrics tqdm rich tensorboard torchvision timm",
+    "text": "torchmetrics tqdm rich tensorboard transformers accelerate",
+    "plot": "matplotlib",
+    "triton": "triton",
+}
+#: The oldest versions that the scripts work with, as in pyproject.toml.
 OLDEST = {
     "accelerate": "1.1",
     "timm": "1.0.20",
@@ -94,17 +103,17 @@ def refuse_old() -> None:
         got = getattr(sys.modules.get(name), "__version__", oldest)
         numbers, least = (list(map(int, re.findall(r"\d+", text))) for text in (got, oldest))
         if numbers < least:
-            raise ImportError(f"expected {name} {oldest} or newer, got {got}")
+            raise ImportError(f"expected {name} {oldest} or newer, got {got}: pip install '{name}>={oldest}'")
 
 
 def what_to_install(extra: str, error: Exception) -> str:
     """Why an import failed, and the command that mends it."""
     try:
-        refuse_old()  # which may be why
+        refuse_old()  # an old package may be the reason
     except ImportError as old:
-        error = old
+        return str(old)
     if isinstance(error, ImportError):
-        return f'{error}: pip install "lgla-losses[{extra}]"'
+        return f"{error}: pip install {PACKAGES[extra]}"
     # Its compiled operators are of another torch.
     return (
         f"the installed torchvision does not fit the installed torch {torch.__version__} ({error}): install "

@@ -3,7 +3,7 @@
 
 Three things are LGLA's: the experts at the end of the network, the loss, and the ensemble that predicts.
 Clipped gradients let several experts learn at a usual rate.
-The digits are scikit-learn's: pip install "lgla-losses[examples]"
+The digits are scikit-learn's: pip install scikit-learn
 """
 
 import torch
@@ -15,7 +15,7 @@ from lgla_losses.data import long_tailed_counts, long_tailed_indices
 try:
     from sklearn.datasets import load_digits
 except ImportError as error:
-    raise SystemExit(f'plain_loop.py: error: {error}: pip install "lgla-losses[examples]"') from None
+    raise SystemExit(f"plain_loop.py: error: {error}: pip install scikit-learn") from None
 
 torch.manual_seed(0)
 

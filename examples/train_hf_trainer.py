@@ -61,7 +61,8 @@ except ImportError as error:
         raise
     parser = make_parser()
     parser.parse_known_args()  # which answers --help
-    parser.exit(2, f'{parser.prog}: error: {error}: pip install "lgla-losses[text]"\n')
+    packages = "'transformers>=5' accelerate torchmetrics tqdm rich tensorboard"
+    parser.exit(2, f"{parser.prog}: error: {error}: pip install {packages}\n")
 
 SMALL_BERT = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
 

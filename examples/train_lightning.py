@@ -4,7 +4,7 @@
 What is LGLA's own is the model's last two lines of layers, the loss, and a callback; checkpoints, resuming,
 devices and strategies are Lightning's. Gradients accumulated by Lightning are means of the batches' means.
 The images are those of a file that lgla_losses.data.read_npz takes, or without one scikit-learn's digits, cut
-to a long tail: pip install "lgla-losses[examples,lightning]"
+to a long tail: pip install lightning torchmetrics tensorboard scikit-learn
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ except ImportError as error:
         raise
     parser = make_parser()
     parser.parse_known_args()  # which answers --help
-    parser.exit(2, f'{parser.prog}: error: {error}: pip install "lgla-losses[lightning]"\n')
+    packages = "'lightning>=2.4' torchmetrics tqdm rich tensorboard"
+    parser.exit(2, f"{parser.prog}: error: {error}: pip install {packages}\n")
 
 
 class LongTailedClassifier(LightningModule):
@@ -187,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     except ImportError as error:
-        parser.error(f'{error}: give FILE.npz, or pip install "lgla-losses[examples]"')
+        parser.error(f"{error}: pass FILE.npz, or pip install scikit-learn")
     class_counts = count_classes(train.targets, max(train.targets) + 1).tolist()
     model = LongTailedClassifier(class_counts, lr=options.lr)
     if options.resume:  # Lightning would go on, with what the checkpoint says

@@ -56,7 +56,7 @@ def integer(name: str, value: int, way_out: str) -> int:
     except TypeError:
         raise TypeError(f"{name}: expected an integer, got {describe(value)}; {way_out}") from None
     if not -(1 << 63) <= number < 1 << 63:
-        raise ValueError(f"{name}: expected a 64-bit integer, got {describe(value)}; {way_out}")
+        raise ValueError(f"{name}: expected an integer of 64 bits, got {describe(value)}; {way_out}")
     return number
 
 

@@ -146,7 +146,7 @@ def read_cifar(
     """
     if num_classes not in (10, 100):
         raise ValueError(f"num_classes: expected 10 or 100, got {describe(num_classes)}")
-    make = getattr(vision_library("torchvision.datasets"), f"CIFAR{num_classes}")
+    make = getattr(vision_library("torchvision.datasets", "torchvision"), f"CIFAR{num_classes}")
     try:
         cifar = make(os.fspath(root), train=train, download=download)
     except RuntimeError as error:

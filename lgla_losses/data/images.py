@@ -111,7 +111,7 @@ def read_image(image: Image) -> Any:
         TypeError: ``image`` is something else.
         ValueError: Pillow cannot decode it; the error names the file.
     """
-    pil = vision_library("PIL.Image")
+    pil = vision_library("PIL.Image", "pillow")
     if isinstance(image, np.ndarray):
         return pil.fromarray(image).convert("RGB")
     if not isinstance(image, bytes | str | os.PathLike):
@@ -145,11 +145,9 @@ def check_image_array(name: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uin
     return images
 
 
-def vision_library(name: str) -> Any:
-    """Import a module of the extra ``vision``."""
+def vision_library(name: str, package: str) -> Any:
+    """Import a module of another package."""
     try:
         return import_module(name)
     except ImportError as error:
-        raise ImportError(
-            f'{name} cannot be imported ({error}): pip install "lgla-losses[vision]"'
-        ) from error
+        raise ImportError(f"{name} cannot be imported ({error}): pip install {package}") from error

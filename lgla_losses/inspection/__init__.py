@@ -1,6 +1,6 @@
 """What the groups and margins of LGLA are on class counts of one's own, before anything is trained.
 
-``python -m lgla_losses inspect`` shows it (``pip install "lgla-losses[cli]"``); here is what it computes,
+``python -m lgla_losses inspect`` shows it (``pip install typer rich``); here is what it computes,
 which needs PyTorch and NumPy only.
 """
 

@@ -1,4 +1,4 @@
-"""An inspection for people, at 80 columns: ``pip install "lgla-losses[cli]"``."""
+"""An inspection for people, at 80 columns: ``pip install typer rich``."""
 
 from __future__ import annotations
 

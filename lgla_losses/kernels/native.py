@@ -290,6 +290,6 @@ def _call(function: str, numbers: tuple[int, int], structure: tuple[float, ...])
         packed = struct.pack(f"{doubles}d{len(structure) - doubles}q", *structure)
     except struct.error as error:
         wrong = next(v for v in structure[doubles:] if not -(1 << 63) <= v < 1 << 63)
-        raise ValueError(f"ignore_index: expected a 64-bit integer, got {wrong}") from error
+        raise ValueError(f"ignore_index: expected an integer of 64 bits, got {wrong}") from error
     if getattr(LIBRARY, function)(packed):
         raise MemoryError("lgla_losses: no memory for a row of logits")

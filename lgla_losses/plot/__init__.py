@@ -1,6 +1,6 @@
 """Pictures of the loss on one's own data: groups, adjustments, margins, priors, experts, calibration.
 
-Needs matplotlib: ``pip install "lgla-losses[plot]"``. A picture of one panel is drawn on ``ax`` and its
+Needs matplotlib: ``pip install matplotlib``. A picture of one panel is drawn on ``ax`` and its
 ``Axes`` returned, one of several panels on ``figure``, which is returned. Without them a new ``Figure`` is
 made that pyplot does not know: it has ``savefig``, and in a notebook, after ``%matplotlib inline``,
 ``plot_groups(grouper).figure`` shows itself; for ``pyplot.show`` pass an ``ax`` or ``figure`` of pyplot.
@@ -14,9 +14,7 @@ caller's matplotlib.
 try:
     import matplotlib.figure  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        f'lgla_losses.plot needs matplotlib ({error}): pip install "lgla-losses[plot]"'
-    ) from error
+    raise ImportError(f"lgla_losses.plot needs matplotlib ({error}): pip install matplotlib") from error
 
 from lgla_losses.plot.adjustment import plot_margins, plot_table
 from lgla_losses.plot.angles import plot_angles
