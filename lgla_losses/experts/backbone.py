@@ -95,8 +95,8 @@ def split_backbone(
             the path.
 
     Returns:
-        ``(trunk, stage)``. ``trunk(images)`` or ``trunk(input_ids, attention_mask)`` gives the input of the
-        stage: a tensor, or a tuple of several values; ``experts(trunk(...))`` works with both. With ``head``
+        ``(trunk, stage)``. ``trunk(images)`` or ``trunk(input_ids, attention_mask)`` returns what the stage
+        takes, a tensor or a tuple of several values; ``experts(trunk(...))`` works with both. With ``head``
         given, the trunk also takes ``token_type_ids`` if the model does. The keys of their ``state_dict`` are
         the network's.
 

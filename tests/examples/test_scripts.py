@@ -319,7 +319,7 @@ cli.start(lambda: files.write_whole(files.Path(sys.argv[1]), save))
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
-        assert f"{path}: cannot be written ([Errno 27] File too large); what was there before is kept" in line
+        assert f"{path}: cannot be written ([Errno 27] File too large); the earlier file is kept" in line
         assert path.read_text() == "good"
         assert list(tmp_path.iterdir()) == [path]
 

@@ -428,11 +428,11 @@ CASES = {
     ),
     "auxiliary classifiers of torchvision": (
         lambda: split_backbone(torchvision.models.googlenet(init_weights=False), "inception5a"),
-        ValueError, "first the module 'aux1' in train mode and the module 'inception4b' in eval mode", "switch that off",
+        ValueError, "first the module 'aux1' in train mode and the module 'inception4b' in eval mode", "switch it off",
     ),
     "control flow on values": (
         lambda: split_backbone(Branches(lambda net, y: net.fc(y) if y.sum() > 0 else y), "body"),
-        ValueError, "model", "torch.fx", "Branches", "control flow", "of your own",
+        ValueError, "model", "torch.fx", "Branches", "control flow", "your own modules",
     ),
     "random numbers": (
         lambda: split_backbone(Branches(lambda net, y: net.fc(y * random.random())), "body"), ValueError, "model", "random numbers",

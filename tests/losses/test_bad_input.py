@@ -168,10 +168,10 @@ CASES = {
     "float background": (lambda: criterion(background=0.0), TypeError, "background", "integer", "0.0"),
     "text background": (lambda: criterion(background="other"), TypeError, "background", "integer", "'other'"),
     "background beside a grouper": (
-        lambda: LGLALoss(grouper=ClassGrouper(COUNTS, 2), background=0), ValueError, "background", "beside a grouper", "0", "ClassGrouper",
+        lambda: LGLALoss(grouper=ClassGrouper(COUNTS, 2), background=0), ValueError, "background", "together with a grouper", "0", "ClassGrouper",
     ),
     "zero_counts beside a grouper": (
-        lambda: LGLALoss(grouper=ClassGrouper(COUNTS, 2), zero_counts="smooth"), ValueError, "zero_counts", "beside a grouper", "'smooth'",
+        lambda: LGLALoss(grouper=ClassGrouper(COUNTS, 2), zero_counts="smooth"), ValueError, "zero_counts", "together with a grouper", "'smooth'",
     ),
     "background beside a table": (
         lambda: criterion(background=0, adjustment=torch.zeros(3, 4)), ValueError, "adjustment table", "background=[0]", "write 0",
@@ -229,7 +229,7 @@ CASES = {
     "groups by name": (lambda: ClassGrouper.from_groups([3, 2], {"cat": 0, "dog": 1}), ValueError, "group_index", "0..C-1", "'cat'"),
     "sparse counts": (lambda: ClassGrouper(torch.ones(3).to_sparse(), 1), TypeError, "class_counts", "dense", "sparse_coo"),
     "meta counts": (lambda: ClassGrouper(torch.ones(3, device=META), 1), TypeError, "class_counts", "holds values", "meta"),
-    "mapping of labels": (lambda: count_classes({0: 5}, 4), TypeError, "labels", "one label a sample", "mapping"),
+    "mapping of labels": (lambda: count_classes({0: 5}, 4), TypeError, "labels", "one label per sample", "mapping"),
     "samples without labels": (lambda: count_classes([5], 4, iterate=True), TypeError, "labels", "(input, label)", "5", "at 0"),
     "2-D labels": (lambda: count_classes([[0], [1]], 4), ValueError, "labels", "1-D", "[2, 1]"),
     "no classes": (lambda: count_classes([0], 0), ValueError, "num_classes", "got 0"),
@@ -447,7 +447,7 @@ CASES = {
     ),
     "text normalizer": (lambda: criterion()(LOGITS, TARGET, normalizer="3"), TypeError, "normalizer", "positive", "'3'"),
     "normalizer beyond every float": (lambda: criterion()(LOGITS, TARGET, normalizer=10**400), ValueError, "normalizer", "positive, finite", "10000"),
-    "normalizer without a value": (lambda: criterion()(LOGITS, TARGET, normalizer=torch.ones((), device=META)), ValueError, "normalizer", "has a value", "meta"),
+    "normalizer without a value": (lambda: criterion()(LOGITS, TARGET, normalizer=torch.ones((), device=META)), ValueError, "normalizer", "with a value", "meta"),
     "sparse normalizer": (lambda: criterion()(LOGITS, TARGET, normalizer=torch.ones(()).to_sparse()), TypeError, "normalizer", "dense", "torch.sparse_coo"),
     "sparse features": (
         lambda: criterion()(LOGITS, TARGET, features=torch.zeros(2, 3, 5).to_sparse(), weight=torch.zeros(3, 4, 5)), TypeError, "features", "dense", "torch.sparse_coo",
@@ -485,18 +485,18 @@ CASES = {
     ),
     "fusion beyond every float": (lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble([10**400, 1, 1]), TypeError, "fusion", "3 real numbers", "10000"),
     "fusion without values": (
-        lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble(torch.ones(3, device=META)), ValueError, "fusion", "have values", "meta",
+        lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble(torch.ones(3, device=META)), ValueError, "fusion", "with values", "meta",
     ),
     "sparse fusion": (lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble(torch.ones(3).to_sparse()), TypeError, "fusion", "dense", "to_dense"),
-    "prior of a fusion without values": (lambda: ADJUSTER.implied_prior(torch.ones(3, device=META)), ValueError, "fusion", "have values", "meta"),
+    "prior of a fusion without values": (lambda: ADJUSTER.implied_prior(torch.ones(3, device=META)), ValueError, "fusion", "with values", "meta"),
     "prior of a loss with a short fusion": (lambda: criterion().implied_prior([1, 1]), ValueError, "fusion", "3 experts", "[2]"),
     "prior without class counts": (lambda: FocalLoss().implied_prior(), ValueError, "class_counts", "FocalLoss", "None", "count_classes"),
-    "prior of several labels": (lambda: sigmoid().implied_prior(), ValueError, "one class a sample", "SigmoidAdjustedLoss", "share"),
+    "prior of several labels": (lambda: sigmoid().implied_prior(), ValueError, "one class per sample", "SigmoidAdjustedLoss", "share"),
     "prior of weights that are all 0": (
         lambda: BalancedSoftmaxLoss(COUNTS, class_weight=[0] * 4).implied_prior(), ValueError, "class_weight", "positive", "none",
     ),
     "prior of a table over ranks": (
-        lambda: ClassParallelLGLALoss(COUNTS, adjustment=torch.zeros(3, 4)).implied_prior(), ValueError, "adjustment", "table of your own", "from_table",
+        lambda: ClassParallelLGLALoss(COUNTS, adjustment=torch.zeros(3, 4)).implied_prior(), ValueError, "adjustment", "your own table", "from_table",
     ),
     "probabilities of a prior alone": (
         lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).probabilities(prior=COUNTS), ValueError, "prior", "without calibration=", "validation split",
@@ -676,8 +676,8 @@ CASES = {
     # several labels a sample
     "multi-label: no counts": (lambda: sigmoid(None), TypeError, "class_counts", "None", "count_classes"),
     "multi-label: a class of no sample": (lambda: sigmoid([3, 0, 1, 1]), ValueError, "class_counts", "positive", "class 1"),
-    "multi-label: a class of every sample": (lambda: sigmoid([3, 80, 1, 1]), ValueError, "class_counts, num_samples", "num_samples=80", "got 80 for class 1", "needs no loss"),
-    "multi-label: stack of experts": (lambda: sigmoid()(LOGITS.transpose(0, 1), ROWS), ValueError, "target", "[3, 4] as the logits say", "[2, 4]", "transpose(0, 1)"),
+    "multi-label: a class of every sample": (lambda: sigmoid([3, 80, 1, 1]), ValueError, "class_counts, num_samples", "num_samples=80", "got 80 for class 1", "leave out a class"),
+    "multi-label: stack of experts": (lambda: sigmoid()(LOGITS.transpose(0, 1), ROWS), ValueError, "target", "[3, 4] as for the logits", "[2, 4]", "transpose(0, 1)"),
     "multi-label: no samples": (lambda: sigmoid(num_samples=0), ValueError, "num_samples", "positive", "rows"),
     "multi-label: text for samples": (lambda: sigmoid(num_samples="80"), TypeError, "num_samples", "'80'"),
     "multi-label: negative tau": (lambda: sigmoid(tau=-1.0), ValueError, "tau", "-1"),
@@ -710,7 +710,7 @@ CASES = {
     "plot: adjuster as grouper": (lambda: plot.plot_groups(ADJUSTER), TypeError, "grouper: expected a ClassGrouper", "got CLALogitAdjuster"),
     "plot: class out of range": (lambda: plot.plot_margins(ADJUSTER, 4), ValueError, "target_class: expected class indices 0..3", "got 4", "from 0"),
     "plot: class not an integer": (lambda: plot.plot_margins(ADJUSTER, 1.5), TypeError, "target_class: expected an integer", "got 1.5"),
-    "plot: no rival": (lambda: plot.plot_margins(CLALogitAdjuster(ClassGrouper([1], 1)), 0), ValueError, "expected two classes or more", "got one"),
+    "plot: no rival": (lambda: plot.plot_margins(CLALogitAdjuster(ClassGrouper([1], 1)), 0), ValueError, "expected at least two classes", "got one"),
     "plot: one class to compare": (lambda: plot.plot_boundaries(ADJUSTER, [1]), ValueError, "classes: expected two or more different", "got [1]"),
     "plot: the same class twice": (lambda: plot.plot_boundaries(ADJUSTER, [1, 2, 1]), ValueError, "classes: expected", "got [1, 2, 1]"),
     "plot: negative class": (lambda: plot.plot_boundaries(ADJUSTER, [1, -1]), ValueError, "classes: expected class indices 0..3", "got -1"),
@@ -732,7 +732,7 @@ CASES = {
     "plot: no rival with samples": (
         lambda: plot.plot_margins(CLALogitAdjuster(ClassGrouper([5, 0], 1, zero_counts="mask")), 0), ValueError, "two classes or more with samples", "got one",
     ),
-    "plot: fusion of two": (lambda: plot.plot_implied_prior(ADJUSTER, [1, 1]), ValueError, "fusion: expected one weight for each of 3", "got shape [2]"),
+    "plot: fusion of two": (lambda: plot.plot_implied_prior(ADJUSTER, [1, 1]), ValueError, "fusion: expected one weight per expert, shape [3]", "got shape [2]"),
     "plot: one expert": (lambda: plot.plot_fusion_sweep(LOGITS[:, :1], TARGET, COUNTS), ValueError, "logits: expected two experts or more", "got one"),
     "plot: no sample": (lambda: plot.fusion_sweep(LOGITS[:0], TARGET[:0], COUNTS), ValueError, "logits: expected one test sample or more", "got none"),
     "plot: NaN logits": (lambda: plot.fusion_sweep(LOGITS / 0, TARGET, COUNTS), ValueError, "logits: expected finite", "got NaN"),
@@ -761,25 +761,25 @@ CASES = {
     "plot: all ignored": (lambda: plot.plot_angles(torch.zeros(2, 3), TARGET * 0 - 100, ADJUSTER.grouper), ValueError, "angles: expected angles of a sample", "got [2, 3]"),
     "plot: no bins": (lambda: plot.plot_angles(torch.zeros(2, 3), TARGET, ADJUSTER.grouper, bins=0), ValueError, "bins: expected an integer >= 1", "got 0"),
     # calibration
-    "calibration: one class alone": (lambda: calibrated(target=LABELS * 0), ValueError, "target: expected two classes or more", "got 20 samples of class 0", "at random"),
-    "calibration: one sample": (lambda: calibrated(SPLIT[:1], LABELS[:1]), ValueError, "logits: expected two samples or more", "got 1", "hold out"),
-    "calibration: no sample": (lambda: calibrated(SPLIT[:0], LABELS[:0]), ValueError, "logits: expected two samples or more", "got 0", "hold out"),
-    "calibration: logits of one class": (lambda: calibrated(SPLIT[:, :1], LABELS * 0, [40]), ValueError, "logits: expected two classes or more", "got [20, 1]"),
+    "calibration: one class alone": (lambda: calibrated(target=LABELS * 0), ValueError, "target: expected at least two classes", "got 20 samples of class 0", "at random"),
+    "calibration: one sample": (lambda: calibrated(SPLIT[:1], LABELS[:1]), ValueError, "logits: expected at least two samples", "got 1", "hold out"),
+    "calibration: no sample": (lambda: calibrated(SPLIT[:0], LABELS[:0]), ValueError, "logits: expected at least two samples", "got 0", "hold out"),
+    "calibration: logits of one class": (lambda: calibrated(SPLIT[:, :1], LABELS * 0, [40]), ValueError, "logits: expected at least two classes", "got [20, 1]"),
     "calibration: no class counts": (lambda: calibrated(class_counts=None), ValueError, "class_counts: expected", "shape [4]", "got None", "criterion="),
     "calibration: a prior without class counts": (lambda: calibrated(class_counts=None, implied_prior=COUNTS), ValueError, "class_counts: expected", "got None"),
     "calibration: loss without class counts": (
         lambda: calibrated(class_counts=None, criterion=create_loss("softmax")), ValueError, "class_counts", "got None", "pass class_counts=",
     ),
-    "calibration: loss beside class counts": (lambda: calibrated(criterion=criterion()), ValueError, "criterion: expected None beside", "got both", "leave one out"),
+    "calibration: loss beside class counts": (lambda: calibrated(criterion=criterion()), ValueError, "criterion: expected None together with", "got both", "leave one out"),
     "calibration: loss beside a prior": (
-        lambda: calibrated(class_counts=None, criterion=criterion(), implied_prior=COUNTS), ValueError, "criterion: expected None beside", "got both",
+        lambda: calibrated(class_counts=None, criterion=criterion(), implied_prior=COUNTS), ValueError, "criterion: expected None together with", "got both",
     ),
-    "calibration: loss of several labels": (lambda: calibrated(class_counts=None, criterion=sigmoid()), ValueError, "criterion: expected a loss of one class", "got SigmoidAdjustedLoss"),
+    "calibration: loss of several labels": (lambda: calibrated(class_counts=None, criterion=sigmoid()), ValueError, "criterion: expected a loss for one class", "got SigmoidAdjustedLoss"),
     "calibration: loss of PyTorch": (
         lambda: calibrated(class_counts=None, criterion=nn.CrossEntropyLoss()), TypeError, "criterion: expected a loss of lgla_losses", "got CrossEntropyLoss()", "class_counts=",
     ),
     "calibration: name of a loss": (lambda: calibrated(class_counts=None, criterion="lgla"), TypeError, "criterion: expected a loss", "got 'lgla'"),
-    "calibration: logits of experts": (lambda: calibrated(SPLIT[:, None].expand(-1, 3, -1)), ValueError, "logits: expected those of the ensemble [M, C]", "got [20, 3, 4]", "mean(dim=1)"),
+    "calibration: logits of experts": (lambda: calibrated(SPLIT[:, None].expand(-1, 3, -1)), ValueError, "logits: expected the ensemble's [M, C]", "got [20, 3, 4]", "mean(dim=1)"),
     "calibration: output of other experts": (
         lambda: calibrated(ExpertOutput(SPLIT[:, None].expand(-1, 2, -1), SPLIT, SPLIT), class_counts=None, criterion=criterion()),
         ValueError, "logits: expected [M, 3, C]", "criterion", "got [20, 2, 4]",

@@ -96,7 +96,7 @@ def test_a_loss_of_features_tells_so():
 
 def test_the_message_says_what_was_seen():
     with pytest.warns(
-        UserWarning, match=r"half of the classes makes (4|5)\d% of the labels that came, but 4\.9% of"
+        UserWarning, match=r"half of the classes is (4|5)\d% of the labels seen so far, but 4\.9% of"
     ):
         train(BalancedSoftmaxLoss(COUNTS), balanced())
 

@@ -197,7 +197,7 @@ def test_subsets_share_the_images(images):
 
 @pytest.mark.parametrize("index", [6, -7, 2**40])
 def test_a_subset_of_samples_that_are_not_there_is_refused(index):
-    with pytest.raises(ValueError, match=f"indices: expected those of 6 samples, got {index}"):
+    with pytest.raises(ValueError, match=f"indices: expected indices of 6 samples, got {index}"):
         ImageData(PIXELS, LABELS).subset([0, index])
     assert ImageData(PIXELS, LABELS).subset([-1]).targets == [2]
 
@@ -220,10 +220,12 @@ def test_a_pipe_is_no_image(tmp_path):
 @pytest.mark.parametrize("damage", [lambda content: b"text", lambda content: content[:60]])
 def test_a_damaged_image_is_named(tmp_path, damage):
     (tmp_path / "a.png").write_bytes(damage(png(PIXELS[0])))
-    with pytest.raises(ValueError, match=f"image: expected one that Pillow can decode, got {tmp_path}/a.png"):
+    with pytest.raises(
+        ValueError, match=f"image: expected an image that Pillow can decode, got {tmp_path}/a.png"
+    ):
         read_image(tmp_path / "a.png")
     with pytest.raises(
-        ValueError, match=r"image: expected one that Pillow can decode, got b'.* of type bytes"
+        ValueError, match=r"image: expected an image that Pillow can decode, got b'.* of type bytes"
     ):
         read_image(damage(png(PIXELS[0])))
 
@@ -506,9 +508,9 @@ def test_inaturalist(root, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({**INATURALIST, "images": [{"id": 3}]}, "got none of the key 'file_name'"),
-        ({"images": [], "categories": []}, "got none of the key 'annotations'; the files of tests have no"),
-        ({**INATURALIST, "annotations": [{"image_id": 3}]}, "got none of the key 'category_id'"),
+        ({**INATURALIST, "images": [{"id": 3}]}, "got no key 'file_name'"),
+        ({"images": [], "categories": []}, "got no key 'annotations'; test files have no"),
+        ({**INATURALIST, "annotations": [{"image_id": 3}]}, "got no key 'category_id'"),
         ({**INATURALIST, "annotations": []}, "expected annotations of its images and categories, got none"),
         ({**INATURALIST, "categories": [{"id": 5, "name": ""}]}, "got image 3 of category 20"),
         ([INATURALIST], "expected iNaturalist's JSON, got another file"),
@@ -522,7 +524,7 @@ def test_inaturalist(root, tmp_path):
         ({**INATURALIST, "categories": [{"id": [5], "name": ""}]}, "another file .unhashable"),
         ({**INATURALIST, "annotations": [{"image_id": {}, "category_id": 5}]}, "another file .unhashable"),
         ({**INATURALIST, "annotations": 7}, "another file .'int' object is not iterable"),
-        ({**INATURALIST, "images": [{"id": 3, "file_name": 5}]}, "another file .a file_name is no text"),
+        ({**INATURALIST, "images": [{"id": 3, "file_name": 5}]}, "another file .a file_name is not a string"),
     ],
 )
 def test_bad_inaturalist(root, tmp_path, content, message):

@@ -492,13 +492,13 @@ def pack_otherwise(data, here, there):
 
 
 DAMAGED = {
-    "claims 1e13 labels": ("a.npy", lambda: npy((10**13,), bytes(9)), "10,000,000,000,000 bytes, of which there are 9"),
-    "claims 1e13 labels in an archive": ("a.npz", lambda: npz(npy((10**13,), bytes(9))), "10,000,000,000,000 bytes, of which there are 9"),
-    "300 MB of zeros": ("a.npz", lambda: npz(npy((300 * 2**20,), bytes(300 * 2**20))), "train_labels takes 314,572,928 bytes, packed into"),
+    "claims 1e13 labels": ("a.npy", lambda: npy((10**13,), bytes(9)), "10,000,000,000,000 bytes, but there are 9"),
+    "claims 1e13 labels in an archive": ("a.npz", lambda: npz(npy((10**13,), bytes(9))), "10,000,000,000,000 bytes, but there are 9"),
+    "300 MB of zeros": ("a.npz", lambda: npz(npy((300 * 2**20,), bytes(300 * 2**20))), "train_labels takes 314,572,928 bytes, compressed to"),
     "encrypted": ("a.npz", lambda: npz(npy((3,), b"abc"), encrypt), "is encrypted"),
     "unknown packing": ("a.npz", lambda: npz(npy((3,), b"abc"), pack_otherwise), "compression method"),
     "cut off": ("a.npz", lambda: npz(npy((3,), b"abc"))[:-30], "another or a damaged file"),
-    "cut off array": ("a.npy", lambda: npy((3,), b"ab"), "takes 3 bytes, of which there are 2"),
+    "cut off array": ("a.npy", lambda: npy((3,), b"ab"), "takes 3 bytes, but there are 2"),
     "negative size": ("a.npy", lambda: npy((-3,), b"ab"), "another or a damaged file"),
     "later format": ("a.npy", lambda: npy((3,), b"abc").replace(b"NUMPY\x01", b"NUMPY\x03"), "format"),
     "another archive": ("a.npz", lambda: npz(b"no array"), "another or a damaged file"),

@@ -165,7 +165,12 @@ LABELS = torch.tensor([0, 1])
         (ValueError, "target: expected class indices 0..5, got 6", LABELS, LABELS + 5),
         (ValueError, "pred: expected class indices 0..5, got 6", LABELS + 5, LABELS),
         (ValueError, "pred: expected class indices 0..5, got -1", LABELS - 1, LABELS),
-        (ValueError, r"pred: expected one class index a sample, shape \[2\], got \[1\]", LABELS[:1], LABELS),
+        (
+            ValueError,
+            r"pred: expected one class index per sample, shape \[2\], got \[1\]",
+            LABELS[:1],
+            LABELS,
+        ),
         (ValueError, r"pred: expected scores \[2, 6\] .* got \[2, 5\]", torch.zeros(2, 5), LABELS),
         (ValueError, r"pred: expected shape \[N, C\], got \[2\]", torch.zeros(2), LABELS),
         (TypeError, "pred: expected int64 class indices .* pred.long()", LABELS.int(), LABELS),
