@@ -579,7 +579,7 @@ def _spread_tile(x: Tensor, channels: int) -> dict[str, int]:
 
 
 def spread(x: Tensor, run_of: Tensor, first_of: Tensor, most: int) -> Tensor:
-    """The maps of runs as those of their branches.
+    """Copy the maps of runs to their branches.
 
     Args:
         x: ``[N, R * c, H, W]``, in channels-last memory.

@@ -129,7 +129,7 @@ class SeenLabels:
         return (
             f"class_counts: the rarer half of the classes is {share:.0%} of the labels seen so far, but "
             f"{self._expected:.1%} of class_counts; a sampler that balances classes and a loss that "
-            "corrects their counts make the same correction twice: pass the counts after sampling to the "
-            "loss (sampler.class_counts of lgla_losses.data.ClassBalancedSampler), or remove the sampler; "
-            "if there is no sampler, count the training labels again"
+            "corrects their counts make the same correction twice: pass the loss the counts after "
+            "sampling, sampler.class_counts of lgla_losses.data.ClassBalancedSampler, or remove the "
+            "sampler; if there is no sampler, count the training labels again"
         )

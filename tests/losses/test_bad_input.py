@@ -196,7 +196,7 @@ CASES = {
     "NaN count": (lambda: ClassGrouper([3, math.nan], 2), ValueError, "class_counts", "finite", "nan for class 1"),
     "infinite count": (lambda: ClassGrouper([3, math.inf], 2), ValueError, "class_counts", "finite", "inf"),
     "2-D counts": (lambda: ClassGrouper([[3, 2]], 1), ValueError, "class_counts", "1-D", "[1, 2]"),
-    "ragged counts": (lambda: ClassGrouper([[3], [2, 1]], 1), ValueError, "class_counts", "1-D", "uneven"),
+    "ragged counts": (lambda: ClassGrouper([[3], [2, 1]], 1), ValueError, "class_counts", "1-D", "different lengths"),
     "scalar counts": (lambda: ClassGrouper(7, 1), ValueError, "class_counts", "1-D", "[]"),
     "text counts": (lambda: ClassGrouper(["3", "2"], 1), TypeError, "class_counts", "integers or floats", "count_classes"),
     "boolean counts": (lambda: ClassGrouper([True, True], 1), TypeError, "class_counts", "integers or floats", "bool"),
@@ -228,7 +228,7 @@ CASES = {
     "counts by name": (lambda: ClassGrouper({"cat": 3, "dog": 2}, 1), ValueError, "class_counts", "0..C-1", "'cat'", "order of your classes"),
     "groups by name": (lambda: ClassGrouper.from_groups([3, 2], {"cat": 0, "dog": 1}), ValueError, "group_index", "0..C-1", "'cat'"),
     "sparse counts": (lambda: ClassGrouper(torch.ones(3).to_sparse(), 1), TypeError, "class_counts", "dense", "sparse_coo"),
-    "meta counts": (lambda: ClassGrouper(torch.ones(3, device=META), 1), TypeError, "class_counts", "holds values", "meta"),
+    "meta counts": (lambda: ClassGrouper(torch.ones(3, device=META), 1), TypeError, "class_counts", "with values", "meta"),
     "mapping of labels": (lambda: count_classes({0: 5}, 4), TypeError, "labels", "one label per sample", "mapping"),
     "samples without labels": (lambda: count_classes([5], 4, iterate=True), TypeError, "labels", "(input, label)", "5", "at 0"),
     "2-D labels": (lambda: count_classes([[0], [1]], 4), ValueError, "labels", "1-D", "[2, 1]"),
@@ -433,7 +433,7 @@ CASES = {
     ),
     "mixed devices": (lambda: criterion()(LOGITS, TARGET.to(META)), ValueError, "logits on cpu", "target on meta", ".to("),
     "criterion elsewhere": (
-        lambda: criterion()(LOGITS.to(META), TARGET.to(META)), ValueError, "logits on meta", "criterion on cpu", "itself",
+        lambda: criterion()(LOGITS.to(META), TARGET.to(META)), ValueError, "logits on meta", "criterion on cpu", "the loss module",
     ),
     "angles elsewhere": (
         lambda: AAWWeighter(ClassGrouper(COUNTS, 2))(LOGITS[..., 0].to(META), TARGET), ValueError, "angles on meta",
@@ -479,7 +479,7 @@ CASES = {
         lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble(torch.ones(3) * 1j), TypeError, "fusion", "real", "complex",
     ),
     "zero fusion": (lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble([0, 0, 0]), ValueError, "fusion", "positive"),
-    "short fusion": (lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble([1, 1]), ValueError, "fusion", "3 experts", "[2]"),
+    "short fusion": (lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble([1, 1]), ValueError, "fusion", "per expert, shape [3]", "[2]"),
     "NaN fusion": (
         lambda: CLALogitAdjuster(ClassGrouper(COUNTS, 2)).implied_prior([1, math.nan, 1]), ValueError, "fusion", "finite",
     ),
@@ -489,7 +489,7 @@ CASES = {
     ),
     "sparse fusion": (lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).ensemble(torch.ones(3).to_sparse()), TypeError, "fusion", "dense", "to_dense"),
     "prior of a fusion without values": (lambda: ADJUSTER.implied_prior(torch.ones(3, device=META)), ValueError, "fusion", "with values", "meta"),
-    "prior of a loss with a short fusion": (lambda: criterion().implied_prior([1, 1]), ValueError, "fusion", "3 experts", "[2]"),
+    "prior of a loss with a short fusion": (lambda: criterion().implied_prior([1, 1]), ValueError, "fusion", "per expert, shape [3]", "[2]"),
     "prior without class counts": (lambda: FocalLoss().implied_prior(), ValueError, "class_counts", "FocalLoss", "None", "count_classes"),
     "prior of several labels": (lambda: sigmoid().implied_prior(), ValueError, "one class per sample", "SigmoidAdjustedLoss", "share"),
     "prior of weights that are all 0": (
@@ -505,12 +505,12 @@ CASES = {
         lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).probabilities(3), TypeError, "calibration", "probabilities(", "3",
     ),
     "probabilities of a short fusion": (
-        lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).probabilities(fusion=[1, 1]), ValueError, "fusion", "3 experts", "[2]",
+        lambda: ExpertOutput(LOGITS, LOGITS, LOGITS).probabilities(fusion=[1, 1]), ValueError, "fusion", "per expert, shape [3]", "[2]",
     ),
-    "ensemble of one model": (lambda: ExpertOutput(LOGITS[:, 0], LOGITS, LOGITS).ensemble(), ValueError, "logits", "[N, K, C, ...]", "[2, 4]", "as they are"),
+    "ensemble of one model": (lambda: ExpertOutput(LOGITS[:, 0], LOGITS, LOGITS).ensemble(), ValueError, "logits", "[N, K, C, ...]", "[2, 4]", "directly"),
     "ensemble of a list": (lambda: ExpertOutput([LOGITS[:, 0]] * 3, LOGITS, LOGITS).ensemble(), TypeError, "logits", "floating-point tensor [N, K, C, ...]", "list"),
     "ensemble of sparse logits": (lambda: ExpertOutput(LOGITS.to_sparse(), LOGITS, LOGITS).ensemble([1, 2, 3]), TypeError, "logits", "dense", "to_dense"),
-    "short fusion of a map": (lambda: ExpertOutput(LOGITS[..., None], LOGITS, LOGITS).ensemble([1, 1]), ValueError, "fusion", "3 experts", "[2]"),
+    "short fusion of a map": (lambda: ExpertOutput(LOGITS[..., None], LOGITS, LOGITS).ensemble([1, 1]), ValueError, "fusion", "per expert, shape [3]", "[2]"),
     # GroupConvExperts
     "stage of a wrong type": (lambda: experts(stage=3), TypeError, "stage", "module", "3"),
     "factory of a wrong type": (lambda: experts(stage=lambda: 3), TypeError, "stage", "Module", "3"),
@@ -575,7 +575,7 @@ CASES = {
     ),
     "layer without reset": (
         lambda: experts(stage=nn.Sequential(nn.Conv2d(2, 4, 3), NoReset())),
-        ValueError, "stage", "'1.scale'", "NoReset", "init_fn=", "factory", "reset=False",
+        ValueError, "stage", "'1.scale'", "NoReset", "init_fn=", "reset=False",
     ),
     "linear: sparse weight": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4).to_sparse(), torch.zeros(2).long()), TypeError, "weight", "dense", "weight.to_dense()"),
     "linear: bias of 8 bits": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4), torch.zeros(2).long(), torch.zeros(3, 2).to(FLOAT8)), TypeError, "bias", "16 bits", "float8"),
@@ -663,7 +663,7 @@ CASES = {
     "distillation of integer logits": (lambda: expert_distillation(LOGITS.long()), TypeError, "logits", "floating", "int64"),
     "views of other samples": (lambda: aggregation.self_supervised_weights(LOGITS, LOGITS[:1]), ValueError, "other_view", "[2, 3, 4]", "[1, 3, 4]"),
     "views of one expert": (lambda: aggregation.self_supervised_weights(LOGITS[:, 0], LOGITS[:, 0]), ValueError, "view", "two experts", "[2, 1, 4]"),
-    "views without samples": (lambda: aggregation.self_supervised_weights(LOGITS[:0], LOGITS[:0]), ValueError, "view", "a sample or more", "[0, 3, 4]"),
+    "views without samples": (lambda: aggregation.self_supervised_weights(LOGITS[:0], LOGITS[:0]), ValueError, "view", "at least one sample", "[0, 3, 4]"),
     "NaN in a view": (lambda: aggregation.self_supervised_weights(LOGITS, LOGITS * math.nan), ValueError, "other_view", "finite"),
     "no epochs": (lambda: aggregation.self_supervised_weights(LOGITS, LOGITS, epochs=0), ValueError, "epochs", "0"),
     "tau-normalising a model": (lambda: stages.tau_normalize(nn.ReLU()), TypeError, "head", "Linear", "ReLU", "model.experts.classifiers"),
@@ -785,7 +785,7 @@ CASES = {
         ValueError, "logits: expected [M, 3, C]", "criterion", "got [20, 2, 4]",
     ),
     "calibration: logits of other classes than the loss": (
-        lambda: calibrated(SPLIT[:, :3], LABELS % 3, None, criterion=criterion()), ValueError, "logits: expected [M, 4]", "criterion has 4 classes", "got [20, 3]",
+        lambda: calibrated(SPLIT[:, :3], LABELS % 3, None, criterion=criterion()), ValueError, "logits: expected [M, 4]", "4 classes of criterion", "got [20, 3]",
     ),
     "calibration: logits of other classes than the counts": (lambda: calibrated(SPLIT[:, :3], LABELS % 3), ValueError, "class_counts", "shape [3]", "got [4]"),
     "calibration: NaN logits": (lambda: calibrated(SPLIT * math.nan), ValueError, "logits: expected finite", "got NaN", "leave such samples out"),

@@ -26,7 +26,7 @@ COUNTS = [400, 200, 60, 20, 10, 4]
 LABELS = torch.arange(6).repeat_interleave(torch.tensor(COUNTS))
 #: Batches after which balanced ones of 32 are told.
 ENOUGH = 150
-TWICE = r"class_counts: the rarer half .* correct twice: .* sampler\.class_counts"
+TWICE = r"class_counts: the rarer half .* correction twice: .* sampler\.class_counts"
 
 
 def batches(sampler, size=32):

@@ -101,9 +101,7 @@ class Endless(Dataset):
 
 
 def test_labels_that_are_the_class_ids_are_refused():
-    with pytest.raises(
-        ValueError, match=r"one per sample, 4 in the Endless, got shape \[3\] in its labels"
-    ):
+    with pytest.raises(ValueError, match=r"one per sample, 4 in the Endless, got shape \[3\] in its labels"):
         count_classes(Endless(labels=[0, 1, 2]), 3)
 
 
