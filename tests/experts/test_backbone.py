@@ -443,7 +443,7 @@ CASES = {
     "written before the trunk reads": (
         lambda: split_backbone(side_branch(), "unused"), ValueError, "model", "side", "inplace=True",
     ),
-    "a module on both sides": (lambda: split_backbone(Shared(), "b"), ValueError, "at", "both sides", "'a'"),
+    "a module on both sides": (lambda: split_backbone(Shared(), "b"), ValueError, "at", "'a'", "on both sides"),
     "compiled": (lambda: split_backbone(torch.compile(Shared()), "b"), ValueError, "model", "before compiling"),
     "a shifted classifier": (
         lambda: split_backbone(Branches(lambda net, y: net.fc(y) + 1), "body"), ValueError, "head", "'add' of 'fc'", "head=None",

@@ -710,7 +710,7 @@ CASES = {
     "plot: adjuster as grouper": (lambda: plot.plot_groups(ADJUSTER), TypeError, "grouper: expected a ClassGrouper", "got CLALogitAdjuster"),
     "plot: class out of range": (lambda: plot.plot_margins(ADJUSTER, 4), ValueError, "target_class: expected class indices 0..3", "got 4", "from 0"),
     "plot: class not an integer": (lambda: plot.plot_margins(ADJUSTER, 1.5), TypeError, "target_class: expected an integer", "got 1.5"),
-    "plot: no rival": (lambda: plot.plot_margins(CLALogitAdjuster(ClassGrouper([1], 1)), 0), ValueError, "expected at least two classes", "got one"),
+    "plot: no rival": (lambda: plot.plot_margins(CLALogitAdjuster(ClassGrouper([1], 1)), 0), ValueError, "expected two classes or more", "got one"),
     "plot: one class to compare": (lambda: plot.plot_boundaries(ADJUSTER, [1]), ValueError, "classes: expected two or more different", "got [1]"),
     "plot: the same class twice": (lambda: plot.plot_boundaries(ADJUSTER, [1, 2, 1]), ValueError, "classes: expected", "got [1, 2, 1]"),
     "plot: negative class": (lambda: plot.plot_boundaries(ADJUSTER, [1, -1]), ValueError, "classes: expected class indices 0..3", "got -1"),

@@ -120,7 +120,12 @@ def test_indices_are_the_conventional_ones(seed):
 @pytest.mark.parametrize(
     ("error", "message", "labels", "counts"),
     [
-        (ValueError, r"got 3 for class 1, which has 2 \(2 such of 3\); lower n_max", [0, 1, 1], [1, 3, 1]),
+        (
+            ValueError,
+            r"got 3 for class 1, which has 2 \(2 of 3 classes are too small\); lower n_max",
+            [0, 1, 1],
+            [1, 3, 1],
+        ),
         (ValueError, "labels: expected class indices 0..1, got 2", [0, 1, 2], [1, 1]),
         (ValueError, "labels: expected class indices 0..1, got -1", [0, 1, -1], [1, 1]),
         (ValueError, r"counts: expected at least 1 of every class .* \[1, 0\]", [0, 1], [1, 0]),
@@ -254,7 +259,7 @@ def test_sixteen_bits_become_eight(tmp_path, encode):
         (ValueError, r"images: .* got uint8 \[6, 3, 4, 5\]", {"images": PIXELS.transpose(0, 3, 1, 2)}),
         (ValueError, r"images: .* got uint8 \[4, 5\]", {"images": PIXELS[0, ..., 0]}),
         (TypeError, "images: expected an array, or a sequence of bytes or paths", {"images": "a.png"}),
-        (ValueError, r"targets: .* for each of 6 images, got 5", {"targets": LABELS[1:]}),
+        (ValueError, r"targets: .* per image, 6, got 5", {"targets": LABELS[1:]}),
         (TypeError, "targets: expected integers, got float64; map names", {"targets": [0.5] * 6}),
         (ValueError, "targets: expected class indices from 0 .*, got -1", {"targets": [-1, *LABELS[1:]]}),
         (ValueError, "less than 2, the number of classes, got 2", {"classes": ["a", "b"]}),
@@ -370,7 +375,7 @@ def test_a_packed_bomb_is_refused_before_it_is_read(tmp_path):
     tracemalloc.start()
     try:
         with pytest.raises(
-            ValueError, match=r"a.npz: expected .* \(train_images takes 314,572,928 bytes, packed"
+            ValueError, match=r"a.npz: expected .* \(train_images takes 314,572,928 bytes, compressed"
         ):
             read_npz(tmp_path / "a.npz")
         assert tracemalloc.get_traced_memory()[1] < 2**24

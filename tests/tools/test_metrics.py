@@ -171,7 +171,7 @@ LABELS = torch.tensor([0, 1])
             LABELS[:1],
             LABELS,
         ),
-        (ValueError, r"pred: expected scores \[2, 6\] .* got \[2, 5\]", torch.zeros(2, 5), LABELS),
+        (ValueError, r"pred: expected scores \[2, 6\].* got \[2, 5\]", torch.zeros(2, 5), LABELS),
         (ValueError, r"pred: expected shape \[N, C\], got \[2\]", torch.zeros(2), LABELS),
         (TypeError, "pred: expected int64 class indices .* pred.long()", LABELS.int(), LABELS),
         (TypeError, "pred: expected int64 class indices .* got .0, 1.", [0, 1], LABELS),
