@@ -48,7 +48,7 @@ except ImportError as error:
         raise
     parser = make_parser()
     parser.parse_known_args()  # which answers --help
-    parser.exit(2, f'{parser.prog}: error: {error}: pip install "lgla-losses[examples]"\n')
+    parser.exit(2, f"{parser.prog}: error: {error}: pip install matplotlib scikit-learn tqdm rich\n")
 
 NUM_CLASSES = 10
 LARGEST_CLASS = 150

@@ -1,6 +1,6 @@
 """Groups and margins of LGLA on your class counts, before training.
 
-``python -m lgla_losses inspect`` shows them (``pip install "lgla-losses[cli]"``). This module
+``python -m lgla_losses inspect`` shows them (``pip install typer rich``). This module
 computes them and needs PyTorch and NumPy only.
 """
 

@@ -1,4 +1,4 @@
-"""The command line around an inspection: ``pip install "lgla-losses[cli]"``."""
+"""The command line around an inspection: ``pip install typer rich``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An inspection for people: ``pip install "lgla-losses[cli]"``.
+"""An inspection for people: ``pip install typer rich``.
 
 No number is ever cut: in a narrow terminal the names of classes are.
 """

@@ -1,6 +1,6 @@
 """Pictures of your own data: groups, adjustments, margins, priors, experts, calibration.
 
-Needs matplotlib: ``pip install "lgla-losses[plot]"``.
+Needs matplotlib: ``pip install matplotlib``.
 
 - **Where.** A picture with one panel is drawn on ``ax`` and returns its ``Axes``. A picture with several
   panels is drawn on ``figure`` and returns it. Without them the function makes a new ``Figure``, which pyplot
@@ -22,9 +22,7 @@ pages too; ``matplotlib.style.context("dark_background")`` makes dark ones.
 try:
     import matplotlib.figure  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        f'lgla_losses.plot needs matplotlib ({error}): pip install "lgla-losses[plot]"'
-    ) from error
+    raise ImportError(f"lgla_losses.plot needs matplotlib ({error}): pip install matplotlib") from error
 
 from lgla_losses.plot.adjustment import plot_margins, plot_table
 from lgla_losses.plot.angles import plot_angles

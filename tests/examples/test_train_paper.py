@@ -635,11 +635,11 @@ def refused(arguments, capsys):
     [
         (
             {"a": 'base = "a.toml"'},
-            "a.toml: expected a base that ends somewhere, got the circle a.toml -> a.toml",
+            "a.toml: expected bases without a circle, got the circle a.toml -> a.toml",
         ),
         (
             {"a": 'base = ["b.toml"]', "b": 'base = "./c.toml"', "c": 'base = "b.toml"'},
-            "b.toml: expected a base that ends somewhere, got the circle b.toml -> c.toml -> b.toml",
+            "b.toml: expected bases without a circle, got the circle b.toml -> c.toml -> b.toml",
         ),
         ({"a": "base = 5"}, "a.toml: expected base to be the name of a recipe, or a list of names, got [5]"),
         ({"a": "base = 'nowhere.toml'"}, "nowhere.toml: there is no such recipe"),
@@ -722,7 +722,7 @@ def test_folders_that_cannot_be_made_are_refused_before_training(option, tmp_pat
 
 
 def test_a_seed_given_twice_is_no_second_run(capsys):
-    assert "--seeds: expected each but once, got 0, 0" in refused([CELLS[0], "--seeds", "0", "0"], capsys)
+    assert "--seeds: expected each only once, got 0, 0" in refused([CELLS[0], "--seeds", "0", "0"], capsys)
 
 
 @pytest.mark.parametrize("content", ["{", "3", "{}", "[1]"])

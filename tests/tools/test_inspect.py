@@ -405,7 +405,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused(tmp_path, counts_file, monkey
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = run(counts_file, "--png", tmp_path / "a.png")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert 'pip install "lgla-losses[plot]"' in result.stderr
+    assert "pip install matplotlib" in result.stderr
 
 
 PRIORS = "0.5\n0.25\n0.25\n"
@@ -550,13 +550,13 @@ def pack_otherwise(data, here, there):
 
 
 DAMAGED = {
-    "claims 1e13 labels": ("a.npy", lambda: npy((10**13,), bytes(9)), "10,000,000,000,000 bytes, of which there are 9"),
-    "claims 1e13 labels in an archive": ("a.npz", lambda: npz(npy((10**13,), bytes(9))), "10,000,000,000,000 bytes, of which there are 9"),
-    "300 MB of zeros": ("a.npz", lambda: npz(npy((300 * 2**20,), bytes(300 * 2**20))), "train_labels takes 314,572,928 bytes, packed into"),
+    "claims 1e13 labels": ("a.npy", lambda: npy((10**13,), bytes(9)), "10,000,000,000,000 bytes, but there are 9"),
+    "claims 1e13 labels in an archive": ("a.npz", lambda: npz(npy((10**13,), bytes(9))), "10,000,000,000,000 bytes, but there are 9"),
+    "300 MB of zeros": ("a.npz", lambda: npz(npy((300 * 2**20,), bytes(300 * 2**20))), "train_labels takes 314,572,928 bytes, compressed to"),
     "encrypted": ("a.npz", lambda: npz(npy((3,), b"abc"), encrypt), "is encrypted"),
     "unknown packing": ("a.npz", lambda: npz(npy((3,), b"abc"), pack_otherwise), "compression method"),
     "cut off": ("a.npz", lambda: npz(npy((3,), b"abc"))[:-30], "another file or a damaged one"),
-    "cut off array": ("a.npy", lambda: npy((3,), b"ab"), "takes 3 bytes, of which there are 2"),
+    "cut off array": ("a.npy", lambda: npy((3,), b"ab"), "takes 3 bytes, but there are 2"),
     "negative size": ("a.npy", lambda: npy((-3,), b"ab"), "another file or a damaged one"),
     "later format": ("a.npy", lambda: npy((3,), b"abc").replace(b"NUMPY\x01", b"NUMPY\x03"), "format"),
     "another archive": ("a.npz", lambda: npz(b"no array"), "another file or a damaged one"),
@@ -668,7 +668,7 @@ runpy.run_module("lgla_losses", run_name="__main__")
 """
     result = python("-c", code)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == 'python -m lgla_losses needs typer: pip install "lgla-losses[cli]"\n'
+    assert result.stderr == "python -m lgla_losses needs typer: pip install typer rich\n"
 
 
 def test_the_computation_needs_no_extra():
