@@ -328,7 +328,7 @@ class DeviceAugment(nn.Module):
     def __init__(self, size: int = 32, strong: bool = True, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         if size < 3:
-            raise ValueError(f"size: expected at least 3 pixels, got {size}; use larger images")
+            raise ValueError(f"size: expected at least 3 pixels, got {size}")
         self.size = size
         self.strong = strong
         self.dtype = dtype

@@ -33,7 +33,7 @@ def check_output(option: str, path: Path, *, folder: bool = False) -> None:
         raise InputError(f"{option}: expected a {'folder' if folder else 'file'}, got {what}")
     place = path if folder else path.parent
     if not folder and not os.path.isdir(place):
-        raise InputError(f"{option}: expected an existing folder {place}, got none; make it first")
+        raise InputError(f"{option}: there is no folder {place}; make it first")
     try:
         with suppress(FileNotFoundError):
             path.lstat()  # a name may be too long

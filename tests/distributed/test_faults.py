@@ -119,10 +119,10 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(data, tmp_path, monkeypatc
         (
             {"curve": [], "run": then},
             ["--resume"],
-            "of another run: epochs 5, now 30; choose another --log-dir",
+            "to another run: epochs 5, now 30; choose another --log-dir",
         ),
         ({"model": {}}, ["--resume"], "expected a checkpoint of this script, got another file"),
-        ({"curve": [], "run": {}}, ["--resume"], "of another run: norm None, now batch"),
+        ({"curve": [], "run": {}}, ["--resume"], "to another run: norm None, now batch"),
     ):
         torch.save(content, last)
         refused([data, "--log-dir", tmp_path, *options], message, capsys)

@@ -789,7 +789,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(npz, tmp_path, 
         run(npz(), tmp_path / "file" / "run")
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"--log-dir: {tmp_path}/file/run cannot be written (Not a directory); give another" in line
+    assert f"--log-dir: {tmp_path}/file/run cannot be written (Not a directory); choose another" in line
 
 
 def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(npz, tmp_path, tiny, monkeypatch, capsys):

@@ -157,7 +157,7 @@ def test_a_checkpoint_is_a_whole_model(digits, tmp_path):
         (["--devices", "many"], "--devices many"),
         (["--devices", "1" + 400 * "0"], "--devices 1000"),
         (["--resume"], "--resume: there is no "),
-        (["--epochs", "0"], "--epochs: expected a number from 1 on, got 0"),
+        (["--epochs", "0"], "--epochs: expected a number >= 1, got 0"),
     ],
 )
 def test_wrong_input_is_refused(digits, tmp_path, capsys, arguments, message):
@@ -174,7 +174,7 @@ def test_another_run_is_neither_continued_nor_overwritten(digits, tmp_path, caps
     before = (tmp_path / "last.ckpt").read_bytes()
     for options, message in (
         ([], "add --resume to continue it"),
-        (["--resume", "--lr", "0.5"], "of another run: lr differs; choose another --log-dir"),
+        (["--resume", "--lr", "0.5"], "to another run: lr differs; choose another --log-dir"),
     ):
         with pytest.raises(SystemExit) as stopped:
             run(digits, tmp_path, *options)

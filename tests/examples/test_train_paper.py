@@ -188,11 +188,11 @@ def test_unknown_settings_are_named(settings, message):
         (["table2_places_lt_ic.toml", "--set", "workers=0"], "Places_LT_train.txt"),
         (
             ["table2_places_lt_ic.toml", "--set", "augment_on=device"],
-            "augment_on device: expected augment cifar-weak or cifar-strong, got places; augment_on loader",
+            "augment_on device: expected augment cifar-weak or cifar-strong, got places; use augment_on",
         ),
         (
             ["table5_lgla.toml", "--set", "augment_on=device", "image_size=2"],
-            "augment_on device: image_size: expected at least 3 pixels, got 2; augment_on loader",
+            "augment_on device: image_size: expected at least 3 pixels, got 2; use augment_on loader",
         ),
     ],
 )
@@ -245,7 +245,7 @@ def test_from_recipe_to_record(tmp_path, digits, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run(tmp_path, digits, settings=["lr=7.0", "tau=9.0"])
-    assert re.search("got one of tau None, now 9.0, lr 0.1, now 7.0; name the new", capsys.readouterr().err)
+    assert re.search("got one with tau None, now 9.0, lr 0.1, now 7.0; name the new", capsys.readouterr().err)
 
     page = tmp_path / "page.md"
     page.write_text(

@@ -364,7 +364,7 @@ def test_a_run_that_diverges_leaves_the_others(tmp_path, monkeypatch, capsys):
     out = run(tmp_path, "--methods", "cla", "lgla")
     assert read(out)["runs"][0]["final"] == whole["runs"][0]["final"]
     assert not (out / "stacked_cla.json").exists()
-    assert "stacked_cla: its loss was not finite" in capsys.readouterr().out
+    assert "stacked_cla: no record, because its loss was not finite" in capsys.readouterr().out
     (seed,) = json.loads((out / "stacked.json").read_text())["seeds"]
     assert list(seed["diverged"]) == ["cla"]
 
