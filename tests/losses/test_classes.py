@@ -1,4 +1,4 @@
-"""Classes as they come: those without samples, smoothed or masked, and a background that is left out."""
+"""Classes without samples, smoothed or masked, and a background class that is left out."""
 
 import copy
 import math
