@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the C library, the tag of its wheel, and README's links on a package index."""
+"""What pyproject.toml cannot say: the C library, the tag of its wheel, README's links on a package index."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 
-# Optional: without a compiler the installation goes on, and the loss runs in PyTorch. -g0: Python's own flags may ask
-# for debug information, which is four fifths of the file. It is not linked with an OpenMP: PyTorch brings one of its
-# own, which native.py finds, and a second one would start its own threads.
+# Optional: without a compiler the installation goes on, and the loss runs in PyTorch. -g0: Python's own flags may
+# ask for debug information, which is four fifths of the file. The library is not linked with OpenMP: PyTorch brings
+# its own, which native.py finds, and a second one would start threads of its own.
 LIBRARY = Extension(
     "lgla_losses.kernels._native",
     sources=["lgla_losses/kernels/native.c"],
@@ -25,8 +25,12 @@ LIBRARY = Extension(
     optional=True,
 )
 
-#: Link or picture of Markdown, or picture of HTML, whose target is a file of the project.
-LINK = re.compile(r'(?P<before>(?P<picture>!?)\[[^\]]*\]\(|\b(?P<html>src|srcset)=")(?!\w+:|#)(?P<path>[^\s)"]+)')
+#: A block of code, or a link whose target is a file of the project: in Markdown, or a picture in HTML.
+LINK = re.compile(
+    r"^```.*?^```|"
+    r'(?P<before>(?P<picture>!\[[^\]]*)?\]\(|(?P<html>\bsrc(set)?="))(?!\w+:|#)(?P<path>[^\s)"]+)',
+    re.MULTILINE | re.DOTALL,
+)
 
 
 class BuildLibrary(build_ext):
@@ -54,6 +58,8 @@ def readme(text: str, repository: str | None, version: str) -> str:
         return text
 
     def absolute(link: re.Match[str]) -> str:
+        if not link["path"]:
+            return link[0]
         view = "raw" if link["picture"] or link["html"] else "blob"
         return f"{link['before']}{repository.rstrip('/')}/{view}/v{version}/{link['path']}"
 
@@ -66,7 +72,7 @@ def main() -> None:
     package = (ROOT / "lgla_losses" / "__init__.py").read_text(encoding="utf-8")
     version = re.search(r'^__version__ = "(.*)"$', package, re.MULTILINE)[1]
     repository = project.get("urls", {}).get("Repository")
-    # The library has run on Linux only. LGLA_LOSSES_PURE=1 builds the wheel without it, which installs everywhere.
+    # The library is tested on Linux only. LGLA_LOSSES_PURE=1 leaves it out, for the wheel of other systems.
     with_library = sys.platform == "linux" and os.environ.get("LGLA_LOSSES_PURE", "0") == "0"
     setup(
         version=version,
