@@ -14,9 +14,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 
-# Optional: without a compiler the installation goes on, and the loss runs in PyTorch. -g0: Python's own flags may
-# ask for debug information, which is four fifths of the file. The library is not linked with OpenMP: PyTorch brings
-# its own, which native.py finds, and a second one would start threads of its own.
+# Optional: without a compiler the installation goes on, and the loss runs in PyTorch. -g0: Python's own flags
+# may ask for debug information, which is four fifths of the file. The library is not linked with OpenMP:
+# PyTorch brings one, which native.py finds, and a second one would start threads of its own.
 LIBRARY = Extension(
     "lgla_losses.kernels._native",
     sources=["lgla_losses/kernels/native.c"],

@@ -1,8 +1,10 @@
-"""Modules with a state, built and called as version 0.1.0 allowed; ``tests/package/data/states_0.1.0.pt`` holds theirs.
+"""Modules with a state, built and called as version 0.1.0 allowed.
 
-It was written in a checkout of commit dc1a57f, whose folder was PYTHONPATH: ``python tests/helpers/states.py FILE``.
+Theirs are in ``tests/package/data/states_0.1.0.pt.gz``. It was written with a checkout of commit dc1a57f as
+PYTHONPATH: ``python tests/helpers/states.py FILE``.
 """
 
+import gzip
 import sys
 
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 import lgla_losses
 from lgla_losses import CLALogitAdjuster, ClassGrouper, GroupConvExperts, LGLALoss, LinearLGLALoss, baselines
+from lgla_losses.label_shift import estimate_prior
 
 COUNTS = [100, 30, 10, 3]
 #: Of the same shape, to load a state into.
@@ -100,15 +103,28 @@ def output(module, arguments):
     return 1.0 * (found[0] if isinstance(found, tuple) else found)
 
 
+def fresh(make):
+    """The state of experts as they start."""
+    torch.manual_seed(0)
+    return make().state_dict()
+
+
 def main(file):
-    """Write inputs, and the state and output of each module."""
+    """Write inputs, the state and output of each module, and what defaults gave."""
     torch.manual_seed(0)
     given = inputs()
     kept = {
         name: {"state": module.state_dict(), "output": output(module, [given[key] for key in keys])}
         for name, (module, keys) in cases(COUNTS).items()
     }
-    torch.save({"version": lgla_losses.__version__, "inputs": given, "modules": kept}, file)
+    defaults = {
+        "experts of a factory": fresh(lambda: GroupConvExperts(stage, 3, 4)),
+        "experts of a module": fresh(lambda: GroupConvExperts(stage(), 3, 4)),
+        "estimated prior": estimate_prior(given["logits"].mean(1), COUNTS),
+    }
+    saved = {"version": lgla_losses.__version__, "inputs": given, "modules": kept, "defaults": defaults}
+    with gzip.open(file, "wb") as stream:
+        torch.save(saved, stream)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def installed(wheel, site):
 
 
 def test_an_index_takes_what_is_built(dist):
-    """One wheel for every system, one of a tag that auditwheel grants, the source archive; no linux_x86_64."""
+    """A wheel for every system, one whose tag auditwheel grants, the source archive; no linux_x86_64."""
     names = sorted(path.name for path in dist.iterdir())
     stem = re.match(r"lgla_losses-[\d.]+\d", names[0])[0]
     archive, *wheels = sorted(name.removeprefix(stem) for name in names)
