@@ -52,7 +52,7 @@ def load(path: str) -> ctypes.CDLL:
         OSError: it does not load, or was compiled from other sources.
         AttributeError: it lacks a function.
     """
-    # The library is linked with no OpenMP. This is the one that torch has loaded, where its name is not changed.
+    # The library is linked with no OpenMP. This one torch has loaded, unless its wheel gave it another name.
     ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(path)
     for function in (
