@@ -50,18 +50,18 @@ class GraphedPass:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries choose kernels and allocate before the recording
             for _ in range(3):
-                self._run_anew(static)
+                self._run_again(static)
         torch.cuda.current_stream().wait_stream(stream)
         for buffer, value in zip(self.model.buffers(), before, strict=True):
             buffer.copy_(value)
         graph = torch.cuda.CUDAGraph()
         # The thread that pins batches allocates at the same time, which the mode "global" forbids.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            loss = self._run_anew(static)
+            loss = self._run_again(static)
         self.pool = graph.pool()
         return graph, static, loss
 
-    def _run_anew(self, batch: list[Tensor]) -> Tensor:
+    def _run_again(self, batch: list[Tensor]) -> Tensor:
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()

@@ -29,7 +29,7 @@ from lgla_losses.losses.linear import LinearLGLALoss
 from lgla_losses.suggestion import suggest
 from lgla_losses.weighting import AAWWeighter
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AAWWeighter",

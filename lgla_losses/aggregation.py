@@ -14,7 +14,7 @@ from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 
 __all__ = ["self_supervised_weights"]
 
-#: The settings of the authors' optimiser, beside the learning rate.
+#: The settings of the authors' optimiser, except the learning rate.
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 #: The search ends when an expert has less weight.
 SMALLEST_WEIGHT = 0.05

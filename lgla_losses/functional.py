@@ -400,7 +400,7 @@ def lgla_loss(
 
     It is plain differentiable PyTorch, the reference for every other backend.
 
-    Sources beside the paper: :math:`c` and :math:`\epsilon` as in :func:`torch.nn.functional.cross_entropy`;
+    Sources besides the paper: :math:`c` and :math:`\epsilon` as in :func:`torch.nn.functional.cross_entropy`;
     :math:`m` Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS
     2019, Eq. 12; :math:`\gamma` as in :func:`focal`.
 

@@ -32,7 +32,7 @@ from lgla_losses.functional import compute_dtype, widest_dtype
 __all__ = ["estimate_prior", "shift_prior"]
 
 
-#: Part of the squared distance from the uniform prior due to errors of trained networks, beside chance. More
+#: Part of the squared distance from the uniform prior due to errors of trained networks, besides chance. More
 #: samples do not reduce it, and unlabelled samples do not show its size: chosen on trained networks.
 MARGIN = 0.05
 #: The smoothing if rates of labelled samples explain the predictions, chosen in the same way.

@@ -7,9 +7,9 @@ first checks that the tensor is what C expects.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import struct
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -52,7 +52,8 @@ def load(path: str) -> ctypes.CDLL:
         OSError: it does not load, or was compiled from other sources.
         AttributeError: it lacks a function.
     """
-    # After torch, whose OpenMP threads it shares.
+    # The library is linked with no OpenMP. This one torch has loaded, unless its wheel gave it another name.
+    ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(path)
     for function in (
         library.lgla_cross_entropy,
@@ -74,16 +75,17 @@ def _layout() -> int:
 
 
 def _installed() -> tuple[ctypes.CDLL | None, str]:
-    spec = importlib.util.find_spec("lgla_losses.kernels._native")
-    if spec is None or spec.origin is None:
+    path = Path(__file__).with_name("_native.so")
+    if not path.exists():
         return (
             None,
-            "it was not compiled when lgla-losses was installed, which needs a C compiler with OpenMP",
+            "this installation has no C library; installing from source on Linux with a C compiler that has "
+            "OpenMP, such as gcc, builds it",
         )
     try:
-        return load(spec.origin), ""
+        return load(str(path)), ""
     except (OSError, AttributeError) as error:
-        return None, f"{spec.origin} does not load: {error}"
+        return None, f"{path} does not load: {error}"
 
 
 #: The library, or None and the reason.

@@ -41,8 +41,8 @@ __all__ = [
 #:
 #: - ``"wide"``: a row of one tile takes fewer instructions (``_forward_lean``), by threads of 32 elements in
 #:   float32 and of 64 in 16 bits. Longer rows are those of ``"resident"``.
-#: - ``"resident"`` was the one before: threads of 16 elements, of which a multiprocessor runs 32 warps; of
-#:   longer rows a program of 32 warps takes one at a time (``_forward_streamed``). On AMD there is no other.
+#: - ``"resident"`` is the older plan: threads of 16 elements; a multiprocessor runs 32 warps of them. Longer
+#:   rows take a program of 32 warps, one at a time (``_forward_streamed``). AMD has only this plan.
 #:
 #: An H200 took, at 4,096 x 3 x 8,142 in float32, 0.24 ms by either, and a copy 0.19; in bfloat16 0.134 by
 #: ``"wide"``, 0.173 by ``"resident"``, and a copy 0.096. In float32 three or four programs on a

@@ -260,7 +260,7 @@ class Loss(nn.Module):
         counted: Tensor | None = None,
         **fields: Any,
     ) -> Rows:
-        """Collect what Eq. 9 reads beside the logits, with the divisor of the sum of the losses.
+        """Collect what Eq. 9 reads besides the logits, with the divisor of the sum of the losses.
 
         By default the divisor is the number of samples on all ranks, divided by the number of ranks.
 

@@ -39,7 +39,7 @@ _LEFT_OUT = {
 
 
 class Options(TypedDict, total=False):
-    """Name the options of :class:`AdjustedLoss`, beside its constants."""
+    """Name the options of :class:`AdjustedLoss`, besides its constants."""
 
     class_weight: ArrayLike | None
     zero_counts: str

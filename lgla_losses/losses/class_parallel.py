@@ -350,7 +350,7 @@ class ClassParallelLGLALoss(Loss, Ruled):
         forward = torch.compiler.disable(forward)
 
     def _own_part(self, name: str, tensor: Tensor) -> Tensor:
-        """Give the part of a ``DTensor`` that is on this rank; give any other tensor as it is."""
+        """Give the part of a ``DTensor`` that is on this rank; give any other tensor unchanged."""
         if not isinstance(tensor, DTensor):
             return tensor
         if tensor.device_mesh.ndim != 1 or list(tensor.placements) != [Shard(1)]:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class MultiLabelOptions(TypedDict, total=False):
-    """Name the options of :class:`MultiLabelLoss`, beside its constants."""
+    """Name the options of :class:`MultiLabelLoss`, besides its constants."""
 
     class_weight: ArrayLike | None
     reduction: str
