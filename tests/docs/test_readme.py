@@ -37,7 +37,7 @@ def section(title):
 
 
 def test_the_front_page_stays_short():
-    assert len(README.splitlines()) <= 220
+    assert len(README.splitlines()) <= 230
 
 
 def accuracies(text):
