@@ -280,7 +280,7 @@ def test_the_accuracies_of_the_gpus_training_are_the_recorded_ones():
     told("CLA is {} above BALMS x3", above("cla", over="balms3"), where=RESULTS)
     told("AAW (LGLA over CLA) adds {}", above("lgla", over="cla"), where=RESULTS)
     told(
-        "LGLA and CLA give up {} points on the frequent classes for {} on the two",
+        "LGLA and CLA lose {} points on the frequent classes and gain {} on the two",
         *(above("cla", "lgla", over="balms3", split=split) for split in ("many", "medium")),
         where=RESULTS,
     )
@@ -318,7 +318,7 @@ def test_the_tests_on_a_gpu_are_told_as_they_ended():
     assert sum(failure["cases"] for failure in record["failures"]) == record["failed"]
     assert tables.tests(record).startswith(f"{record['passed']:,} passed, {record['failed']} failed")
     told(
-        "{:,} passed and {} failed; there was no time for {} ",
+        "{:,} passed and {} failed; {} were not run (",
         *(record[key] for key in ("passed", "failed", "cut_off")),
         where=page("docs/install.md"),
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 #: Commands that are not this project's.
-OTHERS = {"apt-cache", "auditwheel", "cd", "cp", "git", "mkdir", "tensorboard"}
+OTHERS = {".", "apt-cache", "auditwheel", "cd", "cp", "git", "mkdir", "tensorboard"}
 PYTHONS = {"python", "python3", "torchrun"}
 TORCHRUN = {"--nproc-per-node", "--nnodes", "--standalone"}
 
@@ -69,6 +69,8 @@ def _fault(words: list[str]) -> str | None:
         )
     if "-c" in arguments:
         compile(arguments[arguments.index("-c") + 1], "-c", "exec")
+        return None
+    if arguments[:2] == ["-m", "venv"]:
         return None
     if arguments[:2] == ["-m", "lgla_losses"]:
         known = _options_of_the_command(arguments[2])
