@@ -7,6 +7,9 @@ RUN := $(VENV)/bin/python
 # What says that an extra is installed is kept.
 .SECONDARY:
 
+# What an installation is made from; Python files are used as they are.
+SOURCES := pyproject.toml setup.cfg setup.py constraints.txt lgla_losses/kernels/native.c lgla_losses/kernels/native_rows.h
+
 demo: $(VENV)/.examples    ## train LGLA beside its baselines on long-tailed digits
 	$(RUN) examples/quickstart.py
 
@@ -93,12 +96,18 @@ gpu:                       ## tests, benchmarks and training on a GPU; all that 
 	$(PYTHON) benchmarks/gpu.py --device $(DEVICE) --out "$(OUT)" --sections $(SECTIONS) --seconds $(SECONDS_LEFT) \
 		$(if $(DATA),--data "$(DATA)")
 
-dist: $(VENV)/.dev         ## the wheel and the source archive, checked for upload
-	rm -rf dist
-	$(RUN) -m build
-	$(RUN) -m twine check --strict dist/*
+# On Linux: the source archive, and from it a wheel without the C library for every system and one with it. The latter
+# gets the oldest tag that its needs allow; an index refuses the tag linux_x86_64 that it has before.
+DIST ?= dist
+dist: $(VENV)/.test        ## wheels and source archive, checked for upload
+	rm -rf "$(DIST)"
+	LGLA_LOSSES_PURE=1 $(RUN) -m build --outdir "$(DIST)"
+	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir "$(DIST)/linux" "$(DIST)"/*.tar.gz
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m auditwheel repair --wheel-dir "$(DIST)" "$(DIST)"/linux/*.whl
+	rm -r "$(DIST)/linux"
+	$(RUN) -m twine check --strict "$(DIST)"/*
 
-$(VENV)/.%: pyproject.toml constraints.txt lgla_losses/kernels/native.c lgla_losses/kernels/native_rows.h | $(VENV)/bin/python
+$(VENV)/.%: $(SOURCES) | $(VENV)/bin/python
 	@echo "Installing lgla-losses[$*] and PyTorch into $(VENV), about a minute ..."
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	@touch $@
@@ -107,7 +116,7 @@ $(VENV)/.%: pyproject.toml constraints.txt lgla_losses/kernels/native.c lgla_los
 # needs numpy < 2.4.
 MINOR = $(word 2,$(subst ., ,$*))
 PATCH = $(word 3,$(subst ., ,$*))
-.venv-torch-%/.test: pyproject.toml constraints.txt lgla_losses/kernels/native.c lgla_losses/kernels/native_rows.h
+.venv-torch-%/.test: $(SOURCES)
 	@echo "Installing lgla-losses[test] and PyTorch $* into $(@D), minutes ..."
 	$(PYTHON) -m venv $(@D)
 	grep -Ev "^(torch|torchvision|triton|numpy|setuptools)==" constraints.txt > $(@D)/constraints.txt

@@ -116,9 +116,9 @@ def markdown(record: dict[str, Any]) -> str:
         "loss",
         "ranks",
         "MB a rank",
-        "times R, over one process",
-        "numbers sent a rank",
-        "seconds a step",
+        "times ranks",
+        "numbers sent",
+        "seconds",
     ]
     rows = [
         [
@@ -126,7 +126,7 @@ def markdown(record: dict[str, Any]) -> str:
             row["ranks"],
             f"{row['peak_mb']:.0f}",
             f"{row['memory_times_ranks_over_single']:.2f}",
-            row["numbers_sent"],
+            f"{row['numbers_sent']:,}",
             f"{row['seconds']:.2f}",
         ]
         for row in record["rows"]

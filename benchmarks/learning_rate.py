@@ -318,11 +318,11 @@ def markdown(record: dict[str, Any]) -> str:
     ]
     rows = []
     for key, values in scores(record).items():
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        spread = f"\u00a0±\u00a0{statistics.stdev(values):.1f}" if len(values) > 1 else ""
         means = (f"{statistics.mean(numbers[key]):.2f}" for numbers in grown)
         rows.append([*key, len(values), f"{statistics.mean(values):.1f}{spread}", *means])
-    header = ["network", "method", "seeds", "balanced accuracy"]
-    return grid([*header, "first gradient: trunk", "heads", "class centres at the end"], rows, texts=2)
+    header = ["network", "method", "seeds", "accuracy", "gradient: trunk", "heads", "centres"]
+    return grid(header, rows, texts=2)
 
 
 def main(arguments: list[str] | None = None) -> None:

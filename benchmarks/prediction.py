@@ -264,14 +264,14 @@ def score_table(record: Record, what: str, digits: int) -> str:
 
 
 def found_table(record: Record) -> str:
-    """Temperature, exponent where the calibration is used, and in how many runs it is."""
+    """Temperature, exponent where the calibration is used, and in brackets in how many runs it is."""
 
     def cell(data: str, head: str, loss: str) -> str:
         runs = runs_of(record, data, head, loss)
         used = [run["exponent"] for run in runs if run["used"]]
-        exponent = f", s {statistics.mean(used):.2f}" if used else ""
+        exponent = f"{statistics.mean(used):.2f}" if used else "-"
         temperature = statistics.mean(run["temperature"] for run in runs)
-        return f"t {temperature:.2f}{exponent}, used {len(used)} of {len(runs)}"
+        return f"{temperature:.2f}, {exponent} ({len(used)})".replace(" ", "\u00a0")
 
     return markdown(table(record, cell))
 

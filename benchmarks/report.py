@@ -248,8 +248,7 @@ def markdown(record: Record) -> dict[str, str]:
     tables = {}
     for title, (suite, phase, quantity) in titles.items():
         rows = [row for row in record["rows"] if (row["suite"], row["phase"]) == (suite, phase)]
-        if quantity == "median_ms":
-            rows = [row for row in rows if not kind_of(row)]  # these have tables of their own
+        rows = [row for row in rows if not kind_of(row)]  # these have tables of their own
         if any(row.get(quantity) for row in rows):
             tables[title] = _markdown_table(rows, quantity)
 
@@ -285,11 +284,20 @@ def _ratio_and_spread(row: Row) -> str:
     return f"{row['ratio_to_plain']:.2f}{spread}, {_figure(row['median_ms'])} ms"
 
 
+def balance_text(record: Record) -> str:
+    """Wins and losses as text for a page, whose reader opens the list of the losses."""
+    first, *lost = balance(record)
+    summary = f"{first[0].upper()}{first[1:].rstrip(':')}."
+    if not lost:
+        return summary
+    return "\n".join(
+        [summary, "", ":::{dropdown} Every loss by name", *(f"- {line}" for line in lost), ":::"]
+    )
+
+
 def page(record: Record) -> str:
     """All that a record says, as text for a page: where, wins and losses, what is missing, every table."""
-    lines = [f"Measured on: {machine(record)}. {record.get('note', '')}".strip()]
-    first, *lost = balance(record)
-    lines.append("\n".join([f"{first[0].upper()}{first[1:]}", "", *(f"- {line}" for line in lost)]))
+    lines = [f"Measured on: {machine(record)}.", balance_text(record)]
     for title, told in (("Failed", record.get("problems")), ("Not measured", _by_columns(record))):
         if told:
             lines.append("\n".join([f"{title}:", "", *(f"- {line}" for line in told)]))
@@ -308,26 +316,29 @@ def _by_columns(record: Record) -> list[str]:
 
 
 def _markdown_table(rows: list[Row], quantity: str) -> str:
-    columns = [
-        name
-        for name in dict.fromkeys(row["column"] for row in rows)
-        if any(row.get(quantity) for row in rows if row["column"] == name)
-    ]
-    lines: list[list[str]] = []
-    for (_, shape, dtype), cell in _cells(rows).items():
-        by_column = {row["column"]: row for row in cell if row.get(quantity) is not None}
-        if not by_column:
-            continue
-        better = max if quantity == "share_of_limit" else min
-        best = better((row[quantity] for row in cell if row["equal"] and row.get(quantity)), default=None)
-        texts = []
-        for column in columns:
-            row = by_column.get(column)
-            text = "" if row is None else _text(row, quantity)
-            is_best = row is not None and row["equal"] and row[quantity] == best
-            texts.append(f"**{text}**" if is_best else text)
-        lines.append([shape, dtype, *texts])
-    return grid(["size", "type", *columns], lines, texts=2)
+    """A table a type: a row a way, a column a size."""
+    cells = {key: cell for key, cell in _cells(rows).items() if any(row.get(quantity) for row in cell)}
+    return "\n\n".join(
+        _table_of_type(
+            dtype, {shape: cell for (_, shape, own), cell in cells.items() if own == dtype}, quantity
+        )
+        for dtype in dict.fromkeys(own for _, _, own in cells)
+    )
+
+
+def _table_of_type(dtype: str, sizes: dict[str, list[Row]], quantity: str) -> str:
+    """The ways by size; the best of those that compute the whole loss is bold."""
+    lines: dict[str, list[str]] = {}
+    better = max if quantity == "share_of_limit" else min
+    for place, cell in enumerate(sizes.values()):
+        measured = [row for row in cell if row.get(quantity) is not None]
+        best = better((row[quantity] for row in measured if row["equal"]), default=None)
+        for row in measured:
+            text = _text(row, quantity)
+            bold = row["equal"] and row[quantity] == best
+            line = lines.setdefault(row["column"], [""] * len(sizes))
+            line[place] = f"**{text}**" if bold else text
+    return grid([dtype, *sizes], ([way, *texts] for way, texts in lines.items()))
 
 
 def _text(row: Row, quantity: str) -> str:

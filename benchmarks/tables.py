@@ -32,14 +32,13 @@ def has(name: str) -> bool:
 
 
 def machine(record: Record) -> str:
-    """Where, with what and when a record was made, as far as it says so."""
+    """Where, with what and when a record was made, as far as it says so; its commit stays in the record."""
     facts = [record.get("device")]
     facts += [f"{record[key]} {key}" for key in ("threads", "cores") if key in record]
     facts += [
         f"{name} {record[name.lower()]}" for name in ("Python", "torch", "Triton") if name.lower() in record
     ]
     facts += [record["date"][:10]] if "date" in record else []
-    facts += [f"commit {record['commit'][:7]}"] if record.get("commit") else []
     return ", ".join(fact for fact in facts if fact)
 
 
@@ -57,11 +56,15 @@ def layouts(record: Record) -> str:
             rows.append([row["network"], row["layout"], row["batch"], row["note"], ""])
             continue
         low, median, high = row["images_per_second_quartiles"]
-        rate, memory = f"{median:.1f} ({low:.1f} to {high:.1f})", row["peak_mib_median"]
+        rate, memory = f"{_rate(median)} ({_rate(low)} to {_rate(high)})", row["peak_mib_median"]
         rows.append(
             [row["network"], row["layout"], row["batch"], rate, "" if memory is None else f"{memory:.0f}"]
         )
     return grid(["network", "way", "batch", "images a second", "MiB"], rows, texts=2)
+
+
+def _rate(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.1f}"
 
 
 def kernels(record: Record) -> str:
@@ -73,7 +76,7 @@ def kernels(record: Record) -> str:
     for (target, dtype), same in found.items():
         most = [max(row[need] for row in same) for need in ("registers", "spill_bytes", "shared_bytes")]
         rows.append([target, dtype, len(same), *most])
-    header = ["GPU", "type", "kernels", "most registers a thread", "most bytes spilled", "most bytes shared"]
+    header = ["GPU", "type", "kernels", "registers", "bytes spilled", "bytes shared"]
     return grid(header, rows, texts=2)
 
 

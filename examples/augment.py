@@ -1,5 +1,5 @@
 # Needs: cli.py.
-"""What the paper's recipes do to images: the augmentations by data set, weak and strong."""
+"""The image augmentations of the paper's recipes, by data set, weak and strong."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Cutout(nn.Module):
     """Blacken a square whose centre is anywhere in the image (DeVries and Taylor, 2017).
 
     Args:
-        side: of the square, in pixels; what lies beyond the border is cut off.
+        side: side of the square, in pixels; the square may extend beyond the border.
     """
 
     def __init__(self, side: int) -> None:
@@ -28,7 +28,7 @@ class Cutout(nn.Module):
         self.side = side
 
     def forward(self, image: Tensor) -> Tensor:
-        """A copy of the image ``[3, H, W]`` with the square at 0."""
+        """Copy the image ``[3, H, W]`` and set the square to 0."""
         image = image.clone()
         y, x = (int(torch.randint(size, ())) - self.side // 2 for size in image.shape[1:])
         image[:, max(y, 0) : y + self.side, max(x, 0) : x + self.side] = 0
@@ -41,7 +41,7 @@ def _tensor(normalisation: Any, *between: nn.Module) -> list[Any]:
 
 
 def _small(size: int, strong: bool) -> list[Any]:
-    """Of CIFAR, as the authors' code has it: AutoAugment's policy, where the paper says RandAugment."""
+    """Augment CIFAR as the authors' code does: with AutoAugment's policy; the paper says RandAugment."""
     crop = [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
     if not strong:
         return [*crop, *_tensor(CIFAR)]
@@ -66,7 +66,7 @@ def _places(size: int) -> list[Any]:
     return [v2.RandomResizedCrop(size), *look, v2.RandomHorizontalFlip(), *_tensor(IMAGENET)]
 
 
-#: By name, what is done to training images of a size.
+#: Transforms of training images, by name, for a given size.
 TRAINING: dict[str, Callable[[int], list[Any]]] = {
     "cifar-weak": lambda size: _small(size, strong=False),
     "cifar-strong": lambda size: _small(size, strong=True),
@@ -77,7 +77,7 @@ TRAINING: dict[str, Callable[[int], list[Any]]] = {
 
 
 def transforms(name: str, size: int) -> tuple[Any, Any]:
-    """What is done to training and to test images."""
+    """Give the transforms of training and of test images."""
     if name.startswith("cifar"):
         whole = _tensor(CIFAR)
     else:

@@ -1,5 +1,5 @@
 # Needs no other file.
-"""How scripts begin, take their options, and refuse what cannot be used."""
+"""Start of the scripts, their options, and errors for options that cannot be used."""
 
 from __future__ import annotations
 
@@ -20,10 +20,19 @@ from typing import Any, NoReturn
 
 import torch
 
-if find_spec("lgla_losses") is None:  # a checkout that nobody has installed
+if find_spec("lgla_losses") is None:  # a checkout that is not installed
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-#: The oldest versions of what the scripts are made for, as in pyproject.toml.
+#: The packages of each extra in pyproject.toml, for the errors.
+PACKAGES = {
+    "examples": "matplotlib scikit-learn tqdm rich",
+    "train": "torchmetrics tqdm rich tensorboard",
+    "vision": "torchmetrics tqdm rich tensorboard torchvision timm",
+    "text": "torchmetrics tqdm rich tensorboard transformers accelerate",
+    "plot": "matplotlib",
+    "triton": "triton",
+}
+#: The oldest versions that the scripts work with, as in pyproject.toml.
 OLDEST = {
     "accelerate": "1.1",
     "timm": "1.0.20",
@@ -33,31 +42,31 @@ OLDEST = {
 }
 
 ADJUSTMENTS = ("lgla", "balanced", "softmax", "logit", "sade")
-#: Those that have a strength.
+#: Adjustments that have a strength.
 WITH_TAU = ("lgla", "logit", "sade")
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; shown without a traceback."""
+    """Report input that cannot be used; shown without a traceback."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, below no page of usage."""
+    """Parse options; an error is one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        """End the script by the message and exit code 2."""
+        """End the script with the message and exit code 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """Leave a full disk to the main thread, to which TensorBoard's hands it on."""
+    """Leave the error of a full disk to the main thread; TensorBoard's thread passes it on."""
     if not issubclass(failed.exc_type, OSError):
         threading.__excepthook__(failed)
 
 
 def start(main: Callable[[], None]) -> None:
-    """Run a script to its end: that of Ctrl-C, and of a file that cannot be read or written, is one line."""
+    """Run a script; Ctrl-C, or a file that cannot be read or written, ends it with one line."""
     threading.excepthook = _thread_failed
     try:
         main()
@@ -70,12 +79,13 @@ def start(main: Callable[[], None]) -> None:
 
 @contextmanager
 def needs(extra: str, make_parser: Callable[[], argparse.ArgumentParser], name: str) -> Iterator[None]:
-    """Import what an extra installs: a script without it answers --help, and else says what to install.
+    """Import the packages of an extra; if one is missing, answer --help, or else say what to install.
 
     Args:
-        extra: of this library.
-        make_parser: gives the script's options.
-        name: ``__name__`` of the module that imports; where it is not the script, the script answers.
+        extra: name of an extra of this library.
+        make_parser: makes the parser of the script's options.
+        name: ``__name__`` of the importing module; if it is not the script, the error is raised for the
+            script.
     """
     try:
         yield
@@ -89,33 +99,33 @@ def needs(extra: str, make_parser: Callable[[], argparse.ArgumentParser], name: 
 
 
 def refuse_old() -> None:
-    """Raise ImportError where a package that is loaded is older than the scripts need."""
+    """Raise ImportError if a loaded package is older than the scripts need."""
     for name, oldest in OLDEST.items():
         got = getattr(sys.modules.get(name), "__version__", oldest)
         numbers, least = (list(map(int, re.findall(r"\d+", text))) for text in (got, oldest))
         if numbers < least:
-            raise ImportError(f"expected {name} {oldest} or newer, got {got}")
+            raise ImportError(f"expected {name} {oldest} or newer, got {got}: pip install '{name}>={oldest}'")
 
 
 def what_to_install(extra: str, error: Exception) -> str:
-    """Why an import failed, and the command that mends it."""
+    """Say why an import failed, and give the command that fixes it."""
     try:
-        refuse_old()  # which may be why
+        refuse_old()  # an old package may be the reason
     except ImportError as old:
-        error = old
+        return str(old)
     if isinstance(error, ImportError):
-        return f'{error}: pip install "lgla-losses[{extra}]"'
-    # Its compiled operators are of another torch.
+        return f"{error}: pip install {PACKAGES[extra]}"
+    # Its compiled operators were built for another torch.
     return (
         f"the installed torchvision does not fit the installed torch {torch.__version__} ({error}): install "
-        "both from one index, as in pip install --force-reinstall torch torchvision --index-url "
+        "both from the same index, as in pip install --force-reinstall torch torchvision --index-url "
         "https://download.pytorch.org/whl/cpu for a CPU, or https://download.pytorch.org/whl/cu126 and the "
         "like for a GPU"
     )
 
 
 def library(name: str, extra: str) -> Any:
-    """A module that an extra installs and only some options need."""
+    """Import a module that only some options need; ``extra`` installs it."""
     try:
         module = import_module(name)
         refuse_old()
@@ -125,13 +135,13 @@ def library(name: str, extra: str) -> Any:
 
 
 def shortened(names: Sequence[object], most: int = 5) -> str:
-    """The names, or the first of them and how many more there are."""
+    """List the names, or the first ones and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
 
 
 def number(kind: type[int | float], low: float, high: float = math.inf) -> Callable[[str], float]:
-    """A type for argparse: numbers from ``low`` to ``high``, and integers that fit into 64 bits."""
+    """Make a type for argparse: numbers from ``low`` to ``high``, integers within 64 bits."""
 
     def parse(text: str) -> float:
         shown = reprlib.repr(text)[1:-1]
@@ -150,56 +160,57 @@ def number(kind: type[int | float], low: float, high: float = math.inf) -> Calla
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of both scripts; ``parser.set_defaults`` gives them other defaults."""
+    """Add the options of both scripts; ``parser.set_defaults`` changes their defaults."""
     add = parser.add_argument_group("experts and loss").add_argument
-    add("--split-at", metavar="PATH", help="module that begins the stage each expert has for itself")
-    add("--head", default="auto", metavar="PATH", help="the network's classifier, where auto cannot tell it")
+    add("--split-at", metavar="PATH", help="first module of the stage that each expert has for itself")
+    add("--head", default="auto", metavar="PATH", help="the network's classifier, if auto cannot find it")
     add("--num-experts", type=number(int, 1), default=3, help="the paper's K")
     add("--layout", choices=("grouped", "independent"), default="grouped", help="how experts are stored")
-    add("--classifier", choices=("cosine", "linear"), default="cosine", help="of every expert")
+    add("--classifier", choices=("cosine", "linear"), default="cosine", help="heads of the experts")
     add("--scale", type=number(float, 1e-6), default=30.0, help="factor of cosine logits")
-    add("--adjustment", choices=ADJUSTMENTS, default="lgla", help="of the logits")
+    add("--adjustment", choices=ADJUSTMENTS, default="lgla", help="adjustment of the logits")
     add(
         "--tau",
         type=number(float, 0),
-        help=f"strength of the adjustment, for {', '.join(WITH_TAU)}; None is the loss's own",
+        help=f"strength of the adjustment, for {', '.join(WITH_TAU)}; None is the default of the loss",
     )
     add(
         "--groups",
         choices=("mass", "shots"),
         default="mass",
-        help="of the local experts' classes: of equal mass; or many, medium and few, for 4 experts",
+        help="classes of the local experts: groups with equal numbers of samples; or many, medium and few, "
+        "for 4 experts",
     )
     add("--aaw", action=argparse.BooleanOptionalAction, default=True, help="weight hard samples")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=number(int, 1), default=30, help="passes over the training data")
-    add("--batch-size", type=number(int, 1), default=128, help="samples of a forward pass")
-    add("--accumulate", type=number(int, 1), default=1, help="forward passes of a step")
+    add("--batch-size", type=number(int, 1), default=128, help="samples per forward pass")
+    add("--accumulate", type=number(int, 1), default=1, help="forward passes per step")
     add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="sgd has Nesterov's momentum")
     add("--lr", type=number(float, 0), default=0.1, help="highest learning rate")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd")
-    add("--weight-decay", type=number(float, 0), default=5e-4, help="of all but norms and biases")
+    add("--weight-decay", type=number(float, 0), default=5e-4, help="of everything except norms and biases")
     add("--decay-all", action="store_true", help="let norms and biases decay too")
-    add("--clip-norm", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0 is any")
-    add("--schedule", choices=("cosine", "step"), default="cosine", help="how the rate falls")
+    add("--clip-norm", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0: no limit")
+    add("--schedule", choices=("cosine", "step"), default="cosine", help="how the learning rate falls")
     add(
         "--milestones",
         type=number(int, 1),
         nargs="+",
-        help="epochs after which step divides the rate by 10; None is at 80 and 90 %% of them",
+        help="epochs after which step divides the rate by 10; None is 80 and 90 %% of them",
     )
     add(
         "--warmup-epochs",
         type=number(int, 0),
-        help="epochs in which the rate rises linearly; None is 1, or 0 of a run of one epoch",
+        help="epochs in which the rate rises linearly; None is 1, or 0 for a run of one epoch",
     )
     add(
         "--warmup-start",
         type=number(float, 0, 1),
-        help="part of --lr that the rise begins with, then epoch by epoch; None rises from 0 step by step",
+        help="share of --lr at which the rise starts, then epoch by epoch; None rises from 0 step by step",
     )
-    add("--final-lr", type=number(float, 0), default=0.0, help="learning rate at the end of a cosine")
+    add("--final-lr", type=number(float, 0), default=0.0, help="learning rate at the end of the cosine")
 
     add = parser.add_argument_group("running").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
@@ -211,19 +222,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--workers", type=number(int, 0), default=min(4, os.cpu_count() or 1), help="processes that load data"
     )
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of everything random")
     add(
         "--log-dir",
         type=Path,
         metavar="OUTPUT_DIR",
         default=Path("runs", Path(parser.prog).stem),
-        help="checkpoints, TensorBoard's curves and the record",
+        help="folder of checkpoints, TensorBoard curves and the record",
     )
     add("--resume", action="store_true", help="continue the run in OUTPUT_DIR")
 
 
 def check_device(parser: argparse.ArgumentParser, device: str) -> None:
-    """Refuse a device that PyTorch cannot compute on."""
+    """Refuse a device that PyTorch cannot use."""
     try:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
@@ -231,7 +242,7 @@ def check_device(parser: argparse.ArgumentParser, device: str) -> None:
 
 
 def parse_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """The options, checked as far as they go without data and folders."""
+    """Parse the options, and check them as far as possible without data and folders."""
     options = parser.parse_args(arguments)
     check_device(parser, options.device)
     if options.amp == "fp16" and torch.device(options.device).type == "cpu":

@@ -1,8 +1,9 @@
 # Needs no other file.
-"""The CIFAR recipe's augmentation on the device that trains: a batch at once, no wait, one CUDA graph.
+"""The CIFAR recipe's augmentation on the training device: whole batches, no wait, in a CUDA graph.
 
-Equal in distribution to `cifar-weak` and `cifar-strong` of ``augment.py`` on tensors. Every operation of the
-policy gives torchvision's pixels, and is a look-up: of a source pixel, of a level, or of a pair of levels.
+It has the same distribution as `cifar-weak` and `cifar-strong` of ``augment.py`` on tensors. Every operation
+of the policy gives the same pixels as torchvision. It is a table look-up: of a source pixel, of a level, or
+of a pair of levels.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Mean and deviation of the channels; augment.py's, which needs torchvision.
+#: Mean and deviation of the channels, copied from augment.py, which needs torchvision.
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 #: AutoAugment's policy for CIFAR-10 (Cubuk et al., 2019): two operations, each with probability and level.
@@ -49,7 +50,7 @@ POLICY: tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...] = (
 SIGNED = {
     "ShearX": 0.3,
     "ShearY": 0.3,
-    "TranslateX": 150.0 / 331.0,  # of the image's side
+    "TranslateX": 150.0 / 331.0,  # share of the image's side
     "TranslateY": 150.0 / 331.0,
     "Rotate": 30.0,
     "Brightness": 0.9,
@@ -59,15 +60,15 @@ SIGNED = {
 }
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 
-#: The operations that depend on what is in the image; constant tables do the others.
+#: The operations that depend on the image content; constant tables do the others.
 OTHER, CONTRAST, AUTOCONTRAST, EQUALIZE, COLOR = range(5)
 KINDS = {"Contrast": CONTRAST, "AutoContrast": AUTOCONTRAST, "Equalize": EQUALIZE, "Color": COLOR}
 
-#: More images than these go through in parts: on a CPU they stay in its cache, elsewhere a few hundred
-#: megabytes hold what lies between.
+#: More images than this are processed in parts: on a CPU the parts stay in its cache, elsewhere the
+#: intermediate values take a few hundred megabytes.
 MOST_ON_CPU, MOST_AT_ONCE = 128, 4096
 
-#: Constants are computed where torchvision's are, whatever the default device.
+#: Constants are computed on the same device as torchvision's, whatever the default device.
 CPU = torch.device("cpu")
 
 
@@ -86,9 +87,9 @@ def magnitude_of(name: str, level: int, size: int, negative: bool = False) -> fl
 
 
 def _inverse_matrix(name: str, magnitude: float, size: int) -> list[float]:
-    """Give the 2 x 3 matrix that leads from a pixel to its source, the image's centre at 0."""
+    """Give the 2 x 3 matrix that maps a pixel to its source, with the image's centre at 0."""
     angle = -math.radians(magnitude % 360) if name == "Rotate" else 0.0
-    # Degrees and back, and the centre at the corner: torchvision's way, to the last bit.
+    # Convert to degrees and back, with the centre at the corner, to match torchvision to the last bit.
     shear = math.radians(math.degrees(math.atan(magnitude)))
     shear_x, shear_y = (shear if name == axis else 0.0 for axis in ("ShearX", "ShearY"))
     centre = -0.5 * size if name.startswith("Shear") else 0.0
@@ -106,7 +107,7 @@ def _inverse_matrix(name: str, magnitude: float, size: int) -> list[float]:
 
 
 def _source_pixels(name: str, magnitude: float, size: int) -> Tensor:
-    """Give the pixel ``[size * size]`` that each pixel takes its value from: size * size is one outside."""
+    """Give the source pixel ``[size * size]`` of each pixel: size * size means outside."""
     identity = torch.arange(size * size, device=CPU)
     if name not in GEOMETRIC or magnitude == 0:
         return identity
@@ -118,7 +119,7 @@ def _source_pixels(name: str, magnitude: float, size: int) -> Tensor:
     base[..., 0], base[..., 1] = line, line[:, None]
     grid = base.view(1, -1, 3).bmm(matrix).view(1, size, size, 2)
 
-    # The sampler itself says where it looks: at 0 where that is outside.
+    # The sampler itself shows where it reads: 0 means outside.
     places = (identity + 1).to(torch.float32).view(1, 1, size, size)
     found = F.grid_sample(places, grid, mode="nearest", padding_mode="zeros", align_corners=False)
     source = found.flatten().long() - 1
@@ -126,7 +127,7 @@ def _source_pixels(name: str, magnitude: float, size: int) -> Tensor:
 
 
 def _levels(name: str, magnitude: float) -> Tensor:
-    """Give the value ``[256]``, uint8, that an operation makes of each value, whatever the image."""
+    """Give the value ``[256]``, uint8, that an operation turns each value into, for any image."""
     levels = torch.arange(256, dtype=torch.uint8, device=CPU)
     if name == "Brightness":
         return levels.mul(1.0 + magnitude).clamp(0, 255).to(torch.uint8)
@@ -144,15 +145,16 @@ def _take(images: Tensor, source: Tensor) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    """Give the whole-numbered luminance ``[N, 1, P]`` of images ``[N, 3, P]``, float32."""
+    """Compute the luminance ``[N, 1, P]`` in whole numbers of images ``[N, 3, P]``, float32."""
     red, green, blue = images[:, :1], images[:, 1:2], images[:, 2:]
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()
 
 
 def _mixtures(name: str, magnitude: float) -> Tensor:
-    """Give the value ``[256 * 256]``, uint8, that each pair of another and an own value is mixed to.
+    """Give the mixture ``[256 * 256]``, uint8, of each pair of another value and the pixel's own value.
 
-    Where the sum is a whole number its rounding decides, so it is torchvision's own sum of two tensors.
+    If the sum is a whole number, its rounding decides; so the same sum of two tensors as in torchvision is
+    used.
     """
     own = torch.arange(256, dtype=torch.float32, device=CPU).repeat(256)
     other = torch.arange(256, dtype=torch.float32, device=CPU).repeat_interleave(256)
@@ -167,7 +169,8 @@ def _mixtures(name: str, magnitude: float) -> Tensor:
 def _blurred(images: Tensor) -> Tensor:
     """Give images ``[N, C, H, W]``, float32, blurred by ``[1 1 1, 1 5 1, 1 1 1] / 13``; the frame stays.
 
-    The sums are whole numbers, exact in float32, and no thirteenth lies half-way: any order gives the same.
+    The sums are whole numbers, exact in float32, and no thirteenth lies half-way: any order gives the same
+    result.
     """
     rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
     square = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
@@ -182,7 +185,7 @@ class Operations(nn.Module):
     """Do one of several operations to each image of a batch; results are torchvision's, bit for bit.
 
     Args:
-        operations: name and magnitude of each; an unknown name leaves images as they are.
+        operations: name and magnitude of each; an unknown name leaves images unchanged.
         size: of the images, which are square.
     """
 
@@ -215,7 +218,7 @@ class Operations(nn.Module):
             self.register_buffer(name, constant, persistent=False)
 
     def forward(self, images: Tensor, chosen: Tensor) -> Tensor:
-        """Do operation ``chosen[i]`` to image i, by three steps of which two leave it as it is.
+        """Apply operation ``chosen[i]`` to image i, in three steps, of which two leave it unchanged.
 
         Args:
             images: ``[N, 3, P]``, uint8, of P = size * size pixels.
@@ -233,14 +236,14 @@ class Operations(nn.Module):
         return tables.gather(2, images.long())
 
     def _mixed(self, images: Tensor, grey: Tensor, kind: Tensor, chosen: Tensor) -> Tensor:
-        """Give images after what mixes each value with its pixel's grey or blurred one."""
+        """Mix each value with the grey or blurred value of its pixel."""
         square = images.to(torch.float32).unflatten(2, (self.size, self.size))
         other = torch.where(kind == COLOR, grey, _blurred(square).flatten(2))
         place = other.mul_(256.0).add_(images).long() + self.mixers[chosen][:, None, None]
         return self.mixtures.take(place)
 
     def _tables(self, images: Tensor, grey: Tensor, kind: Tensor, chosen: Tensor) -> Tensor:
-        """Give the tables ``[N, 3, 256]``, uint8, of the value that each value becomes."""
+        """Give the tables ``[N, 3, 256]``, uint8, that map each value to its new value."""
         lowest, highest = images.amin(2, keepdim=True), images.amax(2, keepdim=True)
         tables = self.levels[chosen][:, None]
         tables = torch.where(kind == CONTRAST, self._contrasted(grey, chosen), tables)
@@ -248,16 +251,16 @@ class Operations(nn.Module):
         return torch.where(kind == EQUALIZE, self._equalized(images, highest), tables)
 
     def _contrasted(self, grey: Tensor, chosen: Tensor) -> Tensor:
-        """Give the table that moves values from the mean grey, or to it."""
+        """Give the table that moves values away from the mean grey, or towards it."""
         own = self.every_level * self.scales[chosen][:, None, None]
-        # The quotient in float64: a GPU multiplies by a rounded reciprocal, and a level may be the next one.
+        # Divide in float64: a GPU multiplies by a rounded reciprocal, which may give the next level.
         mean = grey.sum(2, keepdim=True).double().div_(grey.shape[2]).to(torch.float32).double()
         # A fused multiply-add rounds once: in float64 the product is exact.
         contrasted = (own + mean * self.weights[chosen][:, None, None]).to(torch.float32)
         return contrasted.clamp_(0, 255).to(torch.uint8)
 
     def _stretched(self, lowest: Tensor, highest: Tensor) -> Tensor:
-        """Give the table that leads the lowest value to 0 and the highest to 255."""
+        """Give the table that maps the lowest value to 0 and the highest to 255."""
         flat = highest == lowest
         start, end = lowest.to(torch.float32), highest.to(torch.float32)
         width = (end - start).mul_(1.0 / 255.0).masked_fill_(flat, 1.0)
@@ -278,7 +281,7 @@ class Operations(nn.Module):
 
 
 def _policy_operations(size: int) -> tuple[list[tuple[str, float]], Tensor]:
-    """Give the policy's operations in both directions, after one that does nothing, and where each is.
+    """Give an operation that does nothing, then the policy's operations in both directions, and their places.
 
     Returns:
         Name and magnitude of each, and the index ``[25, 2, 2]`` by row of the policy, turn and sign.
@@ -298,13 +301,14 @@ def _policy_operations(size: int) -> tuple[list[tuple[str, float]], Tensor]:
 class DeviceAugment(nn.Module):
     """Augment and normalise whole batches on the device that holds them.
 
-    As `cifar-strong` (or `cifar-weak`): a crop from a frame of ``size // 8`` zeros, a flip, AutoAugment's
-    policy for CIFAR-10, a black square of half the side (Cutout), the channels' mean and deviation. Every
-    image has its own draws, from the default generator of the images' device. In evaluation mode images are
-    normalised as they are.
+    It does the same as `cifar-strong` (or `cifar-weak`): a crop from a frame of ``size // 8`` zeros, a flip,
+    AutoAugment's policy for CIFAR-10, a black square of half the side (Cutout), and normalisation by the
+    channels' mean and deviation. Every image has its own random draws, from the default generator of the
+    images' device. In evaluation mode images are only normalised.
 
-    There are no parameters, no host reads and no shapes that depend on data, so a CUDA graph holds it, and
-    each replay draws anew. A call takes some 200 small kernels, whether it has ten images or thousands.
+    There are no parameters, no reads by the host and no shapes that depend on data, so a CUDA graph can hold
+    it, and each replay draws new random numbers. A call takes about 200 small kernels, for ten images or
+    thousands.
 
     Args:
         size: of the images, which are square.
@@ -312,7 +316,7 @@ class DeviceAugment(nn.Module):
         dtype: of the result; the arithmetic is float32's.
 
     Raises:
-        ValueError: where ``size`` is below 3, which no 3 x 3 filter fits.
+        ValueError: ``size`` is below 3, too small for a 3 x 3 filter.
     """
 
     actions: Tensor
@@ -345,7 +349,7 @@ class DeviceAugment(nn.Module):
             self.register_buffer(name, constant, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Augment and normalise each image by draws of its own.
+        """Augment and normalise each image by its own random draws.
 
         Args:
             images: ``[N, 3, size, size]``, uint8, on the device of this module.
@@ -354,12 +358,12 @@ class DeviceAugment(nn.Module):
             ``[N, 3, size, size]``, of ``dtype``.
 
         Raises:
-            ValueError: where dtype or shape of the images are others.
+            ValueError: dtype or shape of the images differ.
         """
         if images.dtype != torch.uint8 or images.shape[1:] != (3, self.size, self.size):
             raise ValueError(
-                f"images: expected uint8 [N, 3, {self.size}, {self.size}], "
-                f"got {images.dtype} {list(images.shape)}; DeviceAugment(size=...) takes another size"
+                f"images: expected uint8 [N, 3, {self.size}, {self.size}], got {images.dtype} "
+                f"{list(images.shape)}; for another size make DeviceAugment(size=...)"
             )
         if not self.training:
             return normalised(images, self.dtype)
@@ -423,7 +427,7 @@ def normalised(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     Returns:
         ``[N, 3, H, W]``, on the images' device.
     """
-    # Filled there, not copied there: a copy waits, and a CUDA graph refuses it.
+    # Filled on the device, not copied to it: a copy waits, and a CUDA graph refuses it.
     mean, deviation = (
         torch.cat([images.new_full((1, 1, 1), value, dtype=torch.float32) for value in of_channels])
         for of_channels in (MEAN, DEVIATION)

@@ -1,9 +1,9 @@
 # Needs: cli.py, resnet32.py, stacked.py, stacked_kernels.py.
-"""Steps of training whose data, order and learning rates lie on the device: one CUDA graph, and no wait.
+"""Training steps with data, order and learning rates on the device: one CUDA graph, no wait.
 
-A step reads its number on the device, and from tables there which images it takes and how far it goes. So the
-same recording serves every step. It also augments the images of the next one: that is many small kernels,
-which a GPU runs beside those of the networks. On a CPU the steps are run as they are.
+A step reads its number on the device, and from tables there its images and learning rate. So the same
+recording works for every step. It also augments the images of the next step: many small kernels, which a GPU
+runs in parallel with those of the networks. On a CPU the steps run without a recording.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 from stacked import SeparateNetworks, StackedNetworks
 from torch import Tensor, nn
 
-#: Test images at once.
+#: Number of test images at once.
 EVALUATED_AT_ONCE = 2000
 
 
 class DeviceSGD:
-    """:class:`torch.optim.SGD` with Nesterov's momentum, of a learning rate that lies on the device.
+    """:class:`torch.optim.SGD` with Nesterov momentum and a learning rate on the device.
 
-    Weights of low precision are rounded copies of others, which learn.
+    Low-precision weights are rounded copies of the weights that are trained.
 
     Args:
-        net: whose parameters learn.
-        dtype: of the convolutions' weights.
-        momentum: factor of the earlier gradients; 0 for none.
-        weight_decay: of all parameters.
+        net: network to train.
+        dtype: dtype of the convolutions' weights.
+        momentum: factor of earlier gradients; 0 for none.
+        weight_decay: weight decay of all parameters.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class DeviceSGD:
 
     @torch.no_grad()
     def step(self, rate: Tensor) -> None:
-        """Change the parameters by their gradients, which are spent.
+        """Update the parameters by their gradients, which are overwritten.
 
         Args:
             rate: the learning rate, a scalar.
@@ -74,12 +74,12 @@ class DeviceSGD:
 
 
 class Tables(NamedTuple):
-    """What the steps of a run read, on the device.
+    """The values that the steps of a run read, on the device.
 
     Attributes:
         images: uint8 ``[N, 3, H, W]``.
         targets: classes of the images, int64 ``[N]``.
-        order: the images of every step, and once more some, int64 ``[steps + 1, B]``.
+        order: the images of every step, and one more row, int64 ``[steps + 1, B]``.
         rates: learning rate of every step, float32 ``[steps]``.
     """
 
@@ -93,10 +93,10 @@ class Steps:
     """The steps of all runs together.
 
     Args:
-        net: the runs' networks, on the device.
+        net: networks of the runs, on the device.
         criteria: the loss of every run.
-        optimizer: of the networks' parameters.
-        augment: makes normalised images of uint8 ones, and draws on the device's default generator.
+        optimizer: optimizer of the networks' parameters.
+        augment: makes normalised images from uint8 ones, with the device's default generator.
         tables: data, order and learning rates.
         steps_per_epoch: the losses are summed by epoch.
     """
@@ -122,7 +122,7 @@ class Steps:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def state(self) -> dict[str, Tensor]:
-        """All that a step changes, as it lies on the device."""
+        """Everything that a step changes, on the device."""
         optimizer = self.optimizer
         named = {"weight": optimizer.weights, "momentum": optimizer.momenta, "buffer": self.net.buffers()}
         tensors = {f"{name} {i}": tensor for name, group in named.items() for i, tensor in enumerate(group)}
@@ -132,20 +132,20 @@ class Steps:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over what :meth:`state` gave, in the memory that a recording uses."""
+        """Restore the values of :meth:`state`, in the memory that a recording uses."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
 
     def record(self) -> None:
-        """Record a step as a CUDA graph; nothing has changed afterwards but the random numbers drawn."""
+        """Record a step as a CUDA graph; afterwards only the random state has changed."""
         before = {name: tensor.clone() for name, tensor in self.state().items()}
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         torch.backends.cudnn.benchmark = True
         try:
-            with torch.cuda.stream(stream):  # libraries choose and compile before they are recorded
+            with torch.cuda.stream(stream):  # libraries choose and compile kernels before the recording
                 for debugging in ("default", "default", "error"):
-                    # What waits is told here: a recording would break, and what comes after it, too.
+                    # Report operations that wait here: they would break a recording and everything after it.
                     torch.cuda.set_sync_debug_mode(debugging)
                     self.step.zero_()
                     self.run()
@@ -153,7 +153,7 @@ class Steps:
             torch.cuda.current_stream().wait_stream(stream)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # Other threads, as those that pin memory, may go on allocating.
+            # Other threads, such as those that pin memory, may go on allocating.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.run()
         finally:
@@ -163,7 +163,7 @@ class Steps:
         self.restore(before)
 
     def advance(self) -> None:
-        """Do a step; on a GPU it is under way when this returns."""
+        """Do a step; on a GPU it may still run when this returns."""
         if self.graph is None:
             self.run()
         else:
@@ -171,7 +171,7 @@ class Steps:
 
     @torch.no_grad()
     def prime(self) -> None:
-        """Augment the images of the next step anew; a step does so for the one after it."""
+        """Augment the images of the next step again; a step does this for the step after it."""
         images, target = self._batch(self.step)
         self.images.copy_(images)
         self.target.copy_(target)
@@ -183,7 +183,7 @@ class Steps:
         return images, self.tables.targets.index_select(0, index)
 
     def run(self) -> None:
-        """Do a step as it is written here: no operation waits for the device."""
+        """Do a step without a recording; no operation waits for the device."""
         if self.side is None:
             following = self._batch(self.step + 1)
             self._learn()
@@ -200,9 +200,9 @@ class Steps:
         self.step.add_(1)
 
     def _learn(self) -> None:
-        """Change the parameters by the batch that is there."""
+        """Update the parameters by the current batch."""
         for parameter in self.optimizer.parameters:
-            parameter.grad = None  # the gradients of a recording lie in its own memory
+            parameter.grad = None  # the gradients of a recording are in its own memory
         logits = self.net(self.images)
         losses = [criterion(v, self.target) for criterion, v in zip(self.criteria, logits, strict=True)]
         total = torch.stack(losses)
@@ -213,9 +213,9 @@ class Steps:
         self.sums.index_add_(0, self.step // self.steps_per_epoch, self.losses[None])
 
     def trial(self, number: int) -> tuple[list[list[float]], float]:
-        """What the first two steps lose, and how long a step takes; nothing has changed afterwards.
+        """Measure the losses of the first two steps, and the time of a step; then restore everything.
 
-        The random numbers are drawn anew: every form of the networks loses the same.
+        The random numbers start again, so every form of the networks has the same losses.
         """
         before = {name: tensor.clone() for name, tensor in self.state().items()}
         torch.manual_seed(0)
@@ -235,7 +235,7 @@ class Steps:
         return losses, seconds
 
     def _advance_first(self) -> None:
-        """Do the first step again, as a short run has no others."""
+        """Do the first step again, because a short run has no others."""
         self.step.zero_()
         self.advance()
 
@@ -249,7 +249,7 @@ class Steps:
 
         Args:
             images: uint8 ``[N, 3, H, W]``.
-            prepare: makes normalised images of them.
+            prepare: makes normalised images from them.
         """
         self.net.eval()
         parts = [self.net(prepare(part)) for part in images.split(EVALUATED_AT_ONCE)]

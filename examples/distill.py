@@ -1,8 +1,8 @@
 # Needs: cli.py, quickstart.py.
-"""Teach one network what LGLA's experts know: accuracy and cost side by side, on long-tailed digits.
+"""Distil LGLA's experts into one network: accuracy and cost side by side, on long-tailed digits.
 
-The student matches the ensemble's softened probabilities. Those hold about the uniform prior, so the student
-needs no adjustment; but it sees few images of rare digits, unless all digits are drawn equally often.
+The student matches the ensemble's softened probabilities. These hold about the uniform prior, so the student
+needs no adjustment. But it sees few images of rare digits, unless all digits are drawn equally often.
 """
 
 from __future__ import annotations
@@ -34,9 +34,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--temperatures", type=number(float, 1e-3), nargs="+", default=[4.0], metavar="T", help="of students")
-    add("--shares", type=number(float, 0, 1), nargs="+", default=[1.0], help="of the teacher in their loss")
+    add(
+        "--shares",
+        type=number(float, 0, 1),
+        nargs="+",
+        default=[1.0],
+        help="share of the teacher in the loss",
+    )
     add("--imbalance", type=number(float, 1), default=50.0, help="largest over smallest class")
-    add("--first-seed", type=number(int, 0), default=0, help="the seeds are this one and those behind it")
+    add("--first-seed", type=number(int, 0), default=0, help="first of consecutive seeds")
     add("--seeds", type=number(int, 1), default=10, help="number of seeds")
     add("--epochs", type=number(int, 1), default=50, help="epochs of every run")
     return parser
@@ -70,12 +76,12 @@ def network(num_experts: int) -> ExpertModel:
 
 
 def one_network() -> ExpertModel:
-    """The demo's network with one expert: that of every row but two."""
+    """The demo's network with one expert: used in every row except two."""
     return network(1)
 
 
 def network_of_shared_features() -> ExpertModel:
-    """One network, with K classifiers on its features."""
+    """One network with K classifiers on its features."""
     trunk = nn.Sequential(DigitsNet(1).trunk, DigitsStage(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     experts = GroupConvExperts(None, NUM_EXPERTS, NUM_CLASSES, num_features=32, scale=SCALE)
     return ExpertModel(trunk, experts)
@@ -84,8 +90,8 @@ def network_of_shared_features() -> ExpertModel:
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Compute the cross entropy of softened probabilities, times T^2.
 
-    The gradient of softened logits is about 1 / T^2 of that at T = 1; the factor makes up for it.
-    Source: Hinton et al. 2015, section 2, Eqs. 1 to 4.
+    The gradient of softened logits is about 1 / T^2 of that at T = 1; the factor corrects this. Source:
+    Hinton et al. 2015, section 2, Eqs. 1 to 4.
 
     Args:
         student: logits ``[N, C]``.
@@ -100,7 +106,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
 
 
 class Lesson(NamedTuple):
-    """What a network is, and what it learns by: labels, a teacher, or both."""
+    """A network, and what it learns from: labels, a teacher, or both."""
 
     make: Callable[[], ExpertModel]
     criterion: Callable[[ExpertOutput, Tensor], Tensor]
@@ -110,7 +116,7 @@ class Lesson(NamedTuple):
     share: float = 1.0
 
     def loss(self, output: ExpertOutput, images: Tensor, labels: Tensor) -> Tensor:
-        """Compute the loss of a batch: that of the teacher by its share, that of the labels by the rest."""
+        """Compute the loss of a batch: the teacher's times its share, the labels' times the rest."""
         if self.teacher is None:
             return self.criterion(output, labels)
 
@@ -152,10 +158,10 @@ def fit(lesson: Lesson, split: Split, epochs: int) -> ExpertModel:
 def lessons(
     class_counts: list[int], teacher: ExpertModel, temperatures: list[float], shares: list[float]
 ) -> dict[str, Lesson]:
-    """All rows of the table but the teacher's.
+    """All rows of the table except the teacher's.
 
-    Every temperature and share has a student that draws all digits equally; the first of them has another one
-    that does not.
+    For every temperature and share, one student draws all digits equally; for the first, another student does
+    not.
     """
     balanced, lgla = BalancedSoftmaxLoss(class_counts), LGLALoss(class_counts, NUM_EXPERTS, scale=SCALE)
     table = {
@@ -169,7 +175,7 @@ def lessons(
         for temperature in temperatures:
             of_labels = "" if share == 1 else f" share={share:g}"
             name = f"Student T={temperature:g}{of_labels}"
-            # Labels of digits that are drawn equally need no adjustment.
+            # Labels of equally drawn digits need no adjustment.
             taught = Lesson(one_network, cross_entropy, True, teacher, temperature, share)
             if temperature == temperatures[0] and share == shares[0]:
                 table[name] = taught._replace(criterion=balanced, equally=False)
@@ -194,12 +200,12 @@ class OneHead(nn.Module):
         self.weight = nn.Parameter(SCALE * centres.mean(dim=0))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Give the ensemble's logits."""
+        """Compute the ensemble's logits."""
         return F.linear(F.normalize(features, dim=-1), self.weight)
 
 
 def shipped(model: ExpertModel) -> nn.Module:
-    """The plain network of one expert, or of K heads that are merged: what predicts in the end."""
+    """The network that predicts in the end: with one expert, or with K merged heads."""
     experts = model.experts
     head = OneHead(experts.classifiers) if experts.stage is None else experts.extract(0)
     return nn.Sequential(model.trunk, head).eval()
@@ -214,8 +220,8 @@ def recalls(model: nn.Module, split: Split) -> Tensor:
 
 @torch.inference_mode()
 def multiply_adds(model: nn.Module, images: Tensor) -> int:
-    """Multiplications with an addition, for one image."""
-    from torch.utils.flop_counter import FlopCounterMode  # which says on import that it lacks triton
+    """Multiply-adds for one image."""
+    from torch.utils.flop_counter import FlopCounterMode  # its import prints that triton is missing
 
     with FlopCounterMode(display=False) as counter:
         model(images[:1])
@@ -224,9 +230,10 @@ def multiply_adds(model: nn.Module, images: Tensor) -> int:
 
 @torch.inference_mode()
 def microseconds(models: dict[str, nn.Module], images: Tensor, turns: int) -> dict[str, list[float]]:
-    """Processor time of an image, all images at once; what else the machine does is not in it.
+    """Processor time per image, all images at once; other work of the machine is not included.
 
-    In every turn the models come in a new order: each inherits the caches and the memory of the one before.
+    In every turn the models run in a new order, because each inherits the caches and memory of the one
+    before.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
     order = random.Random(0)
@@ -240,13 +247,13 @@ def microseconds(models: dict[str, nn.Module], images: Tensor, turns: int) -> di
 
 
 def mean_and_deviation(values: Tensor, sign: str = "") -> str:
-    """As a cell shows it."""
+    """Format mean and deviation for a cell."""
     deviation = f" ±{values.std():.1f}" if len(values) > 1 else ""
     return f"{values.mean():{sign}.1f}{deviation}"
 
 
 def print_accuracies(accuracy: dict[str, Tensor], class_counts: list[int], title: str) -> None:
-    """Mean and standard deviation over the seeds, and of the differences from the teacher's."""
+    """Print mean and standard deviation over the seeds, and of the differences from the teacher."""
     columns = {name: members for name, members in shot_columns(class_counts).items() if name != "3 rarest"}
     table = Table(title=title)
     table.add_column("model", no_wrap=True)
@@ -265,7 +272,7 @@ def print_accuracies(accuracy: dict[str, Tensor], class_counts: list[int], title
 
 
 def print_costs(models: dict[str, nn.Module], images: Tensor) -> None:
-    """Parameters, multiply-adds and processor time of what predicts."""
+    """Print parameters, multiply-adds and processor time of the networks that predict."""
     table = Table(title=f"Cost of an image, of {len(images)} predicted at once on one core")
     table.add_column("what predicts", no_wrap=True)
     for column in ("parameters", "multiply-adds", "µs (quartiles)"):
@@ -281,7 +288,7 @@ def print_costs(models: dict[str, nn.Module], images: Tensor) -> None:
 
 
 def provenance() -> str:
-    """The processor as Linux names it, the version of torch, and the commit where there is one."""
+    """The processor's name in Linux, the version of torch, and the commit, if there is one."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -295,7 +302,7 @@ def provenance() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train teacher, students and what they are compared with on every seed, and report the last epoch."""
+    """Train teacher, students and the networks to compare on every seed, and report the last epoch."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -1,5 +1,5 @@
 # Needs no other file.
-"""Training passes as CUDA graphs: launching the kernels of a small network takes longer than they do."""
+"""Training passes as CUDA graphs: for a small network, launching kernels takes longer than running them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 
 class GraphedPass:
-    """A forward and backward pass, recorded for every shape of a batch and replayed afterwards.
+    """Forward and backward pass, recorded once for every shape of a batch and then replayed.
 
-    Gradients are zeroed within the recording and never replaced, so that the recordings of all shapes
-    write into the same ones.
+    Gradients are set to zero inside the recording and never replaced, so that the recordings of all shapes
+    write into the same tensors.
 
     Args:
         run: computes the loss of a batch on the device and adds its gradients; it must not wait for the
             device.
-        model: what ``run`` trains. Its buffers are as before after a recording's warm-up.
+        model: the model that ``run`` trains. The warm-up of a recording does not change its buffers.
     """
 
     def __init__(self, run: Callable[[list[Tensor], Tensor], Tensor], model: nn.Module) -> None:
@@ -29,7 +29,7 @@ class GraphedPass:
         self.pool: Any = None
 
     def __call__(self, inputs: list[Tensor], target: Tensor) -> Tensor:
-        """The loss of a batch; the parameters' gradients are those of this batch alone."""
+        """Compute the loss of a batch; the parameters' gradients are those of this batch only."""
         batch = [*inputs, target]
         shapes = tuple(tensor.shape for tensor in batch)
         if shapes not in self.recordings:
@@ -48,20 +48,20 @@ class GraphedPass:
         before = [buffer.clone() for buffer in self.model.buffers()]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries choose and allocate before they are recorded
+        with torch.cuda.stream(stream):  # libraries choose kernels and allocate before the recording
             for _ in range(3):
-                self._run_anew(static)
+                self._run_again(static)
         torch.cuda.current_stream().wait_stream(stream)
         for buffer, value in zip(self.model.buffers(), before, strict=True):
             buffer.copy_(value)
         graph = torch.cuda.CUDAGraph()
-        # The thread that pins batches allocates meanwhile, which the mode "global" forbids.
+        # The thread that pins batches allocates at the same time, which the mode "global" forbids.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            loss = self._run_anew(static)
+            loss = self._run_again(static)
         self.pool = graph.pool()
         return graph, static, loss
 
-    def _run_anew(self, batch: list[Tensor]) -> Tensor:
+    def _run_again(self, batch: list[Tensor]) -> Tensor:
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()

@@ -1,8 +1,8 @@
 # Needs: cli.py, files.py, quickstart.py.
-"""Make real long-tailed data sets from what a machine has, without downloads.
+"""Make real long-tailed data sets from data on this machine, without downloads.
 
-digits: scikit-learn's handwritten digits. fashion-mnist: the four .gz files of Fashion-MNIST, which Debian
-has as the package dataset-fashion-mnist. docstrings: those of Python's standard library and their packages.
+digits: scikit-learn's handwritten digits. fashion-mnist: the four .gz files of Fashion-MNIST, in Debian's
+package dataset-fashion-mnist. docstrings: docstrings of Python's standard library, labelled by package.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from lgla_losses.data import long_tailed_counts
 #: Debian's package dataset-fashion-mnist puts the files here.
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
-#: Of the packages with so many docstrings or more, ranked by them, every third: the tail keeps its shape.
+#: Every third of the packages with at least this many docstrings, ranked by their number: the tail keeps its
+#: shape.
 FEWEST_DOCSTRINGS, EVERY = 10, 3
 
-#: Not installed everywhere, or no part of the library proper.
+#: Not installed everywhere, or not part of the library itself.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
 
 
@@ -72,7 +73,7 @@ def fashion_mnist(options: argparse.Namespace) -> None:
 def draw(
     option: str, labels: npt.NDArray[np.uint8], class_counts: list[int], generator: np.random.Generator
 ) -> npt.NDArray[np.int64]:
-    """The indices of as many samples of every class as it is allowed."""
+    """Draw the indices of the allowed number of samples of every class."""
     classes = enumerate(class_counts)
     there = np.bincount(labels, minlength=len(class_counts))
     for j, n in enumerate(class_counts):
@@ -82,9 +83,9 @@ def draw(
 
 
 def read_idx(path: Path) -> npt.NDArray[np.uint8]:
-    """An array of bytes in MNIST's format: its dimensions, then the values."""
+    """Read an array of bytes in MNIST's format: its dimensions, then the values."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; apt install dataset-fashion-mnist, or give --source")
+        raise FileNotFoundError(f"there is no {path}; apt install dataset-fashion-mnist, or pass --source")
     try:
         content = gzip.decompress(path.read_bytes())
         num_dimensions = content[3]
@@ -101,7 +102,7 @@ def write_images(
     val_images: npt.NDArray[np.uint8],
     val_labels: npt.NDArray[np.integer],
 ) -> None:
-    """What train_images.py reads."""
+    """Write the file that train_images.py reads."""
     arrays: dict[str, Any] = {
         "train_images": train_images,
         "train_labels": train_labels,
@@ -113,7 +114,7 @@ def write_images(
 
 
 def docstrings(options: argparse.Namespace) -> None:
-    """Docstrings of functions and classes and the packages they are from."""
+    """Write docstrings of functions and classes, with their packages."""
     package_of = standard_docstrings()
     by_frequency = sorted(Counter(package_of.values()).items(), key=lambda item: (-item[1], item[0]))
     chosen = {package: n for package, n in by_frequency[::EVERY] if n >= FEWEST_DOCSTRINGS}
@@ -126,7 +127,7 @@ def docstrings(options: argparse.Namespace) -> None:
 
 
 def standard_docstrings() -> dict[str, str]:
-    """The package of every docstring of the standard library; of equal ones the first."""
+    """The package of every docstring of the standard library; the first of equal ones."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, str] = {}
     for path in sorted(root.rglob("*.py")):
@@ -153,11 +154,11 @@ def main(arguments: list[str] | None = None) -> None:
             kind.add_argument(
                 "--imbalance", type=number(float, 1), default=100.0, help="largest / smallest class"
             )
-            kind.add_argument("--seed", type=number(int, 0), default=0, help="of which images are taken")
+            kind.add_argument("--seed", type=number(int, 0), default=0, help="seed of the choice of images")
         if make is fashion_mnist:
             kind.add_argument("--largest", type=number(int, 1), default=6000, help="images of class 0")
-            kind.add_argument("--validation", type=number(int, 1), default=1000, help="images a class")
-            kind.add_argument("--source", type=Path, default=DEBIAN, help="folder of the four .gz files")
+            kind.add_argument("--validation", type=number(int, 1), default=1000, help="images per class")
+            kind.add_argument("--source", type=Path, default=DEBIAN, help="folder with the four .gz files")
     options = parser.parse_args(arguments)
     try:
         check_output("output", options.output)

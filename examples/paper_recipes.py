@@ -1,5 +1,5 @@
 # Needs: cli.py, files.py.
-"""What the TOML files of examples/paper say: recipes, each a cell of a table, and suites of them."""
+"""Read the TOML files of examples/paper: recipes, one per cell of a table, and suites of them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from files import kind_of
 
 RECIPES = Path(__file__).with_name("paper")
 
-#: What a recipe says beside options: the files it builds on, its cell, and what the paper reports there.
+#: Keys of a recipe besides options: its base files, its cell, and the paper's number there.
 ABOUT = ("base", "dataset", "table", "row", "column", "paper", "protocol")
 
 
 def suite_commands(name: str, files: dict[str, str]) -> list[list[str]]:
-    """Expand a suite of ``suites.toml`` into the arguments of train_paper.py, a list a cell.
+    """Expand a suite of ``suites.toml`` into the arguments of train_paper.py, one list per cell.
 
     Args:
-        name: of the suite.
-        files: data files by the names that the suites give them; of those left out the suites' own are taken.
+        name: name of the suite.
+        files: data files by their names in the suites; for others the suite's default is used.
 
     Raises:
         InputError: there is no such suite or file.
@@ -38,7 +38,7 @@ def suite_commands(name: str, files: dict[str, str]) -> list[list[str]]:
         raise InputError(f"--files: expected names among {', '.join(known)}, got {', '.join(unknown)}")
 
     suite, paths = suites[name], known | files
-    folder = os.path.relpath(RECIPES)  # as one would type it
+    folder = os.path.relpath(RECIPES)  # relative, as typed by hand
     commands = []
     for run in suite["runs"]:
         for cell in run["cells"]:
@@ -57,7 +57,7 @@ def suite_commands(name: str, files: dict[str, str]) -> list[list[str]]:
 
 
 def read_recipe(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read what a file says over the files of its ``base``; ``readers`` are those whose base it is."""
+    """Read a recipe on top of the files of its ``base``; ``readers`` are the files that build on it."""
     got = kind_of(path)
     if got == "nothing":
         others = get_close_matches(path.name, [file.name for file in path.parent.glob("*.toml")])
@@ -67,7 +67,7 @@ def read_recipe(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     chain = (*readers, path.resolve())
     if chain[-1] in readers:
         names = " -> ".join(file.name for file in chain[chain.index(chain[-1]) :])
-        raise InputError(f"{path}: expected a base that ends somewhere, got the circle {names}")
+        raise InputError(f"{path}: expected bases without a circle, got the circle {names}")
 
     said = read_toml(path)
     settings: dict[str, Any] = {}
@@ -81,7 +81,7 @@ def read_recipe(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a file of TOML; an InputError where it is none."""
+    """Read a TOML file; raise InputError if it is not one."""
     try:
         return parse_toml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -89,15 +89,15 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Parse TOML; a ValueError where it is none."""
+    """Parse TOML; raise ValueError if it is not TOML."""
     try:
         return tomllib.loads(text)
     except RecursionError as error:
-        raise ValueError("lists or tables too deep in each other") from error
+        raise ValueError("lists or tables nested too deeply") from error
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """Split ``key=value``; the value is one of TOML, or else a string."""
+    """Split ``key=value``; the value is TOML, or else a string."""
     key, equals, value = text.partition("=")
     if not equals:
         raise InputError(f"--set: expected key=value, got {text!r}")
@@ -108,15 +108,15 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def as_arguments(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> list[str]:
-    """Turn settings into a command line, which checks their values."""
-    not_settings = ("help", "resume", "seed", "log_dir")  # --seeds and --runs say these
+    """Turn settings into command-line arguments; the parser checks their values."""
+    not_settings = ("help", "resume", "seed", "log_dir")  # --seeds and --runs set these
     actions = {action.dest: action for action in parser._actions if action.dest not in not_settings}
     has_tau = settings.get("adjustment", "lgla") in WITH_TAU
     arguments = []
     for key, value in settings.items():
-        if key in ABOUT or value == "":  # nothing: the option's default
+        if key in ABOUT or value == "":  # empty: the option's default
             continue
-        if key == "tau" and not has_tau:  # of a data set's recipe, for the methods that have one
+        if key == "tau" and not has_tau:  # set by the data set's recipe, for methods with a tau
             continue
         if key not in actions:
             close = ", ".join(get_close_matches(key, actions)) or "none"

@@ -3,7 +3,7 @@
 
 A page says what it shows: between ``<!-- KIND: NAME NAME -->`` and ``<!-- end -->`` goes a table of the
 records of these names; ``<!-- bars: NAME NAME -->`` stands before an image that is drawn of them. A page
-that is not there is begun with all records. With --runs what needs test logits is computed first.
+that is not there begins with all records. With --runs, what needs test logits is computed first.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from files import check_output, make_folder, write_whole
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "docs" / name for name in ("results.md", "results-details.md")]
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = Parser(description=__doc__)
     parser.add_argument("--records", type=Path, default=ROOT / "benchmarks" / "results" / "paper")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--page", type=Path, nargs="+", default=PAGES, help="the pages to fill")
     parser.add_argument(
         "--runs", type=Path, help="folder of train_paper.py's runs, whose names are the records'"
     )
@@ -44,10 +45,9 @@ with needs("plot", make_parser, __name__):
     from lgla_losses.data import long_tailed_counts, long_tailed_indices
     from lgla_losses.label_shift import estimate_prior, shift_prior
     from lgla_losses.plot import fusion_sweep, plot_fusion_sweep, plot_weight_norms
-    from lgla_losses.plot.style import COLORS
+    from lgla_losses.plot.style import HATCHES, METHODS
 
     mpl.use("Agg")
-    from matplotlib import pyplot as plt
 
     sys.path.append(str(ROOT / "benchmarks"))
     from tables import grid
@@ -56,14 +56,24 @@ TABLE = re.compile(r"(<!-- (cells|shift|tau|scripts): (.*?) -->\n).*?(<!-- end -
 BARS = re.compile(r"<!-- bars: (.*?) -->\s*!\[(.*?)\]\((.*?)\)")
 SMOOTHING = 3.0  # of the prior that is fitted to a test set
 SPLITS = ("all", "many", "medium", "few")
+#: Their names in a record.
+COLUMNS = ("balanced", *SPLITS[1:])
+#: Colors by the first word of a method; CLA is LGLA without its weights. Hatches tell the bars apart.
+COLORS = {
+    "Softmax": METHODS["softmax"],
+    "BALMS": METHODS["balanced softmax"],
+    "CLA": METHODS["LGLA"],
+    "LGLA": METHODS["LGLA"],
+    "Ours": METHODS["LGLA"],
+}
 
 
 def cell_text(score: dict[str, float | None] | None) -> str:
-    """``mean ± deviation``, or a dash where a split has no classes."""
+    """``mean ± deviation``, which no line break divides, or a dash where a split has no classes."""
     if score is None:
         return "-"
     deviation = score["deviation"]
-    return f"{score['mean']:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+    return f"{score['mean']:.1f}" + ("" if deviation is None else f"\u00a0±\u00a0{deviation:.1f}")
 
 
 def label(record: dict[str, Any]) -> str:
@@ -72,24 +82,61 @@ def label(record: dict[str, Any]) -> str:
 
 
 def cells_table(records: list[dict[str, Any]]) -> str:
-    """A row a record: last epoch, best epoch beside it, time, and the paper's number."""
-    rows: list[list[object]] = []
+    """A row a record: accuracies after the last epoch, and the paper's number where there is one."""
+    scores = [[record["summary"]["final"].get(column) for column in COLUMNS] for record in records]
+    best = [cell_text(record["summary"]["best"]["balanced"]) for record in records]
+    columns = {
+        "method": [label(record) for record in records],
+        **dict(
+            zip(SPLITS, ([cell_text(s) for s in column] for column in zip(*scores, strict=True)), strict=True)
+        ),
+        "best epoch": best,
+        "paper, with RandAug": [paper_text(record) for record in records],
+    }
+    if set(columns["few"]) == {"-"}:
+        del columns["few"]
+    if best == columns["all"]:  # evaluated at the end only, or best there
+        del columns["best epoch"]
+    if set(columns["paper, with RandAug"]) == {"-"}:
+        del columns["paper, with RandAug"]
+    seeds = seeds_text(records)
+    told = "One seed." if seeds == "1" else f"Mean ± standard deviation over {seeds} seeds."
+    table = grid(list(columns), zip(*columns.values(), strict=True))
+    return f"{table}\n\n{' '.join([told, *protocol_text(records)])}"
+
+
+def paper_text(record: dict[str, Any]) -> str:
+    """The paper's number. It trains with RandAugment, but for a column of Table 4 and for Places-LT."""
+    if record["paper"] is None:
+        return "-"
+    without = record["column"] == "w/o RandAug" or "Places-LT" in record["protocol"]
+    return f"{record['paper']}{' (without)' if without else ''}"
+
+
+def protocol_text(records: list[dict[str, Any]]) -> list[str]:
+    """What the paper's numbers are of, in a sentence if there are any."""
+    found: dict[str, list[str]] = {}
     for record in records:
-        final, best = record["summary"]["final"], record["summary"]["best"]
-        cells = [cell_text(final.get(split)) for split in ("balanced", "many", "medium", "few")]
-        minutes = statistics.median(run["seconds"] for run in record["runs"]) / 60
-        paper = "-" if record["paper"] is None else f"{record['paper']} ({record['protocol']})"
-        rows.append(
-            [label(record), *cells, cell_text(best["balanced"]), len(record["runs"]), f"{minutes:.1f}", paper]
-        )
-    header = ["method", *SPLITS, "best epoch, all", "seeds", "minutes a run", "paper, all"]
-    return grid(header, rows)
+        if record["paper"] is not None:
+            found.setdefault(record["protocol"], []).append(label(record))
+    told = [
+        f"{', '.join(rows)}: {protocol}" if i else protocol
+        for i, (protocol, rows) in enumerate(found.items())
+    ]
+    return [f"The paper's numbers: {'; '.join(told)}."] if told else []
+
+
+def seeds_text(records: list[dict[str, Any]]) -> str:
+    """How many runs a number is of, at least and at most."""
+    numbers = [len(record["runs"]) for record in records]
+    return " to ".join(map(str, dict.fromkeys((min(numbers), max(numbers)))))
 
 
 def shift_table(records: list[dict[str, Any]]) -> str:
     """A row a test distribution, averaged over the seeds of one record."""
-    columns = ("as it is", "uniform", "fitted", "fitted, smoothed", "true")
-    distances = ("distance, fitted", "distance, fitted, smoothed")
+    columns = {name: name for name in ("as it is", "uniform", "fitted")} | {"fitted, smoothed": "smoothed"}
+    columns |= {"true": "true"}
+    distances = {"distance, fitted": "distance: fitted", "distance, fitted, smoothed": "smoothed"}
     rows: list[list[object]] = []
     for same in zip(*records[0]["label_shift"], strict=True):
         factor = same[0]["imbalance"]
@@ -97,23 +144,30 @@ def shift_table(records: list[dict[str, Any]]) -> str:
         accuracies = [f"{statistics.mean(row[column] for row in same):.1f}" for column in columns]
         away = [f"{statistics.mean(row[column] for row in same):.2f}" for column in distances]
         rows.append([name, same[0]["samples"], *accuracies, *away])
-    return grid(["test set", "samples", *columns, *distances], rows)
+    return grid(["test set", "samples", *columns.values(), *distances.values()], rows)
 
 
 def tau_table(records: list[dict[str, Any]]) -> str:
-    """A row a K: balanced accuracy and lean to the head by tau / (K - 1)."""
+    """A row a K by tau / (K - 1): a table of balanced accuracy, and one of the lean to the head."""
     cells = {(cell["experts"], cell["ratio"]): cell for cell in records[0]["cells"]}
     ratios = sorted({ratio for _, ratio in cells})
-    rows: list[list[object]] = []
+    accuracies: list[list[object]] = []
+    slopes: list[list[object]] = []
     for k in records[0]["experts"]:
-        texts = []
-        for ratio in ratios:
-            values = cells[k, ratio]["balanced"]
-            deviation = statistics.stdev(values) if len(values) > 1 else None
-            score = {"mean": statistics.mean(values), "deviation": deviation}
-            texts.append(f"{cell_text(score)} ({statistics.mean(cells[k, ratio]['slope']):+.2f})")
-        rows.append([f"K = {k}", *texts])
-    return grid(["tau / (K - 1)", *(f"{ratio:g}" for ratio in ratios)], rows)
+        of_k = [cells[k, ratio] for ratio in ratios]
+        accuracies.append([f"K = {k}", *(spread_text(cell["balanced"]) for cell in of_k)])
+        slopes.append([f"K = {k}", *(f"{statistics.mean(cell['slope']):+.2f}" for cell in of_k)])
+    header = [f"{ratio:g}" for ratio in ratios]
+    return (
+        f"{grid(['accuracy at tau / (K - 1) =', *header], accuracies)}\n\n"
+        f"{grid(['lean at tau / (K - 1) =', *header], slopes)}"
+    )
+
+
+def spread_text(values: list[float]) -> str:
+    """Mean and standard deviation of some values."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return cell_text({"mean": statistics.mean(values), "deviation": deviation})
 
 
 def scripts_table(records: list[dict[str, Any]]) -> str:
@@ -252,22 +306,43 @@ def draw_norms(analysis: dict[str, Any], path: Path) -> None:
 
 
 def draw_cells(records: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Accuracy by split, a group of bars a record."""
-    figure, axes = plt.subplots(figsize=(2 + 1.5 * len(records), 4), layout="constrained")
-    columns = {"balanced": "all", "many": "many", "medium": "medium", "few": "few"}
-    for i, (column, name) in enumerate(columns.items()):
-        scores = [record["summary"]["final"].get(column) for record in records]
-        if not any(scores):  # a split without classes
-            continue
-        place = np.arange(len(records)) + 0.2 * i - 0.3
-        heights = [score["mean"] if score else 0.0 for score in scores]
-        deviations = [score["deviation"] or 0.0 if score else 0.0 for score in scores]
-        axes.bar(place, heights, 0.2, yerr=deviations, color=["black", *COLORS][i], label=name, capsize=2)
-    axes.set_xticks(np.arange(len(records)), [label(record) for record in records])
+    """Accuracy by split: a group of bars a split, with a bar a record."""
+    finals = [record["summary"]["final"] for record in records]
+    splits = {
+        column: name
+        for column, name in zip(COLUMNS, SPLITS, strict=True)
+        if any(f.get(column) for f in finals)
+    }
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    width = 0.85 / len(records)
+    for i, (record, final) in enumerate(zip(records, finals, strict=True)):
+        scores = [final.get(column) or {"mean": 0.0, "deviation": None} for column in splits]
+        places = np.arange(len(splits)) + width * (i - (len(records) - 1) / 2)
+        axes.bar(
+            places,
+            [score["mean"] for score in scores],
+            width,
+            label=label(record),
+            color=COLORS[record["row"].split()[0]],
+            hatch=HATCHES[i % len(HATCHES)],
+            edgecolor="white",
+            linewidth=0.5,
+        )
+        if len(record["runs"]) > 1:
+            deviations = [score["deviation"] or 0.0 for score in scores]
+            heights = [score["mean"] for score in scores]
+            axes.errorbar(places, heights, deviations, fmt="none", ecolor="black", capsize=2, linewidth=1)
+    names = ["all classes" if name == "all" else f"{name}-shot classes" for name in splits.values()]
+    axes.set_xticks(np.arange(len(splits)), names)
     axes.set(title=title, ylabel="accuracy (%)")
-    figure.legend(loc="outside right upper")
+    axes.spines[["top", "right"]].set_visible(False)
+    seeds = seeds_text(records)
+    axes.set_xlabel(
+        "one seed" if seeds == "1" else f"bars: mean, error bars: standard deviation, over {seeds} seeds"
+    )
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def write_analyses(options: argparse.Namespace) -> None:
@@ -304,23 +379,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
     try:
-        check_output("--page", options.page)
+        for path in options.page:
+            check_output("--page", path)
         if not any(options.records.glob("*.json")):
             raise InputError(f"--records: expected a folder of records, got none in {options.records}")
         if options.runs:
             write_analyses(options)
-        begun = options.page.exists()
-        page = options.page.read_text(encoding="utf-8") if begun else first_page(options.records)
-        for names, title, picture in BARS.findall(page):
-            draw_cells(read_records(names, options.records), title, options.page.parent / picture)
-        write_text(options.page, fill(page, options.records))
+        for path in options.page:
+            page = path.read_text(encoding="utf-8") if path.exists() else first_page(options.records)
+            filled = fill(page, options.records)
+            for names, title, picture in BARS.findall(page):
+                draw_cells(read_records(names, options.records), title, path.parent / picture)
+            write_text(path, filled)
+            print(f"page: {path}")
     except InputError as error:
         parser.error(str(error))
     except KeyError as error:
         parser.error(
             f"{options.records}: expected records of train_paper.py or sweep_tau.py, got one without {error}"
         )
-    print(f"page: {options.page}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 # Needs no other file.
-"""Train LGLA in a plain loop of PyTorch: long-tailed digits, and how well the rare ones are recognised.
+"""Train LGLA in a plain PyTorch loop on long-tailed digits, and print the accuracy of the rare ones.
 
-Three things are LGLA's: the experts at the end of the network, the loss, and the ensemble that predicts.
-Clipped gradients let several experts learn at a usual rate.
-The digits are scikit-learn's: pip install "lgla-losses[examples]"
+Three parts belong to LGLA: the experts at the end of the network, the loss, and the ensemble that predicts.
+With clipped gradients several experts learn at a usual learning rate. The digits are scikit-learn's: pip
+install scikit-learn
 """
 
 import torch
@@ -15,11 +15,11 @@ from lgla_losses.data import long_tailed_counts, long_tailed_indices
 try:
     from sklearn.datasets import load_digits
 except ImportError as error:
-    raise SystemExit(f'plain_loop.py: error: {error}: pip install "lgla-losses[examples]"') from None
+    raise SystemExit(f"plain_loop.py: error: {error}: pip install scikit-learn") from None
 
 torch.manual_seed(0)
 
-# Scikit-learn's digits: 24 of each for a test, and of the rest 150 zeros, 97 ones, ... and 3 nines to train.
+# Scikit-learn's digits: 24 of each to test, and from the rest 150 zeros, 97 ones, ... and 3 nines to train.
 digits = load_digits()
 images = torch.tensor(digits.images[:, None] / 16, dtype=torch.float32)  # [N, 1, 8, 8]
 labels = torch.tensor(digits.target)

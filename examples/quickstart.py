@@ -33,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 try:
     import numpy as np
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.console import Console
     from rich.table import Table
@@ -41,22 +42,23 @@ try:
 
     from lgla_losses import ClassGrouper, ExpertOutput, GroupConvExperts, LGLALoss
     from lgla_losses.data import long_tailed_counts
-    from lgla_losses.plot.style import COLORS
+    from lgla_losses.plot.style import COLORS, color, ink, line_styles
 except ImportError as error:
     if __name__ != "__main__":
         raise
     parser = make_parser()
     parser.parse_known_args()  # which answers --help
-    parser.exit(2, f'{parser.prog}: error: {error}: pip install "lgla-losses[examples]"\n')
+    parser.exit(2, f"{parser.prog}: error: {error}: pip install matplotlib scikit-learn tqdm rich\n")
 
 NUM_CLASSES = 10
 LARGEST_CLASS = 150
 TEST_PER_CLASS = 24
 SCALE = 16.0  # of the cosine logits: ten classes need less than the paper's 30
 
-#: Name, number of experts and arguments of the loss: the rows of the paper's Table 5.
+#: Name, number of experts and arguments of the loss, from one model to LGLA.
 METHODS: dict[str, tuple[int, dict[str, Any]]] = {
     "Softmax": (1, {"adjustment": "softmax", "aaw": False}),
+    "BALMS x1": (1, {"adjustment": "balanced", "aaw": False}),
     "Softmax x3": (3, {"adjustment": "softmax", "aaw": False}),
     "BALMS x3": (3, {"adjustment": "balanced", "aaw": False}),
     "CLA": (3, {"adjustment": "lgla", "aaw": False}),
@@ -197,34 +199,66 @@ def print_table(accuracy: dict[str, Tensor], class_counts: list[int], title: str
     Console(width=80).print(table)
 
 
-def draw(accuracy: dict[str, Tensor], class_counts: list[int], path: Path) -> None:
-    """Class frequencies by group, accuracy by method, and what each expert is good at."""
+def mean_and_deviation(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Average over the seeds ``[S, ...]``, with the standard deviation, which is 0 for one seed."""
+    return scores.mean(0), scores.std(0) if len(scores) > 1 else torch.zeros_like(scores[0])
+
+
+def draw_images(axes: Axes, class_counts: list[int]) -> None:
+    """Draw the class frequencies, in the colors of the groups."""
     group = ClassGrouper(class_counts, num_groups=2).group_index
     digits = np.arange(NUM_CLASSES)
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    colors = ("black", *COLORS)
-
     for g, name in enumerate(("head group", "tail group")):
-        mass = int(torch.tensor(class_counts)[group == g].sum())
-        own = digits[group == g]
-        bars = left.bar(own, np.array(class_counts)[own], color=COLORS[g], label=f"{name}, {mass} images")
-        left.bar_label(bars)
-    left.set(title="Training images", ylabel="images", yscale="log", ylim=(1, 2 * class_counts[0]))
-    for (method, per_class), color in zip(accuracy.items(), colors, strict=False):
-        mean = 100 * per_class[:, 0].mean(0)
-        middle.plot(digits, mean, "o-", color=color, label=method, markersize=4)
-    middle.set(title="Accuracy of each method", ylabel="accuracy (%)")
-    experts = ("ensemble", "local expert, head group", "local expert, tail group", "global expert")
-    for k, (name, color) in enumerate(zip(experts, colors, strict=False)):
-        mean = 100 * accuracy["LGLA"][:, k].mean(0)
-        right.plot(digits, mean, "o-", color=color, label=name, markersize=4, linewidth=3 if k == 0 else 1.5)
-    right.set(title="LGLA: what each expert is good at", ylabel="accuracy (%)")
-    for axes in (left, middle, right):
-        axes.set_xticks(digits, [f"{j}" for j in digits])
-        axes.set_xlabel("digit, from the most to the least frequent")
-        axes.legend()
-    figure.savefig(path, dpi=120)
+        own = np.array(class_counts)[group == g]
+        bars = axes.bar(digits[group == g], own, color=color(g), label=f"{name}, {own.sum()} images")
+        axes.bar_label(bars)
+    axes.set(title="Training images of each digit", yscale="log", ylim=(1, 3 * class_counts[0]))
+    axes.set(xticks=digits, xlabel="digit", ylabel="images")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend()
+
+
+def draw_methods(axes: Axes, accuracy: dict[str, Tensor], class_counts: list[int]) -> None:
+    """Draw the accuracy of all digits and of the rarest: a row for each method, without colors."""
+    rows = np.arange(len(accuracy))
+    columns = shot_columns(class_counts)
+    for column, label, marker, fill, above in (
+        ("balanced", "all digits", "o", "white", 0.1),
+        ("3 rarest", "3 rarest digits", "D", "black", -0.1),
+    ):
+        scores = [100 * per_class[:, 0, columns[column]].mean(-1) for per_class in accuracy.values()]
+        mean, deviation = mean_and_deviation(torch.stack(scores, dim=1))
+        axes.errorbar(mean, rows - above, xerr=deviation, fmt=marker, color="black", mfc=fill, label=label)
+    axes.set(title="Accuracy of each method", xlabel="accuracy (%)", ylim=(len(rows) - 0.4, -0.6))
+    axes.set_yticks(rows, accuracy)
+    axes.grid(axis="y", alpha=0.4)
+    axes.legend(loc="lower left")
+
+
+def draw_experts(axes: Axes, per_class: Tensor) -> None:
+    """Draw what each expert is good at; a local one has the color of its group, the global one is black."""
+    mean, deviation = mean_and_deviation(100 * per_class[:, [1, 2, 3, 0]])
+    names = ("local expert, head group", "local expert, tail group", "global expert", "ensemble")
+    colors = (*COLORS[:2], ink(axes))
+    for k, look in enumerate(line_styles(axes, names, NUM_CLASSES, colors)):
+        digits = np.arange(NUM_CLASSES) + 0.08 * (k - 1.5)  # side by side, for the bars
+        axes.errorbar(digits, mean[k], yerr=deviation[k], elinewidth=1.0, **look)
+    axes.set(title="LGLA: what each expert is good at", xticks=range(NUM_CLASSES), ylim=(0, 108))
+    axes.set(xlabel="digit, from the most to the least frequent", ylabel="accuracy (%)")
+    axes.legend(loc="lower center", ncols=2, handlelength=3.5)
+
+
+def draw(accuracy: dict[str, Tensor], class_counts: list[int], path: Path) -> None:
+    """Draw class frequencies by group, accuracy by method, and what each expert is good at."""
+    figure = Figure(figsize=(9, 6.8), layout="constrained")  # its text can be read at 800 pixels
+    axes = figure.subplot_mosaic([["images", "methods"], ["experts", "experts"]])
+    draw_images(axes["images"], class_counts)
+    draw_methods(axes["methods"], accuracy, class_counts)
+    draw_experts(axes["experts"], accuracy["LGLA"])
+    seeds = len(accuracy["LGLA"])
+    if seeds > 1:
+        figure.supxlabel(f"Markers: mean over {seeds} seeds. Bars: ± one standard deviation.", fontsize=10)
+    figure.savefig(path, dpi=200)
 
 
 def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -247,6 +281,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
     check(options, parser)
+    # One thread is as fast as two for such small batches. On a busy machine two wait for each other.
+    torch.set_num_threads(1)
 
     class_counts = digit_counts(options.imbalance)
     accuracy: dict[str, list[Tensor]] = {method: [] for method in METHODS}

@@ -1,5 +1,5 @@
 # Needs: cli.py, sampling.py.
-"""What is trained, and how: network, loss, optimizer and learning rates."""
+"""The recipe of a run: network, loss, optimizer and learning rates."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from lgla_losses import ClassGrouper, ExpertOutput, GroupConvExperts, LGLALoss, 
 
 
 class Task(NamedTuple):
-    """What a script trains on what data.
+    """The network of a script, and its data.
 
     Attributes:
-        make_network: gives the network to split, a new one at every call; or, with ``split`` false, the
+        make_network: makes the network to split, a new one at every call; or, with ``split`` false, the
             model, whose output is an ``ExpertOutput``.
-        pretrained: whether experts keep the network's weights, or begin with new ones of their own.
+        pretrained: whether experts keep the network's weights, or start with their own new weights.
         train: samples to learn from.
         val: samples to evaluate on.
         train_labels: class of every sample of ``train``.
-        class_names: a name a class.
-        libraries: packages whose versions the record names.
-        collate: makes a batch of samples.
-        keep: writes what a checkpoint needs beside it.
+        class_names: one name per class.
+        libraries: packages whose versions are recorded.
+        collate: makes a batch from samples.
+        keep: writes the files that a checkpoint needs besides itself.
         split: whether the network is to be split into a trunk and experts.
-        augment: is given the inputs of every batch where it trains, and in evaluation mode those of ``val``:
-            it has all randomness, and samples are the same in every epoch. None where samples have it.
-        gradient: of cosine classifiers, as GroupConvExperts takes it; ``"exact"`` is the paper's.
+        augment: augments the inputs of every training batch, and in evaluation mode prepares those of
+            ``val``. Then samples are the same in every epoch, and all randomness is here. None if the samples
+            are random themselves.
+        gradient: for cosine classifiers, as in GroupConvExperts; ``"exact"`` as in the paper.
     """
 
     make_network: Callable[[], nn.Module]
@@ -53,7 +54,7 @@ class Task(NamedTuple):
     gradient: str = "bounded"
 
     def prepared(self, inputs: list[Tensor], training: bool) -> list[Tensor]:
-        """The inputs as the network takes them."""
+        """Prepare the inputs for the network."""
         if self.augment is None:
             return inputs
         augment = self.augment.train(training)
@@ -69,7 +70,7 @@ class ExpertModel(nn.Module):
         self.experts = experts
 
     def forward(self, *inputs: Tensor) -> ExpertOutput:
-        """What every expert makes of the inputs."""
+        """Compute the outputs of every expert."""
         output: ExpertOutput = self.experts(self.trunk(*inputs))
         return output
 
@@ -100,13 +101,13 @@ def build_model(task: Task, options: argparse.Namespace) -> nn.Module:
             model.eval()(*task.prepared(inputs, training=False))
     except InputError:
         raise
-    except Exception as error:  # of whatever kind: it is the network's code that runs
+    except Exception as error:  # any kind, because the network's code runs here
         raise InputError(f"--split-at {options.split_at}: {error}") from error
     return model
 
 
 def build_criterion(class_counts: Tensor, options: argparse.Namespace) -> LGLALoss:
-    """The loss that the options name."""
+    """Make the loss that the options name."""
     groups: dict[str, Any] = {"class_counts": class_counts, "num_experts": options.num_experts}
     if options.groups == "shots":
         shots = (class_counts <= 100).long() + (class_counts < 20)
@@ -124,16 +125,16 @@ def build_criterion(class_counts: Tensor, options: argparse.Namespace) -> LGLALo
             aaw=options.aaw,
             scale=options.scale if options.classifier == "cosine" else None,
             adjustment=options.adjustment,
-            validate_args=False,  # the loop checks the loss, and can name epoch and step
+            validate_args=False,  # the loop checks the loss, and names epoch and step
         )
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict[str, Any]]:
-    """All parameters; biases and those of norms do not decay, unless all do.
+    """Group all parameters; biases and norms have no weight decay, unless all have it.
 
-    Told by layer and name, not by dimension, of which grouped experts have one more.
+    Chosen by layer and name, not by dimension, because grouped experts have one dimension more.
     """
     kept: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
@@ -155,9 +156,9 @@ def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim
 def make_schedule(
     optimizer: torch.optim.Optimizer, options: argparse.Namespace, num_steps: int
 ) -> LRScheduler:
-    """Learning rates by step, of ``num_steps`` an epoch: a rise, then a cosine or steps.
+    """Learning rates by step, ``num_steps`` per epoch: a rise, then a cosine or steps.
 
-    The rise is linear by step; where ``--warmup-start`` says where it begins, linear by epoch.
+    The rise is linear by step; with ``--warmup-start``, linear by epoch from that value.
     """
     warmup, total = options.warmup_epochs * num_steps, options.epochs * num_steps
     start, end = options.warmup_start, options.final_lr / options.lr if options.lr else 0.0
@@ -168,7 +169,7 @@ def make_schedule(
         if step < warmup:
             return float(start + (1 - start) * (step // num_steps) / options.warmup_epochs)
         if options.schedule == "cosine":
-            fall = max(total - warmup, 1)  # none, where the rate rises to the last step
+            fall = max(total - warmup, 1)  # 0 if the rate rises until the last step
             return float(end + (1 - end) * (1 + math.cos(math.pi * (step - warmup) / fall)) / 2)
         return float(0.1 ** sum(step >= epoch * num_steps for epoch in options.milestones))
 

@@ -1,10 +1,10 @@
 # Needs no other file.
-"""The paper's ResNet-32 for CIFAR: one trunk, K experts, three ways to lay them out.
+"""The paper's ResNet-32 for CIFAR: one trunk, K experts, three layouts.
 
 The stem and the first stage are shared, the second and third belong to each expert at full width.
-``grouped`` and ``independent`` are the same function. ``grouped-leaky`` is the network of the authors'
-released code, which zero-pads the shortcuts of all experts' channels at once, so that they slide
-from one expert into its neighbours.
+``grouped`` and ``independent`` compute the same function. ``grouped-leaky`` is the network of the authors'
+released code: it zero-pads the shortcuts of all experts' channels at once, so that channels move from one
+expert into its neighbours.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut that strides and zero-pads (option A of He et al., 2016).
 
     Args:
-        inputs: channels that come in, of all groups together.
-        outputs: channels that go out, of all groups together.
-        stride: of the first convolution and the shortcut.
-        groups: experts that lie side by side in the channels.
+        inputs: input channels, all groups together.
+        outputs: output channels, all groups together.
+        stride: stride of the first convolution and the shortcut.
+        groups: experts side by side in the channels.
 
     Shape:
         - input: ``[N, inputs, H, W]``
@@ -41,8 +41,8 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, groups=groups, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.stride = stride
-        # Half of the new channels before the old ones, half behind: of each expert's where groups
-        # is 1, of all experts' together where it is not, which is the leak.
+        # Half of the new channels go before the old ones, half after: per expert if groups is 1, else for all
+        # experts together, which is the leak.
         self.padding = (outputs - inputs) // 2
         for conv in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(conv.weight)
@@ -55,14 +55,14 @@ class BasicBlock(nn.Module):
 
 
 def make_stage(inputs: int, outputs: int, stride: int, groups: int = 1, blocks: int = 5) -> nn.Sequential:
-    """Blocks, the first of which strides; widths are those of one expert."""
+    """Blocks, the first with the stride; widths are for one expert."""
     first = BasicBlock(groups * inputs, groups * outputs, stride, groups)
     others = [BasicBlock(groups * outputs, groups * outputs, 1, groups) for _ in range(blocks - 1)]
     return nn.Sequential(first, *others)
 
 
 def expert_stages(groups: int = 1, blocks: int = 5) -> nn.Sequential:
-    """The second and third stage: what every expert has for itself."""
+    """The second and third stage, which every expert has for itself."""
     return nn.Sequential(make_stage(16, 32, 2, groups, blocks), make_stage(32, 64, 2, groups, blocks))
 
 
@@ -73,7 +73,7 @@ class LeakyExperts(nn.Module):
 
     Shape:
         - shared features: ``[N, 16, H, W]``
-        - output: as of :class:`GroupConvExperts`
+        - output: as in :class:`GroupConvExperts`
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class LeakyExperts(nn.Module):
 
 
 class ResNet32(nn.Module):
-    """ResNet-32 with K experts (section 4.2), or with fewer blocks a shallower network of its kind.
+    """ResNet-32 with K experts (section 4.2), or a shallower one with fewer blocks.
 
     Args:
         num_classes: number of classes ``C``.
@@ -102,7 +102,7 @@ class ResNet32(nn.Module):
         layout: ``"grouped"``, ``"independent"`` or ``"grouped-leaky"``.
         scale: factor of the cosine logits.
         classifier: ``"cosine"`` or ``"linear"``.
-        blocks: blocks a stage: the network has ``6 * blocks + 2`` layers.
+        blocks: blocks per stage; the network has ``6 * blocks + 2`` layers.
 
     Raises:
         ValueError: an unknown layout.
@@ -137,6 +137,6 @@ class ResNet32(nn.Module):
         self.experts = make(num_experts, num_classes, scale=scale, classifier=classifier)
 
     def forward(self, images: Tensor) -> ExpertOutput:
-        """What every expert makes of the images."""
+        """Compute the outputs of every expert."""
         output: ExpertOutput = self.experts(self.trunk(images))
         return output

@@ -1,7 +1,7 @@
 # Needs no other file.
 """Order and augmentation of training samples as functions of seed, epoch and sample.
 
-So neither the number of workers nor an interruption changes a result.
+So the number of workers and interruptions do not change a result.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Sample = tuple[tuple[Any, ...], int]
 
 
 def mixed_seed(*numbers: int) -> int:
-    """A seed from several numbers, unlike that from any others."""
+    """Mix several numbers into one seed, different for different numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 class EpochOrder(Sampler[list[tuple[int, int]]]):
-    """Batches of pairs (epoch, index) in an order that depends on seed and epoch alone.
+    """Batches of pairs (epoch, index) in an order that depends only on seed and epoch.
 
-    Steps are of one size, give or take a sample, and so are the batches of a step: no batch norm meets a
-    remainder of one sample, and a step has the same samples however many passes it is accumulated from.
+    Sizes of steps differ by at most one sample, and so do the batches of a step: no batch norm gets a single
+    leftover sample, and a step has the same samples for any number of accumulated passes.
     """
 
     def __init__(self, num_samples: int, options: argparse.Namespace) -> None:
@@ -43,7 +43,7 @@ class EpochOrder(Sampler[list[tuple[int, int]]]):
         self.steps_done = 0
 
     def steps(self) -> list[tuple[Tensor, ...]]:
-        """The batches of every step that is still to do in the epoch."""
+        """The batches of the remaining steps of the epoch."""
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
         order = torch.randperm(self.num_samples, generator=generator)
         steps = order.tensor_split(self.num_steps)[self.steps_done :]
@@ -56,11 +56,11 @@ class EpochOrder(Sampler[list[tuple[int, int]]]):
 
 
 class Seeded(Dataset[Sample]):
-    """Samples whose random augmentation depends on seed, epoch and index alone.
+    """Samples whose random augmentation depends only on seed, epoch and index.
 
     Args:
-        samples: by index.
-        seed: None where they have nothing random: seeding takes longer than to load a small image.
+        samples: samples by index.
+        seed: None if nothing is random: seeding takes longer than loading a small image.
     """
 
     def __init__(self, samples: Dataset[Sample], seed: int | None) -> None:
@@ -77,7 +77,8 @@ class Seeded(Dataset[Sample]):
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002
             with torch.random.fork_rng(devices=[]):
-                # The CPU's generator alone: torch.manual_seed would reach that of a GPU, which draws dropout.
+                # Only the CPU's generator: torch.manual_seed would also reset that of a GPU, which draws
+                # dropout.
                 torch.default_generator.manual_seed(seed)
                 return self.samples[key[1]]
         finally:
@@ -86,5 +87,5 @@ class Seeded(Dataset[Sample]):
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to all processes, to the main one."""
+    """Ignore Ctrl-C here: a terminal sends it to all processes, and the main one handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

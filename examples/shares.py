@@ -1,5 +1,5 @@
 # Needs: cli.py, quickstart.py, sampling.py.
-"""Every rank's share of a data set in memory: what train_ddp.py trains on."""
+"""Every rank's share of a data set in memory, for train_ddp.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Images(Dataset[Batch]):
-    """Images ``[N, 3, H, W]`` and their classes, by the batch, which may be empty."""
+    """Images ``[N, 3, H, W]`` and their classes, in batches, which may be empty."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images = images
@@ -36,10 +36,10 @@ class Images(Dataset[Batch]):
 
 
 class Shares(Sampler[list[int]]):
-    """This rank's share of every step: all ranks take as many steps, and shares of a step differ by one.
+    """This rank's share of every step: ranks take equally many steps, and shares differ by at most one.
 
-    Every sample is seen once an epoch: unlike DistributedSampler it pads nothing and drops nothing. Where a
-    step has fewer samples than there are ranks, some shares are empty.
+    Every sample is seen once per epoch: unlike DistributedSampler it does not pad or drop samples. If a step
+    has fewer samples than ranks, some shares are empty.
     """
 
     def __init__(self, num_samples: int, batch_size: int, seed: int | None = None) -> None:
@@ -52,7 +52,7 @@ class Shares(Sampler[list[int]]):
         return self.num_steps
 
     def steps(self) -> tuple[Tensor, ...]:
-        """The samples of all ranks; without a seed in order."""
+        """The samples of all ranks, step by step; in order without a seed."""
         if self.seed is None:
             return torch.arange(self.num_samples).tensor_split(self.num_steps)
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
@@ -70,7 +70,7 @@ def loader(images: Images, shares: Shares) -> DataLoader[Batch]:
 
 
 def read_data(path: Path | None) -> tuple[Images, Images]:
-    """Training and validation images of a file; without one long-tailed digits."""
+    """Training and validation images of a file; without a file, long-tailed digits."""
     if path is None:
         quickstart = library("quickstart", "examples")
         digits = quickstart.long_tailed_digits(50.0, 0, "cpu")
@@ -84,6 +84,6 @@ def read_data(path: Path | None) -> tuple[Images, Images]:
 
 
 def in_memory(data: ImageData) -> Images:
-    """Images as floats in 0..1; of one size, or NumPy refuses to stack them."""
+    """Images as floats in 0..1; all of one size, else NumPy refuses to stack them."""
     pixels = np.stack([np.asarray(data[i][0]) for i in range(len(data))])
     return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, torch.tensor(data.targets))

@@ -1,9 +1,9 @@
 # Needs: cli.py, resnet32.py, stacked_kernels.py.
-"""Several runs of the paper's ResNet-32 as one network: what R runs of K experts compute, computed together.
+"""Several runs of the paper's ResNet-32 as one network: R runs of K experts, computed together.
 
-The methods of one seed share the order and the augmentation of their images, so their networks lie side by
-side in the channels: the trunk is a branch a run, the later stages are a branch an expert. A small network
-leaves a GPU idle; this one does not.
+The methods of one seed share the order and the augmentation of their images, so their networks can be placed
+side by side in the channels: the trunk has one branch per run, the later stages one branch per expert. A
+small network leaves a GPU idle; this one does not.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ WIDTHS = (16, 16, 32)
 
 
 class Form(NamedTuple):
-    """How the branches are computed; what they compute is the same.
+    """How the branches are computed; the result is the same.
 
     Attributes:
-        tensor: channels of the branches that share a tensor, at most; None for all.
-        group: channels of the branches that share a group of a convolution, at most, with zeros between them:
-            that is more to compute, on hardware that likes wide groups. None for a branch a group.
-        streams: run the tensors of a stage on streams of their own.
-        separate: leave the networks as they are, on streams of their own.
-        fused: in training, compute a batch norm and what follows it by kernels of stacked_kernels.py.
-        own: in training, compute a convolution by kernels of stacked_kernels.py, too, where they are faster.
-        compiled: let torch.compile fuse what surrounds the convolutions, in training.
+        tensor: most channels of the branches that share a tensor; None for all.
+        group: most channels of the branches that share a group of a convolution, with zeros between them:
+            more to compute, but hardware is faster with wide groups. None for one branch per group.
+        streams: run each tensor of a stage on its own stream.
+        separate: keep the networks separate, each on its own stream.
+        fused: in training, compute a batch norm and the operations after it by kernels of stacked_kernels.py.
+        own: in training, also compute a convolution by kernels of stacked_kernels.py, if they are faster.
+        compiled: in training, let torch.compile fuse the operations around the convolutions.
     """
 
     tensor: int | None = None
@@ -50,18 +50,18 @@ class Form(NamedTuple):
     compiled: bool = False
 
     def shares(self, branches: int, width: int) -> list[int]:
-        """How many branches of a width each tensor gets."""
+        """Number of branches of a width in each tensor."""
         number = 1 if self.tensor is None else -(-branches // max(1, self.tensor // width))
         ends = [i * branches // number for i in range(number + 1)]
         return [last - first for first, last in pairwise(ends)]
 
     def merged(self, branches: int, width: int) -> int:
-        """How many of a tensor's branches a group of its convolutions gets."""
+        """Number of a tensor's branches in a group of its convolutions."""
         most = 1 if self.group is None else max(1, self.group // width)
         return -(-branches // -(-branches // most))
 
 
-#: Forms by name. The first is PyTorch's own, whose losses the others must have; then the more promising ones.
+#: Forms by name. The first is plain PyTorch; the others must give its losses, the more promising ones first.
 FORMS = {
     "grouped": Form(),
     "kernels": Form(fused=True, own=True),
@@ -84,14 +84,13 @@ def kernels() -> Any:
 
 
 class Convolution(nn.Module):
-    """The 3x3 convolutions of several branches, which lie side by side in the channels.
+    """The 3x3 convolutions of several branches, side by side in the channels.
 
     Args:
-        layers: one a branch, of one shape.
-        merged: branches that share a group, whose weights are 0 from one branch to another; a divisor of
-            their number.
+        layers: one per branch, all of one shape.
+        merged: branches that share a group, with weights 0 between branches; it must divide their number.
         shared: all branches see the same input.
-        own: compute it in training by kernels of stacked_kernels.py, where they are faster.
+        own: in training, compute it by kernels of stacked_kernels.py, if they are faster.
 
     Shape:
         - input: ``[N, g * I, H, W]``, or shared ``[N, I, H, W]``, in channels-last format
@@ -104,7 +103,7 @@ class Convolution(nn.Module):
         self, layers: Sequence[nn.Conv2d], *, merged: int = 1, shared: bool = False, own: bool = False
     ) -> None:
         super().__init__()
-        # In the order of channels-last memory, so that no form has to convert it: [g, O, 3, 3, I].
+        # In the order of channels-last memory, so that no form must convert it: [g, O, 3, 3, I].
         weights = [layer.weight.detach().permute(0, 2, 3, 1) for layer in layers]
         self.weight = nn.Parameter(torch.stack(weights))
         self.stride, self.merged = layers[0].stride, merged
@@ -124,7 +123,7 @@ class Convolution(nn.Module):
             return y
         inputs, m = self.merged * weight.shape[-1], self.merged
         if m > 1:
-            # [groups, m, O, 3, 3, m, I], of which one of the two m is the branch that the input is of.
+            # [groups, m, O, 3, 3, m, I], one of the two m is the branch of the input.
             own = weight.unflatten(0, (-1, m)).unsqueeze(5)
             weight = self.diagonal.view(1, m, 1, 1, 1, m, 1) * own
         weight = weight.reshape(-1, 3, 3, inputs).permute(0, 3, 1, 2)
@@ -132,7 +131,7 @@ class Convolution(nn.Module):
 
 
 class Norm(nn.Module):
-    """The batch norms of several branches, with what follows them: a channel's statistics need no other."""
+    """The batch norms of several branches, with the operations after them; channels are independent."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -149,7 +148,7 @@ class Norm(nn.Module):
         self.fused = fused
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The normalised channels, with ``residual`` added where there is one, rectified."""
+        """The normalised channels, plus ``residual`` if there is one, rectified."""
         statistics = self.running_mean, self.running_var
         if self.fused and self.training:
             y: Tensor = kernels().norm_relu(
@@ -188,13 +187,13 @@ class StackedBlock(nn.Module):
         x = x[:, :, :: self.stride, :: self.stride]
         if self.padding == 0:
             return x
-        # Every branch's channels are padded, not those of all together.
+        # Pad the channels of every branch, not those of all together.
         last = x.permute(0, 2, 3, 1).unflatten(3, (self.branches, -1))
         return F.pad(last, (self.padding, self.padding)).flatten(3).permute(0, 3, 1, 2)
 
 
 def side_by_side(calls: Sequence[Callable[[], Tensor]], streams: Sequence[torch.cuda.Stream]) -> list[Tensor]:
-    """What the calls give: each on the next of the streams, or one after another where there are none."""
+    """Run the calls, each on the next stream, or one after another without streams."""
     if not streams:
         return [call() for call in calls]
     here, results = torch.cuda.current_stream(), []
@@ -209,9 +208,9 @@ def side_by_side(calls: Sequence[Callable[[], Tensor]], streams: Sequence[torch.
 
 
 def make_bundles(branches: list[Any], form: Form) -> tuple[nn.ModuleList, list[list[int]]]:
-    """A chain of blocks for every tensor of a stage, and which branches each computes.
+    """A chain of blocks for every tensor of a stage, and the branches that each computes.
 
-    Where a convolution's groups are not full, the last branch fills them up; that goes nowhere.
+    If a convolution's groups are not full, copies of the last branch fill them; their output is not used.
     """
     width = branches[0][0].conv1.out_channels
     bundles, members, first = nn.ModuleList(), [], 0
@@ -226,11 +225,11 @@ def make_bundles(branches: list[Any], form: Form) -> tuple[nn.ModuleList, list[l
 
 
 class StackedNetworks(nn.Module):
-    """Networks of one depth, side by side in the channels of one.
+    """Networks of one depth, side by side in the channels of one network.
 
     Args:
-        networks: one a run, of layout ``"grouped"`` or ``"independent"`` and with cosine heads; each may have
-            another number of experts. They are copied.
+        networks: one per run, with layout ``"grouped"`` or ``"independent"`` and cosine heads; numbers of
+            experts may differ. They are copied.
         form: how the branches are computed.
 
     Shape:
@@ -253,7 +252,7 @@ class StackedNetworks(nn.Module):
         self.weight = nn.Parameter(torch.cat([part.classifiers.weight.detach() for part in experts]))
         self.experts = [part.num_experts for part in experts]
         self.run_of = [run for run, experts in enumerate(self.experts) for _ in range(experts)]
-        # Where a tensor holds all branches, a kernel gives each that of its run.
+        # If a tensor holds all branches, a kernel copies the map of each run to its branches.
         whole = [list(range(len(self.experts)))], [list(range(len(self.run_of)))]
         self.spreads = form.fused and (self.members[0], self.members[1]) == whole
         first = torch.tensor([0, *accumulate(self.experts)], dtype=torch.int32)
@@ -262,7 +261,7 @@ class StackedNetworks(nn.Module):
         self.streams: list[torch.cuda.Stream] = []
 
     def lower(self, dtype: torch.dtype) -> None:
-        """Let convolutions compute in ``dtype``; the statistics of batch norms and the heads do not."""
+        """Let convolutions compute in ``dtype``; statistics of batch norms and the heads keep float32."""
         for layer in self.modules():
             if isinstance(layer, Convolution):
                 layer.lower(dtype)
@@ -296,7 +295,7 @@ class StackedNetworks(nn.Module):
     def _stage(
         self, number: int, maps: list[Tensor], there: list[list[int]], wanted: list[list[int]] | None = None
     ) -> list[Tensor]:
-        """The maps of a stage, from tensors of the branches ``there``; ``wanted`` are those that go in."""
+        """The maps of a stage, from tensors of the branches ``there``; ``wanted`` are its input branches."""
         wanted = self.members[number] if wanted is None else wanted
         if there != wanted:
             parts = self._by_branch([x.split(WIDTHS[number], dim=1) for x in maps], there)
@@ -315,13 +314,13 @@ class StackedNetworks(nn.Module):
 
 
 class SeparateNetworks(nn.Module):
-    """The networks as they are, each on a stream of its own: the simplest form, which the others must equal.
+    """The separate networks, each on its own stream: the simplest form, which the others must equal.
 
     Args:
-        networks: as of :class:`StackedNetworks`; they are copied.
+        networks: as in :class:`StackedNetworks`; they are copied.
 
     Shape:
-        - as of :class:`StackedNetworks`
+        - as in :class:`StackedNetworks`
     """
 
     def __init__(self, networks: Sequence[ResNet32]) -> None:
@@ -343,7 +342,7 @@ class SeparateNetworks(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """The logits of every network."""
         x = images.contiguous(memory_format=torch.channels_last)
-        # A cast weight that the cache holds would be none of a recorded step's own.
+        # A cast weight in the cache would not belong to the recorded step.
         lowers = self.dtype == torch.bfloat16
         with torch.autocast(x.device.type, torch.bfloat16, enabled=lowers, cache_enabled=False):
             calls = [partial(_logits, network, x) for network in self.networks]

@@ -1,12 +1,12 @@
 # Needs no other file.
-"""Triton kernels that train stacked networks: batch norms with what follows them, and grouped convolutions.
+"""Triton kernels that train stacked networks: fused batch norms, and grouped convolutions.
 
 Maps are in channels-last memory, ``[P, C]`` of ``P = N * H * W`` pixels. Libraries compute some passes of a
-convolution of many small groups a group at a time; the faster of theirs and ours is taken. Networks are
-evaluated by PyTorch's own operations.
+convolution with many small groups one group at a time; the faster of their kernels and ours is used. Networks
+are evaluated by PyTorch's own operations.
 """
 
-# Triton's kernels have no types: their arguments are what its compiler makes of them.
+# Triton's kernels have no types: its compiler decides on their arguments.
 # mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-calls=False
 
@@ -22,26 +22,26 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Values of a program's tile: of sums, whose next tiles are loaded meanwhile, and of what is written.
+#: Values of a program's tile: for sums, which load the next tiles meanwhile, and for writes.
 TILE_OF_SUMS, TILE = 2048, 4096
 
-#: Programs of a sweep over all pixels, as many as run at once on 132 multiprocessors; and of one that leaves
-#: sums, which takes more registers.
+#: Programs of a sweep over all pixels, as many as run at once on 132 multiprocessors; and of a sweep that
+#: leaves sums, which takes more registers.
 PROGRAMS, PROGRAMS_OF_SUMS = 528, 396
 
-#: By the widest of inputs and outputs, pixels of a program of a convolution and its warps: what lets the
-#: compiler keep several programs on a multiprocessor of sm_90.
+#: Pixels of a convolution program and its warps, by the wider of inputs and outputs: with these the compiler
+#: can keep several programs on a multiprocessor of sm_90.
 PIXELS = {16: (256, 8), 32: (128, 8), 64: (64, 4)}
 
-#: Pixels at once of the gradient of a convolution's weights, and by inputs times outputs how many of its
-#: programs run at once.
+#: For the gradient of a convolution's weights: pixels at a time, and number of programs at once, by inputs
+#: times outputs.
 PIXELS_AT_ONCE = 64
 RESIDENT = {256: 792, 512: 792, 1024: 660, 2048: 396, 4096: 264}
 
 
 @triton.jit
 def _statistics(x, mean, parts, pixels, channels: tl.constexpr, rows: tl.constexpr, width: tl.constexpr):
-    """Sums of what lies above the running mean, which keeps the digits, and of its squares."""
+    """Sums of the differences to the running mean, which keeps the digits, and of their squares."""
     c = tl.arange(0, width)
     here = c < channels
     middle = tl.load(mean + c, mask=here, other=0.0)
@@ -64,7 +64,7 @@ def _sums(parts, c, here, number: tl.constexpr, channels: tl.constexpr, block: t
     """Both sums of some channels over all programs."""
     first = tl.zeros([block], tl.float32)
     second = tl.zeros([block], tl.float32)
-    for start in tl.static_range(0, number, 128):  # unrolled: all loads are under way at once
+    for start in tl.static_range(0, number, 128):  # unrolled: all loads run at the same time
         i = start + tl.arange(0, 128)
         mask = (i < number)[:, None] & here[None, :]
         at = parts + i[:, None] * 2 * channels + c[None, :]
@@ -99,7 +99,7 @@ def _apply(
     x, residual, saved, weight, bias, y, pixels,
     channels: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Normalise, add what is to be added, and rectify."""
+    """Normalise, add the residual if there is one, and rectify."""
     c = tl.arange(0, width)
     here = c < channels
     mean = tl.load(saved + c, mask=here, other=0.0)
@@ -117,7 +117,7 @@ def _apply(
 
 @triton.jit
 def _rectified(upstream, x, y, saved, scale, shift, at, mask):
-    """The gradient behind the rectifier; where there is no ``y``, it is computed again."""
+    """The gradient through the rectifier; without ``y`` the output is computed again."""
     gradient = tl.load(upstream + at, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     if y is not None:
@@ -171,7 +171,7 @@ def _gradient(
     upstream, x, y, saved, weight, bias, weight_gradient, bias_gradient, out, residual_out, pixels,
     channels: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the input, and of what was added to it."""
+    """The gradient of the input, and of the residual."""
     c = tl.arange(0, width)
     here = c < channels
     mean = tl.load(saved + c, mask=here, other=0.0)
@@ -192,7 +192,7 @@ def _gradient(
 
 
 class _NormRelu(torch.autograd.Function):
-    """relu(batch_norm(x) + residual), of batch statistics."""
+    """relu(batch_norm(x) + residual), with batch statistics."""
 
     @staticmethod
     def forward(
@@ -257,12 +257,12 @@ def norm_relu(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Batch norm in training, plus ``residual`` where there is one, rectified.
+    """Batch norm in training, plus ``residual`` if there is one, rectified.
 
     Args:
-        x: ``[N, C, H, W]``, in channels-last memory, as is ``residual``.
+        x: ``[N, C, H, W]``, in channels-last memory, like ``residual``.
         residual: of the same shape and dtype.
-        weight: float32 ``[C]``, as are ``bias`` and the running statistics, which move on.
+        weight: float32 ``[C]``, like ``bias`` and the running statistics, which are updated.
         bias: of the channels.
         running_mean: of the channels.
         running_var: of the channels.
@@ -278,7 +278,7 @@ def _tap(
     x, p, tap, pixels, channels: tl.constexpr, height: tl.constexpr, wide: tl.constexpr,
     source_height: tl.constexpr, source_wide: tl.constexpr, stride: tl.constexpr, flip: tl.constexpr,
 ):  # fmt: skip
-    """What a tap of the pixels ``p`` reads of some channels: 0 beyond the border."""
+    """The values that a tap of the pixels ``p`` reads of some channels: 0 beyond the border."""
     n, row, column = p // (height * wide), p // wide % height, p % wide
     if flip:  # from the input back to the outputs that read it
         row, column = row + tap // 3 - 1, column + tap % 3 - 1
@@ -298,8 +298,8 @@ def _convolve(
     height: tl.constexpr, wide: tl.constexpr, source_height: tl.constexpr, source_wide: tl.constexpr,
     stride: tl.constexpr, flip: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """A block of pixels of one group; ``flip`` takes the gradient back to the input."""
-    g = tl.program_id(0)  # the groups of a pixel lie side by side in memory
+    """A block of pixels of one group; with ``flip``, the gradient of the input."""
+    g = tl.program_id(0)  # the groups of a pixel are side by side in memory
     p = tl.program_id(1) * block + tl.arange(0, block)
     i, o = tl.arange(0, inputs), tl.arange(0, outputs)
     # The weights are [g, O, 3, 3, I] of the layer; backwards its outputs come in.
@@ -310,7 +310,7 @@ def _convolve(
     total = tl.zeros([block, outputs], tl.float32)
     of_source = x + g * inputs + i[None, :]
     for row in tl.static_range(3):
-        # The loads of a row of taps are under way together.
+        # The loads of a row of taps run at the same time.
         tap = 3 * row
         left = _tap(
             of_source, p, tap, pixels, groups * inputs, height, wide, source_height, source_wide,
@@ -378,7 +378,7 @@ def _weight_gradient(
 
 
 class _GroupedConvolution(torch.autograd.Function):
-    """A grouped 3x3 convolution of padding 1."""
+    """A grouped 3x3 convolution with padding 1."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
@@ -426,12 +426,12 @@ def as_of_pytorch(weight: Tensor) -> Tensor:
     return weight.flatten(0, 1).permute(0, 3, 1, 2)
 
 
-#: Which of its candidates is the fastest, by what is computed.
+#: The fastest candidate, by kind of computation.
 FASTEST: dict[Any, int] = {}
 
 
 def fastest(key: Any, *candidates: Callable[[], Tensor]) -> Tensor:
-    """What the fastest candidate gives: on a GPU measured at the first call, else the first."""
+    """Run the fastest candidate: on a GPU measured at the first call, else the first."""
     if key not in FASTEST and torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
         times = [_milliseconds(candidate) for candidate in candidates]
         FASTEST[key] = times.index(min(times))
@@ -439,10 +439,10 @@ def fastest(key: Any, *candidates: Callable[[], Tensor]) -> Tensor:
 
 
 def _milliseconds(candidate: Callable[[], Tensor]) -> float:
-    """Of ten calls on the device, which finds them all waiting: launching them may take longer."""
+    """Time of ten calls on the device, all queued before they run: launching them may take longer."""
     try:
         candidate()
-    except Exception:  # of whatever kind: memory that a compiler or a library does not get
+    except Exception:  # any kind: a compiler or a library may run out of memory
         return math.inf
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(3_000_000)
@@ -487,7 +487,7 @@ def _convolved(x: Tensor, weight: Tensor, size: list[int], stride: int, flip: bo
 
 
 def grouped_convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """A grouped 3x3 convolution of padding 1.
+    """A grouped 3x3 convolution with padding 1.
 
     Args:
         x: ``[N, g * I, H, W]``, in channels-last memory.
@@ -518,7 +518,7 @@ def _spread(x, y, run_of, pixels, runs: tl.constexpr, branches: tl.constexpr, wi
 @triton.jit
 def _collect(gradient, out, first_of, pixels, runs: tl.constexpr, branches: tl.constexpr, width: tl.constexpr,
              most: tl.constexpr, rows: tl.constexpr, block: tl.constexpr):  # fmt: skip
-    """Sum over the branches of every run, which lie side by side."""
+    """Sum over the branches of every run, which are side by side."""
     c = tl.arange(0, block)
     here = c < runs * width
     first = tl.load(first_of + c // width, mask=here, other=0)
@@ -536,7 +536,7 @@ def _collect(gradient, out, first_of, pixels, runs: tl.constexpr, branches: tl.c
 
 
 class _Spread(torch.autograd.Function):
-    """The maps of runs as those of their branches."""
+    """Copy the maps of runs to their branches."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, run_of: Tensor, first_of: Tensor, most: int) -> Tensor:
@@ -579,13 +579,13 @@ def _spread_tile(x: Tensor, channels: int) -> dict[str, int]:
 
 
 def spread(x: Tensor, run_of: Tensor, first_of: Tensor, most: int) -> Tensor:
-    """The maps of runs as those of their branches.
+    """Copy the maps of runs to their branches.
 
     Args:
         x: ``[N, R * c, H, W]``, in channels-last memory.
         run_of: the run of every branch, int32 ``[B]``, rising.
         first_of: the first branch of every run, and in the end their number, int32 ``[R + 1]``.
-        most: branches of a run, at most.
+        most: most branches of a run.
 
     Returns:
         ``[N, B * c, H, W]``, in channels-last memory.

@@ -1,6 +1,6 @@
 # Needs: cli.py, device_augment.py, device_steps.py, files.py, graphs.py, recipe.py, resnet32.py, sampling.py,
 # stacked.py, stacked_kernels.py, training.py.
-"""The methods of one seed as one training: how to compute it is measured, and it can be interrupted."""
+"""The methods of one seed as one training run: it measures the fastest form and can be interrupted."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from lgla_losses import LGLALoss, count_classes
 from lgla_losses.data import ImageData
 from lgla_losses.metrics import ShotAccuracy
 
-#: Steps from one look at the losses to the next, for which the host waits.
+#: Steps between two looks at the losses, for which the host waits.
 STEPS_A_LOOK = 100
 
-#: Seconds from one checkpoint to the next, and those kept for the last evaluation and the records.
+#: Seconds between two checkpoints, and seconds reserved for the last evaluation and the records.
 CHECKPOINT_EVERY, RESERVE = 30.0, 10.0
 
 
 class Ending:
-    """Notes SIGTERM and Ctrl-C, so that the loop can save; a second one stops at once."""
+    """Record SIGTERM and Ctrl-C, so that the loop can save; a second one stops at once."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -62,7 +62,7 @@ class Ending:
 
 
 class Run(NamedTuple):
-    """A method of one seed: settings of its recipe, options of its run, blocks of its network, its loss."""
+    """A method of one seed: settings of its recipe, options of its run, blocks of its network, and loss."""
 
     method: str
     settings: dict[str, Any]
@@ -72,16 +72,16 @@ class Run(NamedTuple):
 
 
 def make_network(run: Run, seed: int, num_classes: int) -> ResNet32:
-    """The network that a run of its own would begin with."""
+    """The network that a separate run would start with."""
     torch.manual_seed(seed)
     options = run.options
     return ResNet32(num_classes, options.num_experts, scale=options.scale, blocks=run.blocks)
 
 
 def make_order(num_samples: int, batch_size: int, seed: int, epoch: int) -> Tensor:
-    """The images of an epoch's steps ``[steps, B]``: all of them, and those that fill the last batch twice.
+    """The images of an epoch's steps ``[steps, B]``: all images, and some twice to fill the last batch.
 
-    A CUDA graph has batches of one size.
+    A CUDA graph needs batches of one size.
     """
     generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
     order = torch.randperm(num_samples, generator=generator)
@@ -106,17 +106,17 @@ class Stack:
 
     Args:
         data: training and test images.
-        seed: of networks, order and augmentation.
-        options: of train_stacked.py.
-        make_runs: gives the methods' runs of a number of epochs, by the class counts.
+        seed: seed of networks, order and augmentation.
+        options: options of train_stacked.py.
+        make_runs: makes the methods' runs for a number of epochs and the class counts.
 
     Attributes:
-        epochs: how many there are to be.
+        epochs: epochs to do.
         epoch: epochs done.
-        seconds: time that they have taken, of all methods together.
-        diverged: methods whose losses were not finite, and at which step.
+        seconds: time of these epochs, all methods together.
+        diverged: methods whose losses were not finite, with the step.
         evaluations: scores of every method, by epoch.
-        logits: of the last evaluation, ``[N, K, C]`` a method.
+        logits: logits of the last evaluation, ``[N, K, C]`` per method.
     """
 
     def __init__(
@@ -155,14 +155,14 @@ class Stack:
         self.logits: list[Tensor] = []
 
     def shorten(self, epochs: int) -> None:
-        """Take fewer epochs, of the same order, and let the learning rates fall in them."""
+        """Take fewer epochs, in the same order, and shorten the schedule of learning rates."""
         self.epochs = epochs
         self.runs = self.make_runs(epochs, self.counts)
         rates = torch.tensor(make_rates(self.runs[0].options, self.steps_per_epoch), device=self.device)
         self.tables.rates[: len(rates)].copy_(rates)
 
     def make_steps(self, form: Form, graph: bool) -> Steps:
-        """The steps in a form, from the networks' beginning."""
+        """Make the steps in a form, from the initial networks."""
         options = self.runs[0].options
         networks = [make_network(run, self.seed, len(self.counts)) for run in self.runs]
         net = stack(networks, form, self.device)
@@ -175,7 +175,7 @@ class Stack:
         return steps
 
     def fit(self, ending: Ending, left: float) -> None:
-        """Measure, and train as long as ``left`` allows; or go on from a checkpoint."""
+        """Measure the forms and train as long as ``left`` allows, or continue from a checkpoint."""
         options, deadline = self.options, time.monotonic() + left - min(RESERVE, 0.1 * left)
         graph = self.device.type == "cuda" and not options.no_graph
         if options.resume and self.checkpoint.exists():
@@ -196,14 +196,14 @@ class Stack:
         self.train(ending, deadline)
 
     def choose(self, forms: dict[str, Form], graph: bool) -> None:
-        """Measure the forms, and keep the fastest; a form that fails is out, whatever it fails by."""
+        """Measure the forms, and keep the fastest; a form that fails for any reason is left out."""
         begun, fastest = time.monotonic(), math.inf
         expected: list[list[float]] = []
         steps: Steps | None = None
         for name, form in forms.items():
             late = time.monotonic() - begun > self.options.measure_seconds
             if late and fastest < math.inf and not form.compiled:
-                self.measured[name] = "not measured: --measure-seconds were over"
+                self.measured[name] = "not measured: no --measure-seconds left"
                 continue
             try:
                 steps = self.make_steps(form, graph)
@@ -211,13 +211,13 @@ class Stack:
                 expected = expected or losses
                 if not all(np.isfinite(losses).flat) or not np.allclose(losses, expected, rtol=0.05):
                     raise ArithmeticError(f"expected the losses {expected}, got {losses}")
-            except Exception as error:  # of whatever kind: libraries and compilers have many
+            except Exception as error:  # any kind: libraries and compilers raise many
                 self.measured[name] = f"failed: {type(error).__name__}: {error}".partition("\n")[0]
             else:
                 self.measured[name] = {"milliseconds_per_step": round(1000 * seconds, 3)}
                 if seconds < fastest:
                     fastest, self.form, self.steps = seconds, name, steps
-            steps = None  # whose recording holds much memory
+            steps = None  # its recording holds much memory
             gc.collect()
             torch.cuda.empty_cache()
             print(f"{name}: {self.measured[name]}", flush=True)
@@ -228,10 +228,10 @@ class Stack:
             begun = time.monotonic()
             self._scores()
             self.seconds_per_evaluation = time.monotonic() - begun
-        self.logits = []  # of networks that have learned nothing
+        self.logits = []  # logits of untrained networks
 
     def seconds_of(self, epochs: int) -> float:
-        """How long so many epochs take, with evaluations, and a fiftieth for checkpoints."""
+        """Seconds for a number of epochs, with evaluations, and a fiftieth for checkpoints."""
         evaluations: int = math.ceil(epochs / self.options.evaluate_every)
         seconds = epochs * self.steps_per_epoch * self.seconds_per_step
         seconds += evaluations * self.seconds_per_evaluation
@@ -243,7 +243,7 @@ class Stack:
         while self.epoch < self.epochs and not ending.signal:
             if time.monotonic() + self.steps_per_epoch * self.seconds_per_step > deadline:
                 break
-            # So that the augmentation of an epoch is the same after an interruption.
+            # This makes the augmentation of an epoch the same after an interruption.
             torch.manual_seed(mixed_seed(self.seed, self.epoch, 1))
             if self.epoch == 0:
                 self.steps.prime()
@@ -264,9 +264,9 @@ class Stack:
         self.save()
 
     def _look(self, step: int, seconds: float) -> None:
-        """Wait for the losses of a step, show them, and note the runs whose are not finite.
+        """Wait for the losses of a step, print them, and record the runs with losses that are not finite.
 
-        Runs do not touch each other, unless they share groups of convolutions: the others go on.
+        Runs are independent unless they share groups of convolutions, so the others continue.
         """
         losses = dict(zip(self.options.methods, self.steps.losses.tolist(), strict=True))
         shown = ", ".join(f"{method} {loss:.3f}" for method, loss in losses.items())
@@ -276,7 +276,7 @@ class Stack:
                 self.diverged.setdefault(method, step)
         if len(self.diverged) == len(losses):
             raise SystemExit(
-                f"step {step}: expected finite losses, got {shown}; run it again by --amp none or --forms "
+                f"step {step}: expected finite losses, got {shown}; run it again with --amp none or --forms "
                 "grouped. The last checkpoint is kept"
             )
 
@@ -302,7 +302,7 @@ class Stack:
         return scores
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with."""
+        """Settings that a checkpoint must have been made with."""
         options = self.options
         free = ("epochs", "warmup_epochs", "data", "device", "cuda_graphs")
         return {
@@ -337,13 +337,13 @@ class Stack:
         write_whole(self.checkpoint, lambda file: torch.save(content, file))
 
     def resume(self, graph: bool) -> None:
-        """Go on where the checkpoint ends, in its form."""
+        """Continue from the checkpoint, in its form."""
         saved = load_plain(self.checkpoint)
         identity = saved.get("identity") if isinstance(saved, dict) else None
         if identity != self.identity():
             raise InputError(
                 f"--resume: expected {self.checkpoint} to be of {reprlib.repr(self.identity())}, got "
-                f"{reprlib.repr(identity)}; give what it was begun with, or another --out"
+                f"{reprlib.repr(identity)}; pass the options it was started with, or another --out"
             )
         if saved["epochs"] < self.epochs:
             self.shorten(saved["epochs"])
@@ -354,7 +354,7 @@ class Stack:
         self.diverged = saved["diverged"]
 
     def record(self, index: int) -> dict[str, Any]:
-        """What a run of one method gave, as training.py records it; and its test logits beside it."""
+        """Record the run of one method as training.py does, and write its test logits next to it."""
         options = self.runs[index].options
         losses = (self.steps.sums[:, index] / self.steps_per_epoch).tolist()
         rates = self.tables.rates.tolist()
@@ -381,7 +381,7 @@ class Stack:
         }
 
     def keep_outputs(self, index: int, path: Path) -> None:
-        """Write what train_paper.py keeps of a run: test logits, classes, lengths of the class weights."""
+        """Write the outputs that train_paper.py keeps: test logits, classes, lengths of the class weights."""
         norms = self.steps.net.class_weights()[index].detach().float().norm(dim=-1)
         arrays = {
             "logits": self.logits[index].half().numpy(),
@@ -395,20 +395,20 @@ class Stack:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes."""
+    """Versions of the software."""
     modules = {"torch": torch, "numpy": np, "lgla_losses": lgla_losses}
     return {"python": platform.python_version()} | {name: m.__version__ for name, m in modules.items()}
 
 
 def device_name(device: torch.device) -> str:
-    """The device's name, or the machine's and its threads."""
+    """Name of the device, or of the machine with its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def form_of(name: str) -> Form:
-    """The form of a name, which may end in -compiled."""
+    """Find the form by its name, which may end in -compiled."""
     plain = name.removesuffix("-compiled")
     if plain not in FORMS:
         raise InputError(f"--forms: expected some of {', '.join(FORMS)}, got {name!r}")
@@ -416,7 +416,7 @@ def form_of(name: str) -> Form:
 
 
 def fitting_epochs(asked: int, seconds_of: Callable[[int], float], left: float) -> int:
-    """The most eighths of the epochs asked for that take no longer than there is left; at least one epoch."""
+    """The most eighths of the requested epochs that fit into the time left; at least one epoch."""
     fewer = [asked * eighths // 8 for eighths in range(8, 0, -1)] + [
         asked >> halvings for halvings in range(4, 64)
     ]

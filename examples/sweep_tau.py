@@ -1,8 +1,8 @@
 # Needs: cli.py, files.py, quickstart.py.
-"""Which tau makes the ensemble best? Sweeps it for K = 2 to 7 on small long-tailed images.
+"""Find the best tau of the ensemble: sweep it for K = 2 to 7 on small long-tailed images.
 
-The mean of K experts carries the prior n_j ** ((K - 1 - tau) / K): uniform at tau = K - 1. Prints accuracy
-on a balanced test set by tau / (K - 1), and how far the predictions there lean to the head: the slope of
+The mean of K experts holds the prior n_j ** ((K - 1 - tau) / K): uniform at tau = K - 1. The script prints
+accuracy on a balanced test set by tau / (K - 1), and how far the predictions lean to the head: the slope of
 the log of a class's mean predicted probability over log n_j.
 """
 
@@ -33,8 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--experts", type=number(int, 2, 11), nargs="+", default=[2, 3, 4, 5, 6, 7], metavar="K")
     add("--ratios", type=number(float, 0), nargs="+", default=list(RATIOS), metavar="TAU/(K-1)")
     add("--seeds", type=number(int, 1), default=5, help="number of seeds (default 5)")
-    add("--epochs", type=number(int, 1), default=50, help="epochs a run (default 50)")
-    add("--output", type=Path, default=Path("sweep_tau.json"), help="the record; a .png beside")
+    add("--epochs", type=number(int, 1), default=50, help="epochs per run (default 50)")
+    add("--output", type=Path, default=Path("sweep_tau.json"), help="the record; a .png goes next to it")
     return parser
 
 
@@ -55,7 +55,7 @@ with needs("examples", make_parser, __name__):
 
 
 def read_split(path: Path) -> Split:
-    """Grey images of an .npz file as examples/make_data.py writes it, at half the resolution."""
+    """Grey images of an .npz file of examples/make_data.py, at half the resolution."""
     halves = read_npz(path)
     images = {}
     for half, data in halves.items():
@@ -90,7 +90,7 @@ def measure(num_experts: int, tau: float, split: Split, epochs: int) -> dict[str
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Accuracy and slope by tau / (K - 1), a line a K."""
+    """Draw accuracy and slope by tau / (K - 1), one line per K."""
     figure, panels = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     titles = {
         "balanced": "balanced accuracy (%)",
@@ -117,12 +117,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.data is not None and not options.data.is_file():
         parser.error(
-            f"--data: expected an .npz file, got {kind_of(options.data)} at {options.data}; "
-            "examples/make_data.py fashion-mnist makes one"
+            f"--data: expected an .npz file, got {kind_of(options.data)} at {options.data}; make one with "
+            "examples/make_data.py fashion-mnist"
         )
     picture = options.output.with_suffix(".png")
     if options.output == picture:
-        parser.error(f"--output: expected a .json file, got {picture}, which is to be the picture beside it")
+        parser.error(
+            f"--output: expected a .json file, got {picture}, the name of the picture next to it; choose "
+            "another name"
+        )
     try:
         given = options.data and read_split(options.data)
         check_output("--output", options.output)

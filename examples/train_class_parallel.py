@@ -1,10 +1,10 @@
 # Needs: cli.py.
 """Train a classifier whose classes are spread over the ranks: torchrun --nproc-per-node 4 [this script].
 
-Every rank holds the weights of its own classes, and so their gradients and the optimizer's state. With
---data-ranks 2 the ranks form a mesh of 2 parts of the batch by half as many parts of the classes. The samples
-are made up, noisy views of one random prototype a class, as no data of 200,000 classes come with this
-library; the class counts follow an exponential long tail. More steps or fewer classes let it learn.
+Every rank holds only the weights of its own classes, with their gradients and optimizer state. With
+--data-ranks 2 the ranks form a mesh: 2 parts of the batch by half as many parts of the classes. The samples
+are artificial, noisy views of one random prototype per class, because this library has no data with 200,000
+classes; the class counts follow an exponential long tail. With more steps or fewer classes it learns more.
 """
 
 from __future__ import annotations
@@ -28,18 +28,26 @@ def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--classes", type=number(int, 2), default=200_000, help="of all ranks together")
-    add("--imbalance", type=number(float, 1), default=1000.0, help="the most frequent class over the rarest")
-    add("--num-experts", type=number(int, 2), default=3, help="the paper's K")
-    add("--data-ranks", type=number(int, 1), default=1, help="parts of the batch; they divide the ranks")
-    add("--batch-size", type=number(int, 1), default=256, help="samples of a step on all ranks together")
-    add("--steps", type=number(int, 1), default=30, help="of the optimizer")
-    add("--lr", type=number(float, 0), default=0.01, help="learning rate of Adam")
-    add("--clip-norm", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0 is any")
-    add("--seed", type=number(int, 1), default=1, help="of weights and samples")
+    add("--classes", type=number(int, 2), default=200_000, help="classes of all ranks together")
     add(
-        "--timeout", type=number(float, 1, 1e9), default=600.0, help="seconds until a rank gives up on others"
+        "--imbalance",
+        type=number(float, 1),
+        default=1000.0,
+        help="count of the most frequent class over the rarest",
     )
+    add("--num-experts", type=number(int, 2), default=3, help="the paper's K")
+    add(
+        "--data-ranks",
+        type=number(int, 1),
+        default=1,
+        help="parts of the batch; must divide the number of ranks",
+    )
+    add("--batch-size", type=number(int, 1), default=256, help="samples per step on all ranks together")
+    add("--steps", type=number(int, 1), default=30, help="steps of the optimizer")
+    add("--lr", type=number(float, 0), default=0.01, help="learning rate of Adam")
+    add("--clip-norm", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0: no limit")
+    add("--seed", type=number(int, 1), default=1, help="seed of weights and samples")
+    add("--timeout", type=number(float, 1, 1e9), default=600.0, help="seconds that a rank waits for others")
     return parser
 
 
@@ -49,12 +57,12 @@ with needs("train", make_parser, __name__):
     from lgla_losses.data import long_tailed_counts
     from lgla_losses.distributed import ClassParallelLGLALoss
 
-#: Numbers of an input, and of a feature.
+#: Length of an input, and of a feature vector.
 INPUTS, FEATURES = 32, 64
 
 
 class Samples:
-    """Made-up samples: prototypes of the classes, seen through noise."""
+    """Artificial samples: prototypes of the classes, with noise."""
 
     def __init__(self, class_counts: Tensor, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)  # the same prototypes on every rank
@@ -65,7 +73,7 @@ class Samples:
         """Inputs ``[N, INPUTS]`` and classes ``[N]``, the same for the same seed."""
         generator = torch.Generator().manual_seed(seed)
         frequency = torch.ones_like(self.frequency) if balanced else self.frequency
-        # Not torch.multinomial, which takes 2 ** 24 classes at most.
+        # Not torch.multinomial, which takes at most 2 ** 24 classes.
         edges = frequency.cumsum(0)
         drawn = torch.rand(size, generator=generator, dtype=torch.float64) * edges[-1]
         target = torch.searchsorted(edges, drawn, right=True).clamp(max=len(edges) - 1)
@@ -75,7 +83,7 @@ class Samples:
 
 
 class Experts(nn.Module):
-    """Inputs to the features of K experts ``[N, K, FEATURES]``: what precedes the classifiers."""
+    """Layers before the classifiers: inputs to the features of K experts ``[N, K, FEATURES]``."""
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -88,7 +96,7 @@ class Experts(nn.Module):
 
 
 class Ranks(NamedTuple):
-    """This rank's place: which part of the batch and of the classes."""
+    """This rank's part of the batch and of the classes."""
 
     mesh: DeviceMesh
     device: torch.device
@@ -105,7 +113,7 @@ class Ranks(NamedTuple):
 
 
 def train(options: argparse.Namespace, ranks: Ranks) -> None:
-    """Some steps, and what came of them."""
+    """Train some steps, and report the result."""
     is_writer = dist.get_rank() == 0
     samples = Samples(long_tailed_counts(1000, options.classes, options.imbalance), ranks.device)
     class_counts = samples.frequency
@@ -149,9 +157,9 @@ def train(options: argparse.Namespace, ranks: Ranks) -> None:
 
 @torch.no_grad()
 def clip_gradients(experts: nn.Module, weight: nn.Parameter, max_norm: float, ranks: Ranks) -> None:
-    """Clip by the norm of all gradients, those of the other ranks' classes among them.
+    """Clip by the norm of all gradients, including those of the other ranks' classes.
 
-    By its own norm every rank would clip the shared parameters otherwise, and they would drift apart.
+    With its own norm every rank would clip the shared parameters differently, and they would drift apart.
     """
     square = torch.zeros((), device=ranks.device)
     if weight.grad is not None:
@@ -172,12 +180,12 @@ def accuracy(
     ranks: Ranks,
     options: argparse.Namespace,
 ) -> float:
-    """Of the ensemble on new samples: every rank finds its best class, and the ranks the best of these."""
+    """Accuracy of the ensemble on new samples: each rank finds its best class, then the ranks compare."""
     inputs, target = samples.draw(options.batch_size, seed=options.seed - 1, balanced=True)
     cosines = nn.functional.normalize(experts(inputs), dim=-1)
     found = torch.full((len(target), 2), -torch.inf, dtype=torch.float64, device=target.device)
     if weight.shape[1]:
-        # The mean of the experts' cosines is a product of vectors K times as long.
+        # The mean of the experts' cosines is one product of vectors that are K times as long.
         centres = nn.functional.normalize(weight, dim=-1).transpose(0, 1).flatten(1)
         best = (cosines.flatten(1) @ centres.T).max(dim=1)
         found = torch.stack([best.values.double(), (best.indices + criterion.classes.start).double()], dim=1)
@@ -194,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
     if "WORLD_SIZE" not in os.environ:
-        parser.error("expected a start by torchrun --nproc-per-node 4, got one without it")
+        parser.error("expected a start with torchrun --nproc-per-node 4, got one without it")
     world_size = int(os.environ["WORLD_SIZE"])
     if world_size % options.data_ranks:
         parser.error(

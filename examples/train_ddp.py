@@ -1,9 +1,9 @@
 # Needs: cli.py, files.py, graphs.py, quickstart.py, recipe.py, sampling.py, shares.py, training.py.
-"""Train LGLA on several GPUs, or processes of a CPU, by DistributedDataParallel or FSDP2 (--fsdp).
+"""Train LGLA on several GPUs or CPU processes, with DistributedDataParallel or FSDP2 (--fsdp).
 
-torchrun --nproc-per-node 2 examples/train_ddp.py [FILE.npz]: arrays as train_images.py takes them, or without
-a file scikit-learn's long-tailed digits. Loss and gradients are those of one process on the whole batch, of
-shares of any size; the statistics of --norm batch are each rank's own. A killed run goes on by --resume.
+torchrun --nproc-per-node 2 examples/train_ddp.py [FILE.npz]: arrays as in train_images.py, or scikit-learn's
+long-tailed digits without a file. Loss and gradients equal those of one process on the whole batch, for
+shares of any size; with --norm batch each rank has its own statistics. Continue a killed run with --resume.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("data", type=Path, nargs="?", metavar="FILE.npz", help="the images; None is long-tailed digits")
-    add("--fsdp", action="store_true", help="shard parameters, gradients and optimizer by FSDP2")
-    add("--norm", choices=("batch", "group"), default="batch", help="group has no statistics of a batch")
+    add("--fsdp", action="store_true", help="shard parameters, gradients and optimizer with FSDP2")
+    add("--norm", choices=("batch", "group"), default="batch", help="group uses no batch statistics")
     add("--epochs", type=number(int, 1), default=30, help="passes over the training data")
-    add("--batch-size", type=number(int, 1), default=64, help="samples of a step on all ranks together")
-    add("--lr", type=number(float, 0), default=0.1, help="highest learning rate, of a cosine")
-    add("--clip-norm", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0 is any")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights and order")
+    add("--batch-size", type=number(int, 1), default=64, help="samples per step on all ranks together")
+    add("--lr", type=number(float, 0), default=0.1, help="highest learning rate of a cosine schedule")
+    add("--clip-norm", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0: no limit")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights and order")
     add(
         "--timeout",
         type=number(float, 1, 1e9),
         default=600.0,
-        help="seconds after which a rank gives up on others; longer than a checkpoint takes to write",
+        help="seconds that a rank waits for others; must exceed the time to write a checkpoint",
     )
     add(
         "--log-dir",
         type=Path,
         default=Path("runs", "train_ddp"),
-        help="seen by all ranks: checkpoint, record",
+        help="folder that all ranks see, for checkpoint and record",
     )
-    add("--resume", action="store_true", help="go on from the last checkpoint, where there is one")
+    add("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
     return parser
 
 
@@ -70,15 +70,16 @@ with needs("train", make_parser, __name__):
     from lgla_losses import GroupConvExperts, LGLALoss, count_classes
     from lgla_losses.metrics import ShotAccuracy
 
-#: Options of which a checkpoint does not depend.
+#: Options that a checkpoint does not depend on.
 FREE_OPTIONS = {"data", "fsdp", "timeout", "log_dir", "resume"}
 
-#: Checkpoints hold whole tensors, so that another number of ranks, with or without --fsdp, can go on.
+#: Checkpoints hold whole tensors, so that a run can continue on another number of ranks, with or without
+#: --fsdp.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def build_model(classes: int, norm: str) -> ExpertModel:
-    """A small network: put yours here, split by split_backbone."""
+    """A small network: replace it by yours, split with split_backbone."""
     make_norm = nn.BatchNorm2d if norm == "batch" else lambda width: nn.GroupNorm(8, width)
 
     def layer(width: int, out: int, stride: int) -> nn.Sequential:
@@ -88,29 +89,29 @@ def build_model(classes: int, norm: str) -> ExpertModel:
 
 
 def distribute(model: ExpertModel, device: torch.device, fsdp: bool) -> nn.Module:
-    """The model as its ranks train it."""
+    """Wrap the model for training on all ranks."""
     if not fsdp:
-        # Running statistics are averaged at the end of an epoch, instead of rank 0's sent around every step.
-        # What replaces the option is newer than torch 2.6.
+        # Running statistics are averaged at the end of an epoch, instead of sending those of rank 0 in every
+        # step. Its replacement is newer than torch 2.6.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return DistributedDataParallel(model.to(device), broadcast_buffers=False)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     fully_shard(model.trunk, mesh=mesh, shard_placement_fn=placement)
-    # The angles read the class weights after forward, so the unit that holds them must not free them there.
+    # The angles read the class weights after forward, so their unit must not free them then.
     fully_shard(model, mesh=mesh, shard_placement_fn=placement, reshard_after_forward=False)
-    # The logits are a view; nothing writes into them.
+    # The logits are a view, and nothing writes into them.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     return model
 
 
 def placement(parameter: nn.Parameter) -> Shard | None:
-    """The largest dimension that the ranks divide: the first, of experts, may be less than the ranks."""
+    """Shard the largest dimension that the ranks divide: the first, of experts, may be too small."""
     divided = [d for d, size in enumerate(parameter.shape) if size % dist.get_world_size() == 0]
     return Shard(max(divided, key=lambda d: parameter.shape[d])) if divided else None
 
 
 class Run:
-    """A run on all ranks, of which rank 0 writes."""
+    """A run on all ranks; rank 0 writes the files."""
 
     def __init__(self, options: argparse.Namespace, train: Images, val: Images) -> None:
         self.options = options
@@ -131,7 +132,7 @@ class Run:
         self.curve: list[dict[str, Any]] = []
 
     def fit(self) -> None:
-        """Train to the last epoch, and save after every one."""
+        """Train to the last epoch, and save after every epoch."""
         folder = self.options.log_dir
         if self.is_writer:
             make_folder("--log-dir", folder)
@@ -154,7 +155,7 @@ class Run:
     def _train_epoch(self) -> float:
         """One pass over the training set; the mean loss."""
         self.shares.epoch = len(self.curve)
-        # Dropout and its like, in a model that has them: a function of epoch and rank, as after a resumption.
+        # Makes random layers, such as dropout, a function of epoch and rank, also after --resume.
         torch.manual_seed(mixed_seed(self.options.seed, self.shares.epoch, dist.get_rank()))
         self.model.train()
         total = torch.zeros((), device=self.device)
@@ -170,12 +171,12 @@ class Run:
             loss = self.criterion(output, target.to(self.device, non_blocking=True))
             self.optimizer.zero_grad()
             loss.backward()
-            if self.options.clip_norm:  # the norm over all ranks, of FSDP's shards as well
+            if self.options.clip_norm:  # the norm over all ranks, including FSDP's shards
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
             self.optimizer.step()
             self.schedule.step()
             total += loss.detach() * len(step)
-        # The mean of the ranks' losses is that of the whole batch.
+        # The mean of the ranks' losses is the loss of the whole batch.
         total /= self.shares.num_samples
         mean_over_ranks(total)
         for buffer in self.model.buffers():
@@ -189,7 +190,7 @@ class Run:
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
-        """Accuracies on the samples of all ranks, of the columns that have classes."""
+        """Accuracies on the samples of all ranks, for the columns that have classes."""
         metric = ShotAccuracy(self.class_counts).to(self.device)
         self.model.eval()
         for images, target in self.val_loader:
@@ -205,7 +206,7 @@ class Run:
             write_whole(path, lambda file: torch.save(checkpoint, file))
 
     def resume(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where a checkpoint ends."""
+        """Continue from a checkpoint."""
         try:
             model, optimizer = checkpoint["model"], checkpoint["optimizer"]
             set_state_dict(
@@ -213,7 +214,7 @@ class Run:
             )
             self.schedule.load_state_dict(checkpoint["schedule"])
             self.curve = checkpoint["curve"]
-        except Exception as error:  # of whatever kind: any part may be damaged
+        except Exception as error:  # any kind: any part may be damaged
             raise InputError(
                 f"--resume: expected a checkpoint of this script, got a damaged one in {self.options.log_dir}"
                 f" ({error!r}); begin a run in another --log-dir"
@@ -227,7 +228,7 @@ def mean_over_ranks(values: Tensor) -> None:
 
 
 def description(options: argparse.Namespace, class_counts: Tensor) -> dict[str, Any]:
-    """What a checkpoint and the run that it goes on in have in common."""
+    """Settings that must be the same in a checkpoint and in the run that continues it."""
     return {
         **{name: value for name, value in vars(options).items() if name not in FREE_OPTIONS},
         "class_counts": class_counts.tolist(),
@@ -235,18 +236,18 @@ def description(options: argparse.Namespace, class_counts: Tensor) -> dict[str, 
 
 
 def num_classes(train: Images) -> int:
-    """Of which every one has a sample."""
+    """Number of classes; every class must have a sample."""
     return int(train.labels.max()) + 1
 
 
 def check(options: argparse.Namespace, train: Images) -> dict[str, Any] | None:
-    """Refuse what cannot run before ranks wait for each other; the checkpoint to go on from, if any."""
+    """Refuse wrong options before ranks wait for each other; return the checkpoint to continue, if any."""
     ranks, last = int(os.environ["WORLD_SIZE"]), options.log_dir / "last.pt"
     smallest = len(train) // math.ceil(len(train) / options.batch_size)
     if options.norm == "batch" and smallest < ranks:
         raise InputError(
-            f"--batch-size {options.batch_size}: expected a sample a rank in every step for --norm batch, "
-            f"got steps of {smallest} for {ranks} ranks; raise it, or take --norm group"
+            f"--batch-size {options.batch_size}: expected at least one sample per rank in every step for "
+            f"--norm batch, got steps of {smallest} for {ranks} ranks; raise it, or use --norm group"
         )
     check_log_dir(options.log_dir, "last.pt", options.resume and last.exists())
     if not last.exists():
@@ -259,7 +260,9 @@ def check(options: argparse.Namespace, train: Images) -> dict[str, Any] | None:
         f"{name} {then.get(name)}, now {value}" for name, value in now.items() if then.get(name) != value
     ]
     if other:
-        raise InputError(f"--resume: {last} is of another run: {'; '.join(other)}; take another --log-dir")
+        raise InputError(
+            f"--resume: {last} belongs to another run: {'; '.join(other)}; choose another --log-dir"
+        )
     return checkpoint
 
 
@@ -269,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if "WORLD_SIZE" not in os.environ:
         parser.error(
-            "expected a start by torchrun --nproc-per-node 2 examples/train_ddp.py, got one without it"
+            "expected a start with torchrun --nproc-per-node 2 examples/train_ddp.py, got one without it"
         )
     try:
         train, val = read_data(options.data)

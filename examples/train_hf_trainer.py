@@ -1,9 +1,9 @@
 # Needs no other file.
 """Train LGLA with the Trainer of transformers on a CSV file of texts and labels.
 
-What is LGLA's own is the model's two parts, compute_loss and a callback, which shows on TensorBoard what the
-loss does; all options of TrainingArguments work. The encoder is a small BERT with new weights, its vocabulary
-one of word pieces of the training texts.
+The parts for LGLA are the two parts of the model, compute_loss, and a callback that shows the loss's angles
+and weights in TensorBoard; all options of TrainingArguments work. The encoder is a small BERT with new
+weights; its vocabulary is made of word pieces of the training texts.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch import Tensor, nn
 
 
 def make_parser(**keywords: Any) -> argparse.ArgumentParser:
-    """The options beside those of TrainingArguments."""
+    """The options besides those of TrainingArguments."""
     parser = argparse.ArgumentParser(description=__doc__, **keywords)
     add = parser.add_argument
     add("data", type=Path, metavar="FILE.csv", help="texts and labels")
     add("--text_column", default="text", help="its name")
     add("--label_column", default="label", help="its name")
     add("--num_experts", type=int, default=3, help="the paper's K")
-    add("--max_length", type=int, default=32, help="tokens of a text; the rest is cut off")
+    add("--max_length", type=int, default=32, help="tokens per text; the rest is cut off")
     add("--vocabulary", type=int, default=8000, help="word pieces")
     return parser
 
 
 try:
-    import accelerate  # type: ignore[import-untyped]  # noqa: F401  (Trainer asks for it late)
+    import accelerate  # type: ignore[import-untyped]  # noqa: F401  (Trainer imports it late)
     import transformers
 
     if int(transformers.__version__.partition(".")[0]) < 5:
@@ -60,8 +60,9 @@ except ImportError as error:
     if __name__ != "__main__":
         raise
     parser = make_parser()
-    parser.parse_known_args()  # which answers --help
-    parser.exit(2, f'{parser.prog}: error: {error}: pip install "lgla-losses[text]"\n')
+    parser.parse_known_args()  # answers --help
+    packages = "'transformers>=5' accelerate torchmetrics tqdm rich tensorboard"
+    parser.exit(2, f"{parser.prog}: error: {error}: pip install {packages}\n")
 
 SMALL_BERT = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
 
@@ -72,13 +73,13 @@ DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 128,
     "learning_rate": 5e-4,
     "weight_decay": 0.01,
-    "max_grad_norm": 1.0,  # Trainer's own default too: it clips, as several experts with cosine heads want
-    "warmup_steps": 0.1,  # of all
+    "max_grad_norm": 1.0,  # also Trainer's default: several experts with cosine heads need clipping
+    "warmup_steps": 0.1,  # share of all steps
     "lr_scheduler_type": "cosine",
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "logging_steps": 10,
-    "label_names": ["labels"],  # which the model does not take: they go to compute_loss
+    "label_names": ["labels"],  # the model does not take them: they go to compute_loss
     "ddp_find_unused_parameters": False,
     "dataloader_pin_memory": torch.cuda.is_available(),
     "report_to": ["none"],  # main() adds TensorBoard
@@ -99,7 +100,7 @@ class ExpertModelOutput(ModelOutput):
 
 
 class TextExperts(nn.Module):
-    """The lower half of an encoder, shared, and K experts with an upper half each."""
+    """The shared lower half of an encoder, and K experts with an upper half each."""
 
     def __init__(self, config: BertConfig, num_classes: int, num_experts: int = 3) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class TextExperts(nn.Module):
         at = f"encoder.layer.{config.num_hidden_layers // 2}"
         self.trunk, _ = split_backbone(encoder, at)
         self.experts = GroupConvExperts(
-            # New weights for each; pretrained ones are kept by GroupConvExperts(stage, ..., reset=False).
+            # New weights for each expert; GroupConvExperts(stage, ..., reset=False) keeps pretrained weights.
             lambda: split_backbone(AutoModel.from_config(config), at)[1],
             num_experts,
             num_classes,
@@ -115,7 +116,7 @@ class TextExperts(nn.Module):
         )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> ExpertModelOutput:
-        """What every expert makes of the texts."""
+        """Compute the outputs of every expert."""
         output: ExpertOutput = self.experts(self.trunk(input_ids, attention_mask))
         return ExpertModelOutput(**output._asdict())
 
@@ -127,36 +128,37 @@ def compute_loss(
     *,
     criterion: LGLALoss,
 ) -> Tensor:
-    """The loss of a micro-batch, as its part of the mean over all samples of the step.
+    """Compute the loss of a micro-batch, as its part of the mean over all samples of the step.
 
-    Trainer counts them over the accumulated batches and all ranks, and multiplies the loss by the number of
-    ranks, over which DDP averages gradients. So the normalizer is their number undivided.
+    Trainer counts these samples over the accumulated batches and all ranks, and multiplies the loss by the
+    number of ranks, because DDP averages gradients over the ranks. So the normalizer is the full number of
+    samples.
     """
     loss: Tensor = criterion(ExpertOutput(**outputs), labels, normalizer=num_items_in_batch)
     return loss
 
 
 def ensemble_scores(outputs: Any, labels: Tensor) -> Tensor:
-    """What evaluation keeps of a batch; the class weights are no rows of it."""
+    """Keep the ensemble's logits of a batch for evaluation, without the class weights."""
     return ExpertOutput(*outputs).ensemble()
 
 
 def compute_metrics(prediction: EvalPrediction, class_counts: Tensor) -> dict[str, float]:
-    """Accuracy over all, many-, medium- and few-shot classes, where there are such."""
+    """Compute accuracy over all, many-, medium- and few-shot classes, if there are any."""
     metric = ShotAccuracy(class_counts)
     metric.update(torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids))
     return {name: mean.item() for name, mean in metric.compute().items() if not mean.isnan()}
 
 
 class LogLoss(TrainerCallback):
-    """Writes what the loss made of its batches, as often as Trainer logs."""
+    """Write the monitor's scalars of the loss whenever Trainer logs."""
 
     def __init__(self, monitor: LossMonitor, writer: SummaryWriter) -> None:
         self.monitor = monitor
         self.writer = writer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Write what was seen since the last time."""
+        """Write the scalars since the last time."""
         if control.should_log:
             self.monitor.write(self.writer, state.global_step)
 
@@ -172,7 +174,7 @@ def read_rows(path: Path, text_column: str, label_column: str) -> list[Row]:
 
 
 def hold_out(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Training and validation rows: of every label each fifth row is held out."""
+    """Training and validation rows: every fifth row of each label is held out."""
     train, val = [], []
     for name in sorted({label for _, label in rows}):
         own = [row for row in rows if row[1] == name]
@@ -180,7 +182,7 @@ def hold_out(rows: list[Row]) -> tuple[list[Row], list[Row]]:
         train += [row for i, row in enumerate(own) if i % 5 != 4]
     if not val:
         raise ValueError(
-            f"expected a label with 5 rows or more, to hold one out, got {len(rows)} rows in all"
+            f"expected a label with at least 5 rows, to hold one out, got {len(rows)} rows in total"
         )
     return train, val
 
@@ -203,7 +205,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError, csv.Error) as error:
         parser.error(str(error))
     if args.n_gpu > 1:
-        parser.error(f"expected one GPU a process, got {args.n_gpu}; start it by torchrun --nproc-per-node")
+        parser.error(
+            f"expected one GPU per process, got {args.n_gpu}; start it with torchrun --nproc-per-node"
+        )
 
     set_seed(args.seed)
     texts = [text for text, _ in train]

@@ -1,9 +1,9 @@
 # Needs: cli.py, files.py, graphs.py, recipe.py, sampling.py, training.py.
-"""Train LGLA on a folder of images, or on an .npz file of them, with a network of torchvision or timm.
+"""Train LGLA on a folder or an .npz file of images, with a network of torchvision or timm.
 
-A folder has train/ and val/ (or test/) with one folder a class; a file has the arrays train_images,
+A folder has train/ and val/ (or test/) with one folder per class. A file has the arrays train_images,
 train_labels, val_images and val_labels: images uint8 [N, H, W, 3] or [N, H, W], labels integers [N]; or
-encoded images as lgla_losses.data.read_npz says.
+encoded images as in lgla_losses.data.read_npz.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--augment",
         choices=("none", "flip", "randaugment", "autoaugment"),
         default="flip",
-        help="flip crops and mirrors, the others do so and more",
+        help="flip crops and mirrors; the others do more",
     )
-    add("--cutout", type=number(int, 0), default=0, metavar="N", help="blank a square of N pixels a side")
-    add("--skip-corrupt", action="store_true", help="leave images out that cannot be read")
+    add("--cutout", type=number(int, 0), default=0, metavar="N", help="blank a square with sides of N pixels")
+    add("--skip-corrupt", action="store_true", help="leave out images that cannot be read")
     add_options(parser)
     return parser
 
@@ -64,18 +64,19 @@ with needs("vision", make_parser, __name__):
     from lgla_losses.data import ImageData, read_image, read_npz
     from lgla_losses.inspection.sources import IMAGE_SUFFIXES
 
-#: Where a family lists its networks, and what makes one, with new weights.
+#: For each family, where it lists its networks, and how to make one with new weights.
 FAMILIES = {"torchvision": ("torchvision.models", "get_model"), "timm": ("timm", "create_model")}
 
-#: Of ImageNet's channels, which pretrained networks expect where they do not say otherwise, as timm's do.
+#: Mean and deviation of ImageNet's channels: pretrained networks expect these, unless they name others, as
+#: timm's do.
 NORMALISATION = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
-#: Images up to this size are cropped from a padded frame, larger ones at random scales.
+#: Images up to this size are cropped from a padded frame, larger images at random scales.
 SMALL = 64
 
 
 class ImageSet(Dataset[Sample]):
-    """Transformed images and their classes, as a model takes them."""
+    """Transformed images and their classes, in the form for a model."""
 
     def __init__(self, data: ImageData, transform: Callable[[Any], Any]) -> None:
         self.data = data
@@ -130,8 +131,8 @@ def list_images(half: Path, skip_corrupt: bool) -> dict[str, list[Path]]:
     corrupt = [path for path, intact in zip(paths, readable, strict=True) if not intact]
     if corrupt and not skip_corrupt:
         raise InputError(
-            f"{half}: {len(corrupt)} corrupt images: {shortened(corrupt)}; mend them, or leave them out by "
-            "--skip-corrupt"
+            f"{half}: {len(corrupt)} corrupt images: {shortened(corrupt)}; repair them, or leave them out "
+            "with --skip-corrupt"
         )
     if corrupt:
         print(f"{half}: left out {len(corrupt)} corrupt images: {shortened(corrupt, len(corrupt))}")
@@ -140,12 +141,12 @@ def list_images(half: Path, skip_corrupt: bool) -> dict[str, list[Path]]:
 
 
 def is_readable(path: Path) -> bool:
-    """Whether an image decodes to its end."""
-    if not path.is_file():  # a pipe would be waited for
+    """Say whether an image can be decoded completely."""
+    if not path.is_file():  # reading a pipe would wait
         return False
     try:
         read_image(path)
-    except Exception:  # decoders raise what they like
+    except Exception:  # decoders raise many kinds
         return False
     return True
 
@@ -160,7 +161,7 @@ def read_arrays(path: Path) -> tuple[ImageData, ImageData, list[str]]:
 
 
 def make_transforms(network: nn.Module, options: argparse.Namespace) -> tuple[Any, Any]:
-    """What is done to training and to validation images."""
+    """Make the transforms of training and of validation images."""
     size: int = options.image_size
     whole = [v2.ToImage(), v2.Resize(size), v2.CenterCrop(size)]
     expected = NORMALISATION | getattr(network, "pretrained_cfg", {})
@@ -181,14 +182,14 @@ def make_transforms(network: nn.Module, options: argparse.Namespace) -> tuple[An
 
 
 def network_factory(options: argparse.Namespace) -> Callable[[], nn.Module]:
-    """What makes the network that ``--backbone`` names."""
+    """Give a function that makes the network that ``--backbone`` names."""
     family, _, name = options.backbone.partition(":")
     if family not in FAMILIES:
         raise InputError(f"--backbone: expected torchvision:NAME or timm:NAME, got {options.backbone}")
     package, function = FAMILIES[family]
     models = library(package, "vision")
     known = models.list_models()
-    architecture = name.partition(".")[0] if family == "timm" else name  # timm adds a weights' tag
+    architecture = name.partition(".")[0] if family == "timm" else name  # timm adds a tag for the weights
     if architecture not in known:
         close = ", ".join(get_close_matches(name, known)) or "none"
         raise InputError(
@@ -206,12 +207,12 @@ def network_factory(options: argparse.Namespace) -> Callable[[], nn.Module]:
 
 
 def use_small_stem(network: nn.Module) -> None:
-    """Let a ResNet keep the resolution of small images: first a 3x3 convolution without stride or pooling."""
+    """Keep the resolution of small images in a ResNet: start with a 3x3 convolution, no stride or pooling."""
     stem = getattr(network, "conv1", None)
     if not isinstance(stem, nn.Conv2d) or not hasattr(network, "maxpool"):
         raise InputError(
-            f"--small-images: expected a ResNet with one convolution before its pooling, got a "
-            f"{type(network).__name__} of another stem; leave it out"
+            "--small-images: expected a ResNet with one convolution before its pooling, got a "
+            f"{type(network).__name__} with another stem; leave it out"
         )
     network.conv1 = nn.Conv2d(3, stem.out_channels, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -219,7 +220,7 @@ def use_small_stem(network: nn.Module) -> None:
 
 
 def load_pretrained(network: nn.Module, options: argparse.Namespace) -> nn.Module:
-    """The network with the weights of a file; its classifier, which experts do without, is left alone."""
+    """Load the weights of a file into the network, except its classifier, which experts do not use."""
     path: Path = options.pretrained
     weights = load_plain(path)
     if not isinstance(weights, dict):
@@ -241,12 +242,12 @@ def load_pretrained(network: nn.Module, options: argparse.Namespace) -> nn.Modul
 
 
 def prepare(options: argparse.Namespace) -> Task:
-    """Images, transforms and the network that the options name."""
+    """Prepare images, transforms and the network that the options name."""
     make_network = network_factory(options)
     data: Path = options.data
     got = kind_of(data)
     if got == "nothing":
-        raise InputError(f"{data}: there is no such folder or file")
+        raise InputError(f"{data}: expected a folder or file, got none")
     if got not in ("a folder", "a file"):
         raise InputError(f"{data}: expected a folder or an .npz file of images, got {got}")
     train, val, names = read_folder(data, options.skip_corrupt) if data.is_dir() else read_arrays(data)

@@ -1,10 +1,10 @@
 # Needs no other file.
-"""Train LGLA in Lightning, with what the loss does on TensorBoard.
+"""Train LGLA in Lightning, with the loss's angles and weights in TensorBoard.
 
-What is LGLA's own is the model's last two lines of layers, the loss, and a callback; checkpoints, resuming,
-devices and strategies are Lightning's. Gradients accumulated by Lightning are means of the batches' means.
-The images are those of a file that lgla_losses.data.read_npz takes, or without one scikit-learn's digits, cut
-to a long tail: pip install "lgla-losses[examples,lightning]"
+The parts for LGLA are the last two lines of layers in the model, the loss, and a callback; Lightning handles
+checkpoints, resuming, devices and strategies. Gradients accumulated by Lightning are means of the batches'
+means. The images come from a file for lgla_losses.data.read_npz, or without a file from scikit-learn's
+digits, cut to a long tail: pip install lightning torchmetrics tensorboard scikit-learn
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 
 
 def positive(text: str) -> int:
-    """An integer from 1 on."""
+    """Parse an integer of at least 1."""
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {number}")
+        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {number}")
     return number
 
 
@@ -33,13 +33,20 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("data", type=Path, nargs="?", metavar="FILE.npz", help="the images; without it long-tailed digits")
+    add(
+        "data", type=Path, nargs="?", metavar="FILE.npz", help="the images; without a file long-tailed digits"
+    )
     add("--epochs", type=positive, default=30, help="passes over the training data")
-    add("--batch-size", type=positive, default=64, help="samples of a step and device")
+    add("--batch-size", type=positive, default=64, help="samples per step and device")
     add("--lr", type=float, default=0.1, help="highest learning rate")
-    add("--clip-norm", type=float, default=1.0, help="largest norm of the gradient; 0 is any, as for FSDP")
-    add("--devices", default="auto", help="Lightning's: how many, or auto")
-    add("--strategy", default="auto", help="Lightning's, ddp say")
+    add(
+        "--clip-norm",
+        type=float,
+        default=1.0,
+        help="largest norm of the gradient; 0: no limit, needed for FSDP",
+    )
+    add("--devices", default="auto", help="Lightning's option: a number, or auto")
+    add("--strategy", default="auto", help="Lightning's option, such as ddp")
     add("--log-every", type=positive, default=5, help="steps from one log to the next")
     add("--log-dir", type=Path, default=Path("runs/train_lightning"), help="checkpoints and curves")
     add("--resume", action="store_true", help="continue the run in --log-dir")
@@ -64,8 +71,9 @@ except ImportError as error:
     if __name__ != "__main__":
         raise
     parser = make_parser()
-    parser.parse_known_args()  # which answers --help
-    parser.exit(2, f'{parser.prog}: error: {error}: pip install "lgla-losses[lightning]"\n')
+    parser.parse_known_args()  # answers --help
+    packages = "'lightning>=2.4' torchmetrics tqdm rich tensorboard"
+    parser.exit(2, f"{parser.prog}: error: {error}: pip install {packages}\n")
 
 
 class LongTailedClassifier(LightningModule):
@@ -85,58 +93,58 @@ class LongTailedClassifier(LightningModule):
             nn.ReLU(),
         )
         self.experts = GroupConvExperts(stage, num_experts, len(class_counts), reset=True)
-        # As a part of the module the loss goes to its device, and into its checkpoints.
+        # As a part of the module, the loss moves to its device and is saved in its checkpoints.
         self.criterion = LGLALoss(class_counts, num_experts)
         self.accuracy = ShotAccuracy(class_counts)
 
     def forward(self, images: Tensor) -> ExpertOutput:
-        """What every expert makes of the images."""
+        """Compute the outputs of every expert."""
         output: ExpertOutput = self.experts(self.trunk(images))
         return output
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        """The loss; over several devices it is that of the whole batch."""
+        """Compute the loss; over several devices it is the loss of the whole batch."""
         images, labels = batch
         loss: Tensor = self.criterion(self(images), labels)
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        """Count what the ensemble gets right."""
+        """Count the correct predictions of the ensemble."""
         images, labels = batch
         output = self(images)
-        # In float32: means in bfloat16 tie, and ties go to the class of lower index, of the head.
+        # In float32: means in bfloat16 tie, and ties go to the class with the lower index, in the head.
         self.accuracy.update(output._replace(logits=output.logits.float()).ensemble(), labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log accuracy over all, many-, medium- and few-shot classes, where there are such."""
+        """Log accuracy over all, many-, medium- and few-shot classes, if there are any."""
         means = self.accuracy.compute()
         self.accuracy.reset()
         scores = {f"accuracy/{name}": mean for name, mean in means.items() if not mean.isnan()}
-        # The metric has counted the samples of all devices already; without sync_dist Lightning warns.
+        # The metric has already counted the samples of all devices; without sync_dist Lightning warns.
         self.log_dict(scores, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """SGD, whose rate falls along a cosine."""
+        """SGD with a cosine schedule."""
         optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=5e-4)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs or 1)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
 class LogLoss(Callback):
-    """Gives what ``module.criterion`` makes of its batches to the trainer's loggers, as often as they log."""
+    """Write the monitor's scalars of ``module.criterion`` to the trainer's loggers, whenever they log."""
 
     def __init__(self, every: int = 10) -> None:
         self.every = every
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
-        """Begin to watch."""
+        """Start to watch."""
         self.monitor = LossMonitor(module.criterion, self.every)
         self.interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         self.due = trainer.global_step + self.interval
 
     def on_train_batch_end(self, trainer: Trainer, *batch: Any) -> None:
-        """Log what was seen since the last time."""
+        """Log the scalars since the last time."""
         if trainer.global_step >= self.due:
             self.due += self.interval
             for logger in trainer.loggers:
@@ -149,7 +157,7 @@ class LogLoss(Callback):
 
 
 def long_tailed_digits() -> dict[str, ImageData]:
-    """Of each digit 24 images to validate, and of the rest 150 zeros, 97 ones, ... and 3 nines to train."""
+    """24 images of each digit to validate, and from the rest 150 zeros, 97 ones, ... and 3 nines to train."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -175,10 +183,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     last = options.log_dir / "last.ckpt"
     if options.resume and not last.is_file():
-        parser.error(f"--resume: there is no {last}; leave --resume out to begin a run")
+        parser.error(f"--resume: there is no {last}; leave out --resume to start a run")
     if last.exists() and not options.resume:
         parser.error(
-            f"--log-dir: {last} is of an earlier run; --resume continues it, another folder begins one"
+            f"--log-dir: {last} belongs to an earlier run; add --resume to continue it, or choose another "
+            "folder"
         )
 
     seed_everything(0)
@@ -187,14 +196,16 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     except ImportError as error:
-        parser.error(f'{error}: give FILE.npz, or pip install "lgla-losses[examples]"')
+        parser.error(f"{error}: pass FILE.npz, or pip install scikit-learn")
     class_counts = count_classes(train.targets, max(train.targets) + 1).tolist()
     model = LongTailedClassifier(class_counts, lr=options.lr)
-    if options.resume:  # Lightning would go on, with what the checkpoint says
+    if options.resume:  # Lightning would continue with the options of the checkpoint
         then = torch.load(last, weights_only=True)["hyper_parameters"]
         other = [f"{name} differs" for name, value in model.hparams.items() if then.get(name) != value]
         if other:
-            parser.error(f"--resume: {last} is of another run: {', '.join(other)}; take another --log-dir")
+            parser.error(
+                f"--resume: {last} belongs to another run: {', '.join(other)}; choose another --log-dir"
+            )
 
     checkpoints = [
         ModelCheckpoint(options.log_dir, "last", enable_version_counter=False),

@@ -2,9 +2,9 @@
 # sampling.py, train_images.py, training.py.
 """Run a recipe of examples/paper, a cell of one of the paper's tables, on one or several seeds.
 
-A recipe is a TOML file of options, of which --options lists all. Of several recipes the later ones
-override, then --set. Runs that were made before are not made again, and those cut short go on.
---suite runs the cells of a suite of examples/paper/suites.toml one after the other.
+A recipe is a TOML file of options; --options lists all of them. Later recipes override earlier ones, and
+--set overrides all. Finished runs are not repeated, and interrupted runs continue. --suite runs the cells of
+a suite of examples/paper/suites.toml one after the other.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from files import check_log_dir, check_output, make_folder, write_whole
 from paper_recipes import ABOUT, as_arguments, parse_setting, read_recipe, suite_commands
 from torch import nn
 
-#: Networks for small images, and their blocks a stage.
+#: Networks for small images, and their blocks per stage.
 SMALL_NETWORKS = {"resnet32": 5, "resnet20": 3, "resnet8": 1}
 
-#: Of training images: by data set, weak or strong.
+#: Augmentations of training images, by data set, weak or strong.
 AUGMENTATIONS = ("cifar-weak", "cifar-strong", "imagenet-weak", "imagenet-strong", "places")
 
 
@@ -39,12 +39,16 @@ def command_parser() -> argparse.ArgumentParser:
         "--suite", metavar="NAME", help="cells of examples/paper/suites.toml, instead of recipes"
     )
     parser.add_argument(
-        "--files", nargs="*", default=[], metavar="NAME=PATH", help="of a suite's data: cifar10=cifar10.npz"
+        "--files",
+        nargs="*",
+        default=[],
+        metavar="NAME=PATH",
+        help="files for a suite's data: cifar10=cifar10.npz",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands of a suite, and stop")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--seeds", type=number(int, 0), nargs="+", help="by default 0, or those of the suite")
-    parser.add_argument("--name", help="of the cell; by default the recipes' names")
+    parser.add_argument("--seeds", type=number(int, 0), nargs="+", help="default: 0, or those of the suite")
+    parser.add_argument("--name", help="name of the cell; default: the recipes' names")
     parser.add_argument("--runs", type=Path, default=Path("runs", "paper"), help="checkpoints and curves")
     parser.add_argument("--records", type=Path, default=Path("runs", "paper"), help="where NAME.json goes")
     parser.add_argument("--options", action="store_true", help="list what a recipe may set, and stop")
@@ -59,29 +63,33 @@ def make_parser() -> argparse.ArgumentParser:
         "--format",
         choices=("cifar10", "cifar100", "npz", "list", "inaturalist"),
         default="npz",
-        help="of the data: torchvision's folders, a pack of arrays or JPEGs, list files, JSON",
+        help="format of the data: torchvision's folders, a file of arrays or JPEGs, list files, JSON",
     )
     add("--data", type=Path, default=Path("data"), help="folder or file of the images")
-    add("--download", action="store_true", help="let torchvision download what is missing of CIFAR")
+    add("--download", action="store_true", help="let torchvision download missing CIFAR files")
     add("--train-list", type=Path, help="list or JSON file of the training images")
     add("--val-list", type=Path, help="list or JSON file of the test images")
-    add("--imbalance-factor", type=number(float, 1), help="make the data long-tailed; None takes them as is")
+    add(
+        "--imbalance-factor",
+        type=number(float, 1),
+        help="make the data long-tailed; None leaves them unchanged",
+    )
     add("--imbalance", choices=("exp", "step"), default="exp", help="shape of the tail")
-    add("--largest-class", type=number(int, 1), help="training images of class 0; None is all of it")
+    add("--largest-class", type=number(int, 1), help="training images of class 0; None takes all")
     add("--image-size", type=number(int, 1, 2**14), default=32, help="pixels")
-    add("--augment", choices=AUGMENTATIONS, default="cifar-strong", help="of training images")
+    add("--augment", choices=AUGMENTATIONS, default="cifar-strong", help="augmentation of training images")
     add(
         "--augment-on",
         choices=("loader", "device"),
         default="loader",
-        help="image by image in the loader, or, of cifar-*, a batch at once where the network trains",
+        help="loader: image by image; device: whole batches on the training device, for cifar-* only",
     )
     add("--backbone", default="resnet32", help=f"{', '.join(SMALL_NETWORKS)}, torchvision:NAME or timm:NAME")
     add("--leaky", action="store_true", help="grouped experts with the shortcuts of the authors' code")
     add("--pretrained", type=Path, help="a state_dict of a torchvision or timm backbone")
     parser.set_defaults(small_images=False)
     add_options(parser)
-    parser.set_defaults(split_at="layer3", clip_norm=None)  # the authors clip no gradient
+    parser.set_defaults(split_at="layer3", clip_norm=None)  # the authors do not clip gradients
     return parser
 
 
@@ -107,7 +115,7 @@ with needs("vision", command_parser, __name__):
 
 
 class Cell(NamedTuple):
-    """What a command runs: the arguments of a run but for the seed, and where its files go."""
+    """A cell to run: the arguments of a run without the seed, and the places of its files."""
 
     name: str
     settings: dict[str, Any]
@@ -119,7 +127,7 @@ class Cell(NamedTuple):
 
 
 class PaperImages(torch.utils.data.Dataset[Any]):
-    """Images as the loop takes them: inputs in a tuple."""
+    """Images in the form of the loop: inputs in a tuple."""
 
     def __init__(self, images: ImageData, transform: Any) -> None:
         self.images = ImageData(images.images, images.targets, transform)
@@ -133,7 +141,7 @@ class PaperImages(torch.utils.data.Dataset[Any]):
 
 
 class RawImages(torch.utils.data.Dataset[Any]):
-    """Small images as they are, uint8 ``[3, H, W]``, for an augmentation of whole batches."""
+    """Small images, unchanged, uint8 ``[3, H, W]``, for an augmentation of whole batches."""
 
     def __init__(self, images: ImageData) -> None:
         self.images = torch.from_numpy(images.images).permute(0, 3, 1, 2).contiguous()
@@ -147,7 +155,7 @@ class RawImages(torch.utils.data.Dataset[Any]):
 
 
 def read_data(options: argparse.Namespace) -> tuple[ImageData, ImageData]:
-    """Training images, made long-tailed where that is asked for, and test images."""
+    """Training images, made long-tailed on request, and test images."""
     try:
         if options.format in ("cifar10", "cifar100"):
             classes = int(options.format[5:])
@@ -183,14 +191,14 @@ def read_data(options: argparse.Namespace) -> tuple[ImageData, ImageData]:
 
 
 def decoded(data: ImageData, size: int) -> ImageData:
-    """Small images in memory: read, and shrunk to their final size, but once."""
+    """Small images in memory: read and shrunk to their final size only once."""
     box = library("PIL.Image", "vision").Resampling.BOX
     images = [np.asarray(read_image(image).resize((size, size), box)) for image in data.images]
     return ImageData(np.stack(images), data.targets, classes=data.classes)
 
 
 def prepare(options: argparse.Namespace) -> Task:
-    """Data and network that the options name."""
+    """Prepare the data and network that the options name."""
     small = options.backbone in SMALL_NETWORKS
     if options.leaky and not (small and options.layout == "grouped"):
         raise InputError(f"leaky: expected one of {', '.join(SMALL_NETWORKS)} and layout grouped")
@@ -225,22 +233,24 @@ def prepare(options: argparse.Namespace) -> Task:
 
 
 def augment_on_device(options: argparse.Namespace) -> DeviceAugment | None:
-    """What augments whole batches; None where images are augmented as they are loaded."""
+    """The augmentation of whole batches; None if images are augmented when loaded."""
     if options.augment_on == "loader":
         return None
     if not options.augment.startswith("cifar"):
         raise InputError(
-            f"augment_on device: expected augment cifar-weak or cifar-strong, got {options.augment}; "
-            "augment_on loader does the others"
+            f"augment_on device: expected augment cifar-weak or cifar-strong, got {options.augment}; use "
+            "augment_on loader for the others"
         )
     try:
         return DeviceAugment(options.image_size, options.augment == "cifar-strong")
     except ValueError as error:
-        raise InputError(f"augment_on device: image_{error}; augment_on loader takes smaller ones") from error
+        raise InputError(
+            f"augment_on device: image_{error}; use augment_on loader for smaller ones"
+        ) from error
 
 
 def run_seed(arguments: list[str], seed: int, folder: Path, to_go_on: str) -> dict[str, Any]:
-    """The record of a run, made now or before."""
+    """The record of a run, made now or earlier."""
     record, outputs = folder / "result.json", folder / "outputs.npz"
     resume = ["--resume"] if (folder / "last.pt").exists() else []
     options = parse_options(make_parser(), [*arguments, f"--seed={seed}", f"--log-dir={folder}", *resume])
@@ -249,7 +259,7 @@ def run_seed(arguments: list[str], seed: int, folder: Path, to_go_on: str) -> di
     else:
         check_log_dir(folder, "last.pt", options.resume)
         torch.manual_seed(seed)
-        trainer = Trainer(prepare(options), options, to_go_on)  # which goes on by itself
+        trainer = Trainer(prepare(options), options, to_go_on)  # continues an interrupted run itself
         if resume:
             trainer.resume()
         trainer.fit()
@@ -258,7 +268,7 @@ def run_seed(arguments: list[str], seed: int, folder: Path, to_go_on: str) -> di
 
 
 def read_run(record: Path) -> dict[str, Any]:
-    """What was written at the end of a run."""
+    """Read the record written at the end of a run."""
     try:
         run: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
         if {"configuration", "curve", "final", "best"} <= run.keys():
@@ -270,7 +280,7 @@ def read_run(record: Path) -> dict[str, Any]:
 
 
 def refuse_another_run(record: Path, options: argparse.Namespace) -> None:
-    """Say so where the run that was made before had other settings."""
+    """Raise if the earlier run had other settings."""
     then = read_run(record)["configuration"]
     free = FREE_OPTIONS - {"data"}
     differing = [
@@ -280,13 +290,13 @@ def refuse_another_run(record: Path, options: argparse.Namespace) -> None:
     ]
     if differing:
         raise InputError(
-            f"{record}: expected a run of these settings, got one of {shortened(differing)}; name the new "
-            "one by --name, or delete the old"
+            f"{record}: expected a run with these settings, got one with {shortened(differing)}; name the "
+            "new run with --name, or delete the old one"
         )
 
 
 def keep_outputs(trainer: Trainer, path: Path) -> None:
-    """Write what the figures are made of: test logits, classes, and lengths of the class weights."""
+    """Write the data for the figures: test logits, classes, and lengths of the class weights."""
     logits, targets = [], []
     for output, target in trainer.outputs():
         logits.append(output.logits.half().cpu().numpy())
@@ -319,7 +329,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def shortened_run(run: dict[str, Any]) -> dict[str, Any]:
-    """What a cell's record keeps of a run: its curve is that of the ensemble."""
+    """The part of a run that a cell's record keeps: only the ensemble's curve."""
     curve = [{**entry, "scores": entry["scores"] and entry["scores"]["ensemble"]} for entry in run["curve"]]
     kept = ("seed", "device", "versions", "seconds", "final", "best")
     return {**{key: run[key] for key in kept}, "curve": curve}
@@ -335,11 +345,11 @@ def commit() -> str:
 
 
 def read_cell(parser: argparse.ArgumentParser, arguments: list[str]) -> Cell:
-    """Check what a command says, as far as it goes without data."""
+    """Check a command, as far as possible without data."""
     options = parser.parse_args(arguments)
     seeds = options.seeds or [0]
     if len(set(seeds)) < len(seeds):
-        raise InputError(f"--seeds: expected each but once, got {shortened(seeds)}")
+        raise InputError(f"--seeds: expected each only once, got {shortened(seeds)}")
 
     settings: dict[str, Any] = {}
     for recipe in options.recipes:
@@ -357,12 +367,12 @@ def read_cell(parser: argparse.ArgumentParser, arguments: list[str]) -> Cell:
 
 
 def command_line(arguments: list[str]) -> str:
-    """What one types to run this script with these arguments."""
+    """The command line that runs this script with these arguments."""
     return shlex.join(["python", sys.argv[0], *arguments])
 
 
 def run_cell(cell: Cell, to_go_on: str) -> None:
-    """Run a recipe on every seed, and write the record of its cell; ``to_go_on`` is what resumes it."""
+    """Run a recipe on every seed, and write the record of its cell; ``to_go_on`` is the command to resume."""
     runs = []
     for seed in cell.seeds:
         folder = cell.folder / f"seed{seed}"
@@ -384,7 +394,7 @@ def run_cell(cell: Cell, to_go_on: str) -> None:
         "runs": [shortened_run(run) for run in runs],
     }
     make_folder("--records", cell.record.parent)
-    content = json.dumps(record, indent=1, default=str) + "\n"  # dates, of TOML, as texts
+    content = json.dumps(record, indent=1, default=str) + "\n"  # TOML dates as text
     write_whole(cell.record, lambda file: file.write(content.encode()))
 
     for column, score in scores["final"].items():
@@ -394,9 +404,11 @@ def run_cell(cell: Cell, to_go_on: str) -> None:
 
 
 def expand(options: argparse.Namespace) -> list[list[str]]:
-    """The arguments of every cell of a suite, with what the command says for all of them."""
+    """The arguments of every cell of a suite, with the options given for all of them."""
     if options.recipes or options.name:
-        raise InputError("--suite: expected no recipes and no --name, which the suite says, got them")
+        raise InputError(
+            "--suite: expected no recipes and no --name, which the suite sets, got some; leave them out"
+        )
     files = {name: path for name, _, path in (text.partition("=") for text in options.files)}
     if empty := [name for name, path in files.items() if not path]:
         raise InputError(f"--files: expected NAME=PATH, got {', '.join(empty)}")
@@ -418,7 +430,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.recipes and options.suite is None:
         parser.error("expected at least one recipe, ls examples/paper, or a --suite")
     if options.files and options.suite is None:
-        parser.error("--files: expected a --suite, whose data it names; --set data=PATH is a recipe's")
+        parser.error("--files: expected --suite as well, got none; for a recipe use --set data=PATH")
     try:
         commands = [arguments] if options.suite is None else expand(options)
         if options.dry_run:

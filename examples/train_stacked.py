@@ -1,11 +1,11 @@
 # Needs: augment.py, cli.py, device_augment.py, device_steps.py, files.py, graphs.py, paper_recipes.py,
 # recipe.py, resnet32.py, sampling.py, stacked.py, stacked_kernels.py, stacked_runs.py, train_images.py,
 # train_paper.py, training.py.
-"""Train several methods of one seed together: CIFAR-10-LT by the paper's recipe, on the device.
+"""Train several methods of one seed together: CIFAR-10-LT with the paper's recipe, on the device.
 
-The data, the augmentation and the learning rates lie on the device, and on a GPU a step of all methods is one
-CUDA graph. How the networks are computed is measured first. Every method gets a record as train_paper.py
-writes it, and its test logits.
+Data, augmentation and learning rates are on the device, and on a GPU a step of all methods is one CUDA graph.
+The script first measures the fastest way to compute the networks. Every method gets a record like those of
+train_paper.py, and its test logits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from files import check_output, make_folder, write_whole
 from paper_recipes import ABOUT, RECIPES, as_arguments, read_recipe
 from torch import Tensor
 
-#: A run's options by method, over those of the recipe; 3.0 is the authors' tau for CIFAR-10.
+#: Options of a run by method, on top of the recipe; 3.0 is the authors' tau for CIFAR-10.
 METHODS: dict[str, dict[str, Any]] = {
     "softmax": {"recipe": "softmax"},
     "balms1": {"recipe": "balms", "row": "BALMS x1", "num_experts": 1},
@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 FIVE = ["softmax", "balms1", "balms3", "cla", "lgla"]
 
-#: What --quick sets.
+#: Options that --quick sets.
 QUICK = {"backbone": "resnet8", "batch_size": 16, "image_size": 8}
 
 
@@ -46,11 +46,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add(
-        "--data", type=Path, help="an .npz file of read_npz, long-tailed already; --quick makes images itself"
+        "--data",
+        type=Path,
+        help="an .npz file for read_npz, already long-tailed; --quick makes its own images",
     )
     add("--dataset", default="CIFAR-10-LT", help="its name in the records")
     add("--out", type=Path, default=Path("runs", "stacked"), help="records, test logits and checkpoints")
-    add("--prefix", default="stacked", help="of the records' names, PREFIX_METHOD.json")
+    add("--prefix", default="stacked", help="prefix of the records' names, PREFIX_METHOD.json")
     add("--methods", choices=tuple(METHODS), nargs="+", default=FIVE, help=f"(default: {' '.join(FIVE)})")
     add("--seeds", type=number(int, 0), nargs="+", default=[0], help="one after another (default 0)")
     add("--epochs", type=number(int, 1), help="(default 400, with --quick 2)")
@@ -58,17 +60,25 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--seconds",
         type=number(float, 1),
-        help="time for all: as many eighths of the epochs as fit, and it ends then",
+        help="time limit for everything: trains as many eighths of the epochs as fit, then ends",
     )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--amp", choices=("none", "bf16"), help="precision of convolutions (default bf16 on a GPU)")
-    add("--forms", nargs="+", metavar="FORM", help="how networks are computed; the fastest is taken (all)")
     add(
-        "--compile", action="store_true", help="let torch.compile fuse the first form's layers; one form more"
+        "--forms",
+        nargs="+",
+        metavar="FORM",
+        help="ways to compute the networks; the fastest is used (default: all)",
     )
-    add("--measure-seconds", type=number(float, 0), default=20.0, help="no further form is begun after these")
+    add("--compile", action="store_true", help="add a form: torch.compile fuses the layers of the first form")
+    add(
+        "--measure-seconds",
+        type=number(float, 0),
+        default=20.0,
+        help="no further form starts after this time",
+    )
     add("--no-graph", action="store_true", help="run steps without a CUDA graph")
-    add("--resume", action="store_true", help="go on from the checkpoints in OUT")
+    add("--resume", action="store_true", help="continue from the checkpoints in OUT")
     add("--quick", action="store_true", help="a dry run: small networks and few images")
     return parser
 
@@ -105,13 +115,13 @@ def read_images(options: argparse.Namespace) -> tuple[ImageData, ImageData]:
 
 
 def _first(targets: list[int], target: int) -> Any:
-    """A few samples of a class; of the frequent ones more."""
+    """A few samples of a class; more of the frequent classes."""
     found = np.flatnonzero(np.asarray(targets) == target)
     return found[: 2 + 20 // (1 + target)]
 
 
 def make_run(method: str, epochs: int, counts: Tensor, options: argparse.Namespace) -> Run:
-    """What a method of the paper's recipe is."""
+    """Make the run of a method with the paper's recipe."""
     said = dict(METHODS[method])
     settings = {
         **read_recipe(RECIPES / "data" / "cifar.toml"),
@@ -121,7 +131,7 @@ def make_run(method: str, epochs: int, counts: Tensor, options: argparse.Namespa
         "format": "npz",
         "data": str(options.data or "random images"),
         "epochs": epochs,
-        # A shorter run warms up in fewer epochs, as it falls in fewer.
+        # A shorter run also has fewer warm-up epochs.
         "warmup_epochs": min(5, math.ceil(epochs / 20), epochs - 1),
         "evaluate_every": options.evaluate_every,
         "device": options.device,
@@ -138,11 +148,11 @@ def make_run(method: str, epochs: int, counts: Tensor, options: argparse.Namespa
 
 
 def write_records(stacks: list[Stack], options: argparse.Namespace, command: str) -> None:
-    """A record a method of the seeds so far, as train_paper.py writes it; none of a method that diverged."""
+    """Write one record per method of the seeds so far, like train_paper.py; none for a diverged method."""
     for index, method in enumerate(options.methods):
         name = f"{options.prefix}_{method}"
         if any(method in stack.diverged for stack in stacks):
-            print(f"{name}: its loss was not finite, no record")
+            print(f"{name}: no record, because its loss was not finite")
             continue
         for stack in stacks:
             stack.keep_outputs(index, options.out / name / f"seed{stack.seed}" / "outputs.npz")
@@ -166,7 +176,7 @@ def write_records(stacks: list[Stack], options: argparse.Namespace, command: str
 
 
 def write_overview(stacks: list[Stack], options: argparse.Namespace, command: str) -> None:
-    """What was measured, and how long all took together: stacked.json."""
+    """Write the measurements and the total time: stacked.json."""
     on_gpu = stacks[0].device.type == "cuda"
     kernels: Any = sys.modules.get("stacked_kernels")
     chosen = {} if kernels is None else kernels.FASTEST
@@ -203,22 +213,22 @@ def write_overview(stacks: list[Stack], options: argparse.Namespace, command: st
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write a record, and say where."""
+    """Write a record, and print its path."""
     content = json.dumps(record, indent=1) + "\n"
     write_whole(path, lambda file: file.write(content.encode()))
     print(f"record: {path}", flush=True)
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuse what cannot be used, and fill in what follows from the rest."""
+    """Refuse options that cannot be used, and fill in those that follow from others."""
     check_device(parser, options.device)
     for name in ("methods", "seeds"):
         values = getattr(options, name)
         if len(set(values)) < len(values):
-            parser.error(f"--{name}: expected each but once, got {shortened(values)}")
+            parser.error(f"--{name}: expected each only once, got {shortened(values)}")
     on_gpu = options.device.startswith("cuda")
     if on_gpu:
-        torch.cuda.set_device(torch.device(options.device).index or 0)  # where streams are made
+        torch.cuda.set_device(torch.device(options.device).index or 0)  # streams are made there
     options.epochs = options.epochs or (2 if options.quick else 400)
     options.amp = options.amp or ("bf16" if on_gpu else "none")
     names = options.forms or [name for name, form in FORMS.items() if on_gpu or not (form.fused or form.own)]
@@ -229,7 +239,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for seed in options.seeds:
         checkpoint = options.out / f"seed{seed}.pt"
         if checkpoint.exists() and not options.resume:
-            raise InputError(f"--out: {checkpoint} is of an earlier run; --resume continues it")
+            raise InputError(f"--out: {checkpoint} belongs to an earlier run; add --resume to continue it")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -255,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
                 stacks.append(stack)
                 write_overview(stacks, options, command)
                 if stack.epoch == 0:
-                    raise SystemExit("no time was left for an epoch; give more --seconds")
+                    raise SystemExit("no time was left for an epoch; raise --seconds")
                 write_records(stacks, options, command)
                 if ending.signal:
                     raise SystemExit(128 + ending.signal)

@@ -1,8 +1,8 @@
 # Needs: cli.py, files.py, graphs.py, recipe.py, sampling.py, training.py.
-"""Train LGLA on a CSV file of texts and labels, with a text encoder of transformers from local files.
+"""Train LGLA on a CSV file of texts and labels, with a transformers text encoder from local files.
 
-Without --checkpoint or --config the encoder is a small BERT that begins with new weights; without
---checkpoint the vocabulary is one of word pieces of the training texts.
+Without --checkpoint or --config the encoder is a small BERT with new weights; without --checkpoint the
+vocabulary is made of word pieces of the training texts.
 """
 
 from __future__ import annotations
@@ -33,12 +33,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--text-column", default="text", help="its name")
     add("--label-column", default="label", help="its name")
     add("--val", type=Path, metavar="FILE.csv", help="validation texts; None holds some out")
-    add("--val-fraction", type=number(float, 0.01, 0.99), default=0.2, help="of every label, without --val")
+    add(
+        "--val-fraction",
+        type=number(float, 0.01, 0.99),
+        default=0.2,
+        help="validation share of every label, without --val",
+    )
     source = texts.add_mutually_exclusive_group().add_argument
     source("--config", metavar="FILE.json|TYPE", help="an encoder with new weights; None is a small BERT")
     source("--checkpoint", type=Path, metavar="DIR", help="a local checkpoint with its tokenizer")
     add("--vocabulary", type=number(int, 100, 10**7), default=8000, help="word pieces, without --checkpoint")
-    add("--max-length", type=number(int, 3), default=128, help="tokens of a text; the rest is cut off")
+    add("--max-length", type=number(int, 3), default=128, help="tokens per text; the rest is cut off")
     add_options(parser)
     parser.set_defaults(epochs=10, batch_size=32, optimizer="adamw", lr=5e-4, weight_decay=0.01)
     return parser
@@ -46,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 with needs("text", make_parser, __name__):
     import transformers
-    import transformers.modeling_utils  # imports torchvision where there is one, and would hide why it cannot
+    import transformers.modeling_utils  # imports torchvision if installed, and would hide why that fails
     from recipe import Task
     from sampling import Sample, mixed_seed
     from training import run
@@ -73,7 +78,7 @@ class TextSet(Dataset[Sample]):
 
 
 def pad(samples: list[Sample], padding: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """A batch: token ids and attention mask, as long as its longest text, and classes."""
+    """Make a batch: token ids and attention mask, as long as its longest text, and classes."""
     ids = [tokens for (tokens,), _ in samples]
     mask = pad_sequence([torch.ones_like(tokens) for tokens in ids], batch_first=True)
     labels = torch.tensor([label for _, label in samples])
@@ -83,7 +88,7 @@ def pad(samples: list[Sample], padding: int) -> tuple[tuple[Tensor, Tensor], Ten
 def read_rows(path: Path, options: argparse.Namespace) -> list[Row]:
     """The texts and labels of a CSV file."""
     csv.field_size_limit(sys.maxsize)
-    if kind_of(path) == "a pipe or device":  # which could be read but once, and --resume reads again
+    if kind_of(path) == "a pipe or device":  # it could be read only once, and --resume reads again
         raise InputError(
             f"{path}: expected a CSV file, got a pipe or device; write the texts to a file first"
         )
@@ -120,7 +125,7 @@ def read_rows(path: Path, options: argparse.Namespace) -> list[Row]:
 
 
 def hold_out(rows: list[Row], options: argparse.Namespace) -> tuple[list[Row], list[Row]]:
-    """Training and validation rows: of every label the same fraction, but for the last training row."""
+    """Training and validation rows: the same fraction of every label, keeping one row to train."""
     generator = torch.Generator().manual_seed(mixed_seed(options.seed))
     train, val = [], []
     for name in sorted({label for _, label in rows}):
@@ -131,16 +136,16 @@ def hold_out(rows: list[Row], options: argparse.Namespace) -> tuple[list[Row], l
         train += [own[i] for i in order[num_val:]]
     if not val:
         raise InputError(
-            f"{options.data}: expected rows enough to hold some out, got {len(rows)}; give --val"
+            f"{options.data}: expected enough rows to hold some out, got {len(rows)}; pass --val"
         )
     return train, val
 
 
 def local(what: str, load: Callable[..., Any], path: object) -> Any:
-    """What transformers reads from a local file or folder."""
+    """Read a local file or folder with transformers."""
     try:
         return load(path, local_files_only=True)
-    except Exception as error:  # of whatever kind: its readers are many
+    except Exception as error:  # any kind: there are many readers
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path}: expected {what} of transformers, got {reason}") from error
 
@@ -175,7 +180,7 @@ def middle_layer(encoder: nn.Module, num_layers: int) -> str:
 
 
 def prepare(options: argparse.Namespace) -> Task:
-    """Texts, tokenizer and the encoder that the options name."""
+    """Prepare texts, tokenizer and the encoder that the options name."""
     if options.checkpoint is not None and not options.checkpoint.is_dir():
         raise InputError(f"--checkpoint: expected a local folder, got {options.checkpoint}")
     rows = read_rows(options.data, options)
@@ -199,7 +204,7 @@ def prepare(options: argparse.Namespace) -> Task:
         make_network = partial(local, "a model", load, folder)
     network = make_network()
     positions = getattr(getattr(network, "embeddings", None), "position_embeddings", None)
-    # RoBERTa and its kin count positions from behind the padding's.
+    # RoBERTa and similar models count positions after that of the padding.
     offset = getattr(positions, "padding_idx", None)
     limit = getattr(config, "max_position_embeddings", options.max_length) - (
         0 if offset is None else offset + 1

@@ -39,7 +39,7 @@ from lgla_losses.metrics import ShotAccuracy
 #: Options that may change when a run is resumed.
 FREE_OPTIONS = {"data", "device", "workers", "log_dir", "resume"}
 
-#: Accuracies by row (ensemble, expert 1, ...) and column; None where a column has no class.
+#: Accuracies by row (ensemble, expert 1, ...) and column; None if a column has no class.
 Scores = dict[str, dict[str, float | None]]
 
 
@@ -57,7 +57,7 @@ def score(metric: Any) -> dict[str, float | None]:
 
 
 def differing_tensors(expected: dict[str, Tensor], got: dict[str, Any]) -> str:
-    """What a state_dict lacks, and which shapes are others; empty where it fits."""
+    """Missing entries of a state_dict, and entries with another shape; empty if it fits."""
     missing = [name for name in expected if name not in got]
     shapes = [
         f"{name} {list(getattr(got[name], 'shape', []))}, expected {list(tensor.shape)}"
@@ -69,7 +69,7 @@ def differing_tensors(expected: dict[str, Tensor], got: dict[str, Any]) -> str:
 
 
 class Interruption:
-    """Notes Ctrl-C, so that the loop can end a step and save; a second Ctrl-C stops at once."""
+    """Record Ctrl-C, so that the loop can end a step and save; a second Ctrl-C stops at once."""
 
     def __enter__(self) -> Self:
         self.requested = False
@@ -86,15 +86,15 @@ class Interruption:
 
 @dataclass
 class Progress:
-    """How far a run is, in plain values.
+    """Progress of a run, in plain values.
 
     Attributes:
         epoch: epochs done.
         step: steps done of the next epoch.
-        loss: sum of the loss over their samples.
+        loss: sum of the loss over the samples of these steps.
         rate: learning rate of the last step.
-        seconds: time that the run has taken.
-        curve: loss, learning rate and scores of every epoch done; no scores where none were to be.
+        seconds: time of the run so far.
+        curve: loss, learning rate and scores of every epoch done; no scores for epochs without evaluation.
     """
 
     epoch: int = 0
@@ -106,7 +106,7 @@ class Progress:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The first epoch of the highest balanced accuracy."""
+        """The first epoch with the highest balanced accuracy."""
         return max(
             filter(operator.itemgetter("scores"), self.curve),
             key=lambda entry: entry["scores"]["ensemble"]["balanced"],
@@ -114,7 +114,7 @@ class Progress:
 
 
 class Trainer:
-    """Trains, evaluates and keeps the record in OUTPUT_DIR; ``to_go_on`` is the command that resumes it."""
+    """Train, evaluate and keep the record in OUTPUT_DIR; ``to_go_on`` is the command to resume."""
 
     def __init__(self, task: Task, options: argparse.Namespace, to_go_on: str) -> None:
         self.task = task
@@ -139,11 +139,12 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if options.compile:
             self.model.compile()
-        if options.cuda_graphs:  # of small networks, whose experts run faster together from a graph
+        if options.cuda_graphs:  # for small networks: their experts run faster together in a graph
             for module in self.model.modules():
                 if isinstance(module, GroupConvExperts):
                     module.together = True
-        # None, not a method of its own: loaders in a cycle of references end their workers late, in disorder.
+        # None, not a method of this object: loaders in a reference cycle end their workers late and out of
+        # order.
         self.graphed_pass = GraphedPass(self._pass, self.model) if options.cuda_graphs else None
         self.order = EpochOrder(len(task.train_labels), options)
         self.optimizer = make_optimizer(self.model, options)
@@ -155,7 +156,7 @@ class Trainer:
             "persistent_workers": options.workers > 0,
             "worker_init_fn": ignore_interrupts,
             "pin_memory": self.device.type == "cuda",
-            # A loader draws a seed for its workers; not from the generator that draws dropout.
+            # A loader draws a seed for its workers, but not from the generator of dropout.
             "generator": torch.Generator(),
         }
         samples = Seeded(task.train, options.seed if task.augment is None else None)
@@ -164,7 +165,7 @@ class Trainer:
         self.progress = Progress()
 
     def fit(self) -> None:
-        """Train from where the run stands to its last epoch, then write the record."""
+        """Train from the current state to the last epoch, then write the record."""
         options, progress = self.options, self.progress
         begun = time.monotonic() - progress.seconds
         make_folder("--log-dir", options.log_dir)
@@ -186,17 +187,18 @@ class Trainer:
                     self._save("best.pt")
                 self._save("last.pt")
                 if interruption.requested:
-                    print(f"stopped after a step and saved; this goes on:\n{self.to_go_on}")
+                    print(f"stopped after a step and saved; continue with:\n{self.to_go_on}")
                     raise SystemExit(128 + signal.SIGINT)
         self._report()
 
     def _train_epoch(self, interruption: Interruption) -> None:
-        """The steps still to do in the epoch, or those before an interruption."""
+        """Do the remaining steps of the epoch, or those before an interruption."""
         progress = self.progress
         self.order.epoch, self.order.steps_done = progress.epoch, progress.step
         self.model.train()
         if self.task.augment is not None and progress.step == 0:
-            # What the networks drew before is another number in each method; the images are to be the same.
+            # Networks of different methods draw different amounts of random numbers; the images must be the
+            # same.
             torch.manual_seed(mixed_seed(self.options.seed, progress.epoch, 1))
         batches = iter(self.train_loader)
         shots = self._shots()
@@ -229,14 +231,14 @@ class Trainer:
         run_pass = self.graphed_pass or self._pass
         for _ in range(num_batches):
             inputs, target = self._to_device(next(batches))
-            # A recorded step has one batch, whose mean is the loss's own.
+            # A recorded step has one batch; its mean is that of the loss.
             normalizer = () if self.options.cuda_graphs else (num_samples,)
             total += run_pass(inputs, target, *normalizer)
         if not total.isfinite():
             raise SystemExit(
                 f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}: expected a finite loss, "
-                f"got {total.item()}; lower --lr or --clip-norm, or use --amp bf16 or none. What was saved "
-                f"in {self.options.log_dir} is kept"
+                f"got {total.item()}; lower --lr or --clip-norm, or use --amp bf16 or none. Saved files in "
+                f"{self.options.log_dir} are kept"
             )
         self.scaler.unscale_(self.optimizer)
         if self.options.clip_norm:
@@ -249,7 +251,7 @@ class Trainer:
         return total.item()
 
     def _pass(self, inputs: list[Tensor], target: Tensor, normalizer: int | None = None) -> Tensor:
-        """The loss of a batch, whose gradients are added to the parameters'."""
+        """Compute the loss of a batch, and add its gradients to those of the parameters."""
         loss: Tensor = self.criterion(self._forward(inputs), target, normalizer=normalizer)
         self.scaler.scale(loss).backward()
         return loss.detach()
@@ -262,7 +264,7 @@ class Trainer:
 
     def _forward(self, inputs: list[Tensor]) -> ExpertOutput:
         dtype = AMP_DTYPES[self.options.amp]
-        # A cast weight that the cache holds would be none of a recorded step's own.
+        # A cast weight in the cache would not belong to the recorded step.
         cache = not self.options.cuda_graphs
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=cache):
             output: ExpertOutput = self.model(*inputs)
@@ -270,7 +272,7 @@ class Trainer:
 
     @torch.no_grad()
     def outputs(self) -> Iterator[tuple[ExpertOutput, Tensor]]:
-        """What the experts give for the validation set, and its classes, a batch at a time."""
+        """The experts' outputs for the validation set, and its classes, a batch at a time."""
         self.model.eval()
         for batch in self.val_loader:
             inputs, target = self._to_device(batch)
@@ -282,7 +284,7 @@ class Trainer:
         rows = ["ensemble", *(f"expert {k + 1}" for k in range(self.options.num_experts))]
         metrics = {row: ShotAccuracy(self.class_counts).to(self.device) for row in rows}
         for output, target in self.outputs():
-            # In float32: means in bfloat16 tie, and ties go to the class of lower index, of the head.
+            # In float32: means in bfloat16 tie, and ties go to the class with the lower index, in the head.
             output = output._replace(logits=output.logits.float())
             for metric, logits in zip(
                 metrics.values(), [output.ensemble(), *output.logits.unbind(1)], strict=True
@@ -291,7 +293,7 @@ class Trainer:
         return {row: score(metric) for row, metric in metrics.items()}
 
     def _end_epoch(self, writer: SummaryWriter) -> None:
-        """Evaluate where it is time to, and count the epoch as done."""
+        """Evaluate if the epoch is due, and count it as done."""
         progress, options = self.progress, self.options
         due = (progress.epoch + 1) % options.evaluate_every == 0 or progress.epoch + 1 == options.epochs
         scores = self.evaluate() if due else {}
@@ -306,7 +308,7 @@ class Trainer:
                     writer.add_scalar(f"{column}/{row}", accuracy, progress.epoch)
 
     def _parts(self) -> dict[str, Any]:
-        """What has a state_dict."""
+        """The objects with a state_dict."""
         return {
             "model": self.model,
             "optimizer": self.optimizer,
@@ -327,7 +329,7 @@ class Trainer:
         write_whole(path, lambda file: torch.save(checkpoint, file))
 
     def resume(self) -> None:
-        """Go on where last.pt ends."""
+        """Continue from last.pt."""
         path = self.options.log_dir / "last.pt"
         checkpoint = load_plain(path)
         parts = {"configuration", "progress", *self._parts()}
@@ -337,19 +339,19 @@ class Trainer:
             problem = self._difference(checkpoint)
             if not problem:
                 self._restore(checkpoint)
-        except Exception as error:  # of whatever kind: any part may be damaged
+        except Exception as error:  # any kind: any part may be damaged
             raise InputError(
                 f"--resume: expected a checkpoint of this script, got a damaged one as {path} ({error!r}); "
-                "begin a run in another --log-dir"
+                "start a run in another --log-dir"
             ) from error
         if problem:
             raise InputError(
-                f"--resume: {path} is of another run: {problem}; give what it was begun with, or another "
-                "--log-dir"
+                f"--resume: {path} belongs to another run: {problem}; pass the options it was started with, "
+                "or another --log-dir"
             )
 
     def _difference(self, checkpoint: dict[str, Any]) -> str:
-        """What a checkpoint has of another run; empty where it is of this one."""
+        """Differences between a checkpoint and this run; empty if it belongs to this run."""
         then = checkpoint["configuration"]
         differing = [
             f"{name} {reprlib.repr(then.get(name))}, now {reprlib.repr(self.configuration.get(name))}"
@@ -359,7 +361,7 @@ class Trainer:
         return shortened(sorted(differing)) or differing_tensors(self.model.state_dict(), checkpoint["model"])
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
-        """Take over all that a checkpoint holds."""
+        """Restore everything that a checkpoint holds."""
         for part, holder in self._parts().items():
             holder.load_state_dict(checkpoint[part])
         self.progress = Progress(**checkpoint["progress"])
@@ -380,7 +382,7 @@ class Trainer:
             "configuration": self.configuration,
             "versions": {
                 "python": platform.python_version(),
-                # Their own word: a checkout that nobody has installed has no metadata.
+                # From the package itself: a checkout that is not installed has no metadata.
                 **{name: import_module(name).__version__ for name in self.libraries},
             },
             "device": torch.cuda.get_device_name(self.device)
@@ -401,7 +403,7 @@ class Trainer:
 
 
 def percent(accuracy: float | None) -> str:
-    """An accuracy as tables show it."""
+    """Format an accuracy for tables."""
     return "-" if accuracy is None else f"{100 * accuracy:.1f}"
 
 
@@ -421,14 +423,14 @@ def run(
     arguments: list[str] | None,
     prepare: Callable[[argparse.Namespace], Task],
 ) -> None:
-    """Train what ``prepare`` makes of the options."""
+    """Train the task that ``prepare`` makes from the options."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_options(parser, arguments)
     given = [argument for argument in arguments if argument != "--resume"]
     to_go_on = shlex.join(["python", sys.argv[0], *given, "--resume"])
     torch.manual_seed(options.seed)
     try:
-        if os.path.exists(options.data):  # else prepare() says so, which comes first
+        if os.path.exists(options.data):  # else prepare() reports it first
             check_log_dir(options.log_dir, "last.pt", options.resume)
         trainer = Trainer(prepare(options), options, to_go_on)
         if options.resume:

@@ -1,11 +1,10 @@
 """Local and Global Logit Adjustments for long-tailed learning, in PyTorch.
 
-The modules compose the paper: :class:`ClassGrouper` (section 3.2), :class:`CLALogitAdjuster`
-(Eqs. 4 to 6), :class:`AAWWeighter` (Eqs. 7 and 8), :class:`LGLALoss` (Eq. 9), or
-:class:`LinearLGLALoss` for more classes than there is memory for logits, and
-:class:`GroupConvExperts` (section 4.4), for which :func:`split_backbone` divides a network;
-:class:`ExpertModel` does both in one call. :func:`suggest` says which tau to start with.
-:mod:`lgla_losses.functional` holds the equations.
+The parts of the paper: :class:`ClassGrouper` (section 3.2), :class:`CLALogitAdjuster` (Eqs. 4 to 6),
+:class:`AAWWeighter` (Eqs. 7 and 8), :class:`LGLALoss` (Eq. 9), or :class:`LinearLGLALoss` if the logits of
+all classes do not fit into memory, and :class:`GroupConvExperts` (section 4.4), for which
+:func:`split_backbone` splits a network; :class:`ExpertModel` does both in one call. :func:`suggest` says
+which tau to start with. :mod:`lgla_losses.functional` holds the equations.
 """
 
 from importlib import import_module
@@ -30,7 +29,7 @@ from lgla_losses.losses.linear import LinearLGLALoss
 from lgla_losses.suggestion import suggest
 from lgla_losses.weighting import AAWWeighter
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AAWWeighter",
@@ -50,7 +49,7 @@ __all__ = [
     "suggest",
 ]
 
-#: Modules that are imported when they are first asked for: ``metrics`` and ``plot`` need extras.
+#: Modules that are imported at first use: ``metrics`` and ``plot`` need other packages.
 _MODULES = (
     "adjusted",
     "aggregation",
@@ -79,7 +78,7 @@ if TYPE_CHECKING:
     from lgla_losses import monitor as monitor
     from lgla_losses import plot as plot
     from lgla_losses import stages as stages
-else:  # or type checkers would take any name
+else:  # else type checkers would accept any name
 
     def __getattr__(name: str) -> ModuleType:
         if name in _MODULES:

@@ -1,4 +1,4 @@
-"""A batch in normal form: whatever a loss is given becomes views with the samples first, checked once."""
+"""A batch in normal form: the inputs of a loss, checked once, as views with the samples first."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 from lgla_losses.kernels import Angles
 from lgla_losses.kernels.autograd import with_experts
 
-#: Logits of K tensors that an engine takes in one: fewer are copied sooner than kernels for each would start.
+#: Up to this many logits in K tensors are stacked for an engine: copying them is faster than a kernel for
+#: each.
 _WORTH_JOINING = {"cuda": 1 << 22}
 
 
@@ -40,12 +41,12 @@ class Batch(NamedTuple):
     ``B`` are the dimensions of the samples: ``[N]``, or ``[N, *S]`` for maps.
 
     Attributes:
-        logits: one tensor ``[*B, K, C]``, or one tensor ``[*B, C]`` for each expert; empty where the loss
-            computes the logits itself.
+        logits: one tensor ``[*B, K, C]``, or one tensor ``[*B, C]`` per expert; empty if the loss computes
+            the logits itself.
         target: class indices ``[*B]`` or probabilities ``[*B, C]``.
         features: inputs of the classifiers ``[*B, K, d]``, or None.
         weight: weights of the classifiers ``[K, C, d]``, or None.
-        sample_weight: how many times each sample counts ``[*B]``, or None.
+        sample_weight: weight of each sample ``[*B]``, or None.
         is_soft: whether the targets are probabilities.
         is_map: whether the samples have several dimensions.
         of_one: whether each tensor of logits belongs to one expert, ``[*B, C]``.
@@ -72,17 +73,22 @@ class Batch(NamedTuple):
         sample_weight: Tensor | None = None,
         needs_angles: bool = True,
     ) -> Batch:
-        """Take the output of K experts; its experts and classes must be those of ``table`` ``[K, C]``."""
+        """Take the output of K experts; its experts and classes must match ``table`` ``[K, C]``."""
         if isinstance(output, ExpertOutput):
             if features is not None or weight is not None:
-                raise ValueError("features, weight: expected none beside an ExpertOutput, which holds them")
+                raise ValueError(
+                    "features, weight: expected none together with an ExpertOutput, which holds them; "
+                    "leave them out"
+                )
             output, features, weight = output
         logits = check_logits(output, table.shape[0], table.shape[1], maps=True)
         blocks = (logits,) if isinstance(logits, Tensor) else logits
 
         if (features is None) != (weight is None):
-            raise ValueError("features, weight: expected both or neither, got one; Eq. 7 needs both")
-        if not needs_angles:  # for nothing else are they read
+            raise ValueError(
+                "features, weight: expected both or neither, got one; pass both, which Eq. 7 needs"
+            )
+        if not needs_angles:  # they are used for angles only
             features = weight = None
         of_one = not isinstance(logits, Tensor)
         return cls._arranged(blocks, of_one, target, features, weight, sample_weight, table)
@@ -102,7 +108,8 @@ class Batch(NamedTuple):
             dims = target.dim() - int(target.is_floating_point())
             logits = output.logits if isinstance(output, ExpertOutput) else output
             if dims == 2 and isinstance(logits, Tensor) and logits.dim() == 3:
-                # Where they are no map of classes, rows of classes have come beside the logits of experts.
+                # If this is not a map of classes, the target holds rows of classes and the logits are of
+                # experts.
                 is_map = logits.shape[1] == (num_classes or logits.shape[1])
                 dims = 2 if is_map or target.shape[1] != logits.shape[2] else 1
         blocks, of_one = one_or_more_experts(output, num_classes, dims)
@@ -110,8 +117,8 @@ class Batch(NamedTuple):
             found, samples = blocks[0].shape[:2], target.shape[0]
             if found[0] != samples == found[1]:
                 raise ValueError(
-                    f"logits: expected shape [N, K, C] of {samples} samples, as the target has, "
-                    f"got {list(blocks[0].shape)}; experts lie on dimension 1: pass logits.transpose(0, 1)"
+                    f"logits: expected shape [N, K, C] for the {samples} samples of the target, got "
+                    f"{list(blocks[0].shape)}; put experts on dimension 1: pass logits.transpose(0, 1)"
                 )
         return cls._arranged(blocks, of_one, target, None, None, sample_weight, constant)
 
@@ -125,9 +132,9 @@ class Batch(NamedTuple):
         sample_weight: Tensor | None = None,
         num_classes: int | None = None,
     ) -> Batch:
-        """Take the inputs of K classifiers; experts and classes must be those of ``table`` ``[K, C]``.
+        """Take the inputs of K classifiers; experts and classes must match ``table`` ``[K, C]``.
 
-        Where these are a part of the classes, ``num_classes`` says how many the target has.
+        If these are only a part of the classes, ``num_classes`` is the number in the target.
         """
         samples = floating_tensor("features", features, "[N, K, d]").shape[:1]
         check_features(features, weight, samples, *table.shape)
@@ -146,7 +153,7 @@ class Batch(NamedTuple):
         constant: Tensor | None,
         num_classes: int | None = None,
     ) -> Batch:
-        """Check what comes with logits ``[N, K, C, *S]`` or ``[N, C, *S]``, or with checked features.
+        """Check the inputs beside logits ``[N, K, C, *S]`` or ``[N, C, *S]``, or beside checked features.
 
         The dimensions of the samples come first in the result.
         """
@@ -176,7 +183,7 @@ class Batch(NamedTuple):
 
         few = len(blocks) > 1 and sum(v.numel() for v in blocks) < _WORTH_JOINING.get(first.device.type, 0)
         if few and of_one and not torch.compiler.is_compiling():
-            # An expert after the other in memory, so that the gradients are handed over without a copy.
+            # One expert after the other in memory, so that gradients are passed on without a copy.
             blocks, of_one = (torch.stack(tuple(blocks)).movedim(0, 1),), False
         if is_map:
             blocks = [v.movedim(1, -1) if of_one else v.movedim((1, 2), (-2, -1)) for v in blocks]
@@ -185,7 +192,7 @@ class Batch(NamedTuple):
         return cls(blocks, target, features, weight, sample_weight, is_soft, is_map, of_one)
 
     def with_classifiers(self, output: ExpertOutput) -> Batch:
-        """Add the features and class weights of an output, where they are whole and fit the logits."""
+        """Add the features and class weights of an output, if they are complete and fit the logits."""
         first, (_, features, weight) = self.logits[0], output
         if features is None or weight is None:
             return self
@@ -206,14 +213,14 @@ class Batch(NamedTuple):
         return [expert for block in self.logits for expert in block.detach().unbind(-2)]
 
     def stacked(self, ignore_index: int) -> Tensor:
-        """Stack the logits of all experts ``[*B, K, C]``, with 0 for samples that count nothing.
+        """Stack the logits of all experts ``[*B, K, C]``, with 0 for ignored samples.
 
-        They have the dtype of the arithmetic.
+        They have the dtype that losses are computed in.
         """
         return torch.where(self._counted(ignore_index)[..., None, None], stack(self.logits, self.of_one), 0.0)
 
     def amounts(self, ignore_index: int, class_weight: Tensor | None = None) -> Tensor:
-        """Say how many times each sample counts ``[*B]``, in the dtype of sums; by class weights ``[C]``."""
+        """Compute the weight of each sample ``[*B]`` in the dtype of sums, with class weights ``[C]``."""
         dtype = functional.widest_dtype(self.target.device)
         if self.is_soft:
             shares = self.target if class_weight is None else self.target * class_weight
@@ -225,14 +232,14 @@ class Batch(NamedTuple):
         return amounts if self.sample_weight is None else amounts * self.sample_weight
 
     def own_class(self, num_classes: int) -> Tensor:
-        """Give the class of every sample ``[*B]``; any class where the target is ignored or out of range.
+        """Give the class of every sample ``[*B]``; any class if the target is ignored or out of range.
 
         The cross entropy of a target out of range is NaN, and the error for it comes after the loss.
         """
         return self.target.clamp(0, num_classes - 1)
 
     def _counted(self, ignore_index: int) -> Tensor:
-        """Say which samples count ``[*B]``."""
+        """Say which samples are not ignored ``[*B]``."""
         return self.target.sum(dim=-1) > 0 if self.is_soft else self.target != ignore_index
 
     def weights_of_experts(self, num_experts: int) -> Tensor | None:
@@ -244,24 +251,24 @@ class Batch(NamedTuple):
         return weights[..., None].expand(*weights.shape, num_experts)
 
     def angles(self, scale: float | None) -> Angles:
-        """Choose what the angles of Eq. 7 are computed from: features, or cosine logits.
+        """Choose the source of the angles of Eq. 7: features, or cosine logits.
 
         Raises:
-            ValueError: there are no features, and no scale of cosine logits.
+            ValueError: there are neither features nor a scale of cosine logits.
         """
         if self.features is not None and self.weight is not None:
             return Angles(features=self.features.detach(), weight=self.weight.detach())
         if scale is None:
             raise ValueError(
-                "features, weight: expected features [N, K, d] and weight [K, C, d], got none, and logits of "
-                "a linear head (scale=None) do not give the angles of Eq. 7; pass them as "
-                "criterion(logits, target, features=f, weight=w) or an ExpertOutput, or set aaw=False"
+                "features, weight: expected features [N, K, d] and weight [K, C, d], got none; the logits "
+                "of a linear head (scale=None) do not give the angles of Eq. 7: call criterion(logits, "
+                "target, features=f, weight=w), pass an ExpertOutput, or set aaw=False"
             )
         logits = tuple(map(Tensor.detach, self.logits))
         return Angles(with_experts(logits) if self.of_one else logits, scale)
 
     def check_weights(self) -> None:
-        """Raise for bad sample weights and probabilities, which may not show in the loss. This reads them."""
+        """Raise for bad sample weights and probabilities, which the loss may not show. This reads them."""
         if self.sample_weight is not None:
             sample_weight_values(self.sample_weight)
         if self.is_soft:
@@ -273,9 +280,10 @@ class Batch(NamedTuple):
         """Raise if a value of the batch makes the loss wrong. This reads all values.
 
         Args:
-            ignore_index: target of samples that count nothing.
+            ignore_index: target value of samples to ignore.
             num_classes: ``C``; None takes that of the logits.
-            masked: which classes have no training samples, so that none may have them ``[C]``; None for none.
+            masked: which classes are masked for lack of training samples, so that no target may have them
+                ``[C]``; None for none.
         """
         self.check_weights()
         if not self.is_soft:
@@ -294,7 +302,7 @@ class Batch(NamedTuple):
             self._finite_logits(k, expert, ignore_index)
 
     def largest_target_logit(self, ignore_index: int) -> float:
-        """Find the largest logit of a target. This reads the values."""
+        """Find the largest logit of a true class. This reads the values."""
         kept = self.target > 0 if self.is_soft else self.target != ignore_index
         found = []
         for expert in self.experts():
@@ -304,14 +312,14 @@ class Batch(NamedTuple):
         return float(largest.max()) if largest.numel() else -math.inf
 
     def is_within(self, bound: float) -> bool:
-        """Say whether there are logits, not all 0, and none is beyond ``bound``. This reads the values."""
+        """Say whether logits exist, are not all 0, and stay within ``bound``. This reads the values."""
         ends = [end.item() for block in self.logits if block.numel() for end in block.detach().aminmax()]
         return any(ends) and all(-bound <= end <= bound for end in ends)
 
     def is_unlike_new_experts(self) -> bool:
-        """Say whether logits differ less over classes than new experts' do, or much more than their mean.
+        """Say whether logits vary less over classes than those of new experts, or much more than their mean.
 
-        Class centres of new experts are close: their logits' deviation is 0.375, and smaller than the mean.
+        Class centres of new experts are close: the deviation of their logits is 0.375, less than the mean.
         """
         experts = [expert.float() for expert in self.experts()]
         common = [expert.mean(dim=-1, keepdim=True) for expert in experts]
@@ -319,12 +327,12 @@ class Batch(NamedTuple):
         return own < 0.05 * len(experts) or own > 4 * sum(float(c.square().mean()) for c in common)
 
     def compared_with_cosines(self) -> tuple[float, float]:
-        """Find what the logits are of the cosines of features and weights.
+        """Compare the logits with the cosines of features and weights.
 
-        Gives the part of the logits' norm that no multiple of the cosines gives, and the multiple. It looks
-        at some samples and classes, of maps at one row, and reads the values. Cosine heads of any scale give
-        0 but for rounding; the expert with the largest part counts, and the largest multiple. Large negative
-        numbers count as masks.
+        It returns the part of the logits' norm that no multiple of the cosines explains, and the multiple. It
+        looks at some samples and classes (for maps, at one row) and reads the values. Cosine heads of any
+        scale give 0 up to rounding. The largest part over the experts and the largest multiple are returned.
+        Large negative numbers are taken as masks.
         """
         features, weight = cast(Tensor, self.features).detach(), cast(Tensor, self.weight).detach()
         some, dtype = (0,) * (features.dim() - 3), functional.widest_dtype(features.device)
@@ -349,7 +357,7 @@ class Batch(NamedTuple):
         if not angles.isfinite().all():
             raise ValueError(
                 "angles: expected finite radians, got NaN or infinity; look for them in the features and "
-                "class weights that the angles come from"
+                "class weights of the angles"
             )
 
     def _finite_logits(self, k: int, expert: Tensor, ignore_index: int) -> None:
@@ -361,7 +369,7 @@ class Batch(NamedTuple):
         else:
             kept = self.target != ignore_index
             own = expert.gather(-1, (self.target * kept)[..., None])[kept]
-        # The maximum carries NaN and +inf of the whole batch; -inf may mask other classes.
+        # The maximum shows NaN and +inf anywhere in the batch; -inf may mask other classes.
         if not (own.isfinite().all() and expert.amax() < float("inf")):
             raise ValueError(
                 f"logits: expected no NaN or +inf, and no -inf on the target, got one from expert {k}; "
@@ -370,7 +378,7 @@ class Batch(NamedTuple):
 
 
 def stack(blocks: Sequence[Tensor], of_one: bool) -> Tensor:
-    """Stack logits ``[*B, C]`` of an expert each, or take those of all: ``[*B, K, C]``, to compute with."""
+    """Stack logits ``[*B, C]`` of single experts, or take those of all: ``[*B, K, C]``, to compute with."""
     logits = torch.stack(tuple(blocks), dim=-2) if of_one else blocks[0]
     return logits.to(functional.compute_dtype(logits.dtype))
 
@@ -379,11 +387,11 @@ def refuse_masked(classes: Tensor, masked: Tensor) -> None:
     """Raise if one of the targets' classes is masked ``[C]``. This reads the values."""
     found = classes[masked[classes]]
     if found.numel():
-        way_out = "leave its samples out, or count them in class_counts, which set_adjustment changes"
+        way_out = "leave its samples out, or count them in class_counts (set_adjustment changes it)"
         if not torch.is_grad_enabled():
             way_out = (
-                "in validation give LGLALoss the ensemble's logits, output.ensemble(), which it does not "
-                "adjust; in the place of another loss take torch.nn.functional.cross_entropy(logits, target)"
+                "in validation pass LGLALoss the ensemble's logits, output.ensemble(), which it does not "
+                "adjust; for another loss use torch.nn.functional.cross_entropy(logits, target)"
             )
         raise ValueError(
             f"target: expected classes with training samples, got class {int(found[0])}, which has no "
@@ -392,7 +400,7 @@ def refuse_masked(classes: Tensor, masked: Tensor) -> None:
 
 
 def is_of_ensemble(logits: Tensor, target: object, num_classes: int) -> bool:
-    """Say whether logits are those of an ensemble, ``[N, C]``, of maps ``[N, C, *S]``, for such a target."""
+    """Say whether logits are those of an ensemble for this target: ``[N, C]``, for maps ``[N, C, *S]``."""
     if logits.dim() == 2 or not isinstance(target, Tensor) or target.is_nested:
         return logits.dim() == 2
     maps = target.shape[2:] if target.is_floating_point() else target.shape[1:]
@@ -433,21 +441,21 @@ def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool 
 
     With ``maps`` they may have further dimensions, as in ``[N, K, C, H, W]``.
     """
-    # What is usual first, in one look.
+    # The usual case first, in one look.
     if is_usual(logits, 3) and logits.shape[1:] == (num_experts, num_classes):
         return logits
     if isinstance(logits, Sequence) and not isinstance(logits, str):
         experts = [_expert_tensor(f"logits[{k}]", v, "[N, C]", maps) for k, v in enumerate(logits)]
         got = f"{len(experts)} tensors of shapes {[list(v.shape) for v in experts]}"
-        # No set of shapes: hashing a dynamic size would make torch.compile specialise on it.
+        # Do not use a set of shapes: hashing a dynamic size would make torch.compile specialise on it.
         alike = all(
             (v.shape, v.dtype, v.device) == (experts[0].shape, experts[0].dtype, experts[0].device)
             for v in experts
         )
         if len(experts) != num_experts or not alike or experts[0].shape[1] != num_classes:
             raise ValueError(
-                f"logits: expected {num_experts} tensors [N, {num_classes}] of one dtype and device, "
-                f"one an expert, got {got}; num_experts and class_counts fix their number and width"
+                f"logits: expected {num_experts} tensors [N, {num_classes}] of one dtype and device, one "
+                f"per expert, got {got}; num_experts and class_counts set their number and width"
             )
         return experts
     shape = f"[N, {num_experts}, {num_classes}]"
@@ -467,24 +475,24 @@ def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool 
 
 
 def _way_out(logits: Tensor, num_experts: int, num_classes: int) -> str:
-    """Say what to do with logits that are not those of K experts."""
+    """Say what to do with logits that do not come from K experts."""
     if logits.dim() > 2 and (logits.shape[0], logits.shape[2]) == (num_experts, num_classes):
-        return "experts lie on dimension 1: pass logits.transpose(0, 1)"
+        return "put experts on dimension 1: pass logits.transpose(0, 1)"
     of_one = " or logits[:, None]" if num_experts == 1 else ""
     return (
-        f"to train one model take BalancedSoftmaxLoss(class_counts){of_one}; to train experts pass their "
-        "whole ExpertOutput, not its .ensemble(), or torch.stack(heads, dim=1) of K heads; in validation a "
-        f"loss of experts takes the ensemble's logits [N, {num_classes}], without a gradient"
+        f"to train one model use BalancedSoftmaxLoss(class_counts){of_one}; to train experts pass their "
+        "whole ExpertOutput, not its .ensemble(), or torch.stack(heads, dim=1) of K heads; in validation "
+        f"pass the ensemble's logits [N, {num_classes}] without a gradient"
     )
 
 
 def _no_logits(value: object) -> str:
-    """Describe what came in the place of logits; of a dict its keys, and how to take the logits out."""
+    """Describe a value that is not logits; for a dict its keys, and how to get the logits."""
     if not isinstance(value, Mapping):
         return describe(value)
     key = '"logits"' if "logits" in value else "KEY"
     return (
-        f"a {type(value).__name__} with keys {', '.join(map(repr, value))}; pass the experts' logits alone: "
+        f"a {type(value).__name__} with keys {', '.join(map(repr, value))}; pass only the experts' logits: "
         f"criterion(output[{key}], target)"
     )
 
@@ -508,7 +516,7 @@ def one_or_more_experts(
     """
     if isinstance(output, ExpertOutput):
         output = output.logits
-    # What is usual first, in one look.
+    # The usual case first, in one look.
     if (
         num_samples_dims == 1
         and is_usual(output, 2)
@@ -517,7 +525,7 @@ def one_or_more_experts(
         return (output,), True
     if isinstance(output, Sequence) and not isinstance(output, str):
         if num_classes is None:
-            # check_logits has the experts agree with the first.
+            # check_logits requires all experts to agree with the first.
             num_classes = [*output[0].shape, 1, 1][1] if output and isinstance(output[0], Tensor) else 1
         experts = check_logits(output, max(1, len(output)), num_classes, maps=num_samples_dims > 1)
         return list(experts), True
@@ -533,9 +541,9 @@ def one_or_more_experts(
     width = "C" if num_classes is None else num_classes
     found = output.shape[1 : output.dim() - maps]
     if len(found) not in (1, 2) or 0 in found or found[-1] != (num_classes or found[-1]):
-        way_out = "class_counts fixes the number of classes, and experts lie on dimension 1"
+        way_out = "class_counts sets the number of classes, and experts are on dimension 1"
         if maps and output.shape[-1] == num_classes:
-            way_out = "of maps and sequences the classes lie on dimension 1: pass logits.movedim(-1, 1)"
+            way_out = "for maps and sequences the classes are on dimension 1: pass logits.movedim(-1, 1)"
         shape = f"{width}{', S' * maps}"
         raise ValueError(
             f"logits: expected shape [N, {shape}] or [N, K, {shape}], got {list(output.shape)}; {way_out}"

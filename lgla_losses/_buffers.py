@@ -1,4 +1,4 @@
-"""Constant tensors that travel with a module, and that nothing done to the module changes."""
+"""Constant tensors that move with a module and that operations on the module do not change."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lgla_losses._torch import DisableTorchFunctionSubclass
 class ConstantBuffers(nn.Module):
     """Keep the constants of a module exact, whatever happens to its buffers.
 
-    Every constant is there twice: as a buffer, which others see, and as an exact copy, which the module
+    Every constant exists twice: as a buffer, which others see, and as an exact copy, which the module
     computes with. The buffers follow ``.to(device)`` and are part of the ``state_dict``. But casts of a model
     round buffers, averages of its weights (EMA, SWA) truncate integers, and ``to_empty`` and
-    ``from_pretrained`` leave buffers empty. Each of these would silently change the loss if it were computed
-    with the buffers.
+    ``from_pretrained`` leave buffers empty. If the loss were computed with the buffers, each of these would
+    silently change it.
 
-    New constants may also come from others: from a ``state_dict``, from a loader that assigns them, or from
+    New constants may also come from outside: from a ``state_dict``, from a loader that assigns them, or from
     DDP, which writes those of rank 0. The module takes them if they fit each other, which a subclass checks
     in :meth:`_restored`.
     """
@@ -33,18 +33,18 @@ class ConstantBuffers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._exact: dict[str, Tensor] = {}
-        #: The buffers as this class made them, and how often they had been written then.
+        #: The buffers as this class made them, and the number of writes to them at that time.
         self._shown: dict[str, Tensor] = {}
         self._writes: dict[str, int] = {}
-        #: What a loader has assigned and nothing has used yet.
+        #: Tensors that a loader has assigned and that are not used yet.
         self._assigned: dict[str, Tensor] = {}
-        #: Whether writes on a device that one waits for were looked at.
+        #: Whether writes on a device that must be waited for have been checked.
         self._looked = False
 
     def constant(self, name: str) -> Tensor:
-        """Give a constant on the device of the module. It is for reading: nothing may be written into it.
+        """Give a constant on the device of the module. It is for reading only: do not write into it.
 
-        If :func:`torch.func.functional_call` has put a tensor in its place, give that tensor.
+        If :func:`torch.func.functional_call` has replaced it by a tensor, give that tensor.
         """
         buffer: Tensor = self._buffers[name]  # type: ignore[assignment]
         if buffer is not self._shown[name]:
@@ -53,10 +53,10 @@ class ConstantBuffers(nn.Module):
             if is_exporting():
                 return buffer
         elif buffer._version != self._writes[name] or (self._assigned and not buffer.is_meta):
-            # On meta not all may be assigned yet: transformers looks at each before it assigns it.
+            # On meta some may not be assigned yet: transformers looks at each before it assigns it.
             self._take_from_outside(name)
         exact = self._exact[name]
-        if exact.device != buffer.device:  # FSDP moves buffers by itself
+        if exact.device != buffer.device:  # FSDP moves buffers itself
             with torch.inference_mode(False):
                 exact = exact.to(buffer.device)
             if not buffer.is_meta:
@@ -64,19 +64,19 @@ class ConstantBuffers(nn.Module):
         return exact
 
     def on_cpu(self, name: str) -> Tensor:
-        """Give a constant on the CPU, for reading. This works for a module on the meta device, too."""
+        """Give a constant on the CPU, for reading. This also works for a module on the meta device."""
         self._take_from_outside(name)
         return self._exact[name].cpu()
 
     def _read(self, name: str) -> Tensor:
-        """Give a constant to a user: a copy that raises when something is written into it."""
+        """Give a constant to a user: a copy that raises on a write."""
         return read_only(self.constant(name).detach().clone())
 
     def _keep(self, name: str, value: Tensor) -> None:
         """Set a constant; reuse the memory of the old one if shape and dtype are the same."""
         exact = self._exact.get(name)
         device = torch.get_default_device() if exact is None else self._shown[name].device
-        with torch.inference_mode(False), torch.no_grad():  # its tensors could never be written again
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors could never be written again
             if exact is not None and (exact.shape, exact.dtype) == (value.shape, value.dtype):
                 exact.copy_(value)
             else:
@@ -97,7 +97,7 @@ class ConstantBuffers(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for part in self._parts():
-            # Some loaders, as that of accelerate, put tensors here by themselves.
+            # Some loaders, such as that of accelerate, put tensors here themselves.
             for name, buffer in part._buffers.items():
                 if buffer is not None and buffer is not part._shown.get(name):
                     part._assigned = {**part._exact, **part._assigned, name: buffer}
@@ -119,8 +119,8 @@ class ConstantBuffers(nn.Module):
         if shown is None and (name not in self.read_only or name not in self._modules):
             super().__setattr__(name, value)  # type: ignore[arg-type]
         elif shown is not None and shown.is_meta and isinstance(value, Tensor):
-            # So transformers fills a model of the meta device: with what it loaded, which it marks, or with
-            # memory that holds no values.
+            # This is how transformers fills a model on the meta device: with loaded tensors, which it marks,
+            # or with memory without values.
             if hasattr(value, "_is_hf_initialized"):
                 self._assigned[name] = value
             self._show(name, value.device)
@@ -131,14 +131,14 @@ class ConstantBuffers(nn.Module):
         """Take constants that a loader has assigned, or that something has written into the buffers.
 
         Raises:
-            ValueError: what a loader assigned is not what the constructor was given.
+            ValueError: the constants that a loader assigned differ from those given to the constructor.
         """
         if self._assigned and self._exact.keys() - self._inferred() <= self._assigned.keys():
             assigned, self._assigned = self._assigned, {}
             try:
                 self._keep_all(self.restored_from(assigned, ""))
             except (TypeError, ValueError):
-                self._assigned = assigned  # so that the next call raises as well
+                self._assigned = assigned  # so that the next call raises too
                 raise
             for own, value in assigned.items():
                 if self._shown[own].is_meta:
@@ -154,10 +154,10 @@ class ConstantBuffers(nn.Module):
         self._take_what_is_written()
 
     def _take_what_is_written(self) -> None:
-        """Take what is written in the buffers if it is a full set of constants, as DDP writes that of rank 0.
+        """Take the values written into the buffers if they are a full set, as DDP writes that of rank 0.
 
-        An average of weights writes values that do not fit each other, or that differ by rounding only. Then
-        the constants stay as they are.
+        Averaging of weights writes values that do not fit each other, or that differ only by rounding. Then
+        the constants do not change.
         """
         written = {name: buffer.detach().clone() for name, buffer in self.named_buffers()}
         for part in self._parts():
@@ -179,7 +179,7 @@ class ConstantBuffers(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
-            # Copies, as averages of a model's weights are written into its state_dict.
+            # Copies, because averaging of weights writes into the state_dict.
             destination.update({prefix + name: self.constant(name).detach().clone() for name in self._exact})
 
     def _load_from_state_dict(
@@ -194,7 +194,7 @@ class ConstantBuffers(nn.Module):
     ) -> None:
         own = {prefix + name: name for name in self._exact}
         report = missing_keys, unexpected_keys, error_msgs
-        self._non_persistent_buffers_set.update(self._exact)  # those are not for PyTorch to load
+        self._non_persistent_buffers_set.update(self._exact)  # PyTorch must not load these
         try:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *report)
         finally:
@@ -212,7 +212,7 @@ class ConstantBuffers(nn.Module):
             self._keep_all(self.restored_from(state_dict, prefix))
         except (TypeError, ValueError) as problem:
             error_msgs.append(f"{prefix}{problem}")
-            # Nothing of this module's parts either, which would not fit each other.
+            # Load no parts of this module either: they would not fit each other.
             for key, value in self.state_dict(prefix=prefix).items():
                 if key in state_dict:
                     state_dict[key] = value
@@ -226,7 +226,7 @@ class ConstantBuffers(nn.Module):
         return frozenset()
 
     def restored_from(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
-        """Read the constants of a ``state_dict``. Those that it does not have keep their values."""
+        """Read the constants of a ``state_dict``. Missing ones keep their values."""
         state = {name: state_dict[prefix + name] for name in self._exact if prefix + name in state_dict}
         for name, value in state.items():
             expected = list(self._exact[name].shape)
@@ -247,19 +247,19 @@ class ConstantBuffers(nn.Module):
         Args:
             state: this module's constants that the state holds, on the CPU.
             state_dict: all of the state.
-            prefix: what this module's names begin with in ``state_dict``.
+            prefix: the start of this module's names in ``state_dict``.
 
         Raises:
-            ValueError: they are not what the constructor was given.
+            ValueError: they differ from those given to the constructor.
         """
         raise NotImplementedError
 
     def _current(self, state: Mapping[str, Tensor], name: str) -> Tensor:
-        """Give a constant from a state; if the state does not have it, give the present one."""
+        """Give a constant from a state; if the state lacks it, give the current one."""
         return state[name] if name in state else self.on_cpu(name)
 
 
-#: Methods of a tensor that change it, by their names.
+#: Names of the tensor methods that change the tensor.
 IN_PLACE = frozenset(
     {"__setitem__", "__set__", "__delitem__"}
     | {name for name in dir(Tensor) if name[-1] == "_" != name[0] or name.startswith("__i")}
@@ -267,14 +267,14 @@ IN_PLACE = frozenset(
 
 
 def read_only(value: Tensor) -> Tensor:
-    """Give a tensor that raises when something is written into it, but to a compiler."""
+    """Give a tensor that raises on a write; inside a compiler, give a plain tensor."""
     return value if torch.compiler.is_compiling() else value.as_subclass(ReadOnlyTensor)
 
 
 class ReadOnlyTensor(Tensor):
-    """Hold a copy of a constant, and raise when it is written into.
+    """Hold a copy of a constant, and raise on a write.
 
-    Results that are computed from it are plain tensors.
+    Results computed from it are plain tensors.
     """
 
     @classmethod
@@ -291,7 +291,8 @@ class ReadOnlyTensor(Tensor):
             if isinstance(tensor, cls):
                 raise ValueError(
                     f"{func.__name__}: expected a tensor to write into, got a read-only constant of a loss; "
-                    "its set_adjustment() changes class counts and tau, .clone() gives a tensor of your own"
+                    "change class counts and tau with set_adjustment(), or get your own tensor with "
+                    ".clone()"
                 )
         with DisableTorchFunctionSubclass():
             plain = [value.as_subclass(Tensor) if isinstance(value, cls) else value for value in args]
@@ -301,21 +302,21 @@ class ReadOnlyTensor(Tensor):
 def refuse_assignment(name: str) -> None:
     """Raise for an assignment to an attribute that other constants follow from."""
     raise AttributeError(
-        f"{name}: expected it to be read only, as other constants follow from it, got an assignment; "
-        "set_adjustment() of the loss changes class counts and tau, or construct it anew"
+        f"{name}: expected no assignment to this read-only value, from which other constants follow, got "
+        "one; change class counts and tau with set_adjustment() of the loss, or construct a new loss"
     )
 
 
 def is_exporting() -> bool:
-    """Say whether :func:`torch.export.export` is at work; it knows tensors by the names of buffers."""
-    # PyTorch 2.6 does not tell.
+    """Say whether :func:`torch.export.export` is running; it identifies tensors by buffer names."""
+    # PyTorch 2.6 has no such function.
     return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:
-    """Make a tensor whose shape compilers treat as fixed, like that of a buffer.
+    """Make a tensor whose shape compilers treat as fixed, like the shape of a buffer.
 
-    It is a ``Parameter`` that is not registered, so that module trees do not see it.
+    It is an unregistered ``Parameter``, so that module trees do not contain it.
     """
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
 
@@ -326,24 +327,24 @@ def scalar(number: float) -> Tensor:
 
 
 def same_constants(actual: Tensor, expected: Tensor) -> bool:
-    """Say whether two constants agree to the digits of ``actual``, at most to those of float32.
+    """Say whether two constants agree to the precision of ``actual``, at most that of float32.
 
-    MPS has nothing more exact than float32.
+    MPS has no wider dtype than float32.
     """
     digits = max(1e-5, 2 * torch.finfo(actual.dtype).eps if actual.is_floating_point() else 0.0)
     return torch.allclose(actual.double(), expected.double(), rtol=digits, atol=digits)
 
 
 def moved(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """Move a buffer to where ``fn`` takes it, but keep its own precision."""
+    """Move a buffer to the device of ``fn``, but keep its precision."""
     try:
         there = fn(buffer)
     except TypeError:
-        # Apple's MPS has no float64; float32 is the full precision there.
+        # Apple's MPS has no float64; float32 is its full precision.
         return fn(buffer.float())
     return there if there.dtype == buffer.dtype else buffer.to(there.device)
 
 
 def unregister(module: nn.Module, child: str) -> None:
-    """Take a child out of the module's tree, but keep it as a plain attribute."""
+    """Remove a child from the module's tree, but keep it as a plain attribute."""
     module.__dict__[child] = module._modules.pop(child)

@@ -1,4 +1,4 @@
-"""Argument checks shared by the modules: every error says expected, got and the way out."""
+"""Argument checks shared by the modules: every error says what was expected, what came, and the way out."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from torch import Tensor
 
 from lgla_losses._torch import is_wrapped, values_readable
 
-#: What to do about numbers that are not finite.
+#: Way out for numbers that are not finite.
 WAY_OUT = (
     "lower the learning rate, clip gradients, or look for a division by zero upstream "
     "(validate_args=False skips this check)"
 )
-#: What takes targets that the losses of one class a sample refuse.
+#: Losses for targets that the losses of one class per sample refuse.
 SEVERAL_LABELS = (
-    "rows of several classes a sample (multi-hot) are for SigmoidAdjustedLoss and ClassBalancedBCELoss of "
-    "lgla_losses.baselines"
+    "for rows with several classes per sample (multi-hot) use SigmoidAdjustedLoss and ClassBalancedBCELoss "
+    "of lgla_losses.baselines"
 )
-#: How far from 1 the sum of probabilities may be, as those of 16 bits are rounded.
+#: How far from 1 the sum of probabilities may be: 16-bit values are rounded.
 SUM_TOLERANCE = 0.01
-#: What the losses compute with.
+#: The dtypes that the losses can compute with.
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def describe(value: object) -> str:
-    """Describe what came, in a few words, for the "got" part of an error."""
+    """Describe a value in a few words, for the "got" part of an error."""
     if isinstance(value, Tensor):
-        if value.is_nested:  # its sizes raise
+        if value.is_nested:  # reading its sizes raises
             return f"a nested {value.dtype} tensor on {value.device}"
         layout = "" if value.layout == torch.strided else f"{value.layout} "
         return f"a {layout}{value.dtype} tensor of shape {list(value.shape)} on {value.device}"
     try:
         text = reprlib.repr(value)
     except ValueError:
-        text = "a number of thousands of digits"  # Python prints none such
+        text = "a number of thousands of digits"  # Python does not print such numbers
     return f"{text} of type {type(value).__name__}"
 
 
 def integer(name: str, value: int, way_out: str) -> int:
-    """Check that ``value`` is an integer of 64 bits; return it as an int.
+    """Check that ``value`` is a 64-bit integer; return it as an int.
 
     Booleans and floats raise.
     """
@@ -104,20 +104,23 @@ def positive_float(name: str, value: float, way_out: str) -> float:
 
 
 def dense_tensor(name: str, value: Tensor) -> Tensor:
-    """Check that ``value`` is dense: not sparse, not nested, not in a library's own layout; return it."""
+    """Check that ``value`` is dense: not sparse, nested or in a special layout; return it."""
     if value.is_nested:
         raise TypeError(
-            f"{name}: expected a dense tensor, got {describe(value)}; torch.nested.to_padded_tensor makes one"
+            f"{name}: expected a dense tensor, got {describe(value)}; convert it with "
+            "torch.nested.to_padded_tensor"
         )
     if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got {describe(value)}; {name}.to_dense() is one")
+        raise TypeError(
+            f"{name}: expected a dense tensor, got {describe(value)}; convert it with {name}.to_dense()"
+        )
     return value
 
 
 def computable_tensor(name: str, value: object, shape: str | list[int]) -> Tensor:
-    """Check that ``value`` is a dense floating-point tensor of 16 bits or more; return it.
+    """Check that ``value`` is a dense floating-point tensor with 16 bits or more; return it.
 
-    The losses can compute with such tensors only. ``shape`` is not checked; it is text for the error.
+    The losses can compute only with such tensors. ``shape`` is not checked; it is text for the error.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor {shape}, got {describe(value)}")
@@ -141,7 +144,7 @@ def floating_tensor(name: str, value: object, shape: str) -> Tensor:
 
 
 def gathered_weight(weight: Tensor) -> None:
-    """Raise for class weights that FSDP2 has sharded or freed, so that they are not in memory.
+    """Raise for class weights that are not in memory, because FSDP2 has sharded or freed them.
 
     The answer does not depend on the batch, so all ranks raise together.
     """
@@ -158,7 +161,7 @@ def gathered_weight(weight: Tensor) -> None:
     if sharded or freed:
         raise ValueError(
             f"weight: expected the class weights in memory, got {'a DTensor' if sharded else 'none there'}, "
-            "as from a unit of FSDP2 that reshards after forward; give fully_shard(unit, "
+            "as from an FSDP2 unit that reshards after forward; use fully_shard(unit, "
             "reshard_after_forward=False) for the unit that holds the whole GroupConvExperts"
         )
 
@@ -178,22 +181,22 @@ def target_tensor(target: object, samples: Sequence[int] | None = None) -> Tenso
     if target.is_floating_point() and target.dim() == dimensions + 1:
         raise TypeError(
             f"target: expected an int64 tensor [N] of class indices, got {describe(target)}, class "
-            "probabilities by their shape; the losses take such, and target.argmax(dim=1) are the indices of "
-            "the likeliest classes"
+            "probabilities by their shape; pass them to a loss, or pass the most likely classes, "
+            "target.argmax(dim=1)"
         )
     are_rows = target.dim() == dimensions + 1 and target.shape[1] > 1
     if target.dtype != torch.int64 and not are_rows:
         raise TypeError(
-            f"target: expected an int64 tensor [N] of class indices, got {target.dtype}; "
-            "whole numbers of another type convert with target.long()"
+            f"target: expected an int64 tensor [N] of class indices, got {target.dtype}; convert other "
+            "whole numbers with target.long()"
         )
     if (target.dim() != 1) if samples is None else (tuple(target.shape) != tuple(samples)):
         size = "[N]" if samples is None else str(list(samples))
         way_out = "flatten it, or check the batch dimension"
         if are_rows:
-            way_out = f"one-hot rows are target.long().argmax(dim=1); {SEVERAL_LABELS}"
+            way_out = f"convert one-hot rows with target.long().argmax(dim=1); {SEVERAL_LABELS}"
         raise ValueError(
-            f"target: expected shape {size}, one class index a sample, got {list(target.shape)} of "
+            f"target: expected shape {size}, one class index per sample, got {list(target.shape)} of "
             f"{target.dtype}; {way_out}"
         )
     return target
@@ -213,7 +216,7 @@ def probability_tensor(target: Tensor, samples: Sequence[int], num_classes: int)
         )
     if target.requires_grad:
         raise ValueError(
-            "target: expected probabilities without gradient, got some that want one; detach them"
+            "target: expected probabilities without gradient, got some that require one; detach them"
         )
     return target
 
@@ -226,7 +229,7 @@ def probability_values(target: Tensor) -> None:
     if target.numel() == 0:
         return
     sums = target.sum(dim=-1, dtype=torch.promote_types(target.dtype, torch.float32))
-    low, high = map(_number, sums.aminmax())  # of which NaN makes NaN
+    low, high = map(_number, sums.aminmax())  # NaN stays NaN
     if low == 0:
         low = _number(torch.where(sums == 0, 1.0, sums).amin())
     if not (low >= 1 - SUM_TOLERANCE and high <= 1 + SUM_TOLERANCE and _number(target.amin()) >= 0):
@@ -234,11 +237,11 @@ def probability_values(target: Tensor) -> None:
 
 
 def no_probabilities(lowest: float, least: float, most: float) -> str:
-    """Say what is wrong with probabilities whose values and sums are such."""
+    """Say what is wrong with probabilities that have these values and sums."""
     return (
-        "target: expected class probabilities >= 0 that sum to 1 over the classes (dimension 1), or to 0 for "
-        f"a sample to ignore, got values from {lowest:.4g} and sums from {least:.4g} to {most:.4g}; "
-        f"softmax(dim=1) makes such ones; {SEVERAL_LABELS}"
+        "target: expected class probabilities >= 0 that sum to 1 over the classes (dimension 1), or to 0 "
+        f"for a sample to ignore, got values from {lowest:.4g} and sums from {least:.4g} to {most:.4g}; "
+        f"softmax(dim=1) makes probabilities; {SEVERAL_LABELS}"
     )
 
 
@@ -256,15 +259,15 @@ def multi_hot_tensor(target: object, num_samples: int, num_classes: int) -> Tens
     if target.is_floating_point():
         computable_tensor("target", target, shape)
     if list(dense_tensor("target", target).shape) != shape:
-        way_out = f"torch.nn.functional.one_hot(target, {num_classes}) makes such rows of class indices"
+        way_out = f"convert class indices with torch.nn.functional.one_hot(target, {num_classes})"
         if target.dim() == 2:
             way_out = "logits are [N, C] or [N, K, C], so pass a stack [K, N, C] as logits.transpose(0, 1)"
         raise ValueError(
-            f"target: expected shape {shape} as the logits say, a 0 or 1 for every class of a sample, got "
+            f"target: expected shape {shape} as for the logits, a 0 or 1 for every class of a sample, got "
             f"{list(target.shape)}; {way_out}"
         )
     if target.requires_grad:
-        raise ValueError("target: expected numbers without gradient, got some that want one; detach them")
+        raise ValueError("target: expected numbers without gradient, got some that require one; detach them")
     return target
 
 
@@ -272,33 +275,33 @@ def multi_hot_values(target: Tensor) -> None:
     """Check that all numbers are in 0..1. This reads the values."""
     if target.numel() == 0:
         return
-    low, high = map(_number, target.aminmax())  # of which NaN makes NaN
+    low, high = map(_number, target.aminmax())  # NaN stays NaN
     if not 0 <= low <= high <= 1:
         raise ValueError(
             f"target: expected 0 or 1, or numbers between, for every class, got {low:.4g} to {high:.4g}; "
-            "where labels are unknown set 0, and mask the losses of reduction='none'"
+            "for unknown labels set 0, and mask the losses of reduction='none'"
         )
 
 
 def _number(scalar: Tensor) -> float | Tensor:
-    """Read a scalar, as numbers are compared sooner than tensors; a compiler breaks its graph at either."""
+    """Read a scalar: comparing numbers is faster; a compiler breaks its graph in both cases."""
     return scalar if torch.compiler.is_compiling() else scalar.item()
 
 
 def sample_weight_tensor(sample_weight: object, samples: Sequence[int]) -> Tensor:
-    """Check that ``sample_weight`` holds one constant for each sample; return it.
+    """Check that ``sample_weight`` holds one constant per sample; return it.
 
     The values are not read.
     """
     sample_weight = computable_tensor("sample_weight", sample_weight, list(samples))
     if tuple(sample_weight.shape) != tuple(samples):
         raise ValueError(
-            f"sample_weight: expected shape {list(samples)}, one weight a sample, "
-            f"got {list(sample_weight.shape)}"
+            f"sample_weight: expected shape {list(samples)}, one weight per sample, got "
+            f"{list(sample_weight.shape)}"
         )
     if sample_weight.requires_grad:
         raise ValueError(
-            "sample_weight: expected weights without gradient, got some that want one; detach them, or "
+            "sample_weight: expected weights without gradient, got some that require one; detach them, or "
             "multiply the losses of reduction='none' by them"
         )
     return sample_weight
@@ -308,7 +311,7 @@ def sample_weight_values(sample_weight: Tensor) -> None:
     """Check that all weights are finite and at least 0. This reads the values."""
     if sample_weight.numel() == 0:
         return
-    low, high = map(_number, sample_weight.aminmax())  # of which NaN makes NaN
+    low, high = map(_number, sample_weight.aminmax())  # NaN stays NaN
     if not 0 <= low <= high < math.inf:
         raise ValueError(f"sample_weight: expected finite numbers >= 0, got {low:.4g} to {high:.4g}")
 
@@ -329,8 +332,8 @@ def same_device(**tensors: Tensor | None) -> None:
     if devices:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(
-            f"expected all tensors on one device, got {where}; move the inputs with .to(device), "
-            "and the loss module itself as well"
+            f"expected all tensors on one device, got {where}; move the inputs and the loss module with "
+            ".to(device)"
         )
 
 
@@ -351,9 +354,8 @@ def target_values(target: Tensor, num_classes: int, ignore_index: int | None = N
         position = first[0] if len(first) == 1 else first
         ignored = "" if ignore_index is None else f" or ignore_index={ignore_index}"
         raise ValueError(
-            f"target: expected class indices 0..{num_classes - 1}{ignored}, "
-            f"got {int(target[first])} at position {position}; "
-            "labels that start at 1 need target - 1"
+            f"target: expected class indices 0..{num_classes - 1}{ignored}, got {int(target[first])} at "
+            f"position {position}; for labels that start at 1 pass target - 1"
         )
 
 
@@ -371,11 +373,11 @@ def normalizer_value(
         return
     if reduction != "mean":
         raise ValueError(
-            f"normalizer: expected None with reduction={reduction!r}, got {describe(normalizer)}; "
-            "it is the divisor of reduction='mean'"
+            f"normalizer: expected None with reduction={reduction!r}, got {describe(normalizer)}; it is the "
+            "divisor for reduction='mean'; leave it out"
         )
     if not isinstance(normalizer, Tensor):
-        if not torch.compiler.is_compiling():  # to a compiler it has no value
+        if not torch.compiler.is_compiling():  # a compiler does not know the value
             positive_float("normalizer", normalizer, "the number of samples to divide by")
         return
     dense_tensor("normalizer", normalizer)
@@ -383,7 +385,7 @@ def normalizer_value(
         raise ValueError(f"normalizer: expected a number or a real scalar tensor, got {describe(normalizer)}")
     if normalizer.is_meta and device is not None and device.type != "meta":
         raise ValueError(
-            f"normalizer: expected a number or a scalar tensor that has a value, got {describe(normalizer)}"
+            f"normalizer: expected a number or a scalar tensor with a value, got {describe(normalizer)}"
         )
     if values_readable(normalizer, validate_args):
         positive_float("normalizer", normalizer.item(), "the number of samples to divide by")
@@ -400,7 +402,7 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
 def boolean(name: str, value: bool) -> bool:
     """Check that ``value`` is True or False; return it as a bool.
 
-    Strings and numbers raise, though Python would take them for true or false.
+    Strings and numbers raise, although Python would accept them as true or false.
     """
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: expected True or False, got {describe(value)}")

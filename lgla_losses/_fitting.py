@@ -1,11 +1,11 @@
-r"""How temperature and exponent are fitted to labelled logits, and judged on held-out folds.
+r"""The fit of temperature and exponent to labelled logits, and its test on held-out folds.
 
 With :math:`a = 1 / t` and :math:`x_j = v_j - \log \pi_j`, the logits without the prior of theory, the
 posterior of :mod:`lgla_losses.calibration` is :math:`\mathrm{softmax}_j(a x_j + b \log n_j + \log q_j)`: a
 logistic regression with two coefficients, whose log likelihood is concave.
 
-Labels of prior :math:`q` say much of frequent classes and little of rare ones, which count as much under a
-uniform prior. So samples have weights :math:`\propto q_y^{-1/2}`, which makes their prior
+Labels with prior :math:`q` tell much about frequent classes and little about rare ones, but under a uniform
+prior all are equally important. So samples have weights :math:`\propto q_y^{-1/2}`, which makes their prior
 :math:`\propto q^{1/2}`, half way between the two.
 """
 
@@ -21,21 +21,21 @@ from torch import Tensor
 from lgla_losses._scores import ScoreSums, score_sums
 from lgla_losses.functional import widest_dtype
 
-#: What is usual for trained networks, before any label is seen: log a is normal about log 0.75,
+#: The prior for trained networks, before any label is seen: log a is normal around log 0.75,
 USUAL, SPREAD_OF_LOG = 0.75, 0.5
-#: and b about (a - 1) / 2, half of what it is where v + T(k, j) is calibrated.
+#: and b around (a - 1) / 2, half of its value if v + T(k, j) is calibrated.
 SPREAD_OF_SHIFT = 0.2
 
 FOLDS = 5
 MOST_STEPS = 100
-#: A fit has converged where a step lowers the objective by less than this share; or than rounding, if larger.
+#: A fit has converged if a step lowers the objective by less than this share, or by less than rounding.
 TOLERANCE = 1e-10
-#: Logits are read in parts of so many numbers.
+#: Logits are read in parts of this many numbers.
 PART = 1 << 22
 
 
 class Point(NamedTuple):
-    """Coefficients of the regression."""
+    """The coefficients of the regression."""
 
     a: float
     b: float
@@ -50,10 +50,10 @@ class Labelled(NamedTuple):
     Attributes:
         logits: in any floating-point dtype.
         target: class indices.
-        weight: of every sample ``[M]``.
+        weight: weight of every sample ``[M]``.
         implied: log of the prior that the logits hold in theory.
-        log_counts: log of the class counts, of mean 0.
-        split: log of the prior that the labels have.
+        log_counts: log of the class counts, with mean 0.
+        split: log of the prior of the labels.
     """
 
     logits: Tensor
@@ -64,17 +64,17 @@ class Labelled(NamedTuple):
     split: Tensor
 
     def chosen(self, which: Tensor) -> Labelled:
-        """Give the samples of a mask."""
+        """Select the samples of a mask."""
         samples = {"logits": self.logits, "target": self.target, "weight": self.weight}
         return self._replace(**{name: values[which] for name, values in samples.items()})
 
     def ranked(self) -> Labelled:
-        """Give the same without a prior to take out, so that a fit leaves the ranking of the logits."""
+        """Give the same without a prior to remove, so that a fit keeps the ranking of the logits."""
         zeros = torch.zeros_like(self.log_counts)
         return self._replace(implied=zeros, log_counts=zeros)
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Go through ``x``, labels and weights, in parts that fit into memory."""
+        """Iterate over ``x``, labels and weights, in parts that fit into memory."""
         rows = max(1, PART // self.logits.shape[1])
         for logits, target, weight in zip(
             self.logits.split(rows), self.target.split(rows), self.weight.split(rows), strict=True
@@ -84,7 +84,7 @@ class Labelled(NamedTuple):
 
 
 def sample_weights(split: Tensor, target: Tensor) -> Tensor:
-    """Compute weights ``[M]``; their sum is the number of equal samples worth as much (Kish, 1965)."""
+    """Compute weights ``[M]``; their sum is the effective number of samples (Kish, 1965)."""
     weight = (-split[target] / 2).exp()
     return weight * weight.sum() / weight.square().sum()
 
@@ -115,14 +115,15 @@ def objective(data: Labelled, point: Point) -> tuple[float, Tensor, Tensor]:
     )
     value += residuals.square().sum() / 2
     hessian += slopes.T @ slopes
-    # Below the usual, log a bends more than its slope says; above, where it bends less, a step may be short.
+    # Below the usual value, log a curves more than its slope shows; above, it curves less, and a step may be
+    # short.
     hessian[0, 0] += max(0.0, -math.log(point.a / USUAL)) / (SPREAD_OF_LOG * point.a) ** 2
-    # Two numbers are no work for a device.
+    # Two numbers are too little work for a device.
     return float(value), (gradient + residuals @ slopes).cpu(), hessian.cpu()
 
 
 def fitted_point(data: Labelled, start: Point | None = None) -> Point | None:
-    """Find the likeliest coefficients by Newton's method; None where it does not converge."""
+    """Find the most likely coefficients by Newton's method; None if it does not converge."""
     point = start or START
     value, gradient, hessian = objective(data, point)
     tolerance = max(TOLERANCE, 10 * torch.finfo(gradient.dtype).eps)
@@ -151,11 +152,11 @@ def fitted_point(data: Labelled, start: Point | None = None) -> Point | None:
 
 
 class Outcome(NamedTuple):
-    """Say what predictions of labelled samples are worth.
+    """Hold how good the predictions of labelled samples are.
 
     Attributes:
-        right: whether the likeliest class under the uniform prior is the label ``[M]``.
-        sums: from which the scores under another prior follow.
+        right: whether the most likely class under the uniform prior is the label ``[M]``.
+        sums: sums from which the scores under another prior follow.
     """
 
     right: Tensor
@@ -163,7 +164,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(data: Labelled, point: Point, prior: Tensor) -> Outcome:
-    """Predict the samples at ``point``; ``prior`` is the log of that for the scores ``[C]``."""
+    """Predict the samples at ``point``; ``prior`` is the log prior for the scores ``[C]``."""
     rights, sums = [], []
     for x, target, _ in data.parts():
         scores = point.a * x + point.b * data.log_counts
@@ -187,13 +188,14 @@ def log_likelihood(data: Labelled, point: Point) -> Tensor:
 
 
 class Judgement(NamedTuple):
-    """Say what held-out folds show.
+    """Hold the results on held-out folds.
 
     Attributes:
-        calibrated: the outcome of all samples, each calibrated by the other folds.
-        likelihood: mean log likelihood of the labels beyond that of a temperature alone, and its error.
-        accuracy: balanced accuracy beyond that of the logits, and its standard error.
-        converged: whether every fit did.
+        calibrated: the outcome of all samples, each calibrated with the other folds.
+        likelihood: gain in mean log likelihood of the labels over a temperature alone, and its standard
+            error.
+        accuracy: gain in balanced accuracy over the logits, and its standard error.
+        converged: whether every fit converged.
     """
 
     calibrated: Outcome
@@ -203,9 +205,9 @@ class Judgement(NamedTuple):
 
 
 def judge(data: Labelled, near: Point | None = None, near_alone: Point | None = None) -> Judgement:
-    """Compare the calibration with a temperature alone, on folds that neither was fitted to.
+    """Compare the calibration with a temperature alone, on folds that neither was fitted on.
 
-    What is found does not depend on the points ``near`` it, from which Newton's method needs fewer steps.
+    The result does not depend on the points ``near``; starting there, Newton's method needs fewer steps.
     """
     fold = folds(data.target)
     likelier, right = torch.zeros_like(data.weight), torch.zeros_like(data.target, dtype=torch.bool)
@@ -228,7 +230,7 @@ def judge(data: Labelled, near: Point | None = None, near_alone: Point | None = 
     errors = [
         ((likelier - likelihood) * by_sample).norm(),
         ((change - accuracy) * by_class).norm(),
-        # Classes of a sample or two have no variance of their own: that of all samples stands for it.
+        # Classes with one or two samples have no useful variance: the variance of all samples replaces it.
         change.var(correction=0).sqrt() * by_class.norm(),
     ]
     return Judgement(
@@ -240,7 +242,7 @@ def judge(data: Labelled, near: Point | None = None, near_alone: Point | None = 
 
 
 def folds(target: Tensor) -> Tensor:
-    """Deal the samples of every class over the folds ``[M]``, at random but alike in every run."""
+    """Distribute the samples of every class over the folds ``[M]``, at random but equal in every run."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     shuffled = torch.randperm(len(target), generator=generator, device="cpu").to(target.device)
     dealt = shuffled[target[shuffled].argsort(stable=True)]
@@ -250,6 +252,6 @@ def folds(target: Tensor) -> Tensor:
 
 
 def class_shares(target: Tensor) -> Tensor:
-    """Give weights ``[M]`` that sum to 1, by which all classes that are there count alike."""
+    """Give weights ``[M]`` that sum to 1 and are equal in total for every class with samples."""
     share = torch.bincount(target)[target].to(widest_dtype(target.device)).reciprocal()
     return share / share.sum()

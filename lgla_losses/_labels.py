@@ -1,4 +1,4 @@
-"""Class labels: from what people keep them in, and counted."""
+"""Class labels: find them in vectors and data sets, and count them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from torch.utils.data import (
 from lgla_losses._checks import boolean, describe, positive_int
 from lgla_losses._counts import ArrayLike, as_array
 
-#: Attributes that hold a label a sample; those without an underscore are everybody's, the rest torchvision's.
+#: Attributes that hold one label per sample; those with an underscore are torchvision's.
 LABELS = ("targets", "labels", "_labels", "y")
 
 #: Attributes that hold pairs of an input and its label.
 PAIRS = ("samples", "_samples", "_flat_character_images")
 
-#: Where torchvision's data sets of several kinds of targets keep those that may be class indices.
+#: Where torchvision's data sets with several kinds of targets keep class indices.
 TARGET_TYPES: dict[str, Callable[[Any], Any]] = {
     "category": lambda dataset: dataset.y if hasattr(dataset, "y") else dataset._labels,
     "binary-category": attrgetter("_bin_labels"),
@@ -47,28 +47,28 @@ WAY_OUT = "pass the labels themselves, or iterate=True, which reads every sample
 def count_classes(labels: ArrayLike | Iterable[Any], num_classes: int, *, iterate: bool = False) -> Tensor:
     r"""Count the samples of every class, :math:`n_j` of Eq. 4.
 
-    Of a data set the labels are counted that it keeps, as its ``target_transform`` makes them; no sample is
-    read. They are its ``targets`` or ``labels``, what torchvision's data sets have in their place, the second
-    of the two tensors of a ``TensorDataset``, or the column ``label`` or ``labels`` of a Hugging Face data
-    set. What else ``__getitem__`` may do to a label, only ``iterate=True`` sees.
+    For a data set, the labels that it holds are counted, after its ``target_transform``; no sample is read.
+    They are its ``targets`` or ``labels``, the equivalent in torchvision's data sets, the second of the two
+    tensors of a ``TensorDataset``, or the column ``label`` or ``labels`` of a Hugging Face data set. If
+    ``__getitem__`` changes labels in another way, pass ``iterate=True``.
 
     Args:
-        labels: class indices ``[N]`` as a list, an array, a tensor or a column of a table, whose index means
-            nothing here; a data set that keeps them; a ``Subset`` or ``ConcatDataset`` of such; or a
-            ``DataLoader`` over one. Its data set is counted. A warning tells of a
-            :class:`~lgla_losses.data.ClassBalancedSampler` or ``WeightedRandomSampler`` that draws the
-            classes in other shares: the losses need the counts that it leaves.
-        num_classes: number of classes ``C``; classes without a sample count 0.
-        iterate: read every sample of the data set for its label, a slow way that takes any data set of
+        labels: class indices ``[N]`` as a list, an array, a tensor or a column of a table (its index is
+            ignored); a data set that holds them; a ``Subset`` or ``ConcatDataset`` of such; or a
+            ``DataLoader`` over one, whose data set is counted. A warning tells you if a
+            :class:`~lgla_losses.data.ClassBalancedSampler` or ``WeightedRandomSampler`` draws the classes in
+            other shares: the losses need the counts after sampling.
+        num_classes: number of classes ``C``; classes without samples get 0.
+        iterate: read every sample of the data set for its label. This is slow, but works for any data set of
             pairs ``(input, label)`` or of mappings with a ``label``.
 
     Returns:
         int64 ``[C]`` on the CPU.
 
     Raises:
-        TypeError: labels are not integers, or the data set does not keep them.
-        ValueError: labels are not 1-D, one lies outside ``0..C-1``, the data set keeps another number of
-            them than it has samples, or a ``DataLoader`` has a ``ClassBalancedSampler`` of other labels.
+        TypeError: labels are not integers, or the data set does not hold them.
+        ValueError: labels are not 1-D, one lies outside ``0..C-1``, the number of labels of the data set is
+            not its number of samples, or a ``DataLoader`` has a ``ClassBalancedSampler`` with other labels.
 
     Example:
         >>> count_classes([0, 0, 2], num_classes=4)
@@ -79,22 +79,22 @@ def count_classes(labels: ArrayLike | Iterable[Any], num_classes: int, *, iterat
     if array.ndim != 1:
         raise ValueError(
             f"labels: expected 1-D class indices, got shape {list(array.shape)}; flatten a column of them, "
-            "take .argmax(1) of one-hot rows; of rows of several classes (multi-hot) the class counts are "
-            "targets.sum(dim=0)"
+            "take .argmax(1) of one-hot rows; for rows with several classes (multi-hot) the class counts "
+            "are targets.sum(dim=0)"
         )
     if array.size == 0:
         return torch.zeros(num_classes, dtype=torch.int64)
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(
-            f"labels: expected integer class indices, got {array.dtype}; leave samples without a label out, "
-            "and map names or one-hot rows to indices first, for example with "
-            "np.unique(..., return_inverse=True), or .cat.codes of pandas"
+            f"labels: expected integer class indices, got {array.dtype}; leave out samples without a label, "
+            "and map names or one-hot rows to indices first, for example with np.unique(..., "
+            "return_inverse=True), or .cat.codes of pandas"
         )
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= num_classes:
         raise ValueError(
-            f"labels: expected class indices 0..{num_classes - 1}, got {low if low < 0 else high}; "
-            "leave ignored samples out, or raise num_classes"
+            f"labels: expected class indices 0..{num_classes - 1}, got {low if low < 0 else high}; leave "
+            "out ignored samples, or raise num_classes"
         )
     array = array.astype(np.int64)
     counts = np.bincount(array, minlength=num_classes)
@@ -108,21 +108,21 @@ def count_classes(labels: ArrayLike | Iterable[Any], num_classes: int, *, iterat
 def _change_by_sampler(
     loader: DataLoader[Any], labels: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
 ) -> str | None:
-    """Say that the sampler of a loader draws the classes in other shares than the data set has, or None."""
+    """Say that a loader's sampler draws the classes in other shares than the data set has, or None."""
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
     balanced = getattr(sys.modules.get("lgla_losses.data.sampling"), "ClassBalancedSampler", None)
     drawn = np.zeros(len(counts))
     if balanced and isinstance(sampler, balanced):
         _same_labels(sampler.labels.numpy(), labels)
-        known = sampler.class_counts.numpy()[: len(counts)]  # the others have no samples
+        known = sampler.class_counts.numpy()[: len(counts)]  # the other classes have no samples
         drawn[: len(known)] = known
         way_out = "the losses need sampler.class_counts"
     elif isinstance(sampler, WeightedRandomSampler) and sampler.replacement:
         weights = sampler.weights.detach().cpu().numpy()[: len(labels)]
         drawn += np.bincount(labels[: len(weights)], weights, minlength=len(counts))
         way_out = (
-            "the losses need torch.bincount(labels, weights=sampler.weights), or take "
-            "lgla_losses.data.ClassBalancedSampler, whose class_counts they are"
+            "the losses need torch.bincount(labels, weights=sampler.weights), or use "
+            "lgla_losses.data.ClassBalancedSampler and its class_counts"
         )
     else:
         return None
@@ -136,22 +136,22 @@ def _change_by_sampler(
 
 
 def _same_labels(of_sampler: npt.NDArray[np.int64], of_dataset: npt.NDArray[np.int64]) -> None:
-    """Check that the labels of a sampler are those of the data set that it draws from."""
+    """Check that the labels of a sampler equal those of its data set."""
     if np.array_equal(of_sampler, of_dataset):
         return
     if len(of_sampler) != len(of_dataset):
-        got = f"one of {len(of_sampler)} labels for {len(of_dataset)} samples"
+        got = f"one with {len(of_sampler)} labels for {len(of_dataset)} samples"
     else:
         i = int(np.flatnonzero(of_sampler != of_dataset)[0])
         got = f"one with label {of_sampler[i]} for sample {i} of class {of_dataset[i]}"
     raise ValueError(
-        f"labels: expected a ClassBalancedSampler of the data set of the DataLoader, got {got}; construct it "
-        "from that data set, or its labels"
+        f"labels: expected a ClassBalancedSampler for the data set of the DataLoader, got {got}; construct "
+        "it from that data set or its labels"
     )
 
 
 def label_array(labels: Any, *, iterate: bool = False) -> npt.NDArray[Any]:
-    """Convert ``labels`` to an array, from a vector or from the data set that keeps them."""
+    """Convert ``labels`` to an array, from a vector or from the data set that holds them."""
     if isinstance(labels, DataLoader):
         return label_array(labels.dataset, iterate=iterate)
     if iterate:
@@ -163,11 +163,11 @@ def label_array(labels: Any, *, iterate: bool = False) -> npt.NDArray[Any]:
         return np.concatenate([label_array(one) for one in labels.datasets])
     if isinstance(labels, Mapping):
         raise TypeError(
-            "labels: expected one label a sample, got a mapping; counts by class need no counting, the "
-            "losses take them as they are"
+            "labels: expected one label per sample, got a mapping; if it holds counts by class, pass it to "
+            "the losses directly"
         )
 
-    # Vectors first: a column of a table may have rows that are called targets.
+    # Vectors first: a table column may have a row called targets.
     if not isinstance(labels, Dataset) and hasattr(labels, "__array__"):
         return as_array("labels", labels)
     kept = _kept_labels(labels)
@@ -176,21 +176,21 @@ def label_array(labels: Any, *, iterate: bool = False) -> npt.NDArray[Any]:
 
     if isinstance(labels, Dataset) or not isinstance(labels, Sequence):
         raise TypeError(
-            f"labels: expected labels, or a data set that keeps them as targets or labels, got "
+            "labels: expected labels, or a data set that holds them as targets or labels, got "
             f"{type(labels).__name__}; {WAY_OUT}"
         )
     return as_array("labels", labels)
 
 
 def _changes_labels(part: Subset[Any] | ConcatDataset[Any]) -> bool:
-    """Tell whether a user's own class may give other labels than the data sets that it is made of."""
+    """Say whether a user's class may change the labels of the data sets inside it."""
     kind = Subset if isinstance(part, Subset) else ConcatDataset
     own = hasattr(part, "target_transform") or any(hasattr(part, name) for name in LABELS)
     return own or type(part).__getitem__ is not kind.__getitem__
 
 
 def _kept_labels(dataset: Any) -> tuple[str, Any] | None:
-    """Find where a data set keeps its labels, and what is there."""
+    """Find where a data set holds its labels, and read them."""
     columns = getattr(dataset, "column_names", None)
     if isinstance(columns, list):
         return _column(dataset, columns)
@@ -198,7 +198,7 @@ def _kept_labels(dataset: Any) -> tuple[str, Any] | None:
     if types:
         (kind, *others) = [types] if isinstance(types, str) else types
         if not others and kind in TARGET_TYPES:
-            with suppress(AttributeError):  # of a data set that means something else by it
+            with suppress(AttributeError):  # a data set may use the name for something else
                 return f"target type {kind!r}", TARGET_TYPES[kind](dataset)
     for name in LABELS[:2] if types else LABELS:
         if getattr(dataset, name, None) is not None:
@@ -218,29 +218,29 @@ def _column(dataset: Any, columns: list[str]) -> tuple[str, Any] | None:
         if name in columns and hasattr(dataset, "__len__"):
             if dataset.format["type"] == "custom":
                 raise TypeError(
-                    f"labels: expected a data set whose labels no transform may change, got one with a "
-                    f"transform; where it leaves them as they are, pass dataset.with_format(None)[{name!r}], "
+                    "labels: expected a data set whose labels no transform may change, got one with a "
+                    f"transform; if it leaves labels unchanged, pass dataset.with_format(None)[{name!r}], "
                     "else iterate=True, which reads every sample"
                 )
-            # Its slices are read at once, its items one by one.
+            # A slice is read at once, items would be read one by one.
             return f"column {name!r}", dataset[name][:]
     return None
 
 
 def _checked(dataset: Any, place: str, labels: Any) -> npt.NDArray[Any]:
-    """Check the labels that a data set keeps, one a sample, and transform them as it does."""
+    """Check the labels that a data set holds, one per sample, and apply its transform."""
     array = as_array("labels", labels)
     if hasattr(dataset, "__len__") and array.shape[:1] != (len(dataset),):
         raise ValueError(
-            f"labels: expected one for each of the {len(dataset)} samples of the {type(dataset).__name__}, "
-            f"got shape {list(array.shape)} in its {place}; Subset(dataset, indices) takes a part of a data "
-            f"set; {WAY_OUT}"
+            f"labels: expected one per sample, {len(dataset)} in the {type(dataset).__name__}, got shape "
+            f"{list(array.shape)} in its {place}; Subset(dataset, indices) takes a part of a data set; "
+            f"{WAY_OUT}"
         )
     folder = getattr(sys.modules.get("torchvision.datasets"), "DatasetFolder", None)
     if folder and isinstance(dataset, folder) and [y for _, y in dataset.samples] != array.tolist():
         raise ValueError(
             f"labels: expected the same in targets and samples of the {type(dataset).__name__}, got "
-            f"different ones; it reads samples: change both; {WAY_OUT}"
+            f"different ones; its items come from samples: change both; {WAY_OUT}"
         )
     transform = _target_transform(dataset)
     if transform is None:
@@ -250,13 +250,13 @@ def _checked(dataset: Any, place: str, labels: Any) -> npt.NDArray[Any]:
 
 
 def _target_transform(dataset: Any) -> Callable[[Any], Any] | None:
-    """Find what a data set makes of its labels."""
+    """Find the transform that a data set applies to its labels."""
     own: Callable[[Any], Any] | None = getattr(dataset, "target_transform", None)
     vision = getattr(sys.modules.get("torchvision.datasets"), "VisionDataset", None)
     joint = getattr(dataset, "transforms", None) if vision and isinstance(dataset, vision) else None
     if joint is not None and getattr(joint, "target_transform", joint) is not own:
         raise ValueError(
-            f"labels: expected a data set whose target_transform says what it makes of labels, got "
+            "labels: expected a data set that changes labels only by its target_transform, got "
             f"{type(dataset).__name__} with transforms of another kind; {WAY_OUT}"
         )
     return own
@@ -266,14 +266,14 @@ def _taken(array: npt.NDArray[Any], indices: Any) -> npt.NDArray[Any]:
     try:
         return array[np.asarray(indices, dtype=np.int64)]
     except IndexError as error:
-        raise ValueError(f"labels: expected a Subset of samples that there are, got {error}") from error
+        raise ValueError(f"labels: expected a Subset of existing samples, got {error}") from error
 
 
 def _iterated(dataset: Any) -> list[Any]:
     """Read the label of every sample of a data set."""
     by_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if by_index and not isinstance(dataset, IterableDataset):
-        # A loop over the data set itself would not end where no IndexError is raised.
+        # A loop over the data set itself would not end if it raises no IndexError.
         samples: Iterable[Any] = (dataset[index] for index in range(len(dataset)))
     else:
         samples = dataset

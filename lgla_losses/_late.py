@@ -1,4 +1,4 @@
-"""A look at probabilities on a GPU for which nothing waits: a later call says what was wrong."""
+"""A check of probabilities on a GPU without waiting: a later call reports what was wrong."""
 
 from __future__ import annotations
 
@@ -10,47 +10,47 @@ from torch import Tensor
 from lgla_losses._checks import SUM_TOLERANCE, no_probabilities
 from lgla_losses._torch import unfit
 
-#: What was wrong is told in the calls whose number this divides, and in those that look.
+#: Errors are reported in calls whose number is a multiple of this, and in calls that look.
 TELLS_AT = 16
 
 
 class Event(Protocol):
-    """Describe what tells whether a device has come to a point in its work, as ``torch.cuda.Event``."""
+    """Describe an event that says whether a device has reached it, like ``torch.cuda.Event``."""
 
     def query(self) -> bool:
-        """Say whether it has."""
+        """Say whether the device has reached it."""
         ...
 
 
 class LateLook:
-    """Look at batches 1, 2, 4, 8 and so on of the probabilities that one loss gets.
+    """Look at batches 1, 2, 4, 8 and so on of the probabilities given to one loss.
 
-    It belongs to its loss in this process: copies and pickles of the loss begin anew.
+    It belongs to its loss in this process: copies and pickles of the loss start again.
     """
 
     def __init__(self) -> None:
         self._seen = 0
-        #: What is on its way from the device: an event behind it, the numbers, and how far they may be off.
+        #: Pending copies from the device: the event after the copy, the numbers, and their tolerance.
         self._pending: tuple[Event, Tensor, float] | None = None
 
     def __call__(self, target: Tensor) -> None:
-        """Look at the probabilities ``[*B, C]`` of a batch if it is its turn.
+        """Look at the probabilities ``[*B, C]`` of a batch if its number is due.
 
         Raises:
-            ValueError: those of an earlier batch sum to more than 1, or one was negative. Sums below 1 are
-                no sign of several classes a sample.
+            ValueError: the probabilities of an earlier batch sum to more than 1, or one was negative. Sums
+                below 1 do not point to several classes per sample.
         """
         self._seen += 1
         is_turn = not self._seen & (self._seen - 1)
-        # Not at any call: ranks that raise do so in the same step, or some would wait for the others.
+        # Not at every call: all ranks must raise in the same step, or some would wait for the others.
         if is_turn or self._seen % TELLS_AT == 0:
             self._tell()
         if is_turn and self._pending is None and target.numel():
-            numbers = _extremes(target).to("cpu", non_blocking=True)  # such a copy goes to pinned memory
+            numbers = _extremes(target).to("cpu", non_blocking=True)  # a copy like this goes to pinned memory
             self._pending = recorded_event(target.device), numbers, _tolerance(target)
 
     def _tell(self) -> None:
-        """Raise if what has arrived from the device is wrong."""
+        """Raise if the numbers that arrived from the device are wrong."""
         if self._pending is None or not self._pending[0].query():
             return
         _, numbers, tolerance = self._pending
@@ -58,8 +58,8 @@ class LateLook:
         lowest, least, most = numbers.tolist()
         if lowest < -tolerance or most > 1 + tolerance:
             raise ValueError(
-                f"{no_probabilities(lowest, least, most)} (found in an earlier batch, as no step waits for a "
-                "GPU; validate_args=False looks at none, True at every batch at once)"
+                f"{no_probabilities(lowest, least, most)} (found in an earlier batch, because steps do not "
+                "wait for a GPU; validate_args=False checks no batch, True checks every batch at once)"
             )
 
     def __deepcopy__(self, memo: dict[int, object]) -> LateLook:
@@ -70,8 +70,8 @@ class LateLook:
 
 
 def can_look(target: Tensor) -> bool:
-    """Say whether a look at a tensor is possible: on a GPU, where nothing records or transforms the step."""
-    # The compiler first: it would compile anew for every change of the others.
+    """Say whether a tensor can be looked at: on a GPU, and nothing records or transforms the step."""
+    # Ask about the compiler first: else it would compile again whenever one of the others changes.
     return (
         not torch.compiler.is_compiling()
         and target.is_cuda
@@ -81,7 +81,7 @@ def can_look(target: Tensor) -> bool:
 
 
 def recorded_event(device: torch.device) -> Event:
-    """Record an event behind the work that a GPU has been given."""
+    """Record an event after the work queued on a GPU."""
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
     return event
@@ -94,6 +94,6 @@ def _extremes(target: Tensor) -> Tensor:
 
 
 def _tolerance(target: Tensor) -> float:
-    """Say how far sums of probabilities ``[*B, C]`` may be off; 16 bits round small ones to steps."""
+    """Give the tolerance for sums of probabilities ``[*B, C]``: 16 bits round small ones coarsely."""
     precision = torch.finfo(target.dtype)
     return SUM_TOLERANCE + precision.eps * (1 + precision.smallest_normal * target.shape[-1])

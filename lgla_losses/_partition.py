@@ -18,16 +18,16 @@ def partition_sorted(counts: Array, num_groups: int) -> list[int]:
     cuts win. The cost of a group is a convex function of its mass, so every layer of the
     dynamic programme is a totally monotone matrix whose row minima take ``O(C log C)``.
 
-    Doubles decide all but near-ties: a first programme in float64 shortlists the cuts that
-    lie on any path within rounding of the optimum, a second one in whole numbers of
-    unlimited size decides between those. Time ``O(G C log C)``, memory ``O(G C)``.
+    Float64 decides except for near-ties: a first programme in float64 finds all cuts on any path within
+    rounding of the optimum, and a second one in exact integers decides between those. Time ``O(G C log C)``,
+    memory ``O(G C)``.
 
     Args:
         counts: positive samples per class, int64 or float64 ``[C]``, already sorted.
         num_groups: number of groups ``G``, ``1 <= G <= C``.
 
     Returns:
-        The ``G - 1`` cut positions: group ``g`` holds ``counts[cuts[g-1]:cuts[g]]``.
+        The ``G - 1`` cut positions. Group ``g`` holds ``counts[cuts[g-1]:cuts[g]]``.
     """
     prefix = np.concatenate(([0], np.cumsum(_as_whole_numbers(counts))))
     alone = _dominant_classes(prefix, num_groups)
@@ -40,7 +40,7 @@ def partition_sorted(counts: Array, num_groups: int) -> list[int]:
 
 
 def _dominant_classes(prefix: Array, num_groups: int) -> int:
-    """How many of the first classes form a group each because one of them outweighs all after it.
+    """Count the first classes that each form a group, because one outweighs all classes after it.
 
     Let class i < G - 1 (from 0) weigh at least as much as all classes after it, R together. A group that held
     it and a later class would be improved by moving that class on to the next group. Two classes up
@@ -53,7 +53,7 @@ def _dominant_classes(prefix: Array, num_groups: int) -> int:
 
 
 def _as_whole_numbers(counts: Array) -> Array:
-    """The counts as Python integers in one common unit, a power of two: no rounding."""
+    """Convert the counts to Python integers in a common unit, a power of two: no rounding."""
     if np.issubdtype(counts.dtype, np.integer):
         return counts.astype(object)
     mantissa, exponent = np.frexp(counts)
@@ -63,7 +63,7 @@ def _as_whole_numbers(counts: Array) -> Array:
 
 
 def _near_optimal_cuts(prefix: Array, num_groups: int) -> list[Array]:
-    """Candidate positions of each cut: those on a path within rounding of the optimum."""
+    """Find candidates for each cut: positions on a path within rounding of the optimum."""
     size = len(prefix) - 1
     forward = _cheapest_prefixes(prefix, num_groups)
     backward = _cheapest_prefixes(1.0 - prefix[::-1], num_groups)
@@ -78,7 +78,7 @@ def _near_optimal_cuts(prefix: Array, num_groups: int) -> list[Array]:
 
 
 def _cheapest_prefixes(prefix: Array, num_groups: int) -> list[Array]:
-    """For g = 1..G-1 the least cost of g groups over classes 0..c, for every feasible c."""
+    """Compute for g = 1..G-1 the least cost of g groups over classes 0..c, for every feasible c."""
     # With g groups before a cut and G - g after it, the cut lies in g..C-(G-g).
     last = len(prefix) - num_groups
     layers = [prefix[1 : last + 1] ** 2]
@@ -90,7 +90,7 @@ def _cheapest_prefixes(prefix: Array, num_groups: int) -> list[Array]:
 
 
 def _first_optimal_path(prefix: Array, shortlist: list[Array]) -> list[int]:
-    """The lexicographically smallest optimal cuts among the candidates, in exact arithmetic."""
+    """Find the lexicographically smallest optimal cuts among the candidates, in exact arithmetic."""
     ends = [prefix[candidates] for candidates in shortlist]
     to_go = [(prefix[-1] - ends[-1]) ** 2]
     for here, after in zip(ends[-2::-1], ends[:0:-1], strict=True):
@@ -107,11 +107,10 @@ def _first_optimal_path(prefix: Array, shortlist: list[Array]) -> list[int]:
 
 
 def _row_minima(rows: Array, columns: Array, values: Array) -> Array:
-    """``min_j values[j] + (rows[i] - columns[j])**2`` for every i, rows and columns ascending.
+    """Compute ``min_j values[j] + (rows[i] - columns[j])**2`` for every i, rows and columns ascending.
 
-    The leftmost minimum moves right with i, so the rows of each level need to look only
-    between the minima of their neighbours from the level above. Whole levels at a time,
-    for floats and for Python integers alike.
+    The leftmost minimum moves right with i, so the rows of each level search only between the minima of their
+    neighbours from the level above. It handles a whole level at a time, with floats or Python integers.
     """
     num_rows = len(rows)
     minima = np.empty(num_rows, dtype=values.dtype)

@@ -1,4 +1,4 @@
-"""The ranks of a data-parallel job: how many, what they sum, what they tell each other."""
+"""The ranks of a data-parallel job: their number, their sums, and their messages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: What a rank with bad values adds to the number that rides along; the digests of 65,536 ranks are less.
+#: Added to the extra number by a rank with bad values; larger than the digests of 65,536 ranks together.
 _BAD = 1 << 40
 
 
 class RanksOf:
-    """A process group that a module holds: copies of the module share it, as a group cannot be copied."""
+    """Hold the process group of a module: copies of the module share it, because it cannot be copied."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
         self.group = group
@@ -29,20 +29,20 @@ class RanksOf:
     def __reduce__(self) -> tuple[type[RanksOf], tuple[None]]:
         if self.group is not None:
             raise TypeError(
-                "process_group: expected a loss of all ranks (None) to pickle, got one with a group, which "
-                "belongs to this process; save the state_dict and construct the loss anew"
+                "process_group: expected a loss over all ranks (None) to pickle, got one with a group, "
+                "which belongs to this process; save the state_dict and construct a new loss"
             )
         return RanksOf, (None,)
 
 
 class Ranks(NamedTuple):
-    """The ranks whose samples a step is over, and what this rank tells the others beside its numbers.
+    """Hold the ranks that share the samples of a step, and what this rank sends besides its numbers.
 
     Attributes:
-        number: of the ranks; 1 where nothing is shared.
+        number: number of ranks; 1 if nothing is shared.
         group: the ranks; None means all.
-        digest: of the constants that must be the same on all ranks, or 0; see :func:`digest_of`.
-        read: look at what came, which waits for a GPU; alike on all ranks.
+        digest: digest of the constants that must be the same on all ranks, or 0; see :func:`digest_of`.
+        read: check the received values, which waits for a GPU; the same on all ranks.
     """
 
     number: int = 1
@@ -51,10 +51,10 @@ class Ranks(NamedTuple):
     read: bool = False
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add the values up over the ranks; ``values`` itself where there is one rank.
+        """Sum the values over the ranks; return ``values`` itself if there is one rank.
 
         Raises:
-            ValueError: what came is read, and another rank has bad values or other constants.
+            ValueError: received values are checked, and another rank has bad values or other constants.
         """
         if self.number == 1:
             return values
@@ -65,7 +65,7 @@ class Ranks(NamedTuple):
         return packed[:-1].view_as(values)
 
     def add_(self, values: Tensor) -> Tensor:
-        """Add the values up over the ranks in their memory, and tell nothing beside them."""
+        """Sum the values over the ranks in place, and send nothing else."""
         if self.number > 1:
             dist.all_reduce(values, group=self.group)
         return values
@@ -79,7 +79,7 @@ class Ranks(NamedTuple):
         return every
 
     def gather_number(self, number: int, like: Tensor) -> list[int]:
-        """Give a number of every rank, by way of the device of ``like``."""
+        """Give a number of every rank, sent through the device of ``like``."""
         if self.number == 1:
             return [number]
         numbers = torch.zeros(self.number, dtype=torch.int64, device=like.device)
@@ -88,16 +88,16 @@ class Ranks(NamedTuple):
         return found
 
     def global_ranks(self) -> list[int]:
-        """Give the numbers of these ranks among all of the job."""
+        """Give the global numbers of these ranks in the job."""
         return dist.get_process_group_ranks(self.group) if self.number > 1 else [0]
 
     def refuse(self, problem: ValueError, numbers: int, device: torch.device) -> NoReturn:
-        """Raise for bad values of this rank, after the others were told, which wait for so many numbers.
+        """Raise for bad values of this rank, after telling the others, which wait for numbers.
 
         Args:
-            problem: what is wrong.
-            numbers: how many the next :meth:`sum` adds up; 0 where there is none.
-            device: where it does so.
+            problem: the error to raise.
+            numbers: how many numbers the next :meth:`sum` adds; 0 if there is no sum.
+            device: device of that sum.
         """
         if self.number == 1:
             raise problem
@@ -111,13 +111,13 @@ class Ranks(NamedTuple):
         raise ValueError(who + str(problem).removeprefix(who)) from problem
 
     def _explain(self, bad: bool | Tensor, like: Tensor) -> NoReturn:
-        """Raise on a rank that has no bad values itself; on all such ranks alike."""
+        """Raise on every rank that has no bad values itself."""
         digests, ranks = self.gather_number(self.digest, like), self.global_ranks()
         if bad:
             named = [rank for rank, value in zip(ranks, digests, strict=True) if value < 0]
             raise ValueError(
                 f"rank {dist.get_rank()}: expected finite logits or features and valid targets on all ranks, "
-                f"got others on rank {', '.join(map(str, named))}, whose own error says which"
+                f"got others on rank {', '.join(map(str, named))}; see the error of that rank"
             )
         named = [rank for rank, value in zip(ranks, digests, strict=True) if value != digests[0]]
         raise ValueError(
@@ -128,7 +128,7 @@ class Ranks(NamedTuple):
 
 
 def digest_of(constants: Iterable[Tensor]) -> int:
-    """Make a positive number of 24 bits that differs, in all likelihood, where one of the tensors differs."""
+    """Make a positive 24-bit number that very likely differs if one of the tensors differs."""
     digest = 0
     for tensor in constants:
         if not tensor.is_meta:
@@ -137,21 +137,21 @@ def digest_of(constants: Iterable[Tensor]) -> int:
 
 
 def group_size(process_group: ProcessGroup | None) -> int:
-    """Count the ranks of a group that holds this one; 1 outside distributed training."""
+    """Count the ranks of a group that contains this rank; 1 outside distributed training."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     num_ranks = dist.get_world_size(process_group)
     if num_ranks < 1:
         raise ValueError(
-            f"process_group: expected a group that holds this rank, got one without rank {dist.get_rank()}; "
-            "give every rank the group it trains in, or sync=False"
+            "process_group: expected a group that contains this rank, got one without rank "
+            f"{dist.get_rank()}; pass every rank its own training group, or sync=False"
         )
     return num_ranks
 
 
 def refuse_data_parallel(module: torch.nn.Module) -> NoReturn:
-    """Refuse to be copied by torch.nn.DataParallel, which calls ``_replicate_for_data_parallel`` to do so."""
+    """Refuse copies by torch.nn.DataParallel, which calls ``_replicate_for_data_parallel`` for them."""
     raise TypeError(
-        f"{type(module).__name__}: expected one process a device, got torch.nn.DataParallel, whose copies "
-        "see parts of the batch and know of no other; use DistributedDataParallel under torchrun"
+        f"{type(module).__name__}: expected one process per device, got torch.nn.DataParallel, whose copies "
+        "see only their part of the batch; use DistributedDataParallel under torchrun"
     )

@@ -11,16 +11,16 @@ from lgla_losses._checks import SUM_TOLERANCE, floating_tensor, same_device, tar
 from lgla_losses._torch import values_readable
 from lgla_losses.functional import widest_dtype
 
-#: Over what the scores are means: all samples count alike, or all classes do.
+#: What the scores average over: all samples weigh the same, or all classes do.
 AVERAGES = ("samples", "classes")
 
 
 class ScoreSums(NamedTuple):
-    """Hold sums over samples by label, from which the scores of all samples follow.
+    """Hold sums over samples by label; the scores follow from them.
 
     Attributes:
         samples: number of samples by label and bin of confidence, int64 ``[C, B]``.
-        correct: number of those predicted right, int64 ``[C, B]``.
+        correct: number of correctly predicted ones, int64 ``[C, B]``.
         confidence: sum of the largest probabilities, ``[C, B]``.
         nll: sum of the negative log likelihoods by label ``[C]``.
         brier: sum of the Brier scores by label ``[C]``.
@@ -38,26 +38,27 @@ def check_predictions(
 ) -> tuple[Tensor, Tensor]:
     """Check class probabilities ``[N, C]`` and labels ``[N]``; return them.
 
-    Values are read as :func:`values_readable` says of ``validate_args``.
+    Values are checked if :func:`values_readable` allows it for ``validate_args``.
     """
     target = target_tensor(target)
     floating_tensor("probabilities", probabilities, "[N, C]")
     shape = [len(target), probabilities.shape[1] if num_classes is None else num_classes]
     if list(probabilities.shape) != shape or shape[1] == 0:
         raise ValueError(
-            f"probabilities: expected shape [{shape[0]}, {shape[1] or 'C'}], a row for each sample of "
-            f"target and a column for each class, got {list(probabilities.shape)}"
+            f"probabilities: expected shape [{shape[0]}, {shape[1] or 'C'}], one row per sample of target "
+            f"and one column per class, got {list(probabilities.shape)}"
         )
     same_device(probabilities=probabilities, target=target)
     if len(target) and values_readable(probabilities, validate_args):
         lowest = float(probabilities.min())
         dtype = torch.promote_types(probabilities.dtype, torch.float32)
         least, most = map(float, probabilities.sum(dim=1, dtype=dtype).aminmax())
-        # Of NaN every comparison is false.
+        # With NaN every comparison is false.
         if not (lowest >= 0 and least >= 1 - SUM_TOLERANCE and most <= 1 + SUM_TOLERANCE):
             raise ValueError(
-                "probabilities: expected class probabilities >= 0 that sum to 1 over the classes, got values "
-                f"from {lowest:.4g} and sums from {least:.4g} to {most:.4g}; logits.softmax(dim=1) makes such"
+                "probabilities: expected class probabilities >= 0 that sum to 1 over the classes, got "
+                f"values from {lowest:.4g} and sums from {least:.4g} to {most:.4g}; logits.softmax(dim=1) "
+                "makes them"
             )
     if values_readable(target, validate_args):
         target_values(target, shape[1])
@@ -65,7 +66,7 @@ def check_predictions(
 
 
 def score_sums(probabilities: Tensor, target: Tensor, bins: int) -> ScoreSums:
-    """Add up the samples; bin ``b`` of ``B`` holds confidences above ``b / B``, up to ``(b + 1) / B``."""
+    """Sum over the samples; bin ``b`` of ``B`` holds confidences above ``b / B``, up to ``(b + 1) / B``."""
     probabilities = probabilities.to(widest_dtype(probabilities.device))
     num_classes = probabilities.shape[1]
     confidence, predicted = probabilities.max(dim=1)
@@ -91,7 +92,7 @@ def score_sums(probabilities: Tensor, target: Tensor, bins: int) -> ScoreSums:
 
 
 def label_weights(sums: ScoreSums, average: str) -> Tensor:
-    """Give the weight of a sample by its label ``[C]``; those of all samples sum to 1."""
+    """Give the weight of a sample by its label ``[C]``; the weights of all samples sum to 1."""
     samples = sums.samples.sum(dim=1).to(sums.nll.dtype)
     if average == "samples":
         return samples.sum().reciprocal().expand_as(samples)
@@ -99,7 +100,7 @@ def label_weights(sums: ScoreSums, average: str) -> Tensor:
 
 
 def scores(sums: ScoreSums, average: str) -> dict[str, Tensor]:
-    """Compute the means ``nll``, ``ece`` and ``brier``; without samples they are NaN."""
+    """Compute the means ``nll``, ``ece`` and ``brier``; NaN without samples."""
     weights = label_weights(sums, average)
     gaps = weights @ (sums.correct - sums.confidence)
     return {"nll": weights @ sums.nll, "ece": gaps.abs().sum(), "brier": weights @ sums.brier}

@@ -1,4 +1,4 @@
-"""What PyTorch tells by private names only. A test holds every name to what it is used for here."""
+"""Facts that PyTorch gives only under private names. A test checks the use of every name here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _EVERY_MODULES_HOOKS = module._global_forward_hooks, module._global_forward_pre_
 
 
 def unfit(*inputs: Tensor | None) -> str | None:
-    """Say why no engine takes such tensors, or None: an engine reads memory, and nobody sees it do so."""
+    """Say why no engine takes these tensors, or None: an engine reads memory, and PyTorch cannot trace it."""
     if torch.compiler.is_compiling():
         return None
     if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0:
@@ -28,25 +28,25 @@ def unfit(*inputs: Tensor | None) -> str | None:
         if _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor):
             return "it does not run under torch.func transforms"
         if tensor.is_meta or tensor.is_neg():
-            return "it reads memory, got a tensor without any, or one that is a negated view of it"
+            return "it reads memory, got a tensor without memory, or a negated view"
     return None
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Say whether a tensor stands for another in a transform of :mod:`torch.func`."""
+    """Say whether a tensor wraps another in a transform of :mod:`torch.func`."""
     return _functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_mapped() -> bool:
-    """Say whether :func:`torch.vmap` maps a function over a batch, whose values have no number each."""
+    """Say whether :func:`torch.vmap` maps a function over a batch, so that values cannot be read."""
     vmap = _functorch.TransformType.Vmap
     return any(level.key() == vmap for level in _functorch.get_interpreter_stack())
 
 
 def values_readable(tensor: Tensor, validate_args: bool | None) -> bool:
-    """Say whether checks may read values: ``None`` means on the CPU and outside a compiler.
+    """Say whether checks may read values; ``None`` means on the CPU and outside a compiler.
 
-    Where nobody can, on the meta device and under :func:`torch.vmap`, they do not.
+    On the meta device and under :func:`torch.vmap` values cannot be read, so the checks are skipped.
     """
     if torch.compiler.is_compiling():
         return validate_args is True
@@ -58,7 +58,7 @@ def values_readable(tensor: Tensor, validate_args: bool | None) -> bool:
 
 
 def is_watched(watched: nn.Module) -> bool:
-    """Say whether somebody looks at, or changes, what passes through ``forward``."""
-    # Not `vars(self)`, which the compiler of PyTorch 2.6 does not know.
+    """Say whether a hook or wrapper sees or changes what passes through ``forward``."""
+    # Not `vars(self)`, which the compiler of PyTorch 2.6 does not support.
     hooks = watched._forward_hooks, watched._forward_pre_hooks, *_EVERY_MODULES_HOOKS
     return "forward" in watched.__dict__ or any(hooks)

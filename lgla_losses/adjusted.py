@@ -1,4 +1,4 @@
-"""The base of losses of one's own: :class:`AdjustedLoss`."""
+"""The base class for your own losses: :class:`AdjustedLoss`."""
 
 from lgla_losses.losses.adjusted import AdjustedLoss
 

@@ -1,4 +1,4 @@
-"""Class-aware logit adjustment: what each expert is made good at (Eqs. 4 to 6)."""
+"""Class-aware logit adjustment: what each expert learns to do well (Eqs. 4 to 6)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from lgla_losses.suggestion import suggest
 #: Adjustments that have a strength.
 WITH_TAU = ("lgla", "logit", "sade")
 
-#: The strengths of those that adjust by the class prior, where none is given.
+#: Default strengths of the adjustments by the class prior.
 _USUAL_TAU = {"logit": 1.0, "sade": 2.0}
 
-#: Rows of the table of ``"sade"``.
+#: Number of rows in the table of ``"sade"``.
 NUM_SADE_EXPERTS = 3
 
 
@@ -33,23 +33,23 @@ class CLALogitAdjuster(ConstantBuffers):
     r"""Add the class-aware logit adjustment :math:`T(k, j)` of every expert.
 
     Local experts (LLA) k = 0..K-2: :math:`T = \log(n_j / n_{max})` for the classes of group k and 0
-    for the others. The global expert (GLA), the last: :math:`T = \tau \log(n_j / n_{max})`. This is
-    Eq. 4 shifted by a constant per expert, :math:`\log n_{max}` and :math:`\tau \log n_{max}`: softmax
-    cannot see the shift, and low precision keeps its digits. Classes that the grouper leaves out as
+    for the others. The last expert is the global one (GLA): :math:`T = \tau \log(n_j / n_{max})`. This is Eq.
+    4 shifted by a constant per expert, :math:`\log n_{max}` and :math:`\tau \log n_{max}`. The shift does not
+    change the softmax, and loses fewer digits in low precision. Classes that the grouper leaves out as
     background have :math:`T = 0`, classes that it masks :math:`T = -\infty`, for every expert.
 
     Source: Tao et al., ICCV 2023, Eqs. 4 to 6.
 
     Args:
         grouper: the groups; ``K = num_groups + 1``.
-        tau: strength of the global adjustment, at least 0. None means ``1.25 * (K - 1)``, the
-            paper's 2.5 at K = 3 in proportion to the number of local experts. :func:`suggest` says when
-            another is better: :class:`LGLALoss` asks it, and takes another for linear heads and with label
-            smoothing. At K = 2 and ``tau=1`` both rows of the table are balanced softmax's.
+        tau: strength of the global adjustment, at least 0. None means ``1.25 * (K - 1)``: the paper's 2.5 at
+            K = 3, in proportion to the number of local experts. :func:`suggest` says when another value is
+            better; :class:`LGLALoss` uses it for linear heads and label smoothing. With K = 2 and ``tau=1``
+            both rows of the table are those of balanced softmax.
 
     Attributes:
         table: the adjustments, float64 ``[K, C]`` with maximum 0; read only.
-        tau: float64 scalar tensor, or None for a table of your own; read only.
+        tau: float64 scalar tensor, or None for your own table; read only.
         grouper: the groups.
 
     Raises:
@@ -77,27 +77,30 @@ class CLALogitAdjuster(ConstantBuffers):
 
     @classmethod
     def from_table(cls, grouper: ClassGrouper, table: Tensor) -> CLALogitAdjuster:
-        """Adjust by a table of your own.
+        """Adjust by your own table.
 
         Args:
             grouper: holds the class counts.
-            table: finite adjustments ``[K, C]``, one row an expert; copied.
+            table: finite adjustments ``[K, C]``, one row per expert; copied.
 
         Raises:
             TypeError: the table is not a floating-point tensor.
-            ValueError: it is not 2-D, does not have C columns or is not finite, or the grouper leaves
+            ValueError: the table is not 2-D, does not have C columns or is not finite, or the grouper leaves
                 classes out.
         """
         floating_tensor("adjustment table", table, "[K, C]")
         num_classes = check_grouper(grouper).num_classes
         if grouper.background or grouper.zero_counts == "mask":
             raise ValueError(
-                "adjustment table: expected one that is made from class counts with "
-                f"{grouper._rules.shown().rstrip(', ')}, got a table of your own, which is taken as it is; "
-                "write 0 for a background into it, and add -inf to the logits of classes to mask"
+                "adjustment table: expected one made from class counts with "
+                f"{grouper._rules.shown().rstrip(', ')}, got your own table, which is used as given; write "
+                "0 into it for a background, and add -inf to the logits of classes to mask"
             )
         if table.is_meta:
-            raise ValueError("adjustment table: expected values, got a tensor without any (meta)")
+            raise ValueError(
+                "adjustment table: expected values, got a tensor on meta, which has none; move it to "
+                "another device"
+            )
         if table.shape[0] == 0 or table.shape[1] != num_classes:
             raise ValueError(f"adjustment table: expected shape [K, {num_classes}], got {list(table.shape)}")
         adjuster = cls.__new__(cls)
@@ -111,7 +114,7 @@ class CLALogitAdjuster(ConstantBuffers):
     def of_prior(
         cls, grouper: ClassGrouper, num_experts: int, adjustment: str, tau: float | None = None
     ) -> CLALogitAdjuster:
-        """Adjust by the class prior alone: every expert in the same way, or SADE's three.
+        """Adjust by the class prior alone: every expert in the same way, or SADE's three experts.
 
         Args:
             grouper: holds the class counts.
@@ -122,12 +125,12 @@ class CLALogitAdjuster(ConstantBuffers):
         Raises:
             TypeError: ``tau`` is not a number.
             ValueError: ``tau`` is negative or not finite, or given for an adjustment that has none; or
-                ``"sade"`` is of other than 3 experts.
+                ``"sade"`` has a number of experts other than 3.
         """
         if adjustment == "sade" and num_experts != NUM_SADE_EXPERTS:
             raise ValueError(
-                f"num_experts: expected {NUM_SADE_EXPERTS} with adjustment='sade', one for each of its "
-                f"adjustments, got {num_experts}; 'lgla' takes other numbers"
+                f"num_experts: expected {NUM_SADE_EXPERTS} with adjustment='sade', one per adjustment, got "
+                f"{num_experts}; for another number use 'lgla'"
             )
         adjuster = cls.__new__(cls)
         ConstantBuffers.__init__(adjuster)
@@ -175,7 +178,7 @@ class CLALogitAdjuster(ConstantBuffers):
 
     @property
     def tau(self) -> Tensor | None:
-        """Strength of the adjustment, a scalar; None where it has none."""
+        """Strength of the adjustment, a scalar; None if it has none."""
         return self._read("tau") if "tau" in self._exact else None
 
     @property
@@ -184,7 +187,7 @@ class CLALogitAdjuster(ConstantBuffers):
         return self.constant("table").shape[0]
 
     def forward(self, logits: ExpertOutput | ExpertLogits) -> Tensor:
-        """Add the adjustments to the logits: give :math:`v + T`, a new tensor."""
+        """Add the adjustments to the logits: return :math:`v + T`, a new tensor."""
         if isinstance(logits, ExpertOutput):
             logits = logits.logits
         table = self.constant("table")
@@ -217,17 +220,16 @@ class CLALogitAdjuster(ConstantBuffers):
         r"""Compute the prior for which the fused logits are log-likelihood plus log prior.
 
         It is proportional to :math:`\exp \sum_k f_k (\log n_j - T(k, j))`. With equal fusion of the LGLA
-        experts that is :math:`n_j^{(K - 1 - \tau) / K}`, so the ensemble is uniform exactly at
-        :math:`\tau = K - 1`, biased to the head below and to the tail above. This is our derivation, for
-        cross entropy at its minimum with ``aaw=False`` and without label smoothing, where the softmax of
-        :math:`v + T` is calibrated. Trained networks are overconfident as a rule, and lean more to the head
-        (see :func:`suggest`); :func:`calibration.fit <lgla_losses.calibration.fit>` measures it.
-        Masked classes have 0; a background keeps its own :math:`n_j`, beside
-        :math:`n_{max} (n_j / n_{max})^{(K - 1 - \tau) / K}` of the others.
+        experts it is :math:`n_j^{(K - 1 - \tau) / K}`: uniform exactly at :math:`\tau = K - 1`, biased to the
+        head below and to the tail above. This is our derivation, for cross entropy at its minimum with
+        ``aaw=False`` and without label smoothing, where the softmax of :math:`v + T` is calibrated. Trained
+        networks are usually overconfident, and lean more to the head (see :func:`suggest`);
+        :func:`calibration.fit <lgla_losses.calibration.fit>` measures how much. Masked classes have prior 0.
+        A background keeps its own :math:`n_j`, beside :math:`n_{max} (n_j / n_{max})^{(K - 1 - \tau) / K}` of
+        the other classes.
 
         Args:
-            fusion: one non-negative weight for each expert ``[K]``, divided by their sum; None for equal
-                weights.
+            fusion: one non-negative weight per expert ``[K]``, divided by their sum; None for equal weights.
 
         Returns:
             float64 ``[C]``, summing to 1.
@@ -237,7 +239,7 @@ class CLALogitAdjuster(ConstantBuffers):
         return functional.implied_prior(table, self.grouper.constant("class_counts"), weights)
 
     def _inferred(self) -> frozenset[str]:
-        return frozenset({"tau"})  # states of version 0.1.0 have none of adjustment="logit"
+        return frozenset({"tau"})  # states of version 0.1.0 lack it for adjustment="logit"
 
     def _restored(
         self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
@@ -256,9 +258,10 @@ class CLALogitAdjuster(ConstantBuffers):
         expected = _table_of(self._adjustment, counts, index, self.num_experts, tau, self.grouper._rules)
         if not same_constants(table, expected):
             raise ValueError(
-                f"table: expected that of adjustment={self._adjustment!r} for the class counts and tau "
-                "beside it, got another one; load all constants of a state at once, and construct the loss "
-                "as the saved one was (zero_counts and background, too), or with its table as adjustment="
+                f"table: expected the table of adjustment={self._adjustment!r} for the class counts and tau "
+                "in the same state, got another; load all constants of a state at once into a loss with "
+                "the arguments of the saved one (zero_counts and background too), or pass the saved table "
+                "as adjustment="
             )
         whole = exact if table.dtype == torch.float64 else expected
         return {"table": whole} if tau is None else {"table": whole, "tau": scalar(tau)}
@@ -266,7 +269,7 @@ class CLALogitAdjuster(ConstantBuffers):
     def _strength_in(self, state: Mapping[str, Tensor], table: Tensor, counts: Tensor) -> float:
         """Find the tau of a state; if the state has none, compute it from the table.
 
-        If the tau of the state is the present one, rounded, give the present one.
+        If the tau of the state is the current one, rounded, give the current one.
         """
         if "tau" not in state:
             return check_tau(strength_of(table[-1].double(), counts, self.grouper._rules))
@@ -315,8 +318,8 @@ def strength(adjustment: str, tau: float | None) -> float | None:
         return None
     if adjustment not in WITH_TAU:
         raise ValueError(
-            f"tau: expected None with adjustment={adjustment!r}, which has no strength, got {tau}; "
-            "'lgla', 'logit' and 'sade' have one"
+            f"tau: expected None with adjustment={adjustment!r}, which has no tau, got {tau}; leave it out, "
+            "or use 'lgla', 'logit' or 'sade'"
         )
     return check_tau(tau)
 
@@ -330,7 +333,7 @@ def check_adjuster(adjuster: object) -> CLALogitAdjuster:
     """Check that ``adjuster`` is a :class:`CLALogitAdjuster`; return it."""
     if not isinstance(adjuster, CLALogitAdjuster):
         raise TypeError(
-            f"adjuster: expected a CLALogitAdjuster, got {type(adjuster).__name__}; a loss keeps it as "
-            "criterion.adjuster, and CLALogitAdjuster(ClassGrouper(class_counts, num_groups)) makes one"
+            f"adjuster: expected a CLALogitAdjuster, got {type(adjuster).__name__}; take criterion.adjuster "
+            "of a loss, or make CLALogitAdjuster(ClassGrouper(class_counts, num_groups))"
         )
     return adjuster

@@ -1,4 +1,4 @@
-"""Weights of experts for a test set of unknown class prior, learned from its samples without labels."""
+"""Weights of experts for a test set with unknown class prior, learned from its unlabelled samples."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lgla_losses.experts.output import ExpertLogits, ExpertOutput
 
 __all__ = ["self_supervised_weights"]
 
-#: The settings of the authors' optimiser, beside the learning rate.
+#: The settings of the authors' optimiser, except the learning rate.
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-#: An expert that weighs less ends the search.
+#: The search ends when an expert has less weight.
 SMALLEST_WEIGHT = 0.05
 
 
@@ -29,16 +29,16 @@ def self_supervised_weights(
     batch_size: int = 128,
     seed: int = 0,
 ) -> Tensor:
-    r"""Learn one weight an expert from two views of test samples without labels: SADE's aggregation.
+    r"""Learn one weight per expert from two views of unlabelled test samples: SADE's aggregation.
 
     .. math:: \max_w \frac{1}{N} \sum_i \cos\Big(\mathrm{softmax}\Big(\sum_k w_k v_{ik}\Big),
         \mathrm{softmax}\Big(\sum_k w_k v'_{ik}\Big)\Big), \qquad w = \mathrm{softmax}(a)
 
-    Experts whose predictions are the same for both views of a sample get the larger weights, as an expert
-    is surer of the classes that it is good at. The views are what a training augmentation makes of a sample,
-    twice. The search begins with equal weights and goes by stochastic gradient descent with Nesterov's
-    momentum and weight decay of the numbers :math:`a`, as in the authors' code; it ends after an epoch in
-    which a weight has fallen below 0.05. Equal arguments give equal weights.
+    Experts whose predictions agree for both views of a sample get larger weights, because an expert is more
+    stable on the classes that it is good at. To get the views, apply a training augmentation to each sample
+    twice. The search starts with equal weights and uses stochastic gradient descent with Nesterov momentum
+    and weight decay of the numbers :math:`a`, as in the authors' code; it ends after an epoch in which a
+    weight has fallen below 0.05. Equal arguments give equal weights.
 
     Source: Zhang et al., "Self-Supervised Aggregation of Diverse Experts for Test-Agnostic Long-Tailed
     Recognition", NeurIPS 2022, test-time self-supervised aggregation, with the settings of the authors' code.
@@ -46,14 +46,14 @@ def self_supervised_weights(
     Args:
         view: finite logits ``[N, K, C]`` of the samples in one view, K tensors ``[N, C]`` or an
             :class:`~lgla_losses.ExpertOutput`.
-        other_view: those of the same samples, in the same order, in another view.
-        learning_rate: of the gradient descent.
-        epochs: how often it sees all samples at most.
-        batch_size: samples a step.
-        seed: of the order of the samples.
+        other_view: logits of the same samples, in the same order, in another view.
+        learning_rate: learning rate of the gradient descent.
+        epochs: most passes over the samples.
+        batch_size: samples per step.
+        seed: seed for the order of the samples.
 
     Returns:
-        Positive weights ``[K]`` that sum to 1, on the device of the logits: the ``fusion`` of
+        Positive weights ``[K]`` that sum to 1, on the device of the logits. Pass them as ``fusion`` of
         :meth:`ExpertOutput.ensemble <lgla_losses.ExpertOutput.ensemble>`.
 
     Raises:
@@ -78,7 +78,7 @@ def self_supervised_weights(
     generator = torch.Generator().manual_seed(integer("seed", seed, "it orders the samples"))
 
     num_samples, num_experts, _ = views[0].shape
-    # Also where the caller predicts without gradients.
+    # Needed even if the caller has disabled gradients.
     with torch.inference_mode(False), torch.enable_grad():
         free = torch.zeros(num_experts, dtype=views[0].dtype, device=views[0].device, requires_grad=True)
         optimizer = torch.optim.SGD(
@@ -98,17 +98,17 @@ def self_supervised_weights(
 
 
 def _check(views: list[Tensor]) -> None:
-    """Raise unless the views ``[N, K, C]`` are of the same samples, and something can be learned of them."""
+    """Raise unless the views ``[N, K, C]`` fit each other and have at least two experts."""
     first, other = views
     if first.shape != other.shape:
         raise ValueError(
-            "other_view: expected the samples, experts and classes of view, shape "
+            "other_view: expected the same samples, experts and classes as in view, shape "
             f"{list(first.shape)}, got {list(other.shape)}"
         )
     same_device(view=first, other_view=other)
     if first.shape[0] == 0 or first.shape[1] < 2:
         raise ValueError(
-            "view: expected logits [N, K, C] of a sample or more and of two experts or more, got "
+            "view: expected logits [N, K, C] of at least one sample and two experts, got "
             f"{list(first.shape)}; a single expert needs no weight"
         )
     finite_tensors(view=first, other_view=other)

@@ -1,21 +1,21 @@
 r"""Calibrated probabilities under any test prior, from logits and labels of a validation split.
 
-The logits :math:`v` of a trained network hold a class prior, and they are too sure or not sure enough. Each
-is a number here, an exponent :math:`s` and a temperature :math:`t`, with which
+The logits :math:`v` of a trained network hold a class prior, and they are overconfident or underconfident.
+One number describes each: an exponent :math:`s` and a temperature :math:`t`. With these,
 
 .. math:: p_q(j | x) = \mathrm{softmax}_j\bigl((v_j - s \log n_j) / t + \log q_j\bigr)
 
-is the posterior under any class prior :math:`q`. :func:`fit` finds the two numbers that make validation
-labels likeliest.
+is the posterior under any class prior :math:`q`. :func:`fit` finds the two numbers that make the validation
+labels most likely.
 
 In theory, for cross entropy at its minimum, :math:`t = 1`, and :math:`s` follows from the loss, whose
 ``implied_prior()`` is :math:`\propto n^s`: 1 for softmax, 0 for balanced softmax,
-:math:`1 - (1 + \tau) / K` for LGLA. Networks that are trained for long have a larger :math:`t`, and a larger
-:math:`s` with it: where a temperature :math:`t` calibrates :math:`v + T(k, j)`, LGLA has
-:math:`s = t - (1 + \tau) / K`. A fit lies between these two as a rule.
+:math:`1 - (1 + \tau) / K` for LGLA. Networks that are trained for long have a larger :math:`t`, and with it a
+larger :math:`s`: if a temperature :math:`t` calibrates :math:`v + T(k, j)`, LGLA has :math:`s = t - (1 +
+\tau) / K`. A fit usually lies between these two.
 
-Source: for the temperature Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; for the prior
-Menon et al., "Long-tail learning via logit adjustment", ICLR 2021. Fitting both at once, and how, is our own.
+Sources: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, for the temperature; Menon et al.,
+"Long-tail learning via logit adjustment", ICLR 2021, for the prior. The joint fit is our own.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ from lgla_losses.losses._base import Loss
 
 __all__ = ["Calibration", "Report", "Scores", "fit"]
 
-#: Priors of a test set that have a name.
+#: Names for priors of a test set.
 PRIORS = ("uniform", "estimated")
-#: Standard deviations of a chi-square statistic from which on nobody would call it chance.
+#: Standard deviations above which a chi-square statistic is not taken for chance.
 BEYOND_CHANCE = 10
 OTHER_FREQUENCIES = (
-    "the labels do not have the class frequencies of training; if the split is balanced, give "
+    "the labels do not have the class frequencies of training; if the split is balanced, pass "
     "validation_prior='uniform', else its frequencies"
 )
 
@@ -75,8 +75,8 @@ class Scores(NamedTuple):
         nll: mean negative log likelihood of the labels, in nats.
         ece: expected calibration error, 15 bins of equal width (Guo et al., 2017), 0 to 1.
         brier: mean squared distance from the one-hot label (Brier, 1950), 0 to 2.
-        accuracy: share of the samples whose likeliest class is the label.
-        balanced_accuracy: mean over classes of that share, of predictions under the uniform prior.
+        accuracy: share of the samples whose most likely class is the label.
+        balanced_accuracy: mean of that share over classes, for predictions under the uniform prior.
     """
 
     nll: float
@@ -88,18 +88,18 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """Say how a calibration does on held-out folds of the validation split.
+    """Report how a calibration performs on held-out folds of the validation split.
 
     Attributes:
         reason: why the calibration is used or not.
         num_samples: samples of the validation split.
-        missing_classes: classes without any sample there.
+        missing_classes: classes without samples in it.
         plain: scores of the softmax of the logits.
-        calibrated: scores of the calibrated probabilities under the prior of the validation split; also where
+        calibrated: scores of the calibrated probabilities under the prior of the validation split, even if
             they are not used.
-        gain: balanced accuracy that the calibration adds, or would add, over the classes with samples.
-        standard_error: of ``gain``. A true gain or loss of about twice this size cannot be seen in so few
-            samples.
+        gain: balanced accuracy that the calibration adds (or would add), over the classes with samples.
+        standard_error: standard error of ``gain``. So few samples cannot show a true gain or loss below about
+            twice this size.
     """
 
     reason: str
@@ -125,18 +125,18 @@ class Report:
 class Calibration:
     """Turn logits into calibrated probabilities under a test prior; :func:`fit` makes one.
 
-    It holds plain numbers: pickle and ``torch.save`` keep it.
+    It holds plain numbers: you can save it with pickle or ``torch.save``.
 
     Attributes:
-        temperature: t, which divides the logits once their prior is out; above 1 where they are too sure.
-            Where ``used`` is False it is fitted alone, and 1 if that does not converge.
-        exponent: s of n^s, the prior that the logits are found to hold; 0 where ``used`` is False. Where the
-            loss has a prior of another form it is the slope over log n.
-        used: False where held-out folds show no gain. Then the classes keep the order of their logits. A
-            prior that is given or estimated takes the place of that of theory, or of the uniform one where
-            this makes the labels likelier.
-        report: how the calibration does on held-out folds.
-        log_prior: log of the prior that the logits hold, ``C`` numbers of mean 0; -inf for masked classes.
+        temperature: t, which divides the logits after their prior is removed; above 1 if they are
+            overconfident. If ``used`` is False, it is fitted alone, and is 1 if that does not converge.
+        exponent: s of n^s, the fitted prior of the logits; 0 if ``used`` is False. If the prior of the loss
+            has another form, it is the slope over log n.
+        used: False if held-out folds show no gain. Then the classes keep the order of their logits. The
+            logits are taken to hold the prior of theory, or the uniform prior if that makes the labels more
+            likely; a given or estimated prior replaces it.
+        report: how the calibration performs on held-out folds.
+        log_prior: log of the prior that the logits hold, ``C`` numbers with mean 0; -inf for masked classes.
     """
 
     temperature: float
@@ -150,30 +150,30 @@ class Calibration:
         return f"{found}{'' if self.used else ', not used'}\n{self.report}"
 
     def logits(self, logits: Tensor | ExpertOutput, prior: ArrayLike | str | None = None) -> Tensor:
-        """Give the logarithm of the probabilities, up to a constant per sample.
+        """Compute the logarithm of the probabilities, up to a constant per sample.
 
         Args:
-            logits: ``[N, C]`` of the network that was calibrated, or an :class:`~lgla_losses.ExpertOutput`,
-                whose ensemble is taken.
-            prior: of the classes in the test set, ``[C]``, at least 0; those of masked classes do not
-                count. None and ``"uniform"`` take all classes as equally frequent. ``"estimated"`` has
-                :func:`~lgla_losses.label_shift.estimate_prior` find the prior; the call must then hold the
-                whole test set.
+            logits: ``[N, C]`` of the calibrated network, or an :class:`~lgla_losses.ExpertOutput`, whose
+                ensemble is used.
+            prior: class prior of the test set, ``[C]``, at least 0; values of masked classes are ignored.
+                With None or ``"uniform"`` all classes are equally frequent. With ``"estimated"``,
+                :func:`~lgla_losses.label_shift.estimate_prior` finds the prior; then pass the whole test set
+                in one call.
 
         Returns:
             ``[N, C]`` in float32, or float64 for float64 logits; -inf for masked classes.
 
         Raises:
-            TypeError: logits are no floating-point tensor, or a prior is not of numbers.
-            ValueError: there is another number of classes, or logits or a prior are out of range; logits are
-                read on the CPU only.
+            TypeError: logits are not a floating-point tensor, or a prior is not numbers.
+            ValueError: the number of classes differs, or logits or a prior are out of range; values of logits
+                are checked on the CPU only.
         """
         logits = logits.ensemble() if isinstance(logits, ExpertOutput) else logits
         logits = floating_tensor("logits", logits, "[N, C]")
         num_classes = len(self.log_prior)
         if logits.shape[1] != num_classes:
             raise ValueError(
-                f"logits: expected [N, {num_classes}], as the calibration was fitted to, got "
+                f"logits: expected [N, {num_classes}], the shape that the calibration was fitted to, got "
                 f"{list(logits.shape)}"
             )
 
@@ -206,7 +206,7 @@ class Calibration:
         return likelihood + given.log().to(dtype)
 
     def probabilities(self, logits: Tensor | ExpertOutput, prior: ArrayLike | str | None = None) -> Tensor:
-        """Give class probabilities ``[N, C]`` under a test prior; takes what :meth:`logits` takes."""
+        """Compute class probabilities ``[N, C]`` under a test prior, from the arguments of :meth:`logits`."""
         return self.logits(logits, prior).softmax(dim=1)
 
 
@@ -222,32 +222,35 @@ def fit(
 ) -> Calibration:
     r"""Fit temperature and exponent to a validation split, and judge them on held-out folds.
 
-    The network has not been trained on these samples. They are drawn as the training samples were, so the
-    classes have the frequencies of training; ``validation_prior`` says where they have others. Logits of
-    cross-fitting serve as well: those of every sample are of a network that has not seen it.
+    The network must not have been trained on these samples. They are drawn like the training samples, so the
+    classes have the training frequencies; if they have others, pass ``validation_prior``. Logits of
+    cross-fitting also work: the logits of each sample come from a network that has not seen it.
 
-    Where the split is small, a weak prior decides: a normal distribution about what is usual for trained
-    networks. Five folds are each predicted by a fit to the other four. The calibration is used where their
-    labels are likelier than if the logits held the uniform prior, by more than the standard error, and where
-    balanced accuracy does not fall by more than its own.
+    If the split is small, a weak prior on the two numbers decides: a normal distribution around values usual
+    for trained networks. Each of five folds is predicted by a fit to the other four. The calibration is used
+    if two conditions hold: the held-out labels are more likely, by more than the standard error, than if the
+    logits held the uniform prior; and balanced accuracy does not fall by more than its standard error.
 
     Args:
-        logits: ``[M, C]``, finite; or an :class:`~lgla_losses.ExpertOutput`, whose ensemble is taken.
-        target: class indices, int64 ``[M]``. Classes may be missing, as rare ones often are.
-        criterion: the loss that the network was trained with, which knows the next two.
-        implied_prior: the prior that the logits hold in theory ``[C]``, as ``criterion.implied_prior()``: the
-            training frequencies for softmax, equal numbers for balanced softmax. None is softmax.
-        class_counts: training samples per class ``[C]``. A class of 0 is masked: its probability is 0.
-        validation_prior: of the validation samples: ``"uniform"``, or ``[C]``. None is that of training;
-            labels that are far from it give a warning, and the calibration is not used.
+        logits: ``[M, C]``, finite; or an :class:`~lgla_losses.ExpertOutput`, whose ensemble is used.
+        target: class indices, int64 ``[M]``. Classes may be missing; rare ones often are.
+        criterion: the loss that the network was trained with; it provides the next two arguments.
+        implied_prior: the prior that the logits hold in theory ``[C]``, such as
+            ``criterion.implied_prior()``: the training frequencies for softmax, equal numbers for balanced
+            softmax. None means softmax.
+        class_counts: training samples per class ``[C]``. A class with count 0 is masked: its probability is
+            0.
+        validation_prior: class prior of the validation samples: ``"uniform"``, or ``[C]``. None means that of
+            training. Labels far from it give a warning, and the calibration is not used.
 
     Returns:
-        The calibration; its ``report`` has scores, missing classes and the error of the gain.
+        The calibration; its ``report`` has scores, missing classes and the standard error of the gain.
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: there are fewer than two samples, or one class alone; shapes do not fit; a value is out of
-            range; there is neither ``criterion`` nor ``class_counts``, or ``criterion`` and what it knows.
+        ValueError: there are fewer than two samples, or only one class; shapes do not fit; a value is out of
+            range; there is neither ``criterion`` nor ``class_counts``, or ``criterion`` together with an
+            argument that it provides.
 
     Example:
         >>> target = torch.arange(4).repeat_interleave(torch.tensor([80, 40, 20, 10]))
@@ -270,7 +273,7 @@ def fit(
     _check_possible(target, kept & (split > 0))
     missing = (torch.bincount(target, minlength=num_classes) == 0).nonzero()[:, 0]
 
-    # Masked classes take no part: the others are numbered anew.
+    # Masked classes are left out: the others get new numbers.
     own = (kept.cumsum(0) - 1)[target]
     log_counts, log_split = counts[kept].log(), split[kept].log()
     data = Labelled(
@@ -283,8 +286,8 @@ def fit(
     )
     if not data.logits.isfinite().all():
         raise ValueError(
-            "logits: expected finite values, got NaN or infinity; leave such samples out, and masked classes "
-            "by a class count of 0"
+            "logits: expected finite values, got NaN or infinity; leave such samples out, and mark masked "
+            "classes by a class count of 0"
         )
 
     both, alone, as_it_is = fitted_point(data), fitted_point(data.ranked()), Point(1.0, 0.0)
@@ -304,7 +307,7 @@ def fit(
 
     plain = outcome(data.ranked(), as_it_is, torch.zeros_like(data.split))
     report = Report(
-        reason=unused or "used: held-out labels are likelier than if the logits held the uniform prior",
+        reason=unused or "used: held-out labels are more likely than under the uniform prior",
         num_samples=len(target),
         missing_classes=tuple(missing.tolist()),
         plain=_scores(plain, own),
@@ -317,7 +320,7 @@ def fit(
 
 
 def _as_they_are(data: Labelled, alone: Point | None) -> tuple[Tensor, Point]:
-    """Give the log prior of logits that are left as they are, uniform or of theory, and their temperature."""
+    """Give the log prior of unchanged logits, uniform or of theory, and their temperature."""
     uniform, of_theory = data.ranked(), data.ranked()._replace(split=data.split - 2 * data.implied)
     found = [
         (objective(view, point)[0], log_prior, point)
@@ -334,10 +337,10 @@ def _as_they_are(data: Labelled, alone: Point | None) -> tuple[Tensor, Point]:
 
 
 def _has_other_frequencies(target: Tensor, log_split: Tensor) -> bool:
-    """Say whether labels have other class frequencies than those of training, far beyond chance."""
+    """Say whether the class frequencies of labels differ from those of training, far beyond chance."""
     expected = log_split.softmax(dim=0) * len(target)
     found = torch.bincount(target, minlength=len(expected))
-    # Classes of which few samples are expected count together, as a chi-square test demands.
+    # Classes with few expected samples are counted together, as a chi-square test requires.
     few = expected < 5
     expected, found = (
         torch.cat([values[~few], values[few].sum(dim=0, keepdim=True)]) for values in (expected, found)
@@ -348,18 +351,18 @@ def _has_other_frequencies(target: Tensor, log_split: Tensor) -> bool:
 
 
 def _why_unused(judged: Judgement, converged: bool) -> str | None:
-    """Say why the order of the logits is better kept; None where the calibration gains."""
+    """Say why to keep the order of the logits; None if the calibration gains."""
     if not (converged and judged.converged):
-        return "not used: a fit does not converge"
+        return "not used: a fit did not converge"
     if judged.likelihood[0] <= judged.likelihood[1] + 1e-9:  # equal models differ by rounding
-        return "not used: held-out labels are not clearly likelier than if the logits held the uniform prior"
+        return "not used: held-out labels are not clearly more likely than under the uniform prior"
     if judged.accuracy[0] < -judged.accuracy[1]:
         return "not used: balanced accuracy falls on held-out folds"
     return None
 
 
 def _slope(values: Tensor, log_counts: Tensor) -> float:
-    """Compute the slope of values ``[C]`` over log counts of mean 0; 0 where all counts are equal."""
+    """Compute the slope of values ``[C]`` over log counts with mean 0; 0 if all counts are equal."""
     square = float(log_counts.square().sum())
     return float(values @ log_counts) / square if square > 1e-12 else 0.0
 
@@ -377,8 +380,8 @@ def _ensemble_logits(logits: Tensor | ExpertOutput, criterion: Loss | None) -> T
     """Check the logits and the loss; give the logits of the ensemble ``[M, C]``."""
     if criterion is not None and not isinstance(criterion, Loss):
         raise TypeError(
-            f"criterion: expected a loss of lgla_losses, got {describe(criterion)}; for another loss give "
-            "class_counts=, and implied_prior= where it is no softmax cross entropy"
+            f"criterion: expected a loss of lgla_losses, got {describe(criterion)}; for another loss pass "
+            "class_counts=, and implied_prior= if it is not softmax cross entropy"
         )
     if isinstance(logits, ExpertOutput):
         num_experts = getattr(criterion, "num_experts", None)
@@ -390,31 +393,30 @@ def _ensemble_logits(logits: Tensor | ExpertOutput, criterion: Loss | None) -> T
         logits = logits.ensemble()
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"logits: expected a tensor [M, C], got {describe(logits)}; wrap an array in "
-            "torch.as_tensor(logits), of several networks their mean"
+            f"logits: expected a tensor [M, C], got {describe(logits)}; convert an array with "
+            "torch.as_tensor(logits), and pass the mean of several networks"
         )
     if logits.dim() > 2:
         raise ValueError(
-            f"logits: expected those of the ensemble [M, C], got {list(logits.shape)}; take "
-            "output.ensemble(), or logits.mean(dim=1) of [M, K, C], and of maps "
-            "logits.movedim(1, -1).flatten(0, -2)"
+            f"logits: expected the ensemble's [M, C], got {list(logits.shape)}; pass output.ensemble(), or "
+            "logits.mean(dim=1) of [M, K, C], and for maps logits.movedim(1, -1).flatten(0, -2)"
         )
     if logits.is_meta:
-        raise ValueError("logits: expected values, got a tensor without any (meta)")
+        raise ValueError("logits: expected values, got a tensor on meta, which has none")
     return floating_tensor("logits", logits, "[M, C]")
 
 
 def _check_samples(logits: Tensor, target: Tensor) -> None:
     num_samples, num_classes = logits.shape
     if num_classes < 2:
-        raise ValueError(f"logits: expected two classes or more [M, C], got {list(logits.shape)}")
+        raise ValueError(f"logits: expected at least two classes [M, C], got {list(logits.shape)}")
     if num_samples < 2:
-        raise ValueError(f"logits: expected two samples or more, got {num_samples}; hold out a few hundred")
+        raise ValueError(f"logits: expected at least two samples, got {num_samples}; hold out a few hundred")
     same_device(logits=logits, target=target)
     target_values(target, num_classes)
     if (target == target[0]).all():
         raise ValueError(
-            f"target: expected two classes or more, got {num_samples} samples of class {int(target[0])}; "
+            f"target: expected at least two classes, got {num_samples} samples of class {int(target[0])}; "
             "hold out samples at random"
         )
 
@@ -422,13 +424,13 @@ def _check_samples(logits: Tensor, target: Tensor) -> None:
 def _training_priors(
     criterion: Loss | None, class_counts: ArrayLike | None, implied_prior: ArrayLike | None, logits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Give the class frequencies of training and the prior that the logits hold in theory, ``[C]`` each."""
+    """Give the training frequencies and the prior that the logits hold in theory, ``[C]`` each."""
     num_classes = logits.shape[1]
     if criterion is None:
         if class_counts is None:
             raise ValueError(
                 f"class_counts: expected the training samples per class, shape [{num_classes}], got None; "
-                "give them and implied_prior=, or criterion="
+                "pass class_counts= and implied_prior=, or criterion="
             )
         counts = class_prior("class_counts", class_counts, num_classes, logits, zeros=True)
         if implied_prior is None:
@@ -437,13 +439,13 @@ def _training_priors(
 
     if class_counts is not None or implied_prior is not None:
         raise ValueError(
-            "criterion: expected None beside class_counts or implied_prior, as it knows these, got both; "
-            "leave one out"
+            "criterion: expected None together with class_counts or implied_prior, which it provides, got "
+            "both; leave one out"
         )
     counts, implied = criterion._training_counts(), criterion.implied_prior()
     if len(counts) != num_classes:
         raise ValueError(
-            f"logits: expected [M, {len(counts)}], as criterion has {len(counts)} classes, got "
+            f"logits: expected [M, {len(counts)}] for the {len(counts)} classes of criterion, got "
             f"{list(logits.shape)}"
         )
     counts, implied = (values.to(logits.device, widest_dtype(logits.device)) for values in (counts, implied))
@@ -473,5 +475,5 @@ def _check_possible(target: Tensor, possible: Tensor) -> None:
         )
 
 
-# What torch.save wrote is read again by torch.load as it is.
+# Let torch.load read these classes without weights_only=False.
 torch.serialization.add_safe_globals([Calibration, Report, Scores])

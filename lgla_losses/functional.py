@@ -1,8 +1,8 @@
 """The paper's equations as pure functions, in the paper's order.
 
-Symbols: ``N`` samples, ``K`` experts, ``G = K - 1`` groups, ``C`` classes, ``d`` features. Local
-experts come first, head group first; the global expert is the last. The functions check no
-arguments: the modules around them do.
+Symbols: ``N`` samples, ``K`` experts, ``G = K - 1`` groups, ``C`` classes, ``d`` features. Local experts come
+first, head group first; the global expert is the last. The functions do not check arguments: the modules that
+call them do.
 
 Source of every equation: Tao et al., "Local and Global Logit Adjustments for Long-Tailed
 Learning", ICCV 2023.
@@ -50,19 +50,19 @@ __all__ = [
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Choose the arithmetic for inputs of ``dtype``: float64 for float64, else float32."""
+    """Choose the dtype to compute in for inputs of ``dtype``: float64 for float64, else float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """Choose float64, or float32 on Apple's MPS, which has no other."""
+    """Choose float64, or float32 on Apple's MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def partition_classes(class_counts: Tensor, num_groups: int) -> Tensor:
     r"""Assign every class to one of ``G`` groups of equal sample mass (section 3.2).
 
-    The classes are sorted by count, descending, ties by class index, and cut into ``G`` non-empty
+    The classes are sorted by count, largest first, ties by class index, and cut into ``G`` non-empty
     contiguous groups that minimise :math:`\sum_g (\sum_{j \in C_g} n_j)^2`, exactly.
 
     Args:
@@ -95,7 +95,7 @@ def cla_table(class_counts: Tensor, group_index: Tensor, tau: float) -> Tensor:
     r"""Compute the adjustments :math:`T(k, j)` of Eq. 4, shifted by a constant per expert.
 
     :math:`\log(n_j / n_{max})` for the classes of group k and 0 for the others, for the local
-    experts; :math:`\tau \log(n_j / n_{max})` for the global one. Softmax cannot see the shift.
+    experts; :math:`\tau \log(n_j / n_{max})` for the global one. The shift does not change the softmax.
 
     Args:
         class_counts: positive samples per class ``[C]``.
@@ -118,8 +118,8 @@ def sade_table(class_counts: Tensor, tau: float = 2.0) -> Tensor:
         T(3, j) = \log \pi_j - \tau \log \bar\pi_j
 
     :math:`\pi` is the class prior, and :math:`\bar\pi` has its values in reversed order of frequency: the
-    most frequent class has that of the rarest. Of equal counts the lower class index counts as the rarer.
-    Each row is shifted by a constant, so that its maximum is 0: softmax cannot see it.
+    most frequent class has the value of the rarest. Among equal counts the lower class index is taken as
+    rarer. Each row is shifted by a constant, so that its maximum is 0; this does not change the softmax.
 
     Source: Zhang et al., "Self-Supervised Aggregation of Diverse Experts for Test-Agnostic Long-Tailed
     Recognition", NeurIPS 2022, the losses of the skill-diverse experts.
@@ -141,7 +141,7 @@ def sade_table(class_counts: Tensor, tau: float = 2.0) -> Tensor:
 
 def _log_prior(class_counts: Tensor) -> Tensor:
     counts = class_counts.double()
-    # A difference of logarithms: the quotient of the extremes could underflow.
+    # A difference of logarithms: a quotient of extreme counts could underflow.
     return counts.log() - counts.max().log()
 
 
@@ -153,8 +153,8 @@ def cla_margin(table: Tensor, target: Tensor) -> Tensor:
         target: class indices ``[N]``.
 
     Returns:
-        ``[N, K, C]``; positive where the boundary moves towards the target's side, that is where
-        the sample must win by more.
+        ``[N, K, C]``; positive where the boundary moves towards the target's side, so that the sample must
+        win by more.
     """
     return table - table[:, target].T.unsqueeze(-1)
 
@@ -162,10 +162,10 @@ def cla_margin(table: Tensor, target: Tensor) -> Tensor:
 def implied_prior(table: Tensor, class_counts: Tensor, fusion: Tensor) -> Tensor:
     r"""Compute the class prior under which fused logits are log-likelihood plus log prior.
 
-    Expert k learns :math:`v_k = \log p(x|j) + \log n_j - T(k, j)` up to a constant, so logits fused
-    with weights :math:`f_k` carry the prior
-    :math:`\propto \exp \sum_k f_k (\log n_j - T(k, j))`. (Our derivation, not the paper's, for calibrated
-    posteriors: see :meth:`CLALogitAdjuster.implied_prior <lgla_losses.CLALogitAdjuster.implied_prior>`.)
+    Expert k learns :math:`v_k = \log p(x|j) + \log n_j - T(k, j)` up to a constant, so logits fused with
+    weights :math:`f_k` hold the prior :math:`\propto \exp \sum_k f_k (\log n_j - T(k, j))`. (Our derivation,
+    not the paper's, for calibrated posteriors: see :meth:`CLALogitAdjuster.implied_prior
+    <lgla_losses.CLALogitAdjuster.implied_prior>`.)
 
     Args:
         table: adjustments ``[K, C]``.
@@ -190,7 +190,7 @@ def angles_from_features(features: Tensor, weight: Tensor, target: Tensor) -> Te
         target: class indices ``[N]``.
 
     Returns:
-        Radians ``[N, K]``, detached, in float32, or float64 where the inputs are.
+        Radians ``[N, K]``, detached, in float32, or float64 for float64 inputs.
     """
     dtype = compute_dtype(torch.promote_types(features.dtype, weight.dtype))
     centres = weight.detach()[:, target].transpose(0, 1)
@@ -206,11 +206,11 @@ def class_cosines(features: Tensor, weight: Tensor) -> Tensor:
         weight: class centres ``[K, C, d]``.
 
     Returns:
-        ``[N, K, C]`` within -1 and 1, detached, in float32, or float64 where the inputs are.
+        ``[N, K, C]`` within -1 and 1, detached, in float32, or float64 for float64 inputs.
     """
     device = features.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):  # which would round the cosines to 16 bits
+        with torch.autocast(device, enabled=False):  # autocast would round the cosines to 16 bits
             return class_cosines(features, weight)
 
     dtype = compute_dtype(torch.promote_types(features.dtype, weight.dtype))
@@ -220,7 +220,7 @@ def class_cosines(features: Tensor, weight: Tensor) -> Tensor:
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:
-    """Divide vectors by their lengths; zero, with zero gradient, where the length rounds to 0."""
+    """Divide vectors by their lengths; zero, with zero gradient, if the length rounds to 0."""
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / torch.where(length == 0, torch.inf, length)
 
@@ -234,8 +234,8 @@ def angles_from_logits(logits: Tensor | Sequence[Tensor], target: Tensor, scale:
         scale: the factor ``s`` of the cosine classifier.
 
     Returns:
-        Radians ``[N, K]``, detached, in float32, or float64 where the logits are. A cosine that
-        rounds beyond 1 is clamped.
+        Radians ``[N, K]``, detached, in float32, or float64 for float64 logits. A cosine that rounds above 1
+        is clamped.
     """
     own = torch.cat([v.detach().gather(1, target[:, None]) for v in expert_logits(logits)], dim=1)
     return angles_of(own, scale)
@@ -261,27 +261,26 @@ def target_groups(target: Tensor, group_index: Tensor, ignore_index: int) -> Ten
 def aaw_statistics(
     angles: Tensor, group: Tensor, num_groups: int, sample_weight: Tensor | None = None
 ) -> Tensor:
-    r"""Sum what a batch contributes to the reference angles of section 3.3.
+    r"""Sum the contributions of a batch to the reference angles of section 3.3.
 
-    Sums over batches or ranks may be added before they are divided.
+    You may add sums over batches or ranks before dividing them.
 
     Args:
         angles: radians ``[N, K]``.
         group: group of every sample ``[N]``, -1 for ignored ones.
         num_groups: ``G``.
-        sample_weight: as how many samples each counts ``[N]``; None for 1.
+        sample_weight: weight of each sample ``[N]``; None for 1.
 
     Returns:
-        ``[G, K + 1]``: for each group the sum of every expert's angles over its samples, and in
-        the last column their number. In float64, so that references of a million samples keep
-        the digits of their angles.
+        ``[G, K + 1]``, for each group the sum of every expert's angles over its samples, and in the last
+        column their number. In float64, so that sums over a million samples keep the digits of the angles.
     """
     dtype = widest_dtype(angles.device)
     ones = angles.new_ones((angles.shape[0], 1), dtype=dtype)
     rows = torch.cat([angles.detach().to(dtype), ones], dim=1)
     if sample_weight is not None:
         rows = rows * sample_weight.to(dtype)[:, None]
-    # One more row takes the ignored samples, whatever their angles hold.
+    # An extra row takes the ignored samples, whatever their angles are.
     sums = rows.new_zeros((num_groups + 1, rows.shape[1]))
     return sums.index_add(0, torch.where(group < 0, num_groups, group), rows)[:num_groups]
 
@@ -289,8 +288,8 @@ def aaw_statistics(
 def aaw_weights(angles: Tensor, group: Tensor, statistics: Tensor) -> Tensor:
     r"""Compute the weights :math:`g(\theta, \theta^{ref}) = 1 + \max(0, \theta - \theta^{ref})` of Eq. 8.
 
-    The reference of a sample is, for every expert, the mean angle over the samples whose label
-    lies in the same group as its own.
+    For every expert, the reference of a sample is the mean angle over the samples whose label lies in the
+    same group.
 
     Args:
         angles: radians ``[N, K]``.
@@ -298,7 +297,7 @@ def aaw_weights(angles: Tensor, group: Tensor, statistics: Tensor) -> Tensor:
         statistics: from :func:`aaw_statistics`, ``[G, K + 1]``.
 
     Returns:
-        ``[N, K]`` in the angles' dtype, detached: 0 for ignored samples, else within
+        ``[N, K]`` in the angles' dtype, detached. 0 for ignored samples, else within
         :math:`[1, 1 + \pi]`.
     """
     excess = (angles.detach() - aaw_references(statistics)[group.clamp(min=0)]).clamp(min=0.0)
@@ -325,19 +324,19 @@ def soft_aaw_statistics(
     num_groups: int,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Sum as :func:`aaw_statistics`, where a sample belongs to every class by its probability.
+    r"""Sum like :func:`aaw_statistics`; a sample belongs to each class by its probability.
 
     .. math::
         \theta_{gk}^{ref} = \frac{\sum_i \sum_{y \in g} q_{iy} \theta_{ik}^y}{\sum_i \sum_{y \in g} q_{iy}}
 
-    (Our extension of section 3.3, which it is for one-hot targets.)
+    (Our extension of section 3.3; for one-hot targets both are equal.)
 
     Args:
         angles: radians to every class ``[N, K, C]``.
         probabilities: ``[N, C]``.
         group_index: group of every class ``[C]``.
         num_groups: ``G``.
-        sample_weight: as how many samples each counts ``[N]``; None for 1.
+        sample_weight: weight of each sample ``[N]``; None for 1.
 
     Returns:
         float64 ``[G, K + 1]``.
@@ -390,8 +389,8 @@ def lgla_loss(
         -\sum_k w_{ik} \log p(x_i, k), \qquad
         p(x_i, k) = \frac{\exp(v_{ik}^{y_i} + T(k, y_i))}{\sum_j \exp(v_{ik}^j + T(k, j))}
 
-    :math:`p` is Eq. 3; Eq. 2, logit adjustment, where all rows of the table are the same; Eq. 1, softmax,
-    where they are 0. Class weights :math:`c`, margins :math:`m`, the focal exponent :math:`\gamma`, label
+    :math:`p` is Eq. 3. If all rows of the table are the same, it is Eq. 2, logit adjustment; if they are 0,
+    Eq. 1, softmax. Class weights :math:`c`, margins :math:`m`, the focal exponent :math:`\gamma`, label
     smoothing :math:`\epsilon` and targets that are probabilities :math:`q` (else one-hot) make it
 
     .. math::
@@ -399,22 +398,21 @@ def lgla_loss(
         p_{ik} = \mathrm{softmax}_j(v_{ik}^j + T(k, j) - m_j q_{ij}), \qquad
         r_{ij} = c_j \Big((1 - \epsilon) q_{ij} + \frac{\epsilon}{C} \sum_l q_{il}\Big)
 
-    Plain differentiable PyTorch: the yardstick for every other backend.
+    It is plain differentiable PyTorch, the reference for every other backend.
 
-    Sources beside the paper: :math:`c` and :math:`\epsilon` as in :func:`torch.nn.functional.cross_entropy`;
+    Sources besides the paper: :math:`c` and :math:`\epsilon` as in :func:`torch.nn.functional.cross_entropy`;
     :math:`m` Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS
     2019, Eq. 12; :math:`\gamma` as in :func:`focal`.
 
     Args:
         logits: ``[N, K, C]``, or ``K`` tensors ``[N, C]``; maps have further dimensions ``[N, K, C, ...]``.
-        target: class indices ``[N, ...]``, or probabilities ``[N, C, ...]``, all 0 for a sample
-            that counts nothing.
+        target: class indices ``[N, ...]``, or probabilities ``[N, C, ...]``, all 0 for a sample to ignore.
         table: adjustments ``[K, C]``.
         weights: constants ``[N, ..., K]``, or None for ones.
-        ignore_index: class index of samples that count nothing.
+        ignore_index: class index of samples to ignore.
         label_smoothing: share :math:`\epsilon` of the probability that is spread over all classes.
         class_weight: weights of the classes ``[C]``, or None for ones.
-        margin: what the target's logit must win by ``[C]``, or None for zeros.
+        margin: margin by which the target's logit must win ``[C]``, or None for zeros.
         gamma: focusing parameter, at least 0; 0 is cross entropy.
 
     Returns:
@@ -464,10 +462,10 @@ def fused_lgla_loss(
     gamma: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Compute :func:`lgla_loss` by an engine: one read of the logits, one write of their gradient.
+    """Compute :func:`lgla_loss` with an engine: it reads the logits once and writes their gradient once.
 
-    No tensor is checked here: the losses of this package do that. A class index that is out of range, and a
-    logit that is NaN or +inf, make the loss NaN.
+    Tensors are not checked here: the losses of this package do that. A class index out of range, or a logit
+    that is NaN or +inf, makes the loss NaN.
 
     Source: Tao et al., ICCV 2023, Eq. 9.
 
@@ -476,8 +474,8 @@ def fused_lgla_loss(
         target: as in :func:`lgla_loss`.
         table: as in :func:`lgla_loss`; None for zeros.
         weights: as in :func:`lgla_loss`.
-        reduction: ``"none"``, or ``"sum"``, which has the gradient computed with the loss.
-        divisor: scalar that the sum is divided by, of which 0 stands for 1; None for 1.
+        reduction: ``"none"``, or ``"sum"``, which computes the gradient together with the loss.
+        divisor: scalar that the sum is divided by; 0 and None stand for 1.
         ignore_index: as in :func:`lgla_loss`.
         label_smoothing: as in :func:`lgla_loss`.
         class_weight: as in :func:`lgla_loss`.
@@ -497,7 +495,7 @@ def fused_lgla_loss(
         >>> logits.grad[0, 0]
         tensor([-0.5000,  0.5000])
     """
-    # Here, as the engines know the equations of this module.
+    # Imported here, because the engines import this module.
     from lgla_losses.kernels import Rows, operators
     from lgla_losses.losses._config import BACKENDS
 
@@ -516,7 +514,7 @@ def fused_lgla_loss(
 
 
 def _probabilities(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
-    """Spell targets of logits ``[N, C, ...]`` out as probabilities, 0 for ignored samples."""
+    """Convert targets of logits ``[N, C, ...]`` to probabilities, 0 for ignored samples."""
     if target.is_floating_point():
         return target.to(logits.dtype)
     kept = (target != ignore_index).unsqueeze(1)
@@ -525,7 +523,7 @@ def _probabilities(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
 
 
 def _along_classes(values: Tensor, logits: Tensor, dim: int) -> Tensor:
-    """View values ``[C]`` so that they go with logits, in these' arithmetic."""
+    """View values ``[C]`` so that they broadcast with logits, in the dtype of the logits."""
     shape = [1] * logits.dim()
     shape[dim] = -1
     return values.to(compute_dtype(logits.dtype)).view(shape)
@@ -542,24 +540,25 @@ def soft_cross_entropy(
 ) -> Tensor:
     r"""Compute cross entropy with class probabilities, :math:`-\sum_j q_j \log p_j`.
 
-    Unlike :func:`torch.nn.functional.cross_entropy` no NaN where a class of probability 0 is masked by -inf.
+    Unlike :func:`torch.nn.functional.cross_entropy`, it gives no NaN if a class of probability 0 is masked by
+    -inf.
 
     Args:
         adjusted: logits.
-        probabilities: of the same shape; 0 everywhere for a sample that counts nothing.
+        probabilities: of the same shape; 0 everywhere for a sample to ignore.
         label_smoothing: share of the probability that is spread over all classes.
-        dim: of the classes.
+        dim: dimension of the classes.
         class_weight: weights of the classes ``[C]``, or None for ones.
-        gamma: focusing parameter as in :func:`focal`, of every class; 0 is cross entropy.
+        gamma: focusing parameter as in :func:`focal`, for every class; 0 is cross entropy.
 
     Returns:
-        The shape without ``dim``.
+        The losses, in the shape without ``dim``.
     """
     shares = smoothed_probabilities(probabilities.to(adjusted.dtype), label_smoothing, dim)
     if class_weight is not None:
         shares = shares * _along_classes(class_weight, adjusted, dim)
-    # What stands in for a class without a share adds nothing. All derivatives of the focal loss are finite at
-    # 1; at 0 they are not.
+    # The value put in for a class without a share adds nothing. All derivatives of the focal loss are finite
+    # at 1, but not at 0.
     stand_in = 1.0 if gamma > 0 else 0.0
     entropies = torch.where(shares == 0, stand_in, -torch.log_softmax(adjusted, dim=dim))
     return (focal(entropies, gamma) * shares).sum(dim=dim)
@@ -572,7 +571,7 @@ def focal(losses: Tensor, gamma: float) -> Tensor:
 
     Args:
         losses: cross entropies :math:`L` of any shape.
-        gamma: focusing parameter, at least 0; 0 leaves them as they are.
+        gamma: focusing parameter, at least 0; 0 leaves them unchanged.
 
     Returns:
         The same shape.
@@ -596,13 +595,13 @@ def focal_slope(losses: Tensor, gamma: float) -> Tensor:
 
 def _missing_probability(losses: Tensor) -> Tensor:
     """Compute ``1 - p`` of cross entropies."""
-    # expm1 keeps the digits near 0. The power of 0 has no derivative for gamma < 1, and there the product's
-    # is 0: that of a constant.
+    # expm1 keeps the digits near 0. A power of 0 has no derivative for gamma < 1, but the derivative of the
+    # product is 0 there, that of a constant.
     return (-torch.expm1(-losses)).clamp(min=torch.finfo(losses.dtype).tiny)
 
 
 def smoothed_probabilities(probabilities: Tensor, label_smoothing: float, dim: int) -> Tensor:
-    """Spread a share of the probability over all classes, of which ``dim`` is the dimension."""
+    """Spread a share of the probability over all classes; ``dim`` is their dimension."""
     if not label_smoothing:
         return probabilities
     spread = probabilities.sum(dim=dim, keepdim=True) * (label_smoothing / probabilities.shape[dim])

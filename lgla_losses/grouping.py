@@ -21,27 +21,26 @@ from lgla_losses.functional import partition_classes
 class ClassGrouper(ConstantBuffers, Ruled):
     r"""Divide the classes into groups :math:`C_1, \dots, C_{K-1}` of equal sample mass.
 
-    The classes are sorted by count, descending, ties by class index, and cut into non-empty
-    contiguous groups that minimise the sum of squared group masses, whose unconstrained optimum
-    is equal masses; among equal optima the lexicographically smallest cuts are taken. Exact at
-    every size.
+    The classes are sorted by count, largest first, ties by class index, and cut into non-empty contiguous
+    groups that minimise the sum of squared group masses. Without constraints, equal masses are the optimum.
+    Among equal optima the lexicographically smallest cuts are taken. The result is exact for any number of
+    classes.
 
     Source: Tao et al., ICCV 2023, section 3.2.
 
     Args:
-        class_counts: samples per class :math:`n_j` ``[C]``, finite, positive but for what ``zero_counts``
-            allows: a list, an array or a tensor of integers or floats.
+        class_counts: samples per class :math:`n_j` ``[C]``, finite, positive unless ``zero_counts`` allows 0:
+            a list, an array or a tensor of integers or floats.
         num_groups: number of groups ``G = K - 1``, at most ``C``.
-        zero_counts: what to do about classes without samples: ``"error"`` refuses them; ``"smooth"`` adds a
-            sample to every class, Laplace's rule; ``"mask"`` groups the others as if these classes were not
-            there, and puts them into the last group.
-        background: a class or some, such as "other", that are left out: the others are grouped as if they
-            were not there. They are put into the first group, so that their samples have its reference
-            angles.
+        zero_counts: what to do about classes without samples: ``"error"`` refuses them; ``"smooth"`` adds one
+            sample to every class (Laplace's rule); ``"mask"`` groups only the other classes, and puts these
+            into the last group.
+        background: one or more classes to leave out, such as "other": only the remaining classes are grouped.
+            Background classes are put into the first group, so that their samples use its reference angles.
 
     Attributes:
-        class_counts: the counts ``[C]``, int64, or float64 where floats were given; those that ``"smooth"``
-            makes.
+        class_counts: the counts ``[C]``, int64, or float64 if floats were given; with ``"smooth"`` including
+            the added samples.
         group_index: group of every class, int64 ``[C]``, 0 for the head.
         group_sizes: classes per group, int64 ``[G]``, without background and masked classes.
         group_masses: samples per group ``[G]``, in the dtype of the counts, without the background's.
@@ -51,7 +50,7 @@ class ClassGrouper(ConstantBuffers, Ruled):
     Raises:
         TypeError: counts are not numbers, or ``num_groups`` is not an integer.
         ValueError: counts are empty, not 1-D, not positive or not finite, there are fewer classes than
-            groups, or ``background`` is no class, has one twice or leaves none.
+            groups, or ``background`` is not a class, names one twice or leaves none.
 
     Shape:
         - target: int64 ``[N]``
@@ -65,7 +64,7 @@ class ClassGrouper(ConstantBuffers, Ruled):
         tensor([500, 500])
     """
 
-    #: Whether the groups are the caller's own, which other counts do not change.
+    #: Whether the groups are the user's own; new counts do not change them.
     is_own = False
 
     def __init__(
@@ -90,18 +89,18 @@ class ClassGrouper(ConstantBuffers, Ruled):
         zero_counts: str = "error",
         background: int | Sequence[int] | None = None,
     ) -> ClassGrouper:
-        """Use groups of your own, for example many-, medium- and few-shot classes.
+        """Use your own groups, for example many-, medium- and few-shot classes.
 
         Args:
             class_counts: samples per class ``[C]``.
-            group_index: group of every class ``[C]``, integers ``0..G-1``, 0 for the head; every
-                group holds a class that is adjusted. Those of background and masked classes are as given.
+            group_index: group of every class ``[C]``, integers ``0..G-1``, 0 for the head; every group holds
+                a class that is adjusted. The groups of background and masked classes stay as given.
             zero_counts: as in the constructor.
             background: as in the constructor.
 
         Raises:
             TypeError: the groups are not integers.
-            ValueError: there is not one group for each class, or a group below the largest is empty.
+            ValueError: there is not one group per class, or a group below the largest is empty.
         """
         rules, counts = ClassRules.of(class_counts, zero_counts, background)
         index = _group_index(to_numpy("group_index", group_index), counts, rules)
@@ -111,7 +110,7 @@ class ClassGrouper(ConstantBuffers, Ruled):
     def _of_checked(
         cls, counts: Tensor, index: Tensor, rules: ClassRules, *, is_own: bool = False
     ) -> ClassGrouper:
-        """Make a grouper of counts ``[C]`` and groups ``[C]`` that are checked already."""
+        """Make a grouper from checked counts ``[C]`` and groups ``[C]``."""
         grouper = cls.__new__(cls)
         ConstantBuffers.__init__(grouper)
         grouper.is_own, grouper._rules = is_own, rules
@@ -119,7 +118,7 @@ class ClassGrouper(ConstantBuffers, Ruled):
         return grouper
 
     def regrouped(self, counts: Tensor) -> Tensor:
-        """Group the classes by other counts ``[C]``: give the groups ``[C]``. Groups of the caller stay."""
+        """Group the classes by new counts ``[C]``: give the groups ``[C]``. The user's own groups stay."""
         own = self.on_cpu("group_index") if self.is_own else None
         return regrouped(counts, self.num_groups, self._rules, own)
 
@@ -155,7 +154,7 @@ class ClassGrouper(ConstantBuffers, Ruled):
 
     @property
     def imbalance_factor(self) -> float:
-        """Count of the largest class over that of the smallest that is adjusted (IF, section 4.1)."""
+        """Count of the largest adjusted class over that of the smallest (IF, section 4.1)."""
         counts = self.constant("class_counts")
         counts = counts[self._rules.adjusted(counts)]
         return float(counts.max()) / float(counts.min())
@@ -172,10 +171,9 @@ class ClassGrouper(ConstantBuffers, Ruled):
         __call__ = forward
 
     def _take_what_is_written(self) -> None:
-        """Do nothing: the adjuster takes the constants that are written into the buffers.
+        """Do nothing: the adjuster takes the constants written into the buffers.
 
-        An average of weights could write counts that look right by themselves; the adjuster also has the
-        table.
+        Averaging of weights could write counts that look right alone; the adjuster also has the table.
         """
 
     def _restored(
@@ -192,19 +190,19 @@ class ClassGrouper(ConstantBuffers, Ruled):
             raise ValueError(f"group_index: expected {self.num_groups} groups, got {int(index.max()) + 1}")
         if self.is_own and not torch.equal(index, self.on_cpu("group_index")):
             raise ValueError(
-                "group_index: expected the groups that the loss was given, got others; construct it with the "
-                "groups of the state, or from class counts alone, which takes any"
+                "group_index: expected the groups given to the loss, got others; construct it with the "
+                "groups of the state, or from class counts alone, which takes any groups"
             )
         return _constants(counts, index, self._rules)
 
     def keep(self, counts: Tensor, index: Tensor) -> None:
-        """Set class counts ``[C]`` and groups ``[C]`` in place; they are checked already."""
+        """Set class counts ``[C]`` and groups ``[C]``, already checked, in place."""
         super()._keep_all(_constants(counts, index, self._rules))
 
     def _keep_all(self, constants: Mapping[str, Tensor]) -> None:
         """Take the constants of a state.
 
-        Groups that do not follow from the counts of the state count as the caller's own from then on.
+        Groups that do not follow from the counts of the state are treated as the user's own from then on.
         """
         names = "class_counts", "group_index"
         known = all(torch.equal(constants[name], self.on_cpu(name)) for name in names)
@@ -225,31 +223,31 @@ def same_classes(class_counts: ArrayLike, num_classes: int, rules: ClassRules) -
     counts = rules.counts(class_counts)
     if len(counts) != num_classes:
         raise ValueError(
-            f"class_counts: expected counts of {num_classes} classes as before, got {len(counts)}; "
-            "other classes need a loss of their own"
+            f"class_counts: expected counts of {num_classes} classes as before, got {len(counts)}; for "
+            "other classes make a new loss"
         )
     return counts
 
 
 def grouped(counts: Tensor, num_groups: int, rules: ClassRules) -> Tensor:
-    """Group the classes that are adjusted; the background comes first, masked classes last: int64 ``[C]``.
+    """Group the adjusted classes; background goes first, masked classes last: int64 ``[C]``.
 
     Raises:
-        ValueError: there are fewer such classes than groups.
+        ValueError: there are fewer adjusted classes than groups.
     """
     adjusted = rules.adjusted(counts)
     number = int(adjusted.sum())
     if num_groups > number:
         raise ValueError(
-            f"num_groups: expected at most one group a class, {number} here, got {num_groups}; "
-            "use fewer experts"
+            f"num_groups: expected at most one group per class, {number} here, got {num_groups}; use fewer "
+            "experts"
         )
     index = partition_classes(counts[adjusted], num_groups)
     return rules.spread(index, counts, masked=num_groups - 1, background=0)
 
 
 def regrouped(counts: Tensor, num_groups: int, rules: ClassRules, own: Tensor | None) -> Tensor:
-    """Group the classes by other counts ``[C]``: give the groups ``[C]``; ``own`` ones stay."""
+    """Group the classes by new counts ``[C]``: give the groups ``[C]``; ``own`` groups stay."""
     if own is None:
         return grouped(counts, num_groups, rules)
     return _group_index(own.numpy(), counts, rules)
@@ -265,8 +263,7 @@ def _group_index(
     num_classes = len(counts)
     if index.shape != (num_classes,):
         raise ValueError(
-            f"group_index: expected one group for each of {num_classes} classes, shape [{num_classes}], "
-            f"got {list(index.shape)}"
+            f"group_index: expected one group per class, shape [{num_classes}], got {list(index.shape)}"
         )
     if not np.issubdtype(index.dtype, np.integer):
         raise TypeError(f"group_index: expected integers 0..G-1, got {index.dtype}")
@@ -295,7 +292,7 @@ def check_grouper(grouper: object) -> ClassGrouper:
     """Check that ``grouper`` is a :class:`ClassGrouper`; return it."""
     if not isinstance(grouper, ClassGrouper):
         raise TypeError(
-            f"grouper: expected a ClassGrouper, got {type(grouper).__name__}; "
-            "ClassGrouper(class_counts, num_groups) makes one"
+            f"grouper: expected a ClassGrouper, got {type(grouper).__name__}; make one with "
+            "ClassGrouper(class_counts, num_groups)"
         )
     return grouper

@@ -1,6 +1,6 @@
 r"""The class prior of a test set without labels, and predictions under it.
 
-Both functions hold where the classes look alike in training and test, :math:`p(x|j)` unchanged.
+Both functions assume that each class looks the same in training and test: :math:`p(x|j)` is unchanged.
 
 Source: Saerens, Latinne and Decaestecker, "Adjusting the Outputs of a Classifier to New a Priori
 Probabilities: A Simple Procedure", Neural Computation 14(1), 2002. Lipton, Wang and Smola, "Detecting and
@@ -32,12 +32,12 @@ from lgla_losses.functional import compute_dtype, widest_dtype
 __all__ = ["estimate_prior", "shift_prior"]
 
 
-#: What the errors of trained networks add to the squared distance from the uniform prior, beside chance. More
-#: samples do not cure them, and nothing in unlabelled ones tells their size: chosen on trained networks.
+#: Part of the squared distance from the uniform prior due to errors of trained networks, besides chance. More
+#: samples do not reduce it, and unlabelled samples do not show its size: chosen on trained networks.
 MARGIN = 0.05
-#: The smoothing where rates of labelled samples explain the predictions, chosen in the same way.
+#: The smoothing if rates of labelled samples explain the predictions, chosen in the same way.
 SMOOTHING_OF_RATES = 0.05
-#: What the network believes about its errors counts as much as this many labelled samples of each class.
+#: The network's own estimate of its errors weighs as much as this many labelled samples of each class.
 BELIEVED_SAMPLES = 5.0
 
 
@@ -57,30 +57,31 @@ def estimate_prior(
 
     .. math:: q = \frac{1}{N} \sum_i \mathrm{softmax}(v_i - \log p_{prior}),
 
-    held back towards the uniform prior, and equal to it where q may differ from it by chance or by the errors
-    of the network: :math:`p \propto q^a` with
+    shrunk towards the uniform prior, and equal to it if q may differ from it by chance or by errors of the
+    network: :math:`p \propto q^a` with
 
     .. math:: a = \max\left(0,\ 1 - \frac{0.05 + z}{2\,\mathrm{KL}(q\,\|\,1/C)}\right),
 
-    where z is what the denominator would be by chance if no class were more frequent than another: with the
+    where z is the value of the denominator by chance alone, if all classes were equally frequent: with the
     probabilities :math:`s_i` of the samples, :math:`(C \cdot \overline{\lVert s_i \rVert^2} - 1) / N`. Large
-    shifts are kept, small ones are not worth the risk.
+    shifts are kept; small ones are dropped, because their estimate is too uncertain.
 
-    With ``validation`` :math:`p` explains how often each class is predicted by the rates :math:`R_{jc}` at
-    which labelled samples of class j are predicted as c. This repeats, from :math:`p = p_{prior}` on,
+    With ``validation``, :math:`p` is the prior that best explains how often each class is predicted, given
+    the rates :math:`R_{jc}` at which labelled samples of class j are predicted as c. Starting from :math:`p =
+    p_{prior}`, the step
 
     .. math:: p_j \leftarrow p_j \sum_c q_c R_{jc} / \textstyle\sum_l p_l R_{lc}
 
-    before it is held back. The rates :math:`R_{jc}` lean on what the network believes, which counts as much
-    as five labelled samples of each class: the mean probability of c over the test samples, weighted by that
-    of j.
+    is repeated; then :math:`p` is shrunk. The network's own estimate of the rates :math:`R_{jc}` weighs as
+    much as five labelled samples of each class: it is the mean probability of c over the test samples,
+    weighted by that of j.
 
-    With ``smoothing`` nothing is held back, and without ``validation`` it is expectation maximisation: the
+    With ``smoothing`` nothing is shrunk. Without ``validation`` it is then expectation maximisation: the
     prior under which the samples are most likely, the fixed point of
 
     .. math:: p_j \leftarrow \frac{1}{N} \sum_i \mathrm{softmax}_j(v_i + \log p - \log p_{prior}).
 
-    It gains more than the default where the logits are exact, and loses where the network is weak.
+    It is better than the default if the logits are exact, and worse if the network is weak.
 
     Source: expectation maximisation by Saerens et al., 2002; rates by Lipton et al., 2018, fitted by maximum
     likelihood as in "MLLS-CM" of Garg et al., 2020. The exponent is the positive-part factor of James and
@@ -88,15 +89,15 @@ def estimate_prior(
 
     Args:
         logits: finite log-likelihood plus log ``prior`` ``[N, C]``, up to a constant per sample.
-        prior: what the logits hold, positive ``[C]``, divided by its sum; of an LGLA ensemble, in
+        prior: the prior that the logits hold, positive ``[C]``, divided by its sum; for an LGLA ensemble, in
             theory, ``criterion.implied_prior()``.
-        validation: logits ``[M, C]`` of the same network, finite, and the classes, int64 ``[M]``, of samples
-            that it was not trained on. Their class frequencies do not matter, and classes may be missing. It
-            takes memory of ``C x C``.
-        smoothing: evenly spread samples that count beside the test samples, per test sample: 0 trusts the
-            likelihood alone, the more the nearer is the uniform prior. None: the default above, with
-            ``validation`` 0.05 before it is held back.
-        max_steps: most steps of what is repeated, at least 1.
+        validation: finite logits ``[M, C]`` of the same network and the classes, int64 ``[M]``, of samples
+            that it was not trained on. Their class frequencies do not matter, and classes may be missing.
+            This takes memory of ``C x C``.
+        smoothing: number of evenly spread extra samples per test sample: 0 uses the likelihood alone, larger
+            values move the result towards the uniform prior. None: the default above, with ``validation``
+            0.05 before shrinking.
+        max_steps: most steps of the repetition, at least 1.
         tolerance: stops when no probability changes by more.
 
     Returns:
@@ -128,11 +129,11 @@ def estimate_prior(
         known, target = _check_validation(validation, logits)
         rates = _rates(probabilities, (known.to(start.dtype) - start.log()).softmax(dim=1), target)
         frequency = probabilities.mean(dim=0)
-        predicted = frequency > torch.finfo(start.dtype).eps  # the others' evidence may be 0
+        predicted = frequency > torch.finfo(start.dtype).eps  # evidence for the other classes may be 0
         amount = SMOOTHING_OF_RATES if smoothing is None else smoothing
         p = _most_likely(rates.T[predicted], frequency[predicted], start, amount, max_steps, tolerance)
     elif smoothing is not None:
-        # Every sample's likelihoods are divided by their largest, which the posterior does not see.
+        # Divide the likelihoods of each sample by the largest; the posterior does not change.
         likelihood = (log_likelihood - log_likelihood.amax(dim=1, keepdim=True)).exp()
         each = start.new_full((len(logits),), 1 / len(logits))
         p = _most_likely(likelihood, each, start, smoothing, max_steps, tolerance)
@@ -142,8 +143,8 @@ def estimate_prior(
 
 
 def _rates(probabilities: Tensor, known: Tensor, target: Tensor) -> Tensor:
-    """Return how often samples of class j are predicted as c, ``[j, c]``, from labelled ones and belief."""
-    # A class of probability 0 in all samples is believed to be predicted as itself.
+    """Return how often class j is predicted as c, ``[j, c]``, from labelled samples and the network."""
+    # A class with probability 0 in all samples is assumed to be predicted as itself.
     identity = torch.eye(probabilities.shape[1]).to(probabilities)
     believed = probabilities.T @ probabilities + torch.finfo(probabilities.dtype).tiny * identity
     believed = believed / believed.sum(dim=1, keepdim=True)
@@ -154,7 +155,7 @@ def _rates(probabilities: Tensor, known: Tensor, target: Tensor) -> Tensor:
 def _most_likely(
     likelihood: Tensor, frequency: Tensor, p: Tensor, smoothing: float, max_steps: int, tolerance: float
 ) -> Tensor:
-    """Return the prior under which outcomes ``[O, C]`` of such frequencies are most likely, from ``p`` on."""
+    """Return the prior under which outcomes ``[O, C]`` of these frequencies are most likely, from ``p``."""
     for _ in range(max_steps):
         evidence = likelihood @ p
         before, p = p, p * ((frequency / evidence) @ likelihood) + smoothing / len(p)
@@ -165,7 +166,7 @@ def _most_likely(
 
 
 def _held_back(p: Tensor, probabilities: Tensor) -> Tensor:
-    """Return ``p`` to the power that leaves what neither chance nor the network's errors explain."""
+    """Shrink ``p``: keep the part that neither chance nor the network's errors explain."""
     num_classes, num_samples = len(p), len(probabilities)
     distance = 2 * torch.xlogy(p, p * num_classes).sum()
     chance = (num_classes * probabilities.square().sum(dim=1).mean() - 1) / num_samples
@@ -177,14 +178,14 @@ def _held_back(p: Tensor, probabilities: Tensor) -> Tensor:
 def shift_prior(logits: Tensor, prior: ArrayLike, new_prior: ArrayLike) -> Tensor:
     r"""Shift logits to another class prior: :math:`v + \log p_{new} - \log p_{prior}`.
 
-    See the module for when it is sound.
+    The module's description says when this is valid.
 
     Source: Saerens et al., 2002.
 
     Args:
         logits: log-likelihood plus log ``prior`` ``[N, C]``; -inf masks a class.
-        prior: what the logits hold, positive ``[C]``, divided by its sum.
-        new_prior: what they are to hold, non-negative ``[C]``, divided by its sum; a class of
+        prior: the prior that the logits hold, positive ``[C]``, divided by its sum.
+        new_prior: the prior that they will hold, non-negative ``[C]``, divided by its sum; a class of
             probability 0 gets -inf.
 
     Returns:
@@ -192,8 +193,8 @@ def shift_prior(logits: Tensor, prior: ArrayLike, new_prior: ArrayLike) -> Tenso
 
     Raises:
         TypeError: logits are not a floating-point tensor, a prior not numbers.
-        ValueError: shapes do not fit, or a value is NaN, infinite or negative; logits are read on the CPU
-            only.
+        ValueError: shapes do not fit, or a value is NaN, infinite or negative; values of logits are checked
+            on the CPU only.
 
     Example:
         >>> shift_prior(torch.zeros(1, 2), prior=[0.5, 0.5], new_prior=[0.5, 0.0])
@@ -211,22 +212,22 @@ def shift_prior(logits: Tensor, prior: ArrayLike, new_prior: ArrayLike) -> Tenso
 def _check_logits(name: str, logits: Tensor) -> int:
     num_classes = floating_tensor(name, logits, "[N, C]").shape[1]
     if num_classes == 0:
-        raise ValueError(f"{name}: expected [N, C] with a class or more, got {list(logits.shape)}")
+        raise ValueError(f"{name}: expected [N, C] with at least one class, got {list(logits.shape)}")
     return num_classes
 
 
 def _check_sample(name: str, logits: Tensor) -> int:
-    """Check logits of which something is estimated; return the number of classes."""
+    """Check the logits for an estimate; return the number of classes."""
     num_classes = _check_logits(name, logits)
     if len(logits) == 0:
-        raise ValueError(f"{name}: expected at least one sample [N, C], got none; leave empty sets out")
+        raise ValueError(f"{name}: expected at least one sample [N, C], got none; skip empty sets")
     if not logits.isfinite().all():
         raise ValueError(f"{name}: expected finite values, got NaN or infinity; leave masked classes out")
     return num_classes
 
 
 def _check_validation(validation: tuple[Tensor, Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Check labelled logits beside those of the test set."""
+    """Check labelled logits against those of the test set."""
     if not isinstance(validation, (tuple, list)) or len(validation) != 2:
         raise TypeError(
             f"validation: expected (logits, target) of labelled samples, got {describe(validation)}"
@@ -236,7 +237,7 @@ def _check_validation(validation: tuple[Tensor, Tensor], logits: Tensor) -> tupl
     if num_classes != logits.shape[1]:
         raise ValueError(
             f"validation logits: expected the {logits.shape[1]} classes of logits, got {list(known.shape)}; "
-            "both come from one network"
+            "both must come from one network"
         )
     target_tensor(target, known.shape[:1])
     same_device(logits=logits, validation_logits=known, target=target)
@@ -251,14 +252,13 @@ def class_prior(name: str, prior: ArrayLike, num_classes: int, logits: Tensor, z
         raise TypeError(f"{name}: expected {num_classes} real numbers, got {array.dtype}")
     if array.shape != (num_classes,):
         raise ValueError(
-            f"{name}: expected one number for each of {num_classes} classes, shape [{num_classes}], "
-            f"got {list(array.shape)}"
+            f"{name}: expected one number per class, shape [{num_classes}], got {list(array.shape)}"
         )
     weights = torch.from_numpy(array.astype(np.float64)).to(widest_dtype(logits.device)).to(logits.device)
     enough = (weights >= 0).all() and weights.any() if zeros else (weights > 0).all()
     if not (weights.isfinite().all() and enough):
         expected = "non-negative values, not all zero" if zeros else "positive values"
         raise ValueError(f"{name}: expected finite, {expected}, got {describe(weights.tolist())}")
-    # The largest first: the sum of huge counts could overflow.
+    # Divide by the largest first: the sum of huge counts could overflow.
     weights = weights / weights.max()
     return weights / weights.sum()

@@ -1,6 +1,6 @@
-"""Accuracy by shots and scores of class probabilities, as metrics of torchmetrics.
+"""Accuracy by shots and scores of class probabilities, as torchmetrics metrics.
 
-Needs torchmetrics: ``pip install "lgla-losses[metrics]"``.
+They need torchmetrics: ``pip install torchmetrics``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ try:
     from torchmetrics import Metric
 except ImportError as error:
     raise ImportError(
-        f'lgla_losses.metrics needs torchmetrics ({error}): pip install "lgla-losses[metrics]"'
+        f"lgla_losses.metrics needs torchmetrics ({error}): pip install torchmetrics"
     ) from error
 
 __all__ = ["ProbabilityScores", "ShotAccuracy"]
@@ -39,13 +39,13 @@ SPLITS = ("many", "medium", "few")
 
 
 class _MayBeEmpty(Metric):
-    """Give NaN without a batch, and not the warning of torchmetrics."""
+    """Return NaN without a batch, instead of the warning of torchmetrics."""
 
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         wrapped = super()._wrap_compute(compute)
 
         def without_warning(*args: Any, **kwargs: Any) -> Any:
-            # A rank may have no batch at all; NaN says what there is to say.
+            # A rank may have no batch at all; NaN says so.
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
                 return wrapped(*args, **kwargs)
@@ -56,30 +56,30 @@ class _MayBeEmpty(Metric):
 class ShotAccuracy(_MayBeEmpty):
     """Compute the mean per-class recall over all classes, and over many-, medium- and few-shot classes.
 
-    The splits go by training samples: more than ``many``, fewer than ``few``, and between, both
-    inclusive. Classes without test samples take no part, so on a balanced test set the means are
-    accuracies. Over several ranks the samples of all are counted.
+    The splits follow the training samples: more than ``many``, fewer than ``few``, and the rest between.
+    Classes without test samples are left out, so on a balanced test set the means are accuracies. With
+    several ranks the samples of all are counted.
 
     Source: Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019.
 
     Args:
         class_counts: training samples per class ``[C]``, at least 0; a class without samples is few-shot.
-        many: many-shot classes have more.
-        few: few-shot classes have fewer; at most ``many``.
-        kwargs: of ``torchmetrics.Metric``, such as ``process_group``.
+        many: many-shot classes have more training samples than this.
+        few: few-shot classes have fewer training samples than this; at most ``many``.
+        kwargs: arguments of ``torchmetrics.Metric``, such as ``process_group``.
 
     Attributes:
-        correct: samples of every class that were predicted right, int64 ``[C]``.
+        correct: correctly predicted samples of every class, int64 ``[C]``.
         total: samples of every class, int64 ``[C]``.
         splits: which classes are many-, medium- and few-shot, bool ``[3, C]``.
 
     Raises:
         TypeError: an argument, ``pred`` or ``target`` is of another type.
-        ValueError: a threshold, shape or class index is out of range, or a score NaN; values are read on
-            the CPU only.
+        ValueError: a threshold, shape or class index is out of range, or a score is NaN; values are checked
+            on the CPU only.
 
     Shape:
-        - pred: class indices int64 ``[N]``, or scores ``[N, C]``, whose largest is taken
+        - pred: class indices int64 ``[N]``, or scores ``[N, C]``, of which the largest predicts
         - target: class indices int64 ``[N]``
         - output: a dict of scalars ``all``, ``many``, ``medium``, ``few``; NaN without classes
 
@@ -118,8 +118,8 @@ class ShotAccuracy(_MayBeEmpty):
             wrong = pred[(pred < 0) | (pred >= num_classes)]
             if len(wrong):
                 raise ValueError(
-                    f"pred: expected class indices 0..{num_classes - 1}, got {int(wrong[0])}; "
-                    "they are numbered as class_counts"
+                    f"pred: expected class indices 0..{num_classes - 1}, got {int(wrong[0])}; number them "
+                    "as in class_counts"
                 )
         self.correct = self.correct.index_add(0, target, (pred == target).long())
         self.total = self.total.index_add(0, target, torch.ones_like(target))
@@ -129,35 +129,35 @@ class ShotAccuracy(_MayBeEmpty):
             shape = (num_samples, len(self.total))
             if floating_tensor("pred", pred, "[N, C]").shape != shape:
                 raise ValueError(
-                    f"pred: expected scores {list(shape)} as target and class_counts say, "
-                    f"got {list(pred.shape)}"
+                    f"pred: expected scores {list(shape)}, to fit target and class_counts, got "
+                    f"{list(pred.shape)}"
                 )
             if values_readable(pred, None) and pred.isnan().any():
-                raise ValueError("pred: expected scores, got NaN, which would count as a prediction")
+                raise ValueError("pred: expected scores, got NaN, which argmax would take as a prediction")
             return pred.argmax(dim=1)
         if not isinstance(pred, Tensor) or pred.dtype != torch.int64:
             raise TypeError(
-                "pred: expected int64 class indices [N] or floating-point scores [N, C], "
-                f"got {describe(pred)}; integers of another type convert with pred.long()"
+                "pred: expected int64 class indices [N] or floating-point scores [N, C], got "
+                f"{describe(pred)}; convert other integers with pred.long()"
             )
         if pred.shape != (num_samples,):
             raise ValueError(
-                f"pred: expected one class index a sample, shape [{num_samples}], got {list(pred.shape)}"
+                f"pred: expected one class index per sample, shape [{num_samples}], got {list(pred.shape)}"
             )
         return pred
 
     def compute(self) -> dict[str, Tensor]:
-        """Give the mean recalls ``all``, ``many``, ``medium``, ``few``."""
+        """Compute the mean recalls ``all``, ``many``, ``medium``, ``few``."""
         recall = self.correct / self.total
         means = {name: recall[split].nanmean() for name, split in zip(SPLITS, self.splits, strict=True)}
         return {"all": recall.nanmean(), **means}
 
     def per_class(self) -> Tensor:
-        """Give the recall of every class ``[C]`` over all ranks; NaN without test samples.
+        """Compute the recall of every class ``[C]`` over all ranks; NaN without test samples.
 
-        A collective where there are several ranks: all of them call it.
+        With several ranks it is a collective: call it on all of them.
         """
-        # Inside a sync_context of the caller the states are those of all ranks already.
+        # Inside a sync_context of the caller the states already hold all ranks.
         synced = self._is_synced
         with self.sync_context(
             dist_sync_fn=self.dist_sync_fn,
@@ -178,35 +178,35 @@ class ProbabilityScores(_MayBeEmpty):
         \mathrm{brier} = \sum_i w_i \sum_j (p_{ij} - [j = y_i])^2, \quad
         \mathrm{ece} = \sum_b \Big|\sum_{i \in b} w_i ([\hat y_i = y_i] - \max_j p_{ij})\Big|,
 
-    where the bins :math:`b` divide the largest probability in equal steps. All three are better the lower.
-    A label of probability 0 makes ``nll`` infinite; take the softmax in float32 or more, as float16 rounds
-    small probabilities to 0. Over several ranks the samples of all are counted. Sums are kept in float64,
-    which MPS lacks: there keep the metric on the CPU.
+    where the bins :math:`b` divide the largest probability in equal steps. For all three, lower is better. A
+    label with probability 0 makes ``nll`` infinite; compute the softmax in float32 or wider, because float16
+    rounds small probabilities to 0. With several ranks the samples of all are counted. Sums are kept in
+    float64, which MPS lacks: there keep the metric on the CPU.
 
-    With ``average="samples"`` ``ece`` is what ``MulticlassCalibrationError`` of torchmetrics gives, but for
-    confidences on the edge of a bin, 1 included. That metric keeps every sample and has no weights.
+    With ``average="samples"``, ``ece`` equals ``MulticlassCalibrationError`` of torchmetrics, except for
+    confidences on the edge of a bin, including 1. That metric keeps every sample and has no weights.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, Eq. 3; Brier, "Verification of
     Forecasts Expressed in Terms of Probability", Monthly Weather Review 78(1), 1950.
 
     Args:
         num_classes: ``C``.
-        average: ``"samples"`` weighs all samples alike. ``"classes"`` gives all classes that have samples the
+        average: ``"samples"`` weighs all samples equally. ``"classes"`` gives all classes with samples the
             same weight: on a long-tailed validation split these are the scores under the uniform prior.
         bins: number of bins of the calibration error.
-        kwargs: of ``torchmetrics.Metric``, such as ``process_group``.
+        kwargs: arguments of ``torchmetrics.Metric``, such as ``process_group``.
 
     Attributes:
         samples: samples by label and bin, int64 ``[C, B]``.
-        correct: those of them that were predicted right, int64 ``[C, B]``.
-        confidence: sum of their largest probabilities, float64 ``[C, B]``.
+        correct: correctly predicted samples among these, int64 ``[C, B]``.
+        confidence: sum of the largest probability of these samples, float64 ``[C, B]``.
         nll: sum of the negative log likelihoods by label, float64 ``[C]``.
         brier: sum of the Brier scores by label, float64 ``[C]``.
 
     Raises:
         TypeError: an argument, ``probabilities`` or ``target`` is of another type.
-        ValueError: an argument, shape or class index is out of range, or rows are no probabilities; values
-            are read on the CPU only.
+        ValueError: an argument, shape or class index is out of range, or rows are not probabilities; values
+            are checked on the CPU only.
 
     Shape:
         - probabilities: ``[N, C]``, rows that sum to 1
@@ -255,6 +255,6 @@ class ProbabilityScores(_MayBeEmpty):
             setattr(self, name, getattr(self, name) + sums)
 
     def compute(self) -> dict[str, Tensor]:
-        """Give ``nll``, ``ece`` and ``brier``."""
+        """Compute ``nll``, ``ece`` and ``brier``."""
         sums = ScoreSums(*(getattr(self, name) for name in ScoreSums._fields))
         return {name: value.float() for name, value in scores(sums, self.average).items()}

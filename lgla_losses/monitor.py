@@ -1,4 +1,4 @@
-"""What the loss makes of its batches: angles, weights and accuracies, as scalars for a log."""
+"""A monitor of the loss in training: angles, weights and accuracies, as scalars for a log."""
 
 from __future__ import annotations
 
@@ -18,53 +18,53 @@ __all__ = ["LossMonitor"]
 
 
 class ScalarWriter(Protocol):
-    """What :meth:`LossMonitor.write` writes to, such as a ``SummaryWriter`` of TensorBoard."""
+    """Take the scalars of :meth:`LossMonitor.write`, such as a ``SummaryWriter`` of TensorBoard."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> object:
-        """Note a number under a name, at a step."""
+        """Record a number under a name, at a step."""
 
 
 class LossMonitor:
-    """Watches a loss in training and adds up what it makes of its batches, for a log.
+    """Watch a loss in training and sum its angles, weights and accuracies, for a log.
 
-    It hangs on the loss as a forward hook, so a training loop stays as it is, and so do losses and
-    gradients, to the bit, and the engine that computes them. It looks at every ``every``-th call of the
-    loss in training mode with gradients enabled, at none in validation. The sums stay on the device of the
-    logits, which :meth:`compute` alone waits for.
+    It is a forward hook on the loss, so the training loop does not change. Losses and gradients are the same
+    to the bit, and the same engine computes them. The monitor looks at every ``every``-th call of the loss in
+    training mode with gradients enabled, and at none in validation. The sums stay on the device of the
+    logits; only :meth:`compute` waits for it.
 
     Experts and groups are counted from 1; the last expert is the global one, group 1 the head. The samples
-    are those of this process that are not ignored, also in distributed training, where the loss takes its
-    references from all ranks. A group without samples is left out. A sample with class probabilities stands
-    for its likeliest class, a position of a map is a sample, and a sample with a weight counts as so many.
-    The scalars are
+    are those of this process that are not ignored, even in distributed training, where the references of the
+    loss come from all ranks. A group without samples is left out. A sample with class probabilities belongs
+    to its most likely class, each position of a map is a sample, and sample weights are applied. The scalars
+    are
 
     - ``angle/expert k``: mean angle between features and their class centre, in radians (Eq. 7)
-    - ``reference/expert k/group g``: mean angle of the group's samples in radians, what Eq. 8 compares with;
-      over several batches that of every batch counts by its samples
+    - ``reference/expert k/group g``: mean angle of the group's samples in radians, the reference in Eq. 8;
+      over several batches, batches are weighted by their samples
     - ``weight/expert k``: mean weight of Eq. 8, with ``aaw`` only
     - ``hard share/expert k``: fraction of samples whose weight exceeds 1, with ``aaw`` only
-    - ``accuracy/expert k/group g``, ``accuracy/ensemble/group g``: fraction of the group's samples whose
-      largest unadjusted logit, or sum of the experts' logits, is that of their class
+    - ``accuracy/expert k/group g``, ``accuracy/ensemble/group g``: fraction of the group's samples for which
+      the true class has the largest unadjusted logit, or sum of the experts' logits
 
-    Angles come from the features that the loss was given, else from the logits by its ``scale``, which is
-    to be None for a linear head: then there are none without features.
+    Angles come from the features given to the loss, else from the logits and ``scale``. For a linear head
+    ``scale`` must be None; then there are no angles without features.
 
-    Under ``torch.compile`` a watched loss breaks the graph; in a CUDA graph it is watched in every replay of
-    a call that was watched when recorded.
+    Under ``torch.compile`` a watched loss breaks the graph. In a CUDA graph, a call that was watched when
+    recorded is watched in every replay.
 
     Source: Tao et al., ICCV 2023, Eqs. 7 and 8.
 
     Args:
         criterion: the loss to watch.
-        every: look at the first of so many calls. A look reads all logits twice, for the accuracies, and
-            takes a few times as long as the loss itself.
+        every: look at one call out of this many, the first. A look reads all logits twice, for the
+            accuracies, and takes a few times as long as the loss itself.
 
     Attributes:
         criterion: as given.
         every: as given; may be changed.
 
     Raises:
-        TypeError: ``criterion`` is no :class:`~lgla_losses.LGLALoss`, or ``every`` no integer.
+        TypeError: ``criterion`` is not an :class:`~lgla_losses.LGLALoss`, or ``every`` is not an integer.
         ValueError: ``every`` is less than 1.
 
     Example:
@@ -78,13 +78,13 @@ class LossMonitor:
     def __init__(self, criterion: LGLALoss, every: int = 10) -> None:
         if not isinstance(criterion, LGLALoss):
             raise TypeError(
-                f"criterion: expected an LGLALoss, got {describe(criterion)}; of a compiled one pass the "
-                "original, and LinearLGLALoss has no logits to look at"
+                f"criterion: expected an LGLALoss, got {describe(criterion)}; for a compiled loss pass the "
+                "original; LinearLGLALoss has no logits to look at"
             )
         self.criterion = criterion
         self.every = positive_int("every", every, "1 looks at every training step")
         self._calls = 0
-        #: For each kind of scalar, by group, sums of its columns, and in the last column the samples.
+        #: For each kind of scalar, by group, the sums of its columns; the last column counts the samples.
         self._sums: dict[str, Tensor] = {}
         self._hook = criterion.register_forward_hook(self._watch, with_kwargs=True)
 
@@ -92,7 +92,7 @@ class LossMonitor:
     def _watch(
         self, criterion: LGLALoss, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor
     ) -> None:
-        """After a call of the loss; gives nothing back, which would take the loss's place."""
+        """Run after a call of the loss; return None, or the result would replace the loss."""
         if not (criterion.training and torch.is_grad_enabled()):
             return
         if self._calls % self.every == 0:
@@ -120,7 +120,7 @@ class LossMonitor:
         of_samples = None if batch.sample_weight is None else batch.sample_weight.flatten()
         group = functional.target_groups(target, grouper.constant("group_index"), ignore_index)
 
-        # In float32 at least: sums in bfloat16 tie, and ties go to the class of lower index.
+        # In float32 or wider: sums in bfloat16 tie, and ties go to the class with the lower index.
         dtype = functional.compute_dtype(experts[0].dtype)
         ensemble = functools.reduce(torch.add, (v.to(dtype) for v in experts))
         # On a CPU max takes half the time of argmax.
@@ -143,18 +143,18 @@ class LossMonitor:
     def _add_by_group(
         self, kind: str, columns: Tensor, group: Tensor, sample_weight: Tensor | None
     ) -> Tensor:
-        """Add columns ``[N, M]`` to the sums ``[G, M + 1]``; the batch's own sums."""
+        """Add columns ``[N, M]`` to the sums ``[G, M + 1]``; return the sums of this batch."""
         num_groups = self.criterion.grouper.num_groups
         batch = functional.aaw_statistics(columns, group, num_groups, sample_weight)
         if kind in self._sums:
-            # In place, so that the replays of a CUDA graph add up as well.
+            # In place, so that the replays of a CUDA graph are added too.
             self._sums[kind] = self._sums[kind].to(batch.device).add_(batch)
         else:
             self._sums[kind] = batch.clone()
         return batch
 
     def compute(self) -> dict[str, float]:
-        """The scalars by name, over the batches since the last :meth:`reset`; waits for the device."""
+        """Compute the scalars by name, over the batches since the last :meth:`reset`; wait for the device."""
         num_experts = self.criterion.num_experts
         experts = [f"expert {k + 1}" for k in range(num_experts)]
         scalars: dict[str, float] = {}
@@ -180,18 +180,18 @@ class LossMonitor:
             sums.zero_()
 
     def write(self, writer: ScalarWriter, step: int) -> None:
-        """Give the scalars to a writer, then :meth:`reset`.
+        """Write the scalars to a writer, then :meth:`reset`.
 
         Args:
             writer: has ``add_scalar(name, value, step)``.
-            step: where they belong on the writer's axis.
+            step: step for the writer's axis.
         """
         for name, value in self.compute().items():
             writer.add_scalar(name, value, step)
         self.reset()
 
     def close(self) -> None:
-        """Stop watching; what was added up stays."""
+        """Stop watching; the sums stay."""
         self._hook.remove()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""What is done to a classifier after training, in methods of two stages."""
+"""Changes to a classifier after training, for two-stage methods."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ Head = TypeVar("Head", nn.Linear, ExpertClassifiers)
 
 
 def tau_normalize(head: Head, tau: float = 1.0) -> Head:
-    r"""Make the class weights of a trained linear head more alike in length.
+    r"""Make the lengths of the class weights of a trained linear head more equal.
 
     .. math:: \tilde w_j = \frac{w_j}{\lVert w_j \rVert^\tau}
 
     Networks trained on long-tailed data have longer weights for frequent classes. The bias becomes 0, as in
-    the authors' code. Choose ``tau`` on a validation split. Cosine heads do not see the length of their
-    weights, so that there is nothing to normalise.
+    the authors' code. Choose ``tau`` on a validation split. The logits of cosine heads do not depend on the
+    length of their weights, so there is nothing to normalise.
 
     Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020,
     section 4.2, the :math:`\tau`-normalised classifier.
 
     Args:
         head: a linear head: a :class:`torch.nn.Linear`, or the
-            :class:`~lgla_losses.experts.ExpertClassifiers` of K experts with ``scale=None``, each of which is
-            normalised by itself.
+            :class:`~lgla_losses.experts.ExpertClassifiers` of K experts with ``scale=None``, each normalised
+            separately.
         tau: strength, at least 0; 0 changes no weight, 1 makes all lengths 1.
 
     Returns:
         A new module of the same kind, which shares nothing with ``head``.
 
     Raises:
-        TypeError: ``head`` is no such module or ``tau`` not a number.
+        TypeError: ``head`` is not such a module or ``tau`` not a number.
         ValueError: the head is a cosine head, or its weight is computed from other parameters, or ``tau`` is
             negative or not finite.
 
@@ -55,20 +55,20 @@ def tau_normalize(head: Head, tau: float = 1.0) -> Head:
     """
     if not isinstance(head, nn.Linear | ExpertClassifiers):
         raise TypeError(
-            "head: expected a torch.nn.Linear or the ExpertClassifiers of K experts, got "
-            f"{describe(head)}; of an ExpertModel it is model.experts.classifiers"
+            f"head: expected a torch.nn.Linear or the ExpertClassifiers of K experts, got {describe(head)}; "
+            "for an ExpertModel pass model.experts.classifiers"
         )
     if isinstance(head, ExpertClassifiers) and head.scale is not None:
         raise ValueError(
-            f"head: expected a linear head, got cosine classifiers of scale={head.scale:g}, whose logits do "
-            'not depend on the length of their weights; classifier="linear" makes linear ones'
+            f"head: expected a linear head, got cosine classifiers with scale={head.scale:g}, whose logits "
+            'do not depend on the length of their weights; make the experts with classifier="linear"'
         )
     if not {"weight", "bias"} <= head._parameters.keys():
         raise ValueError(
             "head: expected a weight and a bias that are plain parameters, got one that is computed from "
-            "others, as by weight_norm; make it plain first, by "
-            "torch.nn.utils.parametrize.remove_parametrizations(head, 'weight'), or after the older "
-            "torch.nn.utils.weight_norm by torch.nn.utils.remove_weight_norm(head)"
+            "others, as by weight_norm; make it plain first with "
+            "torch.nn.utils.parametrize.remove_parametrizations(head, 'weight'), or for the older "
+            "torch.nn.utils.weight_norm with torch.nn.utils.remove_weight_norm(head)"
         )
     tau = finite_float("tau", tau, low=0.0, high=math.inf, expected="a finite number >= 0")
 

@@ -1,4 +1,4 @@
-"""Which tau to start with: the one rule that the losses, ``inspect`` and users ask."""
+"""Which tau to start with: one rule for the losses, ``inspect`` and users."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from lgla_losses._checks import finite_float, integer, one_of, positive_float
 #: The temperature of cosine heads after long training.
 _AFTER_LONG_TRAINING = 1.6
 
-#: A measured temperature has an error, and further out nobody has checked the law.
+#: A measured temperature has an error, and outside this range the law is not checked.
 _LOWEST, _HIGHEST = 1.0, 2.0
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Hold a suggested ``tau`` and why it is suggested.
+    """Hold a suggested ``tau`` and the reason for it.
 
     Attributes:
         num_experts: number of experts ``K``.
         tau: strength of the global adjustment.
-        reason: the rule that gives it, and what the rule goes by; at K = 2 a note on balanced softmax.
+        reason: the rule, and what it is based on; at K = 2 a note on balanced softmax.
     """
 
     num_experts: int
@@ -36,17 +36,17 @@ def suggest(
     training: str = "usual",
     temperature: float | None = None,
 ) -> Suggestion:
-    r"""Suggest ``tau`` for :class:`LGLALoss`, from what is known of the network and its training.
+    r"""Suggest ``tau`` for :class:`LGLALoss`, from what you know about the network and its training.
 
     The more confident a network is, the more its ensemble leans to the head. It holds about the prior
-    :math:`n_j^s` with :math:`s = t - (1 + \tau) / K`, where the temperature :math:`t` calibrates
-    :math:`v + T(k, j)`, so it is uniform at :math:`\tau = K t - 1`. The first line that fits decides:
+    :math:`n_j^s` with :math:`s = t - (1 + \tau) / K`, where the temperature :math:`t` calibrates :math:`v +
+    T(k, j)`. So the prior is uniform at :math:`\tau = K t - 1`. The first line that fits decides:
 
     ============================== ================================================================
     what is known                  tau
     ============================== ================================================================
-    linear heads                   ``K - 1``, whatever the temperature: they do not follow the law
-    a measured ``temperature``     ``K * temperature - 1``, the temperature taken as 1 if it is
+    linear heads ``K - 1`` for any temperature: they do not follow the law a measured ``temperature`` ``K *
+    temperature - 1``, the temperature taken as 1 if it is
                                    lower and as 2 if it is higher
     label smoothing                ``K - 1``
     an underfit network            ``K - 1``
@@ -55,17 +55,17 @@ def suggest(
     ============================== ================================================================
 
     At K = 2 and ``tau=1`` both experts have balanced softmax's adjustment, so without hard-sample weights
-    (``aaw=False``) the loss is balanced softmax of two experts.
+    (``aaw=False``) the loss is balanced softmax for two experts.
 
     Args:
         num_experts: number of experts ``K``, at least 2.
         classifier: ``"cosine"`` or ``"linear"``, the heads.
-        label_smoothing: that of the loss.
+        label_smoothing: label smoothing of the loss.
         training: ``"underfit"`` ends well before the network fits its training samples, ``"usual"`` when it
-            fits nearly all of them, ``"long"`` goes on for several times as many epochs.
-        temperature: measured on validation data of such a network: that of a
-            :func:`calibration <lgla_losses.calibration.fit>` that is used, from some hundred samples. It is
-            above 1 if the network is overconfident.
+            fits nearly all of them, ``"long"`` after several times as many epochs.
+        temperature: temperature measured on validation data of such a network: that of a :func:`calibration
+            <lgla_losses.calibration.fit>` that is used, from a few hundred samples. It is above 1 if the
+            network is overconfident.
 
     Raises:
         TypeError: an argument is of a wrong type.
@@ -79,7 +79,7 @@ def suggest(
         >>> suggest(num_experts=3, temperature=1.5).tau
         3.5
     """
-    way_out = "the paper uses 3; one model has no global expert, and no tau"
+    way_out = "the paper uses 3; a single model has no global expert and no tau"
     num_experts = integer("num_experts", num_experts, way_out)
     if num_experts < 2:
         raise ValueError(f"num_experts: expected an integer >= 2, got {num_experts}; {way_out}")
@@ -88,7 +88,7 @@ def suggest(
     smoothing = finite_float("label_smoothing", label_smoothing, low=0.0, high=1.0, expected=expected)
     one_of("training", training, ("underfit", "usual", "long"))
     if temperature is not None:
-        temperature = positive_float("temperature", temperature, "calibration.fit(...).temperature is one")
+        temperature = positive_float("temperature", temperature, "calibration.fit(...).temperature gives one")
 
     tau, rule, why = _choose(num_experts, classifier == "linear", smoothing > 0, training, temperature)
     reason = f"tau = {rule} = {tau:.4g}, {why}."
@@ -100,9 +100,9 @@ def suggest(
 def _choose(
     k: int, is_linear: bool, is_smoothed: bool, training: str, temperature: float | None
 ) -> tuple[float, str, str]:
-    """Give tau, its formula, and why it is this one."""
+    """Give tau, its formula, and the reason."""
     if is_linear:
-        return k - 1.0, "K - 1", "because the heads are linear, whatever their temperature"
+        return k - 1.0, "K - 1", "because the heads are linear"
     if temperature is not None:
         taken = min(max(temperature, _LOWEST), _HIGHEST)
         bounded = "" if taken == temperature else f", taken as {taken:g}"

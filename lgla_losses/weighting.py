@@ -30,22 +30,22 @@ class AAWWeighter(nn.Module):
 
     .. math:: g = 1 + \max(0, \theta_k^{y_i} - \theta_k^{ref})
 
-    There is one reference per (expert, group): the batch mean of that expert's angles over the
-    samples whose own label lies in the group, for the global expert too. This is how the authors'
-    released code settles what the paper leaves open. A group absent from the batch changes
-    nothing, ignored targets have weight 0 and enter no mean, and no gradient flows.
+    There is one reference angle per expert and group: the batch mean of that expert's angles over the samples
+    whose own label lies in the group, for the global expert too. The paper leaves this open; the authors'
+    released code does it so. A group absent from the batch has no effect. Ignored targets have weight 0 and
+    are left out of the means. No gradient flows through the weights.
 
-    Under an initialised ``torch.distributed``, with ``sync`` and gradients enabled, the means are
-    over the global batch, so R ranks equal one process; one collective of ``(K + 1)(K - 1) + 1``
-    numbers. Without gradients it never communicates.
+    Under an initialised ``torch.distributed``, with ``sync`` and gradients enabled, the means are over the
+    global batch, so R ranks give the same as one process. This takes one collective of ``(K + 1)(K - 1) + 1``
+    numbers. Without gradients the ranks never communicate.
 
     Source: Tao et al., ICCV 2023, Eqs. 7 and 8.
 
     Args:
         grouper: the groups of the classes.
-        ignore_index: target of samples that count nothing.
+        ignore_index: target value of samples to ignore.
         sync: take the means over all ranks of a distributed job.
-        process_group: the ranks to take them over; None means all.
+        process_group: the ranks that share the means; None means all.
         validate_args: check values, as in :class:`LGLALoss`.
 
     Raises:
@@ -90,8 +90,8 @@ class AAWWeighter(nn.Module):
     def statistics(self, angles: Tensor, target: Tensor) -> Tensor:
         """Sum the angles ``[G, K]`` and count the samples ``[G, 1]`` of every group, over all ranks.
 
-        The sums over the counts are the reference angles, which are useful to log. The counts also give the
-        number of samples in the global batch without a second collective.
+        The sums divided by the counts are the reference angles, which are useful to log. The counts also give
+        the number of samples in the global batch without a second collective.
 
         Args:
             angles: radians ``[N, K]``.
@@ -107,7 +107,7 @@ class AAWWeighter(nn.Module):
         return Ranks(number, self.process_group).sum(local)
 
     def forward(self, angles: Tensor, target: Tensor, statistics: Tensor | None = None) -> Tensor:
-        """Compute Eq. 8. With ``statistics``, from the method of that name, they are not computed again."""
+        """Compute Eq. 8. Pass ``statistics`` from the method of that name to avoid computing them again."""
         self._check_inputs(angles, target)
         angles = angles.to(functional.compute_dtype(angles.dtype))
         if statistics is None:
@@ -136,7 +136,7 @@ class AAWWeighter(nn.Module):
         if not angles[target != self.ignore_index].isfinite().all():
             raise ValueError(
                 "angles: expected finite radians, got NaN or infinity; look for them in the features and "
-                "class weights that the angles come from"
+                "class weights of the angles"
             )
 
     def extra_repr(self) -> str:

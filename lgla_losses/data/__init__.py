@@ -1,6 +1,6 @@
-"""Long-tailed data sets: how many samples a class keeps, which ones, their files, and a sampler.
+"""Long-tailed data sets: how many samples each class keeps, which ones, their files, and a sampler.
 
-Only what opens images needs more than PyTorch: ``pip install "lgla-losses[vision]"``.
+Only opening images needs more than PyTorch: ``pip install pillow``, and torchvision for CIFAR.
 """
 
 from lgla_losses.data.files import read_cifar, read_inaturalist, read_list, read_npz

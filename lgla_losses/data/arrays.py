@@ -1,6 +1,6 @@
-"""Arrays of NumPy's files, whose sizes are checked before they are read.
+"""Arrays in NumPy's files; their sizes are checked before they are read.
 
-A file of a few megabytes may say that it holds terabytes, or hold gigabytes of zeros.
+A file of a few megabytes may claim to hold terabytes, or may hold gigabytes of zeros.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-#: Bytes of an array that may be unpacked whatever it was packed into, and how often its packed size beyond.
+#: Bytes that an array may always take when unpacked; a larger one at most this many times its packed size.
 ALWAYS_UNPACKED = 1 << 28
 MOST_UNPACKED = 100
 
@@ -26,11 +26,11 @@ HEADERS = {
 
 
 def array_names(path: Path) -> list[str] | None:
-    """List the arrays of an ``.npz`` file; None for an ``.npy`` file, which has one without a name.
+    """List the arrays of an ``.npz`` file; None for an ``.npy`` file, which has one unnamed array.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is another file, or damaged.
+        ValueError: it is another kind of file, or damaged.
     """
     with _opened(path) as file:
         if file.read(6) == np.lib.format.MAGIC_PREFIX:
@@ -41,12 +41,12 @@ def array_names(path: Path) -> list[str] | None:
 
 
 def read_array(path: Path, name: str | None = None) -> npt.NDArray[Any]:
-    """Read an array of an ``.npz`` file, or that of an ``.npy`` file.
+    """Read an array of an ``.npz`` file, or the array of an ``.npy`` file.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is another file, or damaged, encrypted or packed too tightly; or the array holds
-            objects.
+        ValueError: it is another kind of file, or damaged, encrypted or compressed too much; or the array
+            holds objects.
     """
     with _opened(path) as file:
         size = path.stat().st_size
@@ -57,8 +57,8 @@ def read_array(path: Path, name: str | None = None) -> npt.NDArray[Any]:
             most = max(ALWAYS_UNPACKED, MOST_UNPACKED * min(member.compress_size, size))
             if member.file_size > most:
                 raise ValueError(
-                    f"{name} takes {member.file_size:,} bytes, packed into {member.compress_size:,}; "
-                    "np.savez does not pack"
+                    f"{name} takes {member.file_size:,} bytes, compressed to {member.compress_size:,}; "
+                    "np.savez does not compress"
                 )
             with archive.open(member) as unpacked:
                 return _read(unpacked, member.file_size)
@@ -67,14 +67,12 @@ def read_array(path: Path, name: str | None = None) -> npt.NDArray[Any]:
 def _read(file: IO[bytes], size: int) -> npt.NDArray[Any]:
     version = np.lib.format.read_magic(file)
     if version not in HEADERS:
-        raise ValueError(f"its format is {version}; np.save writes plain arrays in another")
+        raise ValueError(f"its format is {version}; np.save writes plain arrays in another format")
     shape, _, dtype = HEADERS[version](file)
     claimed, held = math.prod(shape) * dtype.itemsize, size - file.tell()
-    # Objects are pickled, in another number of bytes; NumPy refuses them.
+    # Objects are pickled and take another number of bytes; NumPy refuses them.
     if claimed > held and not dtype.hasobject:
-        raise ValueError(
-            f"an array of shape {list(shape)} takes {claimed:,} bytes, of which there are {held:,}"
-        )
+        raise ValueError(f"an array of shape {list(shape)} takes {claimed:,} bytes, but there are {held:,}")
     file.seek(0)
     array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
     return array
@@ -88,7 +86,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         try:
             yield file
         except Exception as error:
-            # What a damaged file raises in zipfile, its unpackers and NumPy's headers is in no list.
+            # No list names all errors that a damaged file raises in zipfile, its decompressors and NumPy.
             if isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno):
                 raise
             raise ValueError(str(error) or type(error).__name__) from error

@@ -1,4 +1,4 @@
-"""The files that long-tailed image data come in."""
+"""Readers for the files of long-tailed image data."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lgla_losses.data.text import read_lines
 ARRAYS = ("train_images", "train_labels", "val_images", "val_labels")
 PACK = ("train_jpg", "train_off", "train_y", "test_jpg", "test_off", "test_y")
 
-#: Where the images come from that a list or a JSON file names.
+#: Where to get the images that a list or a JSON file names.
 IMAGE_SOURCES = (
     "ImageNet's images come from image-net.org, those of Places365 by "
     "torchvision.datasets.Places365(small=True, download=True), with split='val' too, whose folder "
-    "data_256_standard is to be named data_256, those of iNaturalist by "
-    "torchvision.datasets.INaturalist(version='2018', download=True), whose folder 2018 is to be named "
+    "data_256_standard you rename to data_256, those of iNaturalist by "
+    "torchvision.datasets.INaturalist(version='2018', download=True), whose folder 2018 you rename to "
     "train_val2018"
 )
 
@@ -35,22 +35,22 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, ImageData]:
     """Read the training and validation images of an ``.npz`` file.
 
     It has the arrays ``train_images``, uint8 ``[N, H, W, 3]`` or ``[N, H, W]``, and ``train_labels``,
-    integers ``[N]``, and ``val_images`` and ``val_labels`` alike; or encoded images: ``train_jpg``, the files
-    one after another as uint8, ``train_off``, where each begins and the last ends, ``[N + 1]``, and
-    ``train_y`` ``[N]``, and ``test_...`` alike. Encoded images stay so until they are asked for.
+    integers ``[N]``, and likewise ``val_images`` and ``val_labels``. Or it has encoded images: ``train_jpg``,
+    the files one after another as uint8, ``train_off``, where each starts and the last ends, ``[N + 1]``, and
+    ``train_y`` ``[N]``, and likewise ``test_...``. Images are decoded when they are used.
 
     Returns:
         ``{"train": ..., "val": ...}``, with the numbers of the classes as their names.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is another, or its arrays do not fit.
+        ValueError: it is another kind of file, or its arrays do not fit.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: expected an .npz file with the arrays {', '.join(ARRAYS)} (or {', '.join(PACK)}), got "
-            "none; put one there, or for CIFAR let torchvision download it: read_cifar(..., download=True)"
+            "none; put one there, or let torchvision download CIFAR: read_cifar(..., download=True)"
         )
 
     try:
@@ -128,13 +128,13 @@ def _npz_images(
 def read_cifar(
     root: str | os.PathLike[str], num_classes: int, train: bool = True, download: bool = False
 ) -> ImageData:
-    """Read CIFAR-10 or CIFAR-100 as torchvision keeps them.
+    """Read CIFAR-10 or CIFAR-100 from the files of torchvision.
 
     Args:
-        root: the folder that has ``cifar-10-batches-py`` or ``cifar-100-python`` in it.
+        root: the folder that contains ``cifar-10-batches-py`` or ``cifar-100-python``.
         num_classes: 10 or 100.
-        train: the training images, or the test images.
-        download: get what is missing.
+        train: True for the training images, False for the test images.
+        download: download missing files.
 
     Returns:
         The images, with the names of the classes.
@@ -146,7 +146,7 @@ def read_cifar(
     """
     if num_classes not in (10, 100):
         raise ValueError(f"num_classes: expected 10 or 100, got {describe(num_classes)}")
-    make = getattr(vision_library("torchvision.datasets"), f"CIFAR{num_classes}")
+    make = getattr(vision_library("torchvision.datasets", "torchvision"), f"CIFAR{num_classes}")
     try:
         cifar = make(os.fspath(root), train=train, download=download)
     except RuntimeError as error:
@@ -160,7 +160,7 @@ def read_cifar(
 def read_list(
     list_file: str | os.PathLike[str], root: str | os.PathLike[str], num_classes: int | None = None
 ) -> ImageData:
-    """Read the images of a list file, as published for ImageNet-LT and Places-LT, or made for others.
+    """Read the images of a list file, as published for ImageNet-LT and Places-LT, or your own.
 
     A line is a path and a class index; the path may contain spaces, empty lines are skipped. Images are
     not opened, but the first must exist.
@@ -170,16 +170,16 @@ def read_list(
     Args:
         list_file: text in UTF-8 of at most 256 MiB.
         root: the folder that the paths start from.
-        num_classes: the classes of a test list, which may lack some; None means those of the list, which
-            lacks none.
+        num_classes: number of classes, for a test list in which some may be missing; None takes those of the
+            list, none missing.
 
     Returns:
         The images as paths, in the order of the lines.
 
     Raises:
         FileNotFoundError: the list, the folder or the first image is missing.
-        ValueError: the file is no such text, a line is no path and class index, a class of ``0..C-1`` has no
-            line, or one is not below ``num_classes``.
+        ValueError: the file is not such a text, a line is not a path and class index, a class of ``0..C-1``
+            has no line, or one is not below ``num_classes``.
     """
     list_file, root = Path(list_file), Path(root)
     if num_classes is not None:
@@ -187,7 +187,7 @@ def read_list(
 
     if not list_file.is_file():
         raise FileNotFoundError(
-            f"{list_file}: expected a list file of lines 'path label', got none; put there those of "
+            f"{list_file}: expected a list file of lines 'path label', got none; put one there from "
             "https://github.com/zhmiao/OpenLongTailRecognition-OLTR (ImageNet-LT, Places-LT), or your own; "
             f"{IMAGE_SOURCES}"
         )
@@ -197,7 +197,7 @@ def read_list(
         if line.isspace():
             continue
         fields = line.strip().rsplit(maxsplit=1)
-        # What an int64 cannot hold is no class index.
+        # A number that int64 cannot hold is not a class index.
         if len(fields) != 2 or not fields[1].isdecimal() or len(fields[1]) > 18:
             raise ValueError(
                 f"{list_file}, line {number}: expected a path and a class index >= 0, as in "
@@ -240,7 +240,7 @@ def read_inaturalist(json_file: str | os.PathLike[str], root: str | os.PathLike[
 
     Raises:
         FileNotFoundError: the file, the folder or the first image is missing.
-        ValueError: the file is no such JSON.
+        ValueError: the file is not such a JSON file.
     """
     json_file, root = Path(json_file), Path(root)
     if not json_file.is_file():
@@ -257,11 +257,11 @@ def read_inaturalist(json_file: str | os.PathLike[str], root: str | os.PathLike[
         unknown = [pair for pair in pairs if pair[0] not in files or pair[1] not in names]
         categories = sorted(names)
         if not all(isinstance(file, str) for file in files.values()):
-            raise TypeError("a file_name is no text")
+            raise TypeError("a file_name is not a string")
     except KeyError as error:
         raise ValueError(
             f"{json_file}: expected images (id, file_name), annotations (image_id, category_id) and "
-            f"categories (id, name), got none of the key {error}; the files of tests have no annotations"
+            f"categories (id, name), got no key {error}; test files have no annotations"
         ) from error
     except (RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{json_file}: expected iNaturalist's JSON, got another file ({error})") from error
@@ -284,14 +284,14 @@ def _under(root: Path, paths: Sequence[str]) -> list[str]:
     if not os.path.isfile(whole[0]):
         what = "its images" if root.is_dir() else "the folder of the images"
         raise FileNotFoundError(
-            f"{root}: expected {what}, the first at {whole[0]}, got none; put them there, "
-            f"or give the root that the paths start from; {IMAGE_SOURCES}"
+            f"{root}: expected {what}, the first at {whole[0]}, got none; put them there, or pass the root "
+            f"that the paths start from; {IMAGE_SOURCES}"
         )
     return whole
 
 
 def _absent(labels: Sequence[int]) -> list[int]:
-    """Find classes of ``0..max`` without a label: no more than are shown, as a wrong label may be huge."""
+    """Find classes of ``0..max`` without a label, only as many as are shown: a wrong label may be huge."""
     present = set(labels)
     return list(islice((j for j in range(max(present) + 1) if j not in present), 6))
 

@@ -1,4 +1,4 @@
-"""How many samples a class of a long-tailed data set keeps, and which ones."""
+"""How many samples each class of a long-tailed data set keeps, and which ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lgla_losses._labels import count_classes, label_array
 
 
 def long_tailed_counts(n_max: int, num_classes: int, imbalance_factor: float, kind: str = "exp") -> Tensor:
-    r"""Give the samples per class of a long-tailed data set; class 0 is the largest.
+    r"""Compute the samples per class of a long-tailed data set; class 0 is the largest.
 
     ``"exp"``: :math:`n_j = \lfloor n_{max} \, IF^{-j / (C - 1)} \rfloor`. ``"step"``: the first half of
     the classes keeps :math:`n_{max}`, the second :math:`\lfloor n_{max} / IF \rfloor`. At least 1 each.
@@ -46,7 +46,8 @@ def long_tailed_counts(n_max: int, num_classes: int, imbalance_factor: float, ki
     expected = "a finite number >= 1, the largest class over the smallest"
     factor = finite_float("imbalance_factor", imbalance_factor, low=1.0, high=math.inf, expected=expected)
     if one_of("kind", kind, ("exp", "step")) == "exp":
-        # The same arithmetic as in the published code: 1 / IF first, or a count could round to its neighbour.
+        # Same order of operations as in the published code: with 1 / IF not first, a count could round
+        # differently.
         counts = [int(n_max * (1 / factor) ** (j / max(1.0, num_classes - 1.0))) for j in range(num_classes)]
     else:
         head = (num_classes + 1) // 2
@@ -55,16 +56,16 @@ def long_tailed_counts(n_max: int, num_classes: int, imbalance_factor: float, ki
 
 
 def long_tailed_indices(labels: ArrayLike | Dataset[Any], counts: ArrayLike, seed: int = 0) -> Tensor:
-    """Draw the samples of a long-tailed subset: for equal seeds those of the conventional CIFAR-LT.
+    """Draw the samples of a long-tailed subset; for equal seeds the same as the usual CIFAR-LT.
 
-    One legacy NumPy generator shuffles the samples of class 0, of class 1, and so on; of each class the
-    first are taken. The global NumPy generator is left alone.
+    One legacy NumPy generator shuffles the samples of class 0, of class 1, and so on; the first of each class
+    are taken. The global NumPy generator is not changed.
 
     Source: the code of Cao et al., NeurIPS 2019, which seeds with 0.
 
     Args:
-        labels: what :func:`~lgla_losses.count_classes` takes.
-        counts: samples to take of every class, positive integers ``[C]``.
+        labels: labels, as for :func:`~lgla_losses.count_classes`.
+        counts: samples to take from every class, positive integers ``[C]``.
         seed: 0 to 2**32 - 1.
 
     Returns:
@@ -78,8 +79,8 @@ def long_tailed_indices(labels: ArrayLike | Dataset[Any], counts: ArrayLike, see
         >>> long_tailed_indices([1, 0, 0, 1], counts=[2, 1])
         tensor([2, 1, 0])
     """
-    wanted = integer_array("counts", counts, "long_tailed_counts makes such ones", by_class=True)
-    seed = integer("seed", seed, "it begins NumPy's legacy generator")
+    wanted = integer_array("counts", counts, "long_tailed_counts makes them", by_class=True)
+    seed = integer("seed", seed, "it seeds NumPy's legacy generator")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected an integer 0..2**32 - 1, got {seed}")
     if len(wanted) == 0 or wanted.min() < 1:
@@ -91,8 +92,9 @@ def long_tailed_indices(labels: ArrayLike | Dataset[Any], counts: ArrayLike, see
     if short.size:
         j = short[0]
         raise ValueError(
-            f"counts: expected at most as many as there are, got {wanted[j]} for class {j}, "
-            f"which has {held[j]} ({len(short)} such of {len(wanted)}); lower n_max of long_tailed_counts"
+            f"counts: expected at most as many as there are, got {wanted[j]} for class {j}, which has "
+            f"{held[j]} ({len(short)} of {len(wanted)} classes are too small); lower n_max of "
+            "long_tailed_counts"
         )
 
     generator = np.random.RandomState(seed)

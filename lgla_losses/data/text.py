@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-#: Bytes of the largest text that is read.
+#: Largest text that is read, in bytes.
 LARGEST = 1 << 28
 
 
@@ -14,7 +14,7 @@ def read_lines(path: Path) -> list[str]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no such text, or larger than ``LARGEST``.
+        ValueError: it is not such a text, or larger than ``LARGEST``.
     """
     with path.open("rb") as file:
         content = file.read(LARGEST + 1)

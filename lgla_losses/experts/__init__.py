@@ -1,4 +1,4 @@
-"""K experts on a shared backbone: the network divided, its last stage K times, what they give."""
+"""K experts on a shared backbone: split the network, copy its last stage K times, fuse the outputs."""
 
 from lgla_losses.experts._classifiers import ExpertClassifiers
 from lgla_losses.experts._finding import split_points

@@ -1,4 +1,4 @@
-"""What the layers of a stack keep in Python attributes, such as caches and counters: every copy its own."""
+"""Python attributes of the layers in a stack, such as caches and counters: every copy has its own."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-#: Where the root of a stack has its :class:`CopiesAttributes`.
+#: Key under which the root of a stack holds its :class:`CopiesAttributes`.
 KEY = "_attributes_of_copies"
-#: Attributes that every module has; the others are its own.
+#: Attributes that every module has; all others are the layer's own.
 MODULE_INTERNALS = frozenset(vars(nn.Module()))
-#: Those that copies do not exchange; those of recurrent layers follow the parameters.
+#: Attributes that copies do not exchange; those of recurrent layers follow the parameters.
 NOT_EXCHANGED = MODULE_INTERNALS | {KEY, "_flat_weights", "_flat_weight_refs"}
 CONTAINERS = (dict, list, tuple, set, deque)
 
-#: Own attributes of every layer.
+#: The own attributes of every layer.
 Attributes = dict[nn.Module, dict[str, Any]]
 
 
 def own_attributes(layer: nn.Module) -> dict[str, Any]:
-    """Take the attributes of a layer that not every module has."""
+    """Give the attributes of a layer that not every module has."""
     return {name: v for name, v in vars(layer).items() if name not in MODULE_INTERNALS and name != KEY}
 
 
@@ -38,7 +38,7 @@ def read(layers: Sequence[nn.Module]) -> Attributes:
 
 
 def write(attributes: Attributes) -> None:
-    """Give layers these attributes, and no others."""
+    """Set the attributes of layers to exactly these."""
     for layer, values in attributes.items():
         present = vars(layer)
         for name in present.keys() - values.keys() - NOT_EXCHANGED:
@@ -47,7 +47,7 @@ def write(attributes: Attributes) -> None:
 
 
 def replaced(attributes: Attributes, memo: dict[int, Any]) -> Attributes:
-    """Put the same attributes into containers of their own; for ``memo`` see :func:`copied`."""
+    """Put the same attributes into new containers; for ``memo`` see :func:`copied`."""
     return {
         layer: {name: copied(value, memo) for name, value in values.items()}
         for layer, values in attributes.items()
@@ -55,11 +55,11 @@ def replaced(attributes: Attributes, memo: dict[int, Any]) -> Attributes:
 
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:
-    """Copy containers, and those in them; what is no container stays itself.
+    """Copy containers and the containers inside them; anything else stays the same object.
 
     Args:
         value: of any type.
-        memo: by the ``id`` of an object what takes its place; one container is copied once.
+        memo: maps the ``id`` of an object to its replacement; each container is copied once.
     """
     if id(value) in memo:
         return memo[id(value)]
@@ -81,7 +81,7 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Tell whether two containers hold the same objects."""
+    """Say whether two containers hold the same objects."""
     if value is other or type(value) is not type(other) or not isinstance(value, CONTAINERS):
         return value is other
     if isinstance(value, dict):
@@ -101,8 +101,8 @@ def _only(attributes: Attributes, names: Mapping[nn.Module, set[str]]) -> Attrib
 class CopiesAttributes:
     """Keep the attributes of K copies that share the layers of a stack.
 
-    Between two calls the layers have those of the last copy, or, where the copies ran together, stacks of
-    all. What changes there in the meantime, as a cache that ``train()`` clears, changes for every copy.
+    Between two calls the layers hold the attributes of the last copy, or stacks of all if the copies ran
+    together. A change made between the calls, such as a cache that ``train()`` clears, changes every copy.
 
     Args:
         stacked: the stack.
@@ -115,13 +115,13 @@ class CopiesAttributes:
         self.shared = list(shared)
         self.copies: list[Attributes] = [{} for _ in range(num_experts)]
         self.left: Attributes = {}  # as the last copy left them
-        self.stacks: list[Tensor] = []  # of tensors that layers keep since the copies ran together
+        self.stacks: list[Tensor] = []  # tensors that layers keep since the copies ran together
 
     def __getstate__(self) -> dict[str, Any]:
         if self.stacks:
             return vars(self)
         self.follow()
-        # Nothing that a user has deleted, and nothing that the layers alone can tell.
+        # Leave out what a user has deleted, and what only the layers know.
         differing = {
             layer: {
                 name
@@ -134,16 +134,16 @@ class CopiesAttributes:
         return vars(self) | {"copies": copies, "left": _only(self.left, differing)}
 
     def memo(self, old: Sequence[Tensor] = (), new: Sequence[Tensor] = ()) -> dict[int, Any]:
-        """Make a memo for :func:`copied`: other tensors, and the containers that copies share, which stay."""
+        """Make a memo for :func:`copied`: it replaces tensors and keeps the containers that copies share."""
         kept = {id(value): value for value in self.shared}
         return kept | {id(before): after for before, after in zip(old, new, strict=True)}
 
     def follow(self) -> None:
-        """Give every copy what has changed since the last copy, or all together, have run."""
+        """Pass on to every copy what has changed since the last run."""
         stacks = [(stack, stack.unbind()) for stack in self.stacks]
         differences = self._note()
         memos: list[dict[int, Any]] = [{} for _ in self.copies]
-        # Only where needed: compilers of PyTorch 2.11 know no `id` of a tuple.
+        # Only if needed: the compiler of PyTorch 2.11 does not support `id` of a tuple.
         if any(changed for changed, _ in differences.values()):
             memos = [
                 self.memo([stack for stack, _ in stacks], [entries[k] for _, entries in stacks])
@@ -178,9 +178,9 @@ class CopiesAttributes:
 
     @contextmanager
     def turn(self, k: int) -> Iterator[None]:
-        """Let the layers have the attributes of copy ``k``, and keep what it makes of them.
+        """Give the layers the attributes of copy ``k``, and store the result of its run.
 
-        Copies take turns in order: the layers go on having the attributes of the last one.
+        Copies take turns in order; afterwards the layers keep the attributes of the last one.
         """
         layers, last = self._layers(), len(self.copies) - 1
         write({layer: self.copies[k][layer] for layer in layers})
@@ -195,17 +195,17 @@ class CopiesAttributes:
             self._note()
 
     def _layers(self) -> list[nn.Module]:
-        """List the layers that exchange attributes; while compiling PyTorch's own do not, to save time."""
+        """List the layers that exchange attributes; while compiling without PyTorch's own, to save time."""
         layers = list(self.stacked.modules())
         if torch.compiler.is_compiling():
             layers = [layer for layer in layers if not type(layer).__module__.startswith("torch.nn.")]
         return layers
 
     def gather(self) -> list[Tensor]:
-        """Stack the tensors that copies keep: the stacks, which the layers then have.
+        """Stack the tensors that copies keep, and give the stacks to the layers.
 
         Raises:
-            ValueError: the copies keep what cannot be stacked.
+            ValueError: the copies keep something that cannot be stacked.
         """
         if not self.left:  # they have not run one by one
             return self.stacks
@@ -230,9 +230,9 @@ class CopiesAttributes:
 
                 if not flat or any(structure != flat[0][1] for _, structure in flat):
                     raise ValueError(
-                        f"experts.together: expected copies that keep what can be stacked, got {name!r} "
-                        f"of layer {path!r}, type {type(layer).__name__}, which differs; let the experts run "
-                        "one by one (experts.together = False), or use layout='independent'"
+                        f"experts.together: expected attributes that can be stacked, got {name!r} of layer "
+                        f"{path!r}, type {type(layer).__name__}, which differs between copies; run the "
+                        "experts one by one (experts.together = False), or use layout='independent'"
                     )
 
         write(replaced(self.copies[-1], self.memo() | stacks))
@@ -242,7 +242,7 @@ class CopiesAttributes:
 
 
 def hand_on(kept: CopiesAttributes | None, stacked: nn.Module | None) -> None:
-    """Give a stack what was kept of its copies, where a copy of it has lost that, as of torch.fx."""
+    """Restore the attributes of the copies in a stack that was copied without them, as by torch.fx."""
     if kept is not None and stacked is not None:
         vars(stacked).setdefault(KEY, kept)
 

@@ -1,4 +1,4 @@
-"""K classifiers, one an expert, as one batched matrix product."""
+"""K classifiers, one per expert, as one batched matrix product."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lgla_losses._checks import one_of
 from lgla_losses.experts._running import is_tracing
 from lgla_losses.functional import compute_dtype, unit_vectors
 
-# Compromises between small networks: benchmarks/learning_rate.py shows what they give.
-#: The most that a sample pulls at its features; a row of a new :class:`torch.nn.Linear` has length 0.58.
+# These values are compromises between small networks; benchmarks/learning_rate.py shows their effect.
+#: Largest gradient of a sample for its features; a row of a new :class:`torch.nn.Linear` has length 0.58.
 MOST_PULL = 0.4
-#: The most that a sample turns a class centre: as under a scale of 3.
+#: Largest turn of a class centre by a sample: as with a scale of 3.
 MOST_TURN = 3.0
-#: The standard deviation of a sample's first logits over classes; a new linear layer has about 0.6. Smaller
-#: ones delay AdamW at the low rates of fine-tuning.
+#: Standard deviation of a sample's first logits over classes; a new linear layer has about 0.6. Smaller
+#: values slow AdamW down at the low rates of fine-tuning.
 FIRST_SPREAD = 0.375
 
 
@@ -29,22 +29,22 @@ class ExpertClassifiers(nn.Module):
     :math:`v_k^j = W_k^j \cdot f_k + b_k^j`.
 
     The gradient of a cosine is large: :math:`s / |f|` for features, :math:`s / |W|` for class centres, which
-    turn by :math:`s / |W|^2` a step. At a usual learning rate the first steps then lengthen the class centres
-    and the convolutions below batch norms, and long vectors change direction only slowly. In training mode
-    ``gradient="bounded"`` lets the backward pass take at most 0.4 for the features, about as a new linear
-    layer, and change the direction of class centres at most as fast as a scale of 3 would. The factors do
-    not depend on the gradient: sums over micro-batches and loss scaling stay exact, and AdamW hardly sees
-    them. And the class centres of an expert begin close to each other, so that its first logits differ about
-    as those of a linear layer.
+    turn by :math:`s / |W|^2` per step. At a usual learning rate the first steps then lengthen the class
+    centres and the convolutions before batch norms, and long vectors change direction only slowly. In
+    training mode ``gradient="bounded"`` limits the gradient for the features to 0.4, about that of a new
+    linear layer, and turns class centres at most as fast as a scale of 3 would. The factors do not depend on
+    the gradient: sums over micro-batches and loss scaling stay exact, and AdamW is hardly affected. In
+    addition, the class centres of an expert start close to each other, so that its first logits differ about
+    as much as those of a linear layer.
 
     Args:
         num_experts: ``K``.
         num_features: ``d``.
         num_classes: ``C``.
-        scale: the factor ``s`` of cosine classifiers; None for linear ones.
+        scale: the factor ``s`` of cosine classifiers; None for linear classifiers.
         like: a tensor whose dtype and device the parameters take; None for torch's defaults.
-        gradient: of cosine classifiers: ``"bounded"`` as above, or ``"exact"``, with class centres that begin
-            in any direction, as in the authors' code.
+        gradient: for cosine classifiers: ``"bounded"`` as above, or ``"exact"``, with class centres that
+            start in random directions, as in the authors' code.
 
     Shape:
         - features: ``[N, K, d]``
@@ -69,7 +69,7 @@ class ExpertClassifiers(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weights: linear as :class:`torch.nn.Linear`, cosine of length 1, as the class says."""
+        """Draw weights: linear as in :class:`torch.nn.Linear`; cosine with length 1, as described above."""
         with torch.no_grad():
             if self.bias is None:
                 directions = unit_vectors(self.weight.normal_())
@@ -84,7 +84,7 @@ class ExpertClassifiers(nn.Module):
                 self.bias.uniform_(-bound, bound)
 
     def only(self, expert: int) -> ExpertClassifiers:
-        """Take the classifier of one expert, ``K = 1``; a new module."""
+        """Copy the classifier of one expert into a new module with ``K = 1``."""
         _, num_classes, num_features = self.weight.shape
         single = ExpertClassifiers(1, num_features, num_classes, self.scale, self.weight, self.gradient)
         one = slice(expert, expert + 1)
@@ -102,7 +102,7 @@ class ExpertClassifiers(nn.Module):
         """Compute the logits of every expert from its own features."""
         weight: Tensor = self.weight
         if self.scale is not None:
-            # Not while tracing, which runs with and without gradients and compares.
+            # Not while tracing: it runs with and without gradients and compares.
             bounds = (
                 self.training and self.gradient == "bounded" and torch.is_grad_enabled() and not is_tracing()
             )
@@ -124,11 +124,13 @@ class ExpertClassifiers(nn.Module):
 
 def _directions(vectors: Tensor, bound: float | None, power: int) -> Tensor:
     """Divide vectors by their lengths; the gradient is multiplied by ``bound * length**power``, at most 1."""
-    # The squares of half-precision numbers would over- or underflow.
+    # The squares of half-precision numbers would overflow or underflow.
     wide = vectors.to(compute_dtype(vectors.dtype))
     directions = unit_vectors(wide)
     if bound is not None:
         length = torch.linalg.vector_norm(wide.detach(), dim=-1, keepdim=True)
         factor = (bound * length**power).clamp(max=1.0)
-        directions = torch.lerp(directions.detach(), directions, factor)  # between equals: changes no value
+        directions = torch.lerp(
+            directions.detach(), directions, factor
+        )  # both ends are equal: no value changes
     return directions.to(vectors.dtype)

@@ -1,4 +1,4 @@
-"""Finds the layer of a network that classifies, and where the network can be split."""
+"""Find the classifier of a network, and the points where the network can be split."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from lgla_losses.experts.backbone import (
     trace_to_classifier,
 )
 
-#: What torchvision, timm and transformers call their classifiers, or the modules around them.
+#: Names of classifiers, or of the modules around them, in torchvision, timm and transformers.
 NAMES = ("fc", "classifier", "score", "heads", "head", "classification_head")
-#: Modules that follow one another.
+#: Containers whose modules follow one another.
 LISTS = (nn.Sequential, nn.ModuleList)
 #: How the errors end.
 WAY_OUT = "pass the path of the linear layer that classifies as head="
 
 
 def find_classifier(model: nn.Module, head: str = "auto") -> str:
-    """Find the path of the linear layer that gives a network's output, by a constant factor or as it is.
+    """Find the path of the linear layer that gives a network's output, perhaps times a constant.
 
-    Asks timm's ``get_classifier()``, else follows the network's code from its output back, else, where that
-    cannot be traced, takes the last linear layer if it has one of the field's names, or a shape of its own.
+    It asks timm's ``get_classifier()``, else follows the network's code back from its output. If the code
+    cannot be traced, it takes the last linear layer, if that has a usual name or a shape that no other has.
 
     Args:
         model: the network.
-        head: the path where it is known; it is checked.
+        head: the path, if it is known; it is checked.
 
     Raises:
-        TypeError: ``model`` is no module, or ``head`` no string.
-        ValueError: there is no such layer, or several could be it.
+        TypeError: ``model`` is not a module, or ``head`` not a string.
+        ValueError: there is no such layer, or there are several candidates.
     """
     check_network(model)
     if head != "auto":
@@ -83,21 +83,21 @@ def find_classifier(model: nn.Module, head: str = "auto") -> str:
 
 
 def _classifier_of(model: nn.Module) -> Any:
-    """Ask timm's ``get_classifier()``; give the network where there is no such method."""
+    """Ask timm's ``get_classifier()``; give the network itself if it has no such method."""
     get_classifier = getattr(model, "get_classifier", None)
     return get_classifier() if callable(get_classifier) else model
 
 
 def _refuse_two_classifiers(model: nn.Module) -> None:
-    """Raise for a distilled network, which gives the mean of two classifiers' logits."""
+    """Raise for a distilled network, which returns the mean of two classifiers' logits."""
     heads = _classifier_of(model)
     if isinstance(heads, tuple):
         layers = [list(linear_layers(head).values()) for head in heads]
         paths = [_path_of(model, of_head[-1]) for of_head in layers if of_head]
         raise ValueError(
             f"model: expected a network with one linear classifier, got a {type(model).__name__}, whose "
-            f"get_classifier() gives {' and '.join(map(repr, paths))}; for the features of both create it "
-            f"with num_classes=0 and pass {BEHIND}; for those of one pass its path as head= and a split as "
+            f"get_classifier() gives {' and '.join(map(repr, paths))}; to use the features of both, create "
+            f"it with num_classes=0 and pass {BEHIND}; to use one, pass its path as head= and a split as "
             "at=; or create it without distillation (deit_tiny_patch16_224; LeViT: distilled=False)"
         )
 
@@ -107,41 +107,41 @@ def _path_of(model: nn.Module, layer: nn.Module) -> str:
 
 
 def _path_by_name(model: nn.Module) -> str | None:
-    """Find the last linear layer of what has one of the field's names, if it is the last of the network."""
+    """Find the last linear layer of a module with a usual name, if it is the last of the network."""
     for name in NAMES:
         named = getattr(model, name, None)
         if isinstance(named, nn.Module):
             layers = list(linear_layers(named).values())
             if layers:
                 path = _path_of(model, layers[-1])
-                # Models of transformers name what classifies, and may have more behind it.
+                # Models of transformers name their classifier, and may have more layers after it.
                 is_last = is_transformers_model(model) or path == list(linear_layers(model))[-1]
                 return path if is_last else None
     return None
 
 
 def _last_linear(model: nn.Module) -> str:
-    """Take the last linear layer, unless others of its shape could be meant as well."""
+    """Take the last linear layer, unless other layers of its shape could be meant too."""
     layers = linear_layers(model)
     shapes = [sizes_of_classifier(layer) for layer in layers.values()]
-    # A model of transformers without a head has linear layers, but none that classifies.
+    # A model of transformers without a head has linear layers, but no classifier.
     if not layers or is_transformers_model(model) or shapes.count(shapes[-1]) > 1:
         raise ValueError(
-            f"model: expected a network with one linear classifier, got a {type(model).__name__}, where it "
-            f"was not found by get_classifier(), by its code, nor by the names {', '.join(NAMES)}; "
+            f"model: expected a network with one linear classifier, got a {type(model).__name__}, where "
+            f"none was found by get_classifier(), by its code, or by the names {', '.join(NAMES)}; "
             f"{told_last_layers(model)}; {WAY_OUT}"
         )
     return list(layers)[-1]
 
 
 def remove_classifier(model: nn.Module, path: str) -> nn.Module:
-    """Put an identity in the place of the classifier, and of a softmax behind it; give what is left.
+    """Replace the classifier, and a softmax after it, by an identity; return the rest.
 
-    Where the network's own code scales the logits, what is left is the part before the classifier.
+    If the network's own code scales the logits, the rest is the part before the classifier.
 
     Raises:
-        ValueError: there are two classifiers, or the network's own code makes something else of the
-            logits, as a softmax.
+        ValueError: there are two classifiers, or the network's own code changes the logits, for example by a
+            softmax.
     """
     if not path:
         return nn.Identity()
@@ -149,7 +149,7 @@ def remove_classifier(model: nn.Module, path: str) -> nn.Module:
 
     layers = {f"model.{name}": module for name, module in model.named_modules(remove_duplicate=False)}
     gone, is_scaled = [layers[f"model.{path}"]], False
-    # What transformers makes of logits is an output that holds them, or a choice of tokens.
+    # Models of transformers put the logits into an output, or choose tokens.
     for call in [] if is_transformers_model(model) else calls_behind_classifier(model, path):
         layer = layers.get(str(call.target))
 
@@ -160,9 +160,9 @@ def remove_classifier(model: nn.Module, path: str) -> nn.Module:
         elif not isinstance(layer, nn.Identity | nn.Flatten) and call.target not in RESHAPING_CALLS:
             raise ValueError(
                 f"model: expected a network that returns the logits of {path!r}, got a "
-                f"{type(model).__name__}, whose code makes something else of them "
-                f"({call.name.removeprefix('model_')}); remove that, as the losses take logits, or split the "
-                "network by at="
+                f"{type(model).__name__}, whose code changes them "
+                f"({call.name.removeprefix('model_')}); remove that, because the losses take logits, or "
+                "split the network by at="
             )
 
     if is_scaled:  # the factor would scale the features
@@ -174,35 +174,35 @@ def remove_classifier(model: nn.Module, path: str) -> nn.Module:
 
 
 def check_kept(model: nn.Module, path: str) -> nn.Linear:
-    """Give the classifier that experts are to begin with.
+    """Give the classifier that the experts start from.
 
     Raises:
-        ValueError: it is no nn.Linear, or the network's own code scales its logits.
+        ValueError: it is not an nn.Linear, or the network's own code scales its logits.
     """
     layer = model.get_submodule(path)
     if not isinstance(layer, nn.Linear):
         raise ValueError(
-            f"keep_head: expected False for a classifier that is no nn.Linear, got True and {path!r}, a "
-            f"{type(layer).__name__}; leave keep_head=False: the classifiers are new, of the scale= you give"
+            f"keep_head: expected False for a classifier that is not an nn.Linear, got True and {path!r}, a "
+            f"{type(layer).__name__}; set keep_head=False: the classifiers are new, with the scale= you pass"
         )
 
     behind = [] if is_transformers_model(model) or not path else calls_behind_classifier(model, path)
     for call in behind:
         if scaled_by_constant(call) is not None:
             raise ValueError(
-                f"keep_head: expected False for a network that scales its logits, got True and a "
-                f"{type(model).__name__}, whose code does that to those of {path!r} "
-                f"({call.name.removeprefix('model_')}); leave keep_head=False, or put the factor into the "
-                "classifier's weight and bias"
+                "keep_head: expected False for a network that scales its logits, got True and a "
+                f"{type(model).__name__}, whose code scales those of {path!r} "
+                f"({call.name.removeprefix('model_')}); set keep_head=False, or multiply the classifier's "
+                "weight and bias by the factor"
             )
     return layer
 
 
 class Watch:
-    """Look, once in each mode, at what a network does with its logits: no tracing sees all of that.
+    """Check once in each mode what a network does with its logits: tracing does not see all of it.
 
     Args:
-        path: of the identity in the place of the classifier.
+        path: path of the identity that replaces the classifier.
     """
 
     def __init__(self, path: str) -> None:
@@ -210,10 +210,10 @@ class Watch:
         self.unseen = {True, False}
 
     def run(self, trunk: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
-        """Run the trunk. Where its mode is new, this reads values.
+        """Run the trunk. The first run in each mode reads values.
 
         Raises:
-            ValueError: it does not return what the identity gives.
+            ValueError: it does not return the output of the identity.
         """
         if torch.compiler.is_compiling() or is_tracing() or trunk.training not in self.unseen:
             return trunk(*inputs, **kwargs)
@@ -232,9 +232,9 @@ class Watch:
                 raise ValueError(
                     f"head: expected a network that returns the logits of {self.path!r} as they are, got a "
                     f"{type(trunk).__name__}, whose code "
-                    + ("makes something else of them" if given else "does not call that layer")
-                    + "; remove what it does, as the losses take logits (the experts have a scale= of "
-                    "their own), or name another layer by head="
+                    + ("changes them" if given else "does not call that layer")
+                    + "; remove that code, because the losses take logits (the experts have their own "
+                    "scale=), or name another layer by head="
                 )
             self.unseen.discard(trunk.training)
         return returned
@@ -250,7 +250,7 @@ def _has_values(features: Tensor) -> bool:
 
 
 def _are_rows(features: Tensor, logits: Tensor) -> bool:
-    """Tell whether the first features are among the logits, as they are or in another precision."""
+    """Say whether the first features are among the logits, in the same or another precision."""
     if features.shape[-1] != logits.shape[-1]:
         return False
     few, rows = features.flatten(0, -2)[:4], logits.flatten(0, -2).to(features.dtype)
@@ -259,24 +259,24 @@ def _are_rows(features: Tensor, logits: Tensor) -> bool:
 
 
 def split_points(model: nn.Module) -> list[str]:
-    """List where a network can be split, as ``at`` of :class:`ExpertModel` and :func:`split_backbone` says.
+    """List where a network can be split: values for ``at`` of :class:`ExpertModel` or :func:`split_backbone`.
 
-    These are the stages or blocks of a network, or the layers of one without such, from which on the
-    rest can be copied and before which something with weights is left to share. The first of the list is the
-    default advice: the last point behind which a third of the blocks' parameters lie. That is the last
-    stage of a ResNet or ConvNeXt, and the last third of the blocks of a ViT or BERT. The others follow in the
-    network's order; the authors split a ResNet-50 at ``"layer3"``, which is dearer.
+    They are the stages or blocks of a network, or its layers if it has no blocks. From such a point on the
+    rest can be copied, and before it there are weights left to share. The first in the list is the default
+    advice: the last point with a third of the blocks' parameters after it. That is the last stage of a ResNet
+    or ConvNeXt, and the last third of the blocks of a ViT or BERT. The others follow in the network's order;
+    the authors split a ResNet-50 at ``"layer3"``, which costs more.
 
-    Each is tried, which runs the code around it, but no layer.
+    Each point is tried: this runs the code around it, but no layer.
 
     Args:
-        model: a network of torchvision, timm or transformers, or one's own.
+        model: a network of torchvision, timm or transformers, or your own.
 
     Returns:
-        Dotted paths; an empty list where the network cannot be split.
+        Dotted paths; an empty list if the network cannot be split.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: ``model`` is compiled.
 
     Example:
@@ -312,7 +312,7 @@ def _blocks(model: nn.Module, head: str | None) -> dict[str, int]:
             break
         ((path, module),) = (holders or body).items()
 
-    if not holders and not is_list:  # lists of layers, not of blocks: every layer
+    if not holders and not is_list:  # no blocks: take every layer
         opened = {p: _body(p, child, head) if isinstance(child, LISTS) else {} for p, child in body.items()}
         lists = [children if len(children) > 1 else {p: body[p]} for p, children in opened.items()]
         body = {p: child for children in lists for p, child in children.items()}
@@ -320,14 +320,14 @@ def _blocks(model: nn.Module, head: str | None) -> dict[str, int]:
 
 
 def _body(path: str, module: nn.Module, head: str | None) -> dict[str, nn.Module]:
-    """Take the children with parameters, but for the one with the classifier where there are others."""
+    """Take the children with parameters, without the one with the classifier if there are others."""
     children = {f"{path}.{name}".lstrip("."): child for name, child in module.named_children()}
     children = {p: child for p, child in children.items() if _size(child) and p != head}
     return {p: child for p, child in children.items() if not (head and is_below(head, p))} or children
 
 
 def _holds_blocks(module: nn.Module) -> bool:
-    """Tell whether there is a list of modules that consist of layers themselves."""
+    """Say whether there is a list of modules that consist of layers themselves."""
     lists = (layer for layer in module.modules() if isinstance(layer, LISTS))
     return any(sum(any(True for _ in child.children()) for child in blocks) > 1 for blocks in lists)
 

@@ -1,8 +1,8 @@
-"""K stacked copies of a module run: together, or one after another.
+"""Run K stacked copies of a module: together, or one after another.
 
 Together they run under ``torch.func.vmap``, which turns convolutions into K-fold grouped ones and has rules
-for the other layers: none but batch norm needs code of its own, and channels of one expert cannot reach
-another. One after another they take turns in the layers of the stack.
+for the other layers. Only batch norm needs its own code, and channels of one expert cannot reach another. One
+after another, they take turns in the layers of the stack.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lgla_losses.experts._stacking import (
     stores_of,
 )
 
-#: What autocast runs in low precision, for :class:`_UnderVmap`.
+#: Functions that autocast runs in low precision, for :class:`_UnderVmap`.
 MATRIX_PRODUCTS = {
     F.linear,
     F.multi_head_attention_forward,
@@ -50,13 +50,13 @@ MATRIX_PRODUCTS = {
     torch.conv_transpose2d,
     torch.conv_transpose3d,
 }
-#: New tensors, which layers fill with random numbers; see :class:`_UnderVmap`.
+#: Functions that make new tensors, which layers fill with random numbers; see :class:`_UnderVmap`.
 FACTORIES = {
     *(torch.empty, torch.zeros, torch.ones, torch.full),
     *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like),
     *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
 }
-#: What makes a Python value of a tensor; see :class:`_UnderVmap`.
+#: Functions that turn a tensor into a Python value; see :class:`_UnderVmap`.
 READERS = {Tensor.__bool__, Tensor.__float__, Tensor.__index__, Tensor.__int__, Tensor.item, Tensor.tolist}
 BATCH_NORM = inspect.signature(F.batch_norm)
 
@@ -74,11 +74,11 @@ def run_separately(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]
     """Run the copies one after another on the same inputs: K outputs.
 
     Raises:
-        ValueError: the forward pass does to parameters or buffers what a stack cannot keep.
+        ValueError: the forward pass changes parameters or buffers in a way that a stack cannot keep.
     """
     layers = list(stacked.modules())
     entries: dict[Tensor, Sequence[Tensor]] = {p: p.unbind() for p in stacked.parameters()}
-    # Through which every copy updates its own running statistics.
+    # Every copy updates its own running statistics through these.
     entries |= {buffer: _entries(buffer) for buffer in stacked.buffers()}
     in_memory = {tensor: copies for tensor, copies in entries.items() if _is_in_memory(copies[0])}
 
@@ -97,7 +97,7 @@ def run_separately(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]
             path, layer = _innermost_layer(stacked, error.__traceback__)
             raise ValueError(
                 f"stage: expected parameters that forward reads, got layer {path!r} of type "
-                f"{type(layer).__name__}, which writes into one; write into its .data there, or use "
+                f"{type(layer).__name__}, which writes into a parameter; write into its .data there, or use "
                 "layout='independent'"
             ) from error
         for (tensor, copies), address in zip(in_memory.items(), addresses, strict=True):
@@ -117,8 +117,8 @@ def run_separately(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]
 def _entries(buffer: Tensor) -> Sequence[Tensor]:
     """Give a buffer of every copy, in the memory of the stack.
 
-    Autograd counts the writes into each by itself, from one call to the next: of plain views it would refuse
-    what a copy saved for backward as soon as the next one writes into its own.
+    Autograd counts the writes into each of them separately, from one call to the next. With plain views it
+    would refuse what one copy saved for backward as soon as the next copy writes into its own buffer.
     """
     views = buffer.unbind()
     if not _is_in_memory(views[0]) or torch.is_inference_mode_enabled():
@@ -130,23 +130,23 @@ def _entries(buffer: Tensor) -> Sequence[Tensor]:
 
 
 def _is_in_memory(tensor: Tensor) -> bool:
-    """Tell whether a tensor has memory; none has that a compiler, an exporter or torch.func looks at."""
+    """Say whether a tensor has memory; it has none inside a compiler, an exporter or torch.func."""
     seen = torch.compiler.is_compiling() or is_tracing() or type(tensor) not in (Tensor, nn.Parameter)
     return not seen and not is_wrapped(tensor)
 
 
 def is_tracing() -> bool:
-    """Tell whether :func:`torch.jit.trace` looks on, as for TensorBoard; it cannot see into vmap."""
+    """Say whether :func:`torch.jit.trace` is running, as for TensorBoard; it cannot trace vmap."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _replace(layers: Sequence[nn.Module], slot: Slot, entries: Sequence[Tensor | None]) -> None:
-    """Put a new stack in the place of a buffer."""
+    """Replace a buffer by a new stack."""
     tensors = [entry for entry in entries if entry is not None]
     kinds = {(tensor.shape, tensor.dtype) for tensor in tensors}
     if len(kinds) > 1 or len(tensors) < len(entries):
         raise ValueError(
-            "stage: expected copies that give a buffer one shape and dtype, got others from copy to copy for "
+            "stage: expected the same shape and dtype in every copy, got different ones for buffer "
             f"{_path(layers, slot)!r}; use layout='independent'"
         )
     store, name = slot
@@ -156,15 +156,15 @@ def _replace(layers: Sequence[nn.Module], slot: Slot, entries: Sequence[Tensor |
 def _run_copy(
     layers: Sequence[nn.Module], tensors: dict[Tensor, Tensor], inputs: tuple[Any, ...]
 ) -> tuple[Any, dict[Slot, Tensor]]:
-    """Run one copy: its output, and the new tensors that it put in the place of buffers.
+    """Run one copy: give its output, and the new tensors that replace buffers.
 
-    Not by :func:`torch.func.functional_call`: it exchanges the tensors of a layer with two paths twice, which
-    leaves them exchanged, and it refuses to be traced.
+    It does not use :func:`torch.func.functional_call`, which swaps the tensors of a layer with two paths
+    twice, so that they stay swapped, and which refuses to be traced.
 
     Args:
-        layers: those of the stack, each once, the stack itself first.
-        tensors: those of the copy, for every parameter and buffer of the stack.
-        inputs: what the copies take.
+        layers: the layers of the stack, each once, the stack itself first.
+        tensors: the tensors of the copy, for every parameter and buffer of the stack.
+        inputs: the inputs of the copies.
     """
     stores, weights = stores_of(layers), [(layer, layer._flat_weights) for layer in recurrent_layers(layers)]
     slots = slots_of(stores)
@@ -184,18 +184,18 @@ def _run_copy(
     for slot in changed:
         if slot not in new or isinstance(slots.get(slot), nn.Parameter):
             raise ValueError(
-                "stage: expected a forward pass that keeps parameters, and that puts tensors without a graph "
-                f"into buffers, got one that puts something else into {_path(layers, slot)!r}; write into "
+                "stage: expected a forward pass that keeps its parameters and sets buffers to tensors "
+                f"without a graph, got one that sets {_path(layers, slot)!r} to something else; write into "
                 "it by .copy_() under torch.no_grad(), or use layout='independent'"
             )
     return output, new
 
 
 def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) -> Tensor:
-    """Run the copies at once on the same inputs: one output ``[K, ...]``.
+    """Run the copies together on the same inputs: one output ``[K, ...]``.
 
-    Random layers draw independently per copy, and every copy updates its own running statistics. What layers
-    keep in attributes is stacked as well.
+    Random layers draw independently per copy, and every copy updates its own running statistics. Tensors in
+    attributes of layers are stacked too.
 
     Raises:
         ValueError: a layer has no rule under vmap; the message names its path and type.
@@ -220,7 +220,7 @@ def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) 
         under_vmap.extend(dict.fromkeys(t for t in _kept_tensors(layers) if t not in before))
         return output, list(buffers.values()), under_vmap
 
-    # The index gives vmap its size also where a stage has no parameters.
+    # The index gives vmap its size even if a stage has no parameters.
     index = torch.arange(num_experts, device=device)
     try:
         output, buffers, kept = vmap(one_copy, randomness="different")(index, tensors, stacks)
@@ -233,15 +233,15 @@ def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) 
             raise
         path, layer = _innermost_layer(stacked, error.__traceback__)
         raise ValueError(
-            f"stage: layer {path!r} of type {type(layer).__name__} cannot run grouped ({error}); "
-            "let the experts run one by one (experts.together = False), or use layout='independent'"
+            f"stage: layer {path!r} of type {type(layer).__name__} cannot run grouped ({error}); run the "
+            "experts one by one (experts.together = False), or use layout='independent'"
         ) from error
 
     for slot, entries in zip(slots, buffers, strict=True):
         _replace(layers, slot, entries.unbind())
 
     if copies is not None:
-        # What a container that copies share kept under vmap is of no use outside.
+        # What a shared container kept under vmap cannot be used outside.
         useless = set(map(id, under_vmap))
         copies.shared = [v for v in copies.shared if useless.isdisjoint(map(id, pytree.tree_leaves(v)))]
         write(replaced(read(layers), copies.memo(under_vmap, kept)))
@@ -250,7 +250,7 @@ def run_together(stacked: nn.Module, num_experts: int, inputs: tuple[Any, ...]) 
 
 
 def _kept_tensors(layers: Sequence[nn.Module]) -> list[Tensor]:
-    """Find tensors in the layers' attributes, kept of a batch; compilers do not look."""
+    """Find tensors of a batch in the layers' attributes; not while compiling."""
     if torch.compiler.is_compiling():
         return []
     attributes = (value for layer in layers for value in own_attributes(layer).values())
@@ -259,11 +259,12 @@ def _kept_tensors(layers: Sequence[nn.Module]) -> list[Tensor]:
 
 
 class _UnderVmap(TorchFunctionMode):
-    """Do what vmap does badly: batch norms, fills, values that are read, and the casts of autocast.
+    """Handle what vmap handles badly: batch norms, fills, values that are read, and casts of autocast.
 
-    New tensors become one a copy, so that each fills its own. A Python value of a tensor is that of all
-    copies, such as the number of batches that a norm has seen. Convolutions and matrix products take low
-    precision; instance norms, whose unfolded form takes no mixed one, float32, and give back what they got.
+    New tensors are made once per copy, so that each copy fills its own. A tensor read as a Python value must
+    be the same in all copies, such as the number of batches that a norm has seen. Convolutions and matrix
+    products run in low precision. Instance norms run in float32, because their unfolded form takes no mixed
+    precision, and return the dtype of their input.
 
     Args:
         index: the copy's number, under vmap.
@@ -284,7 +285,7 @@ class _UnderVmap(TorchFunctionMode):
             call = BATCH_NORM.bind(*args, **kwargs)
             call.apply_defaults()
             return _BatchNorm.apply(*call.args)  # type: ignore[no-untyped-call]
-        if func is F.group_norm:  # it asks for the memory format, which vmap refuses to tell
+        if func is F.group_norm:  # it asks for the memory format, which fails under vmap
             inputs, *rest = args or (kwargs.pop("input"),)
             args = (inputs.contiguous(), *rest)
 
@@ -307,8 +308,8 @@ class _UnderVmap(TorchFunctionMode):
 class _BatchNorm(torch.autograd.Function):
     """Run K batch norms as one with K times the channels.
 
-    vmap's own rule applies weight and bias in passes of their own and fixes the batch size. Autograd
-    records what the rule below calls; there is no other way into this function.
+    vmap's own rule applies weight and bias in separate passes and fixes the batch size. Autograd records what
+    the rule below calls; this function is not called in another way.
     """
 
     @staticmethod
@@ -336,9 +337,9 @@ class _BatchNorm(torch.autograd.Function):
 
 
 class _Agreed(torch.autograd.Function):
-    """Give the tensor in which all copies agree; outside of vmap the tensor itself.
+    """Give the tensor that is the same in all copies; outside of vmap the tensor itself.
 
-    Not differentiable: it is read.
+    Not differentiable: its value is read.
     """
 
     @staticmethod
@@ -358,7 +359,7 @@ class _Agreed(torch.autograd.Function):
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Cast floating-point tensors to ``dtype``, but no float64, which autocast leaves alone."""
+    """Cast floating-point tensors to ``dtype``, except float64, which autocast does not change."""
     is_castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
     return value.to(dtype) if is_castable else value
 
@@ -366,7 +367,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 def _runs_alone(
     stacked: nn.Module, tensors: Sequence[Tensor], stacks: Sequence[Tensor], inputs: tuple[Any, ...]
 ) -> bool:
-    """Tell whether a single copy takes these inputs, so that an error came from running K at once."""
+    """Say whether a single copy takes these inputs, so that an error came from running K together."""
     layers = list(stacked.modules())
     attributes = read(layers)
     write(replaced(attributes, {id(stack): stack[0] for stack in stacks}))

@@ -1,4 +1,4 @@
-"""Writes a model of experts into a folder, and makes it again of what lies there."""
+"""Write a model of experts into a folder, and load it again from there."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from lgla_losses.experts.backbone import check_network, is_transformers_model
 if TYPE_CHECKING:
     from lgla_losses.experts.model import ExpertModel
 
-#: What a folder holds, beside the ``config.json`` of transformers.
+#: Files in a folder, beside the ``config.json`` of transformers.
 WEIGHTS, RECORD = "model.safetensors", "experts.json"
 CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Say of which network a model of experts was made, and where it was divided."""
+    """Record from which network a model of experts was made, and where it was split."""
 
     network: str
     head: str
     at: str | None
     config: Any = None
-    #: Whether transformers has this class, so that the config is all that it takes to make one.
+    #: Whether transformers has this class, so that its config is enough to make one.
     in_transformers: bool = False
 
     @classmethod
     def of(cls, network: nn.Module, head: str, at: str | None) -> Origin:
-        """Note the class of the network; of transformers its config too."""
+        """Note the class of the network, and for transformers its config."""
         kind = type(network)
         config = copy.deepcopy(network.config) if is_transformers_model(network) else None
         return cls(
@@ -48,12 +48,12 @@ class Origin:
 
 
 def save(model: ExpertModel, directory: str | os.PathLike[str]) -> None:
-    """Write weights, record and config beside those that are there, then rename each."""
+    """Write weights, record and config beside the existing files, then rename each."""
     folder, origin = _folder(directory), model._origin
     if origin is None:
         raise ValueError(
-            "model: expected one that from_model made, got an ExpertModel of parts, which no record can make "
-            "again; save its state_dict() and load it into one of the same parts"
+            "model: expected one made by from_model, got an ExpertModel made from parts, which a record "
+            "cannot rebuild; save its state_dict() and load it into a model made from the same parts"
         )
     safetensors = _imported("safetensors.torch")
     record = {
@@ -70,7 +70,7 @@ def save(model: ExpertModel, directory: str | os.PathLike[str]) -> None:
         if origin.config is not None:
             _config_of(model, origin).save_pretrained(new)
         safetensors.save_file(weights, new / WEIGHTS, metadata={"format": "pt"})
-        shutil.copymode(new / RECORD, new / WEIGHTS)  # safetensors keeps it from others
+        shutil.copymode(new / RECORD, new / WEIGHTS)  # safetensors writes a file that only its owner can read
 
         for file in (CONFIG, RECORD, WEIGHTS):
             if (new / file).exists():
@@ -78,13 +78,13 @@ def save(model: ExpertModel, directory: str | os.PathLike[str]) -> None:
 
 
 def _options(model: ExpertModel, origin: Origin) -> dict[str, Any]:
-    """Read what from_model is to be called with off the model as it is now."""
+    """Read the arguments for from_model off the model in its current state."""
     experts, classifiers = model.experts, model.experts.classifiers
     options = {
         "num_experts": experts.num_experts,
         "num_classes": classifiers.weight.shape[1],
         "at": origin.at,
-        "head": origin.head or "auto",  # of a linear layer alone the path is empty
+        "head": origin.head or "auto",  # if the network is a single linear layer, the path is empty
         "layout": experts.layout,
         "eval_output": model.eval_output,
         "classifier": "linear" if classifiers.scale is None else "cosine",
@@ -94,7 +94,7 @@ def _options(model: ExpertModel, origin: Origin) -> dict[str, Any]:
 
 
 def _weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copy the state, each tensor into memory of its own; of tied weights the last name."""
+    """Copy the state, each tensor into its own memory; tied weights under their last name."""
     state = model.state_dict(keep_vars=True)
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -111,8 +111,8 @@ def _weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _config_of(model: ExpertModel, origin: Origin) -> Any:
-    """Give the config of the network with the class, the classes and the precision that the model has."""
-    # The trunk's own says what was changed since, as by resize_token_embeddings.
+    """Give the config of the network, with the architecture, classes and precision of the model."""
+    # The trunk's config holds later changes, such as those of resize_token_embeddings.
     config = copy.deepcopy(model.trunk.config if is_transformers_model(model.trunk) else origin.config)
     weight = model.experts.classifiers.weight
     if config.num_labels != weight.shape[1]:
@@ -123,7 +123,7 @@ def _config_of(model: ExpertModel, origin: Origin) -> Any:
 
 
 def load(cls: type[ExpertModel], directory: str | os.PathLike[str], network: nn.Module | None) -> ExpertModel:
-    """Make a model as the record says, and give it the weights."""
+    """Make a model from the record, and load the weights."""
     folder = _folder(directory)
     record = _record(folder)
     weights = _read_weights(folder / WEIGHTS)
@@ -150,7 +150,7 @@ def _record(folder: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(
             f"directory: expected a folder that save_pretrained wrote, got {str(folder)!r} without "
-            f"{' and '.join(missing)}; a checkpoint of Trainer holds weights alone: make the model as before "
+            f"{' and '.join(missing)}; a checkpoint of Trainer holds only weights: make the model as before "
             "and load them by load_state_dict"
         )
     try:
@@ -178,20 +178,20 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _network(folder: Path, record: dict[str, Any]) -> nn.Module:
-    """Make a network of transformers of its config."""
+    """Make a network of transformers from its config."""
     name = record["network"]
     transformers: Any = _imported("transformers") if record["in_transformers"] else None
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(
-            f"model: expected a {name}, got None; it is not one of transformers' own models: make one as for "
-            f"from_model and pass it: from_pretrained({str(folder)!r}, model=network)"
+            f"model: expected a {name}, got None; it is not one of transformers' own models; make one as "
+            f"for from_model and pass it: from_pretrained({str(folder)!r}, model=network)"
         )
     made: Any = kind
     try:
-        # from_pretrained would take a config that is missing for the default one.
+        # from_pretrained would use the default config if the file is missing.
         config = made.config_class.from_dict(json.loads((folder / CONFIG).read_text()))
-    except Exception as error:  # the checks of transformers raise classes of their own
+    except Exception as error:  # the checks of transformers raise their own error classes
         raise ValueError(
             f"directory: expected the config of a {name} in {str(folder / CONFIG)!r}, got none or a damaged "
             f"one ({error}); save the model again, or make a {name} and pass it as model="
@@ -201,7 +201,7 @@ def _network(folder: Path, record: dict[str, Any]) -> nn.Module:
 
 
 def _check_has_values(network: nn.Module) -> None:
-    """Refuse meta, also as the device of what from_model makes: loading leaves it without values."""
+    """Refuse the meta device, also inside from_model: loading would leave tensors without values."""
     check_network(network)
     if any(tensor.is_meta for tensor in (torch.empty(0), *network.parameters(), *network.buffers())):
         raise ValueError(
@@ -217,33 +217,35 @@ def _made_of(cls: type[ExpertModel], network: nn.Module, options: Any, folder: P
         return cls.from_model(network, **options, reset=False)
     except TypeError as error:
         raise ValueError(
-            f"directory: expected options that from_model takes in {path!r}, got {options} ({error}); it was "
-            "written by another version of lgla_losses: load it by that one"
+            f"directory: expected options of from_model in {path!r}, got {options} ({error}); another "
+            "version of lgla_losses wrote it: load it with that version"
         ) from error
     except ValueError as error:
         raise ValueError(
-            f"model: expected a network that the record {path!r} fits, got another: {error} (these arguments "
-            "are of the record); make it as it was made for from_model and pass it as model=, or load it by "
-            "the version of lgla_losses that saved it"
+            f"model: expected a network that fits the record {path!r}, got another: {error} (these "
+            "arguments are from the record); make it as for from_model and pass it as model=, or load it "
+            "with the version of lgla_losses that saved it"
         ) from error
 
 
 def _load_weights(model: nn.Module, saved: dict[str, Tensor], folder: Path) -> None:
-    """Load all weights, in the precision that they were saved in."""
+    """Load all weights, in their saved precision."""
     own = model.state_dict(keep_vars=True)
     for name in saved.keys() & own.keys():
         data = own[name].data.to(saved[name].dtype)
-        own[name].data = data.contiguous() if 0 in data.stride() else data  # nothing loads into expanded ones
+        own[name].data = (
+            data.contiguous() if 0 in data.stride() else data
+        )  # expanded tensors cannot be loaded into
 
-    # Of tied weights one name is saved.
+    # Tied weights are saved under one name.
     tied = {id(own[name]): tensor for name, tensor in saved.items() if name in own}
     aliases = {name: tied[id(tensor)] for name, tensor in own.items() if id(tensor) in tied}
     try:
         model.load_state_dict({**aliases, **saved})
     except RuntimeError as error:
         raise ValueError(
-            f"model: expected the network that the weights in {str(folder)!r} are of, got another: {error}; "
-            "make it as it was made for from_model and pass it as model="
+            f"model: expected the network of the weights in {str(folder)!r}, got another: {error}; make it "
+            "as for from_model and pass it as model="
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""K copies of a module as one, which looks like one copy with a leading expert dimension on every tensor."""
+"""K copies of a module as one: it looks like one copy, with a leading expert dimension on every tensor."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from lgla_losses.experts._attributes import (
     own_attributes,
 )
 
-#: Where modules keep hooks.
+#: Attributes in which modules keep hooks.
 HOOKS = sorted(name for name in MODULE_INTERNALS if name.endswith("_hooks"))
-#: How many objects behind an attribute are looked at for tensors.
+#: Most objects behind an attribute that are searched for tensors.
 MOST_OBJECTS = 10_000
 
 Module = TypeVar("Module", bound=nn.Module)
 
 #: A layer's ``_parameters`` or ``_buffers``.
 Store = dict[str, Any]
-#: A place in the stores of all layers: number of the store, name there.
+#: A place in the stores of all layers: number of the store, name in it.
 Slot = tuple[int, str]
 
 
@@ -42,8 +42,8 @@ def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:
     """Stack the parameters and buffers of all copies on a new first dimension, in the first copy.
 
     Raises:
-        ValueError: the copies differ in more than the values of their tensors, or a layer reads a
-            parameter from elsewhere than where it is registered.
+        ValueError: the copies differ in more than the values of their tensors, or a layer reads a parameter
+            from another place than where it is registered.
     """
     _check_exchangeable(copies[0])
 
@@ -57,7 +57,7 @@ def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:
                 raise ValueError(
                     f"stage: expected experts that are alike, got layers {path!r} of type "
                     f"{type(layer).__name__} that differ in {name!r}; register a constant as a buffer, "
-                    "delete what is of a batch only, or use layout='independent'"
+                    "delete values of a single batch, or use layout='independent'"
                 )
 
     if len({tuple(named_tensors(expert)) for expert in copies}) > 1:
@@ -84,22 +84,22 @@ def stack_modules(copies: Sequence[nn.Module]) -> nn.Module:
 
 
 def _check_exchangeable(module: nn.Module) -> None:
-    """Raise where tensors in the places of parameters and buffers would not make another copy."""
+    """Raise if replacing parameters and buffers would not give another copy."""
     paths = {tensor: path for path, tensor in named_tensors(module).items()}
     memory: dict[int, str] = {}
     for tensor, path in paths.items():
         pointer = tensor.data_ptr() if tensor.numel() > 0 and not tensor.is_meta else 0
         if pointer and memory.setdefault(pointer, path) != path:
             raise ValueError(
-                "stage: expected parameters and buffers that are one tensor or lie apart, got "
-                f"{memory[pointer]!r} and {path!r}, two tensors in one place of memory; register one tensor "
+                "stage: expected parameters and buffers that are the same tensor or have separate memory, "
+                f"got {memory[pointer]!r} and {path!r}, two tensors in the same memory; register one tensor "
                 "twice, or use layout='independent'"
             )
 
     for path, layer in module.named_modules():
         if isinstance(layer, torch.jit.ScriptModule):
             raise ValueError(
-                f"stage: expected layers of Python, got {path!r}, which is compiled; compile the whole "
+                f"stage: expected layers in Python, got {path!r}, which is compiled; compile the whole "
                 "network, or use layout='independent'"
             )
 
@@ -112,13 +112,13 @@ def _check_exchangeable(module: nn.Module) -> None:
             if held:
                 raise ValueError(
                     f"stage: expected layers that read {paths[held[0]]!r} from where it is registered, got "
-                    f"{path!r} of type {type(layer).__name__}, which keeps it in {name!r} as well; use "
-                    "an nn.ParameterList or a property there, or layout='independent'"
+                    f"{path!r} of type {type(layer).__name__}, which also keeps it in {name!r}; use an "
+                    "nn.ParameterList or a property there, or layout='independent'"
                 )
 
 
 def _reachable(root: object, seen: set[int]) -> list[Tensor]:
-    """Find tensors that an object holds in any way, but by objects with ids in ``seen``, which grows."""
+    """Find tensors that an object holds, skipping objects whose ids are in ``seen``, which grows."""
     tensors, queue, most = [], deque([root]), len(seen) + MOST_OBJECTS
     while queue and len(seen) < most:
         value = queue.popleft()
@@ -127,7 +127,7 @@ def _reachable(root: object, seen: set[int]) -> list[Tensor]:
         seen.add(id(value))
         if isinstance(value, Tensor):
             tensors.append(value)
-        elif isinstance(value, FunctionType):  # not by its module's global variables
+        elif isinstance(value, FunctionType):  # not through the global variables of its module
             queue += [value.__closure__, value.__defaults__, value.__kwdefaults__]
         else:
             queue += gc.get_referents(value)
@@ -135,7 +135,7 @@ def _reachable(root: object, seen: set[int]) -> list[Tensor]:
 
 
 def _shared_containers(copies: Sequence[nn.Module]) -> list[Any]:
-    """Find containers in attributes that all copies share, as one that a factory's user reads."""
+    """Find containers in attributes that all copies share, such as one that the user reads."""
     held = [
         {id(v): v for layer in expert.modules() for v in own_attributes(layer).values()} for expert in copies
     ]
@@ -144,21 +144,21 @@ def _shared_containers(copies: Sequence[nn.Module]) -> list[Any]:
 
 
 def _configuration(layer: nn.Module) -> dict[str, object]:
-    """Tell what must agree between copies for one of them to stand for all."""
+    """List what must be equal in all copies, so that one can stand for all."""
     options = {name: _option(value) for name, value in own_attributes(layer).items()}
-    for hook in layer._forward_pre_hooks.values():  # those of pruning and of the old weight norm
+    for hook in layer._forward_pre_hooks.values():  # hooks of pruning and of the old weight norm
         options.pop(getattr(hook, "name", getattr(hook, "_tensor_name", "")), None)
     tensors = {
         name: None if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad)
         for name, tensor in (*layer._parameters.items(), *layer._buffers.items())
     }
-    # By name: parametrizations make a class of their own for every module.
+    # By name: parametrizations make a new class for every module.
     kind = {"class": type(layer).__qualname__, "training": layer.training, "_modules": list(layer._modules)}
     return kind | options | tensors
 
 
 def _option(value: object) -> object:
-    """Give something to compare by; objects of unknown kinds by their type alone."""
+    """Give a value to compare by; objects of unknown kinds are compared by type only."""
     if type(value) is Tensor and value.is_leaf and value.layout == torch.strided and not value.is_meta:
         return value.dtype, value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes(), value.shape
     if isinstance(value, np.ndarray) and value.dtype != object:
@@ -173,7 +173,7 @@ def _option(value: object) -> object:
 
 
 def unstack_module(stacked: nn.Module, num_experts: int) -> list[nn.Module]:
-    """Make new modules, one for every entry of the first dimension; nothing is shared."""
+    """Make new modules, one per entry of the first dimension; nothing is shared."""
     tensors, modules = named_tensors(stacked).values(), []
     attributes = attributes_of(stacked, num_experts)
     attributes.follow()
@@ -181,19 +181,20 @@ def unstack_module(stacked: nn.Module, num_experts: int) -> list[nn.Module]:
         own: dict[int, object] = {id(t): _like(t, t[k].detach().clone()) for t in tensors}
         with attributes.turn(k):
             module = copy_module(stacked, own | {id(attributes): None})
-        vars(module).pop(KEY, None)  # a torch.fx.GraphModule copies no attributes that it does not know
+        vars(module).pop(KEY, None)  # a torch.fx.GraphModule does not copy unknown attributes
         modules.append(module)
     return modules
 
 
 def copy_module(module: Module, memo: dict[int, object] | None = None) -> Module:
-    """Copy a module deeply, also one that :func:`copy.deepcopy` refuses.
+    """Copy a module deeply, even one that :func:`copy.deepcopy` refuses.
 
-    What a layer keeps of a batch loses its graph. Hooks of others, as a recorder's, are shared.
+    Tensors of a batch that a layer keeps lose their graph. Hooks from outside, such as a recorder's, are
+    shared.
 
     Args:
         module: what to copy.
-        memo: by the ``id`` of an object what takes its place.
+        memo: maps the ``id`` of an object to its replacement.
     """
     memo = {id(hook): hook for hook in _hooks_from_outside(module)} | (memo or {})
 
@@ -207,17 +208,17 @@ def copy_module(module: Module, memo: dict[int, object] | None = None) -> Module
 
 
 def _hooks_from_outside(module: nn.Module) -> list[object]:
-    """List the hooks of all layers but those that belong to a layer, as its methods do."""
+    """List the hooks of all layers, except those that belong to a layer, such as its methods."""
     layers = list(module.modules())
     own = {id(value) for layer in layers for value in (layer, *own_attributes(layer).values())}
     hooks = [hook for layer in layers for kind in HOOKS for hook in getattr(layer, kind).values()]
-    # Of a wrapper, which refers to its layer, there is one in every copy.
+    # A wrapper refers to its layer, so every copy has its own.
     hooks = [hook.hook if isinstance(hook, _WrappedHook) else hook for hook in hooks]
     return [hook for hook in hooks if not _belongs(hook, own)]
 
 
 def _belongs(hook: object, own: set[int]) -> bool:
-    """Tell whether a hook is one of these objects, by their ids, a method of one, or a partial with one."""
+    """Say whether a hook is one of these objects (given by id), a method or a partial of one."""
     if isinstance(hook, functools.partial):
         parts = (hook.func, *hook.args, *hook.keywords.values())
         return any(callable(part) and _belongs(part, own) for part in parts)
@@ -227,7 +228,7 @@ def _belongs(hook: object, own: set[int]) -> bool:
 def apply_per_copy(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply ``fn`` to a stacked tensor, as :meth:`torch.nn.Module.to` does.
 
-    A stack of 4-D weights is 5-D and has no channels_last format, though each copy has.
+    A stack of 4-D weights is 5-D and has no channels_last format, although each copy has one.
     """
     try:
         return fn(tensor)
@@ -238,18 +239,18 @@ def apply_per_copy(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Name every parameter and buffer of the tree by its path, tied ones once, in a fixed order."""
+    """Name every parameter and buffer by its path, tied ones once, in a fixed order."""
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def _like(tensor: Tensor, converted: Tensor) -> Tensor:
-    """Make ``converted`` a parameter where ``tensor`` is one."""
+    """Make ``converted`` a parameter if ``tensor`` is one."""
     is_parameter = isinstance(tensor, nn.Parameter)
     return nn.Parameter(converted, tensor.requires_grad) if is_parameter else converted
 
 
 def recurrent_layers(layers: Sequence[nn.Module]) -> list[nn.RNNBase]:
-    """Find layers that list their weights once more, in ``_flat_weights``."""
+    """Find layers that list their weights again, in ``_flat_weights``."""
     return [layer for layer in layers if isinstance(layer, nn.RNNBase)]
 
 
@@ -259,7 +260,7 @@ def stores_of(layers: Sequence[nn.Module]) -> list[Store]:
 
 
 def slots_of(stores: list[Store]) -> dict[Slot, Tensor | None]:
-    """Read what stands in the stores."""
+    """Read the contents of the stores."""
     return {(i, name): tensor for i, store in enumerate(stores) for name, tensor in store.items()}
 
 
@@ -270,5 +271,5 @@ def fill(stores: list[Store], slots: dict[Slot, Tensor | None]) -> None:
 
 
 def exchanged(slots: dict[Slot, Tensor | None], tensors: dict[Tensor, Tensor]) -> dict[Slot, Tensor | None]:
-    """Put other tensors in the places of the stacked ones; ties stay ties."""
+    """Replace the stacked tensors by others; tied tensors stay tied."""
     return {slot: None if tensor is None else tensors[tensor] for slot, tensor in slots.items()}

@@ -1,4 +1,4 @@
-"""Which parameters weight decay shrinks."""
+"""Parameter groups with and without weight decay."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lgla_losses.experts.group_conv import GroupConvExperts
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Divide parameters into those without and those with weight decay, for an optimizer.
 
-    Norms and biases have none, as by ``timm.optim.param_groups_weight_decay``, which tells them by their one
-    dimension. In :class:`GroupConvExperts` the experts' are stacked to ``[K, d]``: here they count as what
-    they are to each expert.
+    Norms and biases get none, as in ``timm.optim.param_groups_weight_decay``, which recognises them by their
+    single dimension. In :class:`GroupConvExperts` those of the experts are stacked to ``[K, d]``: here they
+    are treated as the vectors that they are for each expert.
 
     Args:
         model: any network, with experts or without.
-        weight_decay: that of all other parameters.
+        weight_decay: weight decay of all other parameters.
 
     Returns:
-        Two groups, the first without decay, of the parameters that require a gradient.
+        Two groups of the parameters that require a gradient; the first has no weight decay.
 
     Raises:
-        TypeError: ``weight_decay`` is no number.
+        TypeError: ``weight_decay`` is not a number.
         ValueError: it is negative or not finite.
 
     Example:

@@ -1,8 +1,8 @@
-"""Splits a network into the trunk that experts share and the stage that each has for itself.
+"""Split a network into the trunk that experts share and the stage that each expert copies.
 
 :mod:`torch.fx` traces the network's code, but only that of the modules around the split point and around the
-classifier; every other module stays what it is, a call in the traced graph. So one mechanism serves
-torchvision, timm, transformers and networks of one's own, whose layers need not be traceable.
+classifier; every other module stays a call in the traced graph. So one mechanism serves torchvision, timm,
+transformers and your own networks, and their layers need not be traceable.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from torch.utils import _pytree as pytree
 from lgla_losses._checks import describe
 from lgla_losses.experts._stacking import copy_module
 
-#: What may follow a classifier: modules, and functions and methods.
+#: Modules, functions and methods that may follow a classifier.
 FOLLOWING_MODULES = (nn.Identity, nn.Flatten, nn.Softmax, nn.LogSoftmax)
-#: How a network of timm without a classifier gets one; part of errors.
+#: How to give a network of timm without a classifier one; part of errors.
 BEHIND = "nn.Sequential(model, nn.Linear(model.num_features, C))"
-#: What may stand between a convolution that classifies and the output.
+#: Calls that may stand between a convolution that classifies and the output.
 POOLING_MODULES = (nn.Identity, nn.Flatten, nn.Dropout, nn.ReLU, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-#: Calls that do nothing to features ``[N, d]``.
+#: Calls that leave features ``[N, d]`` unchanged.
 RESHAPING_CALLS = {torch.flatten, torch.squeeze, "flatten", "squeeze"}
 FOLLOWING_CALLS = RESHAPING_CALLS | {
     *(torch.softmax, torch.log_softmax, F.softmax, F.log_softmax, "softmax", "log_softmax")
 }
-#: Products and quotients, by which code scales its logits.
+#: Products and quotients, with which code scales its logits.
 PRODUCTS = {*(operator.mul, operator.imul, torch.mul), *("mul", "mul_")}
 QUOTIENTS = {*(operator.truediv, operator.itruediv, torch.div), *("div", "div_")}
 
 
 class BackbonePart(fx.GraphModule):
-    """Run the trunk or the stage of a network: its own modules, called as its own code calls them."""
+    """Run the trunk or the stage of a network: its modules, called as the network's code calls them."""
 
     @property
     def num_features(self) -> int | None:
-        """Give the number of features of a stage after pooling; None where that is unknown."""
+        """Give the number of features of a stage after pooling; None if it is unknown."""
         width: int | None = self.meta.get("num_features")
         return width
 
@@ -72,37 +72,40 @@ def split_backbone(
 ) -> tuple[BackbonePart, BackbonePart]:
     """Split a network into a shared trunk and the stage that every expert copies.
 
-    The stage is the module at ``at`` and all that depends on its output, up to the classifier, which is
-    dropped; the trunk is the rest. Pooling, norms and class tokens behind the last block stay in the
-    stage as the network has them. Of a transformers model the encoder is taken, whose tokens are averaged
-    where its ``attention_mask`` is 1; with the path of its classifier as ``head`` its own pooling stays.
+    The stage is the module at ``at`` and everything that depends on its output, up to the classifier, which
+    is dropped; the trunk is the rest. Pooling, norms and class tokens after the last block stay in the stage.
+    For a transformers model the encoder is used, and its tokens are averaged where its ``attention_mask`` is
+    1; with the path of its classifier as ``head`` it keeps its own pooling.
 
-    Trunk and stage hold the network's modules, not copies, and keep its weights, as do experts with
-    ``GroupConvExperts(stage, ..., reset=False)``. For experts that begin afresh as the network itself does,
-    make the stage anew for each: ``GroupConvExperts(lambda: split_backbone(make_network(), at)[1], ...)``.
+    Trunk and stage hold the network's modules, not copies, and keep its weights. Experts made by
+    ``GroupConvExperts(stage, ..., reset=False)`` keep them too. For experts with new weights, initialised as
+    the network initialises itself, make a new stage for each: ``GroupConvExperts(lambda:
+    split_backbone(make_network(), at)[1], ...)``.
 
-    Source: Fig. 3 and section 4.2; the authors' code begins the stage of ResNet-50 at ``"layer3"``.
+    Source: Fig. 3 and section 4.2; the authors' code starts the stage of ResNet-50 at ``"layer3"``.
 
     Args:
-        model: a network that takes one tensor and returns one, as of torchvision or timm, or a text
-            encoder of transformers, with or without a head.
-        at: dotted path of the module that begins the stage, as in ``model.named_modules()``.
-        head: dotted path of the classifier. ``"auto"`` takes the linear layer that gives the output,
-            whatever its name, or a layer of one's own with one weight matrix, as a normalised one; a factor
-            behind it, as in ``linear(x) * s``, goes with it. None says that there is none, as timm does by
-            ``num_classes=0``. Of a transformers model both mean its encoder; images take the path.
+        model: a network that takes one tensor and returns one, such as those of torchvision or timm, or a
+            text encoder of transformers, with or without a head.
+        at: dotted path of the module that starts the stage, as in ``model.named_modules()``.
+        head: dotted path of the classifier. ``"auto"`` takes the linear layer that gives the output, whatever
+            its name, or your own layer with one weight matrix, such as a normalised one; a factor after it,
+            as in ``linear(x) * s``, is removed with it. None says that there is no classifier, as in timm
+            with ``num_classes=0``. For a transformers model both mean its encoder; a model for images needs
+            the path.
 
     Returns:
-        ``(trunk, stage)``. ``trunk(images)``, or ``trunk(input_ids, attention_mask)``, with a head named
-        also ``token_type_ids`` where the model takes them, gives what the stage takes: a tensor, or a tuple
-        where it takes several values; ``experts(trunk(...))`` works with both. The keys of their
-        ``state_dict`` are the network's.
+        ``(trunk, stage)``. ``trunk(images)`` or ``trunk(input_ids, attention_mask)`` returns what the stage
+        takes, a tensor or a tuple of several values; ``experts(trunk(...))`` works with both. With ``head``
+        given, the trunk also takes ``token_type_ids`` if the model does. The keys of their ``state_dict`` are
+        the network's.
 
     Raises:
-        TypeError: ``model`` is no module, or a path no string.
-        ValueError: there is no module at a path, or forward does not call it; the classifier cannot be told;
-            the code around the split point cannot be traced, or does what the parts would not: draws
-            random numbers, switches gradients off, writes into what is read elsewhere.
+        TypeError: ``model`` is not a module, or a path is not a string.
+        ValueError: there is no module at a path, or forward does not call it; the classifier cannot be found;
+            the code around the split point cannot be traced, or does something that the parts would not
+            repeat: it draws random numbers, switches gradients off, or writes into a value that is read
+            elsewhere.
 
     Example:
         >>> from lgla_losses import GroupConvExperts
@@ -126,7 +129,7 @@ def split_backbone(
     if head is not None and head != "auto":
         check_path("head", model, head)
 
-    if head is None or getattr(model, "num_classes", None) == 0:  # timm's sign of a network without one
+    if head is None or getattr(model, "num_classes", None) == 0:  # how timm marks a network without one
         root, graph = _trace(model, _ancestors(at))
         return _divide(graph, root, at, _output(graph, model), getattr(model, "num_features", None))
 
@@ -144,7 +147,7 @@ def split_backbone(
 
 
 def split_off_classifier(model: nn.Module, head: str) -> BackbonePart:
-    """Give the part of a network before its classifier, without what its code does to the logits."""
+    """Give the part of a network before its classifier, without later changes to the logits."""
     root, graph = _trace(model, _ancestors(head))
     features = _call_of(graph, "head", head).all_input_nodes[0]
     alive = _needed_for(graph, features)
@@ -164,7 +167,7 @@ def check_network(model: nn.Module) -> None:
 
 
 def is_transformers_model(model: nn.Module) -> TypeGuard[Any]:
-    """Tell whether transformers, where it is imported at all, made the class of this model."""
+    """Say whether the class of this model is one of transformers, if that is imported."""
     transformers: Any = sys.modules.get("transformers")
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
@@ -174,18 +177,19 @@ def _split_text_encoder(model: Any, at: str, head: str | None) -> tuple[Backbone
     encoder = model.base_model
     if encoder.main_input_name != "input_ids" or encoder.config.is_encoder_decoder:
         raise ValueError(
-            f"model: expected a text encoder where it is of transformers, got a {type(model).__name__}, "
+            "model: expected a text encoder if it is a model of transformers, got a "
+            f"{type(model).__name__}, "
             + (
                 "which has a decoder; pass its encoder"
                 if encoder.config.is_encoder_decoder
-                else f"which takes {encoder.main_input_name}; name its classifier by head=, or take one "
-                "of torchvision or timm"
+                else f"which takes {encoder.main_input_name}; pass the path of its classifier as head=, or "
+                "use a network of torchvision or timm"
             )
         )
     if head not in ("auto", None):
         raise ValueError(
-            "head: expected 'auto' or None where the model is of transformers, whose encoder is taken "
-            f"without its heads, got {head!r}"
+            "head: expected 'auto' or None for a model of transformers, whose encoder is used without its "
+            f"heads, got {head!r}"
         )
 
     if isinstance(at, str) and encoder is not model:
@@ -196,14 +200,14 @@ def _split_text_encoder(model: Any, at: str, head: str | None) -> tuple[Backbone
 
 
 class Network(nn.Module):
-    """Call a network with its one input; optional ones keep their defaults."""
+    """Call a network with its one input; optional inputs keep their defaults."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Any:
-        """Return what the network returns."""
+        """Return the output of the network."""
         return self.model(images)
 
 
@@ -217,7 +221,7 @@ class TextEncoder(Network):
 
 
 class ImageClassifier(Network):
-    """Call a classifier of images of transformers."""
+    """Call an image classifier of transformers."""
 
     def forward(self, pixel_values: Tensor) -> Any:
         """Return the logits."""
@@ -225,7 +229,7 @@ class ImageClassifier(Network):
 
 
 class TextClassifier(Network):
-    """Call a classifier of texts of transformers."""
+    """Call a text classifier of transformers."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
         """Return the logits of token ids ``[N, L]`` and a mask ``[N, L]`` that is 0 at padding."""
@@ -233,12 +237,12 @@ class TextClassifier(Network):
 
 
 class PairClassifier(Network):
-    """Call a classifier of texts of transformers that may tell two sentences apart."""
+    """Call a text classifier of transformers that can distinguish two sentences."""
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> Any:
-        """Return the logits; ``token_type_ids`` ``[N, L]`` say which sentence a token is of."""
+        """Return the logits; ``token_type_ids`` ``[N, L]`` say which sentence a token belongs to."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         return self.model(**inputs).logits
 
@@ -252,7 +256,7 @@ def _wrapper_of(model: Any) -> type[Network]:
 
 
 def mean_of_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Average the tokens ``[N, L, d]`` that a mask ``[N, L]`` keeps to ``[N, d]``; 0 where it keeps none."""
+    """Average the tokens ``[N, L, d]`` that a mask ``[N, L]`` keeps to ``[N, d]``; 0 if it keeps none."""
     if mask is None:
         return tokens.mean(dim=1)
     kept = mask.to(tokens.dtype)[..., None]
@@ -263,7 +267,7 @@ fx.wrap("mean_of_tokens")
 
 
 def check_path(name: str, model: nn.Module, path: str) -> None:
-    """Raise unless there is a module; the message lists the names where the path goes wrong."""
+    """Raise unless there is a module; the message lists the names at the wrong part of the path."""
     if not isinstance(path, str):
         raise TypeError(f"{name}: expected the dotted path of a module, got {describe(path)}")
     parent, known = model, ""
@@ -286,12 +290,12 @@ def _ancestors(path: str | None) -> set[str]:
 
 
 def is_below(path: str, other: str) -> bool:
-    """Tell whether a path is another, or of a module below it."""
+    """Say whether a path equals another, or names a module below it."""
     return f"{path}.".startswith(f"{other}.")
 
 
 class _Value(nn.Module):
-    """Give a graph an object that the network's code holds, such as a configuration."""
+    """Give a graph an object of the network's code, such as a configuration."""
 
     def __init__(self, value: object) -> None:
         super().__init__()
@@ -302,7 +306,7 @@ class _Value(nn.Module):
 
 
 class _Mode(nn.Module):
-    """Give a graph ``self.training`` as it is when run, not as it was when traced."""
+    """Give a graph the value of ``self.training`` when it runs, not when it was traced."""
 
     def forward(self) -> bool:
         return self.training
@@ -313,7 +317,7 @@ def _context() -> tuple[bool, ...]:
 
 
 class _Tracer(fx.Tracer):
-    """Open the given modules and no others."""
+    """Trace into the given modules and no others."""
 
     def __init__(self, opened: Iterable[str] = (), leaves: Iterable[ModuleType] = ()) -> None:
         super().__init__(autowrap_modules=(math, *leaves))  # type: ignore[arg-type]
@@ -326,7 +330,7 @@ class _Tracer(fx.Tracer):
     def path_of_module(self, mod: nn.Module) -> str:
         try:
             return super().path_of_module(mod)
-        except NameError:  # made on the way, as by nn.ReLU()(x)
+        except NameError:  # made during the call, as by nn.ReLU()(x)
             if next(mod.parameters(), None) is not None:
                 raise
             path: str = self.get_fresh_qualname("_made")
@@ -334,7 +338,7 @@ class _Tracer(fx.Tracer):
             return path
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        # Inputs have the dtype of the weights that they meet: transformers compares and converts.
+        # Inputs have the dtype of the weights: transformers compares the two and converts.
         operands = [getattr(value, "node", value) for value in obj.node.args]
         left = operands[0] if operands else None
         if obj.node.target is operator.ne and isinstance(left, fx.Node) and left.args[1:] == ("dtype",):
@@ -342,7 +346,7 @@ class _Tracer(fx.Tracer):
         return super().to_bool(obj)
 
     def create_arg(self, a: Any) -> Any:
-        # fx would make a configuration anew at every run, and lose what was set on it.
+        # fx would make a new configuration at every run, and lose what was set on it.
         if is_dataclass(a) and not isinstance(a, type):
             path = self.get_fresh_qualname("_value")
             setattr(self.root, path, _Value(a))
@@ -351,15 +355,15 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         if _context() != self.context:
-            raise RuntimeError("it switches gradients or autocast on or off, which a graph does not keep")
+            raise RuntimeError("it switches gradients or autocast on or off, and a graph cannot keep that")
         return super().create_node(kind, *args, **kwargs)
 
 
 def _trace(model: nn.Module, opened: set[str], wrap: type[Network] = Network) -> tuple[Network, fx.Graph]:
-    """Trace the calls of a network, with ``self.training`` left open, and what they refer to."""
+    """Trace the calls of a network and what they refer to, with ``self.training`` left open."""
     modules = {f"model.{path}".rstrip("."): model.get_submodule(path) for path in sorted(opened)}
     files = {type(module).__module__ for module in modules.values()}
-    # The functions of transformers, which build masks and the like, become calls as its modules do.
+    # Functions of transformers, which build masks for example, become calls like its modules.
     leaves = [sys.modules[name] for name in sorted(files) if name.startswith("transformers.")]
     traces = []
 
@@ -370,12 +374,12 @@ def _trace(model: nn.Module, opened: set[str], wrap: type[Network] = Network) ->
                 traces.append((root, _Tracer({"", *modules}, leaves).trace(root)))
             if _random_state() != random_state:
                 raise RuntimeError("it draws random numbers, which tracing would fix")
-        except Exception as error:  # of whatever kind: it is the network's code that runs
+        except Exception as error:  # any kind, because the network's code runs here
             names = ", ".join(type(module).__name__ for module in modules.values())
             raise ValueError(
                 "model: expected code that torch.fx can trace in the modules around the split point and "
                 f"the classifier ({names}), got {type(error).__name__}: {error}; split elsewhere, or write "
-                "trunk and stage as modules of your own"
+                "trunk and stage as your own modules"
             ) from error
 
     (root, graph), (other_root, other_graph) = traces
@@ -386,7 +390,7 @@ def _trace(model: nn.Module, opened: set[str], wrap: type[Network] = Network) ->
 
 
 def _random_state() -> tuple[object, ...]:
-    # The global generators are what a network's code would draw from.
+    # A network's code would draw from the global generators.
     numpy_state = pickle.dumps(np.random.get_state())  # noqa: NPY002
     return random.getstate(), numpy_state, torch.get_rng_state().numpy().tobytes()
 
@@ -395,7 +399,7 @@ def _random_state() -> tuple[object, ...]:
 def _in_mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
     """Set the modules' own flags, not those of the modules below them; undo what their code assigns.
 
-    Their hooks, which take values, see none of a trace.
+    Their hooks do not run in a trace, because they expect values.
     """
     before = [(module, dict(vars(module))) for module in modules]
     try:
@@ -410,10 +414,10 @@ def _in_mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
 
 
 def _leave_mode_open(root: Network, train: fx.Graph, other: Network, evaluation: fx.Graph) -> None:
-    """Let the first graph read the mode when run, where those of the two modes differ by True and False."""
+    """Let the first graph read the mode when it runs, wherever the graphs differ by True and False."""
     mode: fx.Node | None = None
 
-    # Graphs of different lengths differ at the shorter one's output at the latest.
+    # Graphs of different lengths differ at the output of the shorter one at the latest.
     for node, twin in zip(list(train.nodes), list(evaluation.nodes), strict=False):
         values, spec = pytree.tree_flatten((node.args, node.kwargs))
         others, other_spec = pytree.tree_flatten((twin.args, twin.kwargs))
@@ -429,8 +433,8 @@ def _leave_mode_open(root: Network, train: fx.Graph, other: Network, evaluation:
         if not alike or (node.op, node.target, spec) != (twin.op, twin.target, other_spec):
             raise ValueError(
                 "model: expected the same calls in train and in eval mode around the split point and the "
-                f"classifier, got {_told_difference(node, twin)}, as of an auxiliary classifier; switch that "
-                "off, or write trunk and stage as modules of your own"
+                f"classifier, got {_told_difference(node, twin)}, for example of an auxiliary classifier; "
+                "switch it off, or write trunk and stage as your own modules"
             )
 
         if any(reads_mode):
@@ -450,7 +454,7 @@ def _told_difference(train: fx.Node, evaluation: fx.Node) -> str:
 
 
 def _told_call(node: fx.Node) -> str:
-    """Say in the words of the network's code what a call runs."""
+    """Describe a call in the names of the network's code."""
     if node.op == "output":
         return "the output"
     kind = {"call_module": "the module", "get_attr": "the tensor"}.get(node.op, "the function")
@@ -459,7 +463,7 @@ def _told_call(node: fx.Node) -> str:
 
 
 def _see_through_wrappers(graph: fx.Graph) -> None:
-    """Take out what an output class wraps only to be read again, which keeps a pooler alive."""
+    """Remove output classes that are only read again: they would keep an unused pooler."""
     for node in graph.nodes:
         if node.op == "call_function" and node.target is getattr:
             wrapper, field = node.args
@@ -468,7 +472,7 @@ def _see_through_wrappers(graph: fx.Graph) -> None:
 
 
 def _output(graph: fx.Graph, model: nn.Module) -> fx.Node:
-    """Find what gives the network's output."""
+    """Find the call that gives the network's output."""
     node = next(iter(reversed(graph.nodes))).args[0]
     if not isinstance(node, fx.Node):
         raise ValueError(
@@ -480,7 +484,7 @@ def _output(graph: fx.Graph, model: nn.Module) -> fx.Node:
 
 
 def _told_values(values: object) -> str:
-    """Say what a network returns where that is no tensor; those in it have no values yet."""
+    """Describe what a network returns instead of a tensor; tensors in it have no values yet."""
     if isinstance(values, Mapping):
         return f"a dict of {', '.join(map(repr, values))}"
     return f"{len(values)} values" if isinstance(values, list | tuple) else describe(values)
@@ -497,8 +501,8 @@ def _call_of(graph: fx.Graph, name: str, path: str) -> fx.Node:
             if n.op == "call_module" and str(n.target).startswith("model.")
         )
         raise ValueError(
-            f"{name}: expected a module that the network's forward calls, got {path!r}, which it does not; "
-            f"it calls {', '.join(called)}"
+            f"{name}: expected a module that the network's forward calls, got {path!r}, which it does not "
+            f"call; it calls {', '.join(called)}"
         )
     return calls[0]
 
@@ -524,24 +528,25 @@ def trace_to_classifier(model: nn.Module, at: str = "") -> tuple[Network, fx.Gra
         if module is None or not list(module.children()) or is_below(path, at):
             _refuse_convolution(model, root, node)
             raise ValueError(
-                f"head: expected a network whose output is a linear layer's, got {type(model).__name__}, "
-                f"where it is that of {node.name.removeprefix('model_')!r}{_told_sources(node, model)}; pass "
-                "the classifier's path as head=, or to split_backbone head=None where there is none or it "
-                "was removed (timm: model.reset_classifier(0))"
+                "head: expected a network whose output comes from a linear layer, got "
+                f"{type(model).__name__}, whose output comes from "
+                f"{node.name.removeprefix('model_')!r}{_told_sources(node, model)}; pass the classifier's "
+                "path as head=, or head=None to split_backbone if there is no classifier or it was removed "
+                "(timm: model.reset_classifier(0))"
             )
 
         opened = opened | {path}
 
 
 def _seen_through(node: fx.Node, module: nn.Module | None) -> fx.Node | None:
-    """Give what a call that may follow a classifier takes; None for another call."""
+    """Give the input of a call that may follow a classifier; None for another call."""
     if isinstance(module, FOLLOWING_MODULES) or node.target in FOLLOWING_CALLS:
         return node.all_input_nodes[0]
     return scaled_by_constant(node)
 
 
 def scaled_by_constant(node: fx.Node) -> fx.Node | None:
-    """Give what a call multiplies or divides by a number or by parameters; None for another call."""
+    """Give the input of a call that scales it by a number or by parameters; None for another call."""
     if len(node.args) != 2 or node.kwargs:
         return None
     pairs = [node.args]
@@ -557,7 +562,7 @@ def scaled_by_constant(node: fx.Node) -> fx.Node | None:
 
 
 def _reads_input(value: object) -> bool:
-    """Tell whether a value depends on what the network is given."""
+    """Say whether a value depends on the input of the network."""
     waiting, seen = [value], set()
     while waiting:
         node = waiting.pop()
@@ -570,10 +575,10 @@ def _reads_input(value: object) -> bool:
 
 
 def sizes_of_classifier(layer: nn.Module) -> tuple[int, int] | None:
-    """Find how many features a layer takes and how many classes it gives; None for another layer.
+    """Find how many features a classifier takes and how many classes it gives; None for other layers.
 
-    It is a linear layer, or one without layers below and with one weight matrix, in whatever order of
-    dimensions, as the normalised ones of research code. These are tried on tensors without values.
+    A classifier is a linear layer, or a layer without sublayers and with one weight matrix, its dimensions in
+    any order, such as the normalised layers of research code. These are tried on tensors without values.
     """
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
@@ -595,24 +600,24 @@ def sizes_of_classifier(layer: nn.Module) -> tuple[int, int] | None:
 
 @torch.no_grad()
 def _shape_given(layer: nn.Module, samples: Tensor) -> tuple[int, ...] | None:
-    """Give the shape of what a layer makes of samples on meta, without its hooks; None where it cannot."""
+    """Give the shape of a layer's output for samples on meta, without its hooks; None if it fails."""
     tensors = (*layer.parameters(), *layer.buffers())
     try:
-        # A copy without values, in whose place the copies of the tensors stand already.
+        # A copy without values: the memo already holds the copies of its tensors.
         twin = copy_module(layer, {id(t): torch.empty_like(t, device="meta") for t in tensors})
         output = twin.forward(samples)
-    except Exception:  # of whatever kind: it is the layer's own code
+    except Exception:  # any kind, because the layer's own code runs here
         return None
     return tuple(output.shape) if isinstance(output, Tensor) else None
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """List the layers that could classify, in the network's order."""
+    """List the layers that could be the classifier, in the network's order."""
     return {path: layer for path, layer in model.named_modules() if sizes_of_classifier(layer) is not None}
 
 
 def _told_sources(node: fx.Node, model: nn.Module) -> str:
-    """Name the layers whose outputs a call puts together, and where none can classify the last that can."""
+    """Name the layers whose outputs a call combines; if none can classify, name the last that can."""
     sources: dict[str, nn.Module] = {}
     nodes = [] if node.op == "call_module" else [node]
     for source in nodes:  # which grows
@@ -629,7 +634,7 @@ def _told_sources(node: fx.Node, model: nn.Module) -> str:
 
 
 def told_last_layers(model: nn.Module) -> str:
-    """Name the last layers of a network that could classify, for an error."""
+    """Name the last layers of a network that could be the classifier, for an error."""
     paths = list(linear_layers(model))
     if not paths:
         return "it has no nn.Linear"
@@ -637,7 +642,7 @@ def told_last_layers(model: nn.Module) -> str:
 
 
 def _refuse_convolution(model: nn.Module, root: Network, node: fx.Node) -> None:
-    """Raise where a convolution classifies every place of a map, as in SqueezeNet."""
+    """Raise if a convolution classifies every position of a map, as in SqueezeNet."""
     module = _called(node, root)
     while isinstance(module, POOLING_MODULES):
         node = node.all_input_nodes[0]
@@ -645,22 +650,23 @@ def _refuse_convolution(model: nn.Module, root: Network, node: fx.Node) -> None:
 
     if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
         raise ValueError(
-            f"head: expected a network whose output is a linear layer's, got {type(model).__name__}, where "
-            f"{str(node.target).removeprefix('model.')!r} classifies, a Conv2d; {told_replacement(module)}"
+            f"head: expected a network whose output comes from a linear layer, got {type(model).__name__}, "
+            f"whose classifier {str(node.target).removeprefix('model.')!r} is a Conv2d; "
+            f"{told_replacement(module)}"
         )
 
 
 def told_replacement(convolution: nn.Conv2d) -> str:
-    """Say what to put in the place of a convolution that classifies."""
+    """Say what to replace a convolution that classifies by."""
     sizes = f"{convolution.in_channels}, {convolution.out_channels}"
     return (
-        f"put nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear({sizes})) in the place of it "
-        f"and of what follows, or, of timm, create the network with num_classes=0 and pass {BEHIND}"
+        "replace it and what follows by nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), "
+        f"nn.Linear({sizes})), or, for timm, create the network with num_classes=0 and pass {BEHIND}"
     )
 
 
 def is_traceable(model: nn.Module) -> bool:
-    """Tell whether the code of a network itself, not that of its layers, can be traced."""
+    """Say whether the network's own code, without its layers, can be traced."""
     try:
         _trace(model, _ancestors(""))
     except ValueError:
@@ -669,7 +675,7 @@ def is_traceable(model: nn.Module) -> bool:
 
 
 def calls_behind_classifier(model: nn.Module, head: str) -> list[fx.Node]:
-    """List the calls, as of a softmax, behind the classifier; none where the code cannot be traced."""
+    """List the calls after the classifier, such as a softmax; none if the code cannot be traced."""
     try:
         graph = _trace(model, _ancestors(head))[1]
     except ValueError:
@@ -686,7 +692,7 @@ def calls_behind_classifier(model: nn.Module, head: str) -> list[fx.Node]:
 def _divide(
     graph: fx.Graph, root: Network, at: str, features: fx.Node, num_features: int | None
 ) -> tuple[BackbonePart, BackbonePart]:
-    """Cut the graph before the first call of ``at`` and behind the features."""
+    """Cut the graph before the first call of ``at`` and after the features."""
     start = _call_of(graph, "at", at)
     alive = _needed_for(graph, features)
     nodes = [node for node in graph.nodes if node in alive]
@@ -695,12 +701,12 @@ def _divide(
 
     if features not in stage:
         raise ValueError(
-            f"at: expected a module before the classifier, got {at!r}, on which the features do not depend; "
-            "for classifiers alone on shared features pass at=None to ExpertModel.from_model, or stage=None "
-            "to GroupConvExperts"
+            f"at: expected a module before the classifier, got {at!r}, which the features do not depend on; "
+            "to put only classifiers on shared features pass at=None to ExpertModel.from_model, or "
+            "stage=None to GroupConvExperts"
         )
 
-    # Parameters that the stage alone reads go with it; the mode and configurations are read by either part.
+    # Parameters that only the stage reads go with it; the mode and configurations are read by both parts.
     sources = [node for node in nodes if not node.all_input_nodes and node.op != "placeholder"]
     stage.update(node for node in sources if stage.issuperset(alive.intersection(node.users)))
     either = {node for node in sources if node.op == "call_module"}
@@ -722,7 +728,7 @@ def _divide(
 
 
 def _needed_for(graph: fx.Graph, features: fx.Node) -> set[fx.Node]:
-    """Find the calls that the features depend on, the inputs, and the network's own checks."""
+    """Find the calls that the features need, the inputs, and the network's own checks."""
     alive = {features}
     for node in reversed(graph.nodes):
         if node in alive or node.op == "placeholder" or node.target is torch._assert:
@@ -731,7 +737,7 @@ def _needed_for(graph: fx.Graph, features: fx.Node) -> set[fx.Node]:
 
 
 def _check_replay(nodes: list[fx.Node], root: Network, alive: set[fx.Node], stage: set[fx.Node]) -> None:
-    """Raise where the parts, run one after the other, would not do what the network's code does."""
+    """Raise if the parts, run one after the other, would differ from the network's code."""
     begun = False
     for node in nodes:
         begun = begun or node in stage
@@ -742,9 +748,9 @@ def _check_replay(nodes: list[fx.Node], root: Network, alive: set[fx.Node], stag
             or (node.op == "call_method" and str(node.target).rstrip("_") + "_" == node.target)
         )
 
-        # The result is not read, but what was written into is.
+        # Nothing reads the result, but something reads the value that was written into.
         lost = writes and node not in alive and not alive.isdisjoint(node.all_input_nodes)
-        # The trunk runs it first, though the network ran the start of the stage before it.
+        # The trunk would run it first, but the network runs the start of the stage before it.
         layers = module.modules() if module is not None else ()
         writes = writes or any(getattr(layer, "inplace", False) for layer in layers)
         read = any(user in stage for value in node.all_input_nodes for user in value.users)
@@ -752,9 +758,9 @@ def _check_replay(nodes: list[fx.Node], root: Network, alive: set[fx.Node], stag
 
         if lost or early:
             raise ValueError(
-                f"model: expected code around the split point that assigns what it computes, got "
-                f"{node.name!r}, which writes into a value that is read elsewhere; write x = f(x) without "
-                "inplace=True, or split elsewhere"
+                f"model: expected code around the split point that assigns its results, got {node.name!r}, "
+                "which writes into a value that is read elsewhere; write x = f(x) without inplace=True, or "
+                "split elsewhere"
             )
 
     for target in {node.target for node in stage & alive if node.op == "call_module"}:
@@ -762,20 +768,20 @@ def _check_replay(nodes: list[fx.Node], root: Network, alive: set[fx.Node], stag
         has_state = next(iter((*module.parameters(), *module.buffers())), None) is not None
         if has_state and any(node.target == target for node in alive - stage if node.op == "call_module"):
             raise ValueError(
-                f"at: expected a split that no module lies on both sides of, got one where "
-                f"{str(target).removeprefix('model.')!r} is called before it and behind it; split elsewhere"
+                "at: expected a split with every module on one side, got one where "
+                f"{str(target).removeprefix('model.')!r} is called on both sides; split elsewhere"
             )
 
 
 def _part(root: Network, inputs: list[fx.Node], nodes: list[fx.Node], outputs: list[fx.Node]) -> BackbonePart:
-    """Make a module of some nodes of a graph, its paths those of the network."""
+    """Make a module from some nodes of a graph, with the paths of the network."""
     graph = fx.Graph(tracer_cls=_Tracer)
     copies = {node: graph.placeholder(node.name) for node in inputs}
     attributes: dict[str, Any] = {}
 
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-        copies[node].type = None  # annotations that are strings cannot be pickled
+        copies[node].type = None  # string annotations cannot be pickled
         if node.op in ("call_module", "get_attr"):
             path = str(node.target).removeprefix("model.")
             attributes[path] = _Mode() if path == "_mode" else operator.attrgetter(str(node.target))(root)

@@ -23,11 +23,11 @@ from lgla_losses.experts._running import is_tracing, run_separately, run_togethe
 from lgla_losses.experts._stacking import apply_per_copy, copy_module, stack_modules, unstack_module
 from lgla_losses.experts.output import ExpertOutput
 
-#: Of stacks, in whose layers one thread at a time puts its copies; it may take its lock again. They stand
-#: here to stay out of copies and pickles.
+#: Locks of stacks: one thread at a time puts its copies into the layers, and may lock again. They are kept
+#: here so that they stay out of copies and pickles.
 LOCKS: MutableMapping[nn.Module, AbstractContextManager[Any]] = WeakKeyDictionary()
 
-#: Whether this process was told that a module's weights are kept.
+#: Whether this process has warned that a module's weights are kept.
 _told_what_is_kept = False
 
 
@@ -35,53 +35,53 @@ class GroupConvExperts(nn.Module):
     """Run K copies of a network's last stage with a classifier each, on shared features.
 
     ``layout="grouped"`` stacks the parameters of the copies, which run one by one, or together under
-    ``torch.func.vmap``, with K-fold grouped convolutions; ``layout="independent"`` runs K modules. All are
-    the same function, forward and backward. The paper's group convolution (section 4.4) is the same function
-    too, unless channels leak between experts, as through the shortcuts of the authors' released ResNet-32;
-    here they never do.
+    ``torch.func.vmap``, with K-fold grouped convolutions; ``layout="independent"`` runs K modules. Both
+    layouts compute the same function, forward and backward. The paper's group convolution (section 4.4) also
+    computes it, unless channels leak between experts, as in the shortcuts of the authors' released ResNet-32;
+    here they never leak.
 
-    The parameters of the grouped layout carry a leading expert dimension. Initialise them through a factory
-    or ``init_fn``, which see every copy by itself; ``experts.apply(init)`` would take the stack's fan for a
-    layer's. Filters by dimension, as of weight decay, should count one dimension less, as
+    The parameters of the grouped layout have a leading expert dimension. Initialise them through a factory or
+    ``init_fn``, which see each copy alone; ``experts.apply(init)`` would compute the fan from the stack. Code
+    that selects parameters by dimension, for example for weight decay, should count one dimension less, as
     :func:`~lgla_losses.parameter_groups` does.
 
     Source: Tao et al., ICCV 2023, Fig. 3 and section 4.4.
 
     Args:
-        stage: what every expert has for itself: a module, copied K times, or a factory of
-            modules, called K times. None puts the classifiers on the shared features.
+        stage: the layers that every expert has for itself: a module, copied K times, or a factory of modules,
+            called K times. None puts the classifiers on the shared features.
         num_experts: number of experts ``K``.
         num_classes: number of classes ``C``.
-        num_features: features ``d`` that the stage gives after pooling. None reads them off the
-            stage or its last layer; required without a stage.
+        num_features: number of features ``d`` of the stage after pooling. None reads it from the stage or its
+            last layer; required without a stage.
         classifier: ``"cosine"`` or ``"linear"`` (with bias).
         scale: factor of cosine logits, as for :class:`LGLALoss`; linear classifiers have none.
         layout: ``"grouped"`` or ``"independent"``.
-        reset: True initialises every copy afresh, by ``reset_parameters()`` of its layers and then
-            ``init_fn``; False keeps the weights. None keeps those of a module, as it may be pretrained, and
-            takes a factory's as they come; with ``init_fn`` a module's copies are initialised afresh.
-        init_fn: applied to every layer of every copy, as by :meth:`torch.nn.Module.apply`; needed for fresh
-            weights where a layer with parameters has no ``reset_parameters()``.
-        gradient: of cosine classifiers: ``"bounded"``, about that of linear ones in training, with class
-            centres that begin close to each other, for usual learning rates; or ``"exact"``, as the paper
-            has it (:class:`~lgla_losses.experts.ExpertClassifiers`).
+        reset: True initialises every copy again, by ``reset_parameters()`` of its layers and then
+            ``init_fn``; False keeps the weights. None keeps the weights of a module, which may be pretrained,
+            and those of a factory; with ``init_fn`` the copies of a module are initialised again.
+        init_fn: applied to every layer of every copy, as by :meth:`torch.nn.Module.apply`; needed for new
+            weights if a layer with parameters has no ``reset_parameters()``.
+        gradient: for cosine classifiers: ``"bounded"``, in training about as large as that of linear ones,
+            with class centres that start close to each other, for usual learning rates; or ``"exact"``, as in
+            the paper (:class:`~lgla_losses.experts.ExpertClassifiers`).
 
     Attributes:
         stage: the stacked module, a ``ModuleList`` of K modules, or None.
         classifiers: the K :class:`~lgla_losses.experts.ExpertClassifiers`.
         together: whether stacked copies run together; False (the default) runs them one by one. True is
-            faster for narrow layers whose steps a CUDA graph replays, and slower elsewhere. While
-            :func:`torch.jit.trace` looks on they run one by one.
+            faster for narrow layers whose steps a CUDA graph replays, and slower elsewhere. Under
+            :func:`torch.jit.trace` they run one by one.
 
     Raises:
         TypeError: ``stage`` is neither a module nor a factory of modules, another argument is of a wrong
-            type, or the stage's output is no floating-point tensor.
+            type, or the stage's output is not a floating-point tensor.
         ValueError: a number is out of range, a layer cannot be initialised, stacked or run together,
             the stage writes into its input (seen in eager mode only), or its output is not a dense
             ``[N, d]``, ``[N, d, H, W]`` or ``[N, d, D, H, W]``.
 
     Shape:
-        - shared features: ``[N, ...]``, whatever the stage takes; a tuple where it takes several values
+        - shared features: ``[N, ...]``, the input of the stage; a tuple if it takes several values
         - output: an :class:`ExpertOutput` of logits ``[N, K, C]``, features ``[N, K, d]`` and
           weight ``[K, C, d]``; a 4-D or 5-D stage output is average-pooled
 
@@ -142,31 +142,32 @@ class GroupConvExperts(nn.Module):
     if TYPE_CHECKING:
 
         def __call__(self, shared: Tensor | tuple[Any, ...]) -> ExpertOutput:
-            """Give logits, features and class centres of every expert, as :meth:`forward`."""
+            """Compute logits, features and class centres of every expert, as :meth:`forward`."""
 
     def forward(self, shared: Tensor | tuple[Any, ...]) -> ExpertOutput:
-        """Give logits, features and class centres of every expert."""
+        """Compute logits, features and class centres of every expert."""
         inputs = shared if isinstance(shared, tuple) else (shared,)
         tensors = [value for value in inputs if isinstance(value, Tensor)]
         if not tensors or (self.stage is None and len(inputs) > 1):
             raise TypeError(
-                "shared: expected a tensor [N, ...] of shared features, or a tuple of what the stage takes, "
+                "shared: expected a tensor [N, ...] of shared features, or a tuple of the stage's inputs, "
                 f"got {describe(shared)}"
             )
 
         weight: Tensor = self.classifiers.weight
         if any(tensor.is_meta for tensor in tensors) and not weight.is_meta:
             raise ValueError(
-                f"shared: expected tensors with values, as the experts' on {weight.device}, got one on meta; "
-                "move the experts to meta as well, or give values"
+                f"shared: expected tensors with values, as the experts' on {weight.device}, got one on "
+                "meta; move the experts to meta too, or pass values"
             )
 
         versions = [_version(tensor) for tensor in tensors]
         features = self._features(inputs)
         if [_version(tensor) for tensor in tensors] != versions:
             raise ValueError(
-                "stage: expected a stage that leaves its input, which the experts share, alone, got one that "
-                "wrote into it; set inplace=False on its first layer, or make it the trunk's last"
+                "stage: expected a stage that does not change its input, which the experts share, got one "
+                "that wrote into it; set inplace=False on its first layer, or move that layer to the end "
+                "of the trunk"
             )
 
         if not is_tracing() and features.shape[-1] != weight.shape[-1]:
@@ -175,9 +176,9 @@ class GroupConvExperts(nn.Module):
                 f"got {weight.shape[-1]}; pass num_features={features.shape[-1]}"
             )
 
-        if not is_tracing():  # which runs with and without gradients and compares
-            # A view: FSDP2 hooks what a module gives, and on the parameter hooks of all steps would add up;
-            # and reentrant checkpoints make what a module gives a part of their graph.
+        if not is_tracing():  # tracing runs with and without gradients and compares
+            # A view: FSDP2 puts hooks on the outputs of a module, and on the parameter the hooks of all steps
+            # would add up. Reentrant checkpoints make the outputs part of their graph.
             weight = weight.view_as(weight) if torch.is_grad_enabled() else weight.detach()
         return ExpertOutput(self.classifiers(features), features, weight)
 
@@ -203,30 +204,30 @@ class GroupConvExperts(nn.Module):
         return cast(Self, super()._apply(per_copy, recurse))  # type: ignore[no-untyped-call]
 
     def _replicate_for_data_parallel(self) -> NoReturn:
-        refuse_data_parallel(self)  # it would put the copies' class weights one after the other
+        refuse_data_parallel(self)  # it would concatenate the class weights of the replicas
 
     def to_independent(self) -> GroupConvExperts:
-        """Give the same function as K independent modules; new ones that share nothing with these."""
+        """Convert to K independent modules with the same function, which share nothing with these."""
         return self._converted("independent")
 
     def to_grouped(self) -> GroupConvExperts:
-        """Give the same function as one stacked module; a new one that shares nothing with these."""
+        """Convert to one stacked module with the same function, which shares nothing with these."""
         return self._converted("grouped")
 
     def extract(self, expert: int) -> Expert:
-        """Take one expert as a module by itself; a new one that shares nothing with these.
+        """Copy one expert into its own module, which shares nothing with these.
 
         Args:
-            expert: which, 0 to K-1; the global one is K-1.
+            expert: its number, 0 to K-1; the global expert is K-1.
 
         Raises:
-            TypeError: ``expert`` is no integer.
+            TypeError: ``expert`` is not an integer.
             ValueError: there is no such expert.
         """
         index = integer("expert", expert, f"experts are numbered from 0 to {self.num_experts - 1}")
         if not 0 <= index < self.num_experts:
             raise ValueError(
-                f"expert: expected 0 to {self.num_experts - 1}, got {index}; the last is the global one"
+                f"expert: expected 0 to {self.num_experts - 1}, got {index}; the last is the global expert"
             )
 
         independent = self.to_independent()
@@ -255,7 +256,7 @@ class GroupConvExperts(nn.Module):
 
 
 class Expert(nn.Module):
-    """Run one expert by itself: shared features to its logits ``[N, C]``."""
+    """Run one expert alone: shared features to its logits ``[N, C]``."""
 
     def __init__(self, stage: nn.Module | None, classifier: ExpertClassifiers) -> None:
         super().__init__()
@@ -268,7 +269,7 @@ class Expert(nn.Module):
             """Give logits, as :meth:`forward`."""
 
     def forward(self, shared: Tensor | tuple[Any, ...]) -> Tensor:
-        """Give the logits of what the trunk gives."""
+        """Compute the logits from the output of the trunk."""
         inputs = shared if isinstance(shared, tuple) else (shared,)
         if self.stage is None:
             features = _pool(inputs[0], "shared: expected features")
@@ -292,8 +293,11 @@ def _make_copies(
     else:
         raise TypeError(f"stage: expected a module, a factory of modules or None, got {describe(stage)}")
     if init_fn is not None and reset is False:
-        raise ValueError("init_fn: expected None with reset=False, which keeps the weights, got a function")
-    if reset is None:  # a function that initialises is a wish for fresh weights
+        raise ValueError(
+            "init_fn: expected None with reset=False, which keeps the weights, got a function; drop one of "
+            "them"
+        )
+    if reset is None:  # a function that initialises means new weights
         reset = isinstance(stage, nn.Module) and init_fn is not None
 
     _check_copies(copies)
@@ -308,15 +312,15 @@ def _make_copies(
 
 
 def _tell_what_is_kept(stage: nn.Module) -> None:
-    """Warn once a process that a module's weights are kept, which version 0.1.0 threw away."""
+    """Warn once per process that a module's weights are kept; version 0.1.0 discarded them."""
     global _told_what_is_kept
     if _told_what_is_kept or next(stage.parameters(), None) is None:
         return
     _told_what_is_kept = True
     warnings.warn(
-        "reset: expected True or False beside a module as stage, got none, so every expert keeps the "
-        "module's weights; version 0.1.0 drew new ones. Keep them by reset=False (a pretrained network), or "
-        "draw new ones for each expert by reset=True (a new network)",
+        "reset: expected True or False with a module as stage, got None, so every expert keeps the "
+        "module's weights; version 0.1.0 drew new ones. Keep them with reset=False (a pretrained network), "
+        "or draw new ones for each expert with reset=True (a new network)",
         FutureWarning,
         stacklevel=3,
     )
@@ -328,7 +332,7 @@ def _check_copies(copies: list[nn.Module]) -> None:
             raise TypeError(f"stage: expected a factory of torch.nn.Module, got {describe(expert)} from it")
         if any(is_lazy(parameter) for parameter in expert.parameters()):
             raise ValueError(
-                "stage: expected parameters of known shapes, got a lazy module; run a batch through it"
+                "stage: expected parameters of known shapes, got a lazy module; first run a batch through it"
             )
     memory = [{_memory(t) for t in (*expert.parameters(), *expert.buffers())} for expert in copies]
     if len(set().union(*memory)) != sum(map(len, memory)):
@@ -339,12 +343,12 @@ def _check_copies(copies: list[nn.Module]) -> None:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Tell where a tensor lies; one without memory by its identity."""
+    """Identify the memory of a tensor; a tensor without memory by its id."""
     return (0 if tensor.is_meta else tensor.untyped_storage().data_ptr()) or id(tensor)
 
 
 def _reset(module: nn.Module) -> None:
-    """Initialise children before their parents; NaN marks the parameters that nothing sets."""
+    """Initialise children before their parents; parameters that nothing sets stay NaN."""
     for parameter in module.parameters():
         if parameter.is_floating_point():
             nn.init.constant_(parameter, math.nan)
@@ -359,8 +363,8 @@ def _check_initialised(module: nn.Module) -> None:
         if parameter.is_floating_point() and not parameter.is_meta and parameter.isnan().any():
             layer = type(module.get_submodule(path.rpartition(".")[0])).__name__
             raise ValueError(
-                f"stage: parameter {path!r} of a {layer} is initialised by no reset_parameters(); "
-                "pass an init_fn= that sets it, or keep a module's or a factory's weights by reset=False"
+                f"stage: parameter {path!r} of a {layer} is initialised by no reset_parameters(); pass an "
+                "init_fn= that sets it, or keep the weights with reset=False"
             )
 
 
@@ -370,7 +374,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _features_of(copies: list[nn.Module]) -> int:
-    """Find the width that the stage says, or else the last layer that says one."""
+    """Find the width of the stage, or else of the last layer that has one."""
     stage_width = getattr(copies[0], "num_features", None) if copies else None
     if isinstance(stage_width, int):
         return stage_width
@@ -380,13 +384,13 @@ def _features_of(copies: list[nn.Module]) -> int:
             if isinstance(width, int):
                 return width
     raise ValueError(
-        "num_features: expected the width of the stage's output, got None, and no layer says it; "
-        "pass num_features="
+        "num_features: expected the width of the stage's output, got None, and no layer has it; pass "
+        "num_features="
     )
 
 
 def _pool(features: Tensor, expected: str = "stage: expected an output", leading: int = 1) -> Tensor:
-    """Pool ``[N, d, H, W]`` or ``[N, d, D, H, W]`` to ``[N, d]``, behind ``leading`` dimensions."""
+    """Pool ``[N, d, H, W]`` or ``[N, d, D, H, W]`` to ``[N, d]``, after ``leading`` dimensions."""
     if not isinstance(features, Tensor):
         raise TypeError(f"{expected} [N, d] or [N, d, H, W], got {type(features).__name__}")
     if features.is_nested or features.layout != torch.strided:
@@ -398,7 +402,7 @@ def _pool(features: Tensor, expected: str = "stage: expected an output", leading
         return features.mean(dim=tuple(range(leading + 1, features.dim())))
     if features.dim() != leading + 1:
         raise ValueError(
-            f"{expected} [N, d], [N, d, H, W] or [N, d, D, H, W] for every expert, "
-            f"got {['N', *features.shape[leading:]]}; end the stage with a pooling of its own"
+            f"{expected} [N, d], [N, d, H, W] or [N, d, D, H, W] for every expert, got "
+            f"{['N', *features.shape[leading:]]}; end the stage with its own pooling"
         )
     return features

@@ -1,4 +1,4 @@
-"""A network and its K experts as one module, which validation code takes for the network."""
+"""A network and its K experts as one module, which validation code can use like the network."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from lgla_losses.experts.output import Calibrated, ExpertOutput
 
 
 class ExpertModel(nn.Module):
-    """Hold a trunk and its experts: train it with the loss, validate it as any network.
+    """Hold a trunk and its experts: train it with the loss, validate it like any network.
 
-    In training mode it gives an :class:`ExpertOutput`, which :class:`LGLALoss` takes; in eval mode the
-    logits ``[N, C]`` of the ensemble, as torchvision's Inception changes what it gives.
+    In training mode it returns an :class:`ExpertOutput`, which :class:`LGLALoss` takes; in eval mode the
+    logits ``[N, C]`` of the ensemble. (The output of torchvision's Inception also depends on the mode.)
 
-    A model of transformers gives in eval mode what it gave before, an output whose ``logits`` are the
-    ensemble's. In training it gives an ``ExpertOutput``, which has ``logits`` ``[N, K, C]`` too, so that
-    ``criterion(outputs.logits, labels)`` is right in both modes (with ``classifier="linear"`` train by
-    ``criterion(outputs, labels)``, as the weights need the features). It takes no ``labels``: ``Trainer``
-    keeps them back where ``compute_loss_func`` is given, and finds them and its columns by
-    ``TrainingArguments(label_names=["labels"], remove_unused_columns=False)``.
+    In eval mode a model of transformers returns its usual output, with the ensemble's ``logits``. In training
+    it returns an ``ExpertOutput``, which has ``logits`` ``[N, K, C]`` too, so ``criterion(outputs.logits,
+    labels)`` is right in both modes. (With ``classifier="linear"`` train with ``criterion(outputs, labels)``,
+    because the weights need the features.) The model takes no ``labels``: ``Trainer`` removes them if
+    ``compute_loss_func`` is given. Set ``TrainingArguments(label_names=["labels"],
+    remove_unused_columns=False)`` so that it finds them and keeps the other columns.
 
-    :meth:`from_model` makes one of a network, :meth:`save_pretrained` and :meth:`from_pretrained` save and
-    load it. A ``state_dict`` is loaded by a model that is made as before.
+    :meth:`from_model` makes one from a network, :meth:`save_pretrained` and :meth:`from_pretrained` save and
+    load it. To load a ``state_dict``, first make the model as before.
 
     Args:
-        trunk: gives what the experts share.
-        experts: takes that.
-        eval_output: what eval mode gives: ``"ensemble"``, or ``"experts"`` for the ExpertOutput there too.
+        trunk: computes the features that the experts share.
+        experts: takes these features.
+        eval_output: the output in eval mode: ``"ensemble"``, or ``"experts"`` for the ExpertOutput there too.
 
     Attributes:
         trunk: the shared part of the network.
@@ -54,7 +54,7 @@ class ExpertModel(nn.Module):
 
     Raises:
         TypeError: a part is of a wrong type.
-        ValueError: ``eval_output`` is neither.
+        ValueError: ``eval_output`` is neither of these.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -65,9 +65,9 @@ class ExpertModel(nn.Module):
         torch.Size([2, 4])
     """
 
-    #: For the ``Trainer`` of transformers: the number of samples goes to the loss, not to the network.
+    #: For the ``Trainer`` of transformers: it passes the number of samples to the loss, not to the network.
     accepts_loss_kwargs = False
-    #: Of what transformers gives, and where the model is from; a model of parts has none.
+    #: The output class of transformers, and the origin of the model; a model made from parts has none.
     _output_class: type | None = None
     _origin: _saving.Origin | None = None
     _watch: Watch | None = None
@@ -99,41 +99,41 @@ class ExpertModel(nn.Module):
         eval_output: str = "ensemble",
         head: str = "auto",
     ) -> Self:
-        """Make a network of torchvision, timm, transformers or one's own into one with K experts.
+        """Turn a network of torchvision, timm or transformers, or your own, into one with K experts.
 
-        The network is copied, with its weights, and left as it is. Its classifier is found and replaced by
-        one for each expert.
+        The network is copied with its weights and stays unchanged. In the copy, the classifier is found and
+        replaced by one per expert.
 
         Args:
-            model: a network that gives the logits of one linear layer, as they are or times a constant, as
-                research code does (``linear(x) * s``). The constant goes with the layer.
+            model: a network that returns the logits of one linear layer, unchanged or times a constant, as in
+                research code (``linear(x) * s``). The constant is removed with the layer.
             num_experts: number of experts ``K``.
-            num_classes: number of classes ``C``; None takes the classifier's.
-            at: dotted path of the module from which on every expert has layers of its own, one of
-                :func:`split_points`. None gives the experts a classifier each, on features that they share.
-                With a path, or a constant behind the classifier, the module takes the inputs that
-                :func:`split_backbone`'s trunk takes, and hooks on the modules around are not kept. Activation
-                checkpointing in what the experts copy needs ``layout="independent"``.
+            num_classes: number of classes ``C``; None takes that of the classifier.
+            at: dotted path of the module from which on every expert has its own layers, one of
+                :func:`split_points`. None gives each expert only a classifier, on shared features. With a
+                path, or a constant after the classifier, the model takes the inputs of
+                :func:`split_backbone`'s trunk, and hooks on the enclosing modules are not kept. Activation
+                checkpointing in the layers that the experts copy needs ``layout="independent"``.
             classifier: ``"cosine"`` or ``"linear"`` (with bias).
             scale: factor of cosine logits.
-            gradient: of cosine classifiers: ``"bounded"`` or ``"exact"``, as of :class:`GroupConvExperts`.
-            layout: of :class:`GroupConvExperts`.
-            reset: None and False keep the weights of the layers that are copied; True draws fresh ones by
-                ``reset_parameters()``. Without ``at`` there are none.
-            keep_head: begin every expert's classifier with the network's; with a bias it needs
-                ``classifier="linear"``, which is the same function. A cosine classifier takes the directions
-                of the weights, so its logits are others.
-            eval_output: what eval mode gives.
-            head: path of the classifier, where it cannot be found. A network whose code torch.fx cannot trace
-                must return its logits as they are; anything else is refused at the first batch.
+            gradient: for cosine classifiers: ``"bounded"`` or ``"exact"``, as in :class:`GroupConvExperts`.
+            layout: as in :class:`GroupConvExperts`.
+            reset: None and False keep the weights of the copied layers; True draws new ones by
+                ``reset_parameters()``. Without ``at`` no layers are copied.
+            keep_head: start every expert's classifier from the network's classifier. With a bias this needs
+                ``classifier="linear"``, which is the same function. A cosine classifier takes only the
+                directions of the weights, so its logits differ.
+            eval_output: the output in eval mode, as above.
+            head: path of the classifier, if it cannot be found. A network whose code torch.fx cannot trace
+                must return its logits unchanged; anything else is refused at the first batch.
 
         Returns:
             The new module, in the mode of the network.
 
         Raises:
             TypeError: an argument is of a wrong type.
-            ValueError: the classifier cannot be found or is another than ``keep_head`` needs, there is no
-                module at ``at``, the network cannot be split there, or weights are tied across.
+            ValueError: the classifier cannot be found or does not fit ``keep_head``, there is no module at
+                ``at``, the network cannot be split there, or weights are tied across the parts.
         """
         check_network(model)
         keep = boolean("keep_head", keep_head)
@@ -176,38 +176,38 @@ class ExpertModel(nn.Module):
         result._watch = Watch(path) if watched else None
         result._origin = _saving.Origin.of(model, path, at)
         new: list[nn.Module] = [result, experts, *experts.children()]
-        for module in new:  # the others have the mode that each had in the network
+        for module in new:  # the others keep the mode that they had in the network
             module.training = model.training
         return result
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the model into a folder, for :meth:`from_pretrained`.
 
-        The weights are ``model.safetensors``, ``experts.json`` says how the model was made, and of a network
-        of transformers ``config.json`` is its config, which ``AutoConfig`` and ``AutoTokenizer`` read. Its
-        ``AutoModel`` knows nothing of experts and makes new weights. The files are written beside those in
-        the folder and then renamed one after the other. ``requires_grad`` and ``experts.together`` are not
-        kept.
+        ``model.safetensors`` holds the weights, and ``experts.json`` says how the model was made. For a
+        network of transformers, ``config.json`` is its config, which ``AutoConfig`` and ``AutoTokenizer``
+        read. ``AutoModel`` does not load the experts and makes new weights. The files are written under
+        temporary names and then renamed one after the other. ``requires_grad`` and ``experts.together`` are
+        not kept.
 
         Args:
-            directory: the folder, which is made where there is none.
+            directory: the folder; it is made if it does not exist.
 
         Raises:
-            TypeError: ``directory`` is no path.
-            ValueError: it is a file, the model was not made by :meth:`from_model`, or a module's
-                ``get_extra_state`` gives something else than a tensor.
+            TypeError: ``directory`` is not a path.
+            ValueError: ``directory`` is a file, the model was not made by :meth:`from_model`, or a module's
+                ``get_extra_state`` returns something other than a tensor.
             ImportError: safetensors is not installed.
         """
         _saving.save(self, directory)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], model: nn.Module | None = None) -> Self:
-        """Make the model that :meth:`save_pretrained` wrote; nothing is downloaded.
+        """Load the model that :meth:`save_pretrained` wrote; nothing is downloaded.
 
         Args:
             directory: the folder.
-            model: a network as :meth:`from_model` was given, of whatever weights. None makes it of its
-                config, where its class is one of transformers.
+            model: a network like the one given to :meth:`from_model`, with any weights. None makes it from
+                its config, if its class is one of transformers.
 
         Returns:
             The model, in eval mode, in the precision of its weights.
@@ -215,7 +215,7 @@ class ExpertModel(nn.Module):
         Raises:
             TypeError: an argument is of a wrong type.
             ValueError: the folder lacks a file, a file is damaged or of another version, or ``model`` is
-                needed, is on meta or does not fit.
+                missing, is on meta or does not fit.
             ImportError: safetensors, or transformers for its networks, is not installed.
 
         Example:
@@ -230,40 +230,39 @@ class ExpertModel(nn.Module):
         return cast(Self, _saving.load(cls, directory, model))
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Give an :class:`ExpertOutput` in training mode, in eval mode the ensemble's logits ``[N, C]``.
+        """Return an :class:`ExpertOutput` in training mode, in eval mode the ensemble's logits ``[N, C]``.
 
         Args:
-            *inputs: what the network takes.
-            **kwargs: likewise.
+            *inputs: inputs of the network.
+            **kwargs: inputs by name.
 
         Raises:
-            TypeError: the network gives something beside its logits.
-            ValueError: ``labels`` for a model of transformers, or a network that returns no logits as they
-                are.
+            TypeError: the network returns something besides its logits.
+            ValueError: a model of transformers is given ``labels``, or the network changes its logits.
         """
         output, shared = self._run(*inputs, **kwargs)
         if self.training or self.eval_output == "experts":
             return output
-        if isinstance(shared, dict):  # what else the model gave, as hidden states, stays
+        if isinstance(shared, dict):  # other outputs of the model, such as hidden states, stay
             return type(shared)(**{**shared, "logits": output.ensemble()})
         if self._output_class is not None:
             return self._output_class(logits=output.ensemble())
         return output.ensemble()
 
     def _run(self, *inputs: Any, **kwargs: Any) -> tuple[ExpertOutput, Any]:
-        """Give what the experts and what the trunk give."""
+        """Give the outputs of the experts and of the trunk."""
         if self._output_class is not None and kwargs.get("labels") is not None:
             raise ValueError(
-                "labels: expected none, as the loss is the criterion's, got some; keep them for "
-                "criterion(outputs.logits, labels), in a Trainer by compute_loss_func="
+                "labels: expected none, because the criterion computes the loss, got some; pass them to "
+                "criterion(outputs.logits, labels), in a Trainer through compute_loss_func="
             )
         run = self.trunk if self._watch is None else partial(self._watch.run, self.trunk)
         shared = run(*inputs, **kwargs)
         features = shared["logits"] if isinstance(shared, dict) and "logits" in shared else shared
         if self.experts.stage is None and not isinstance(features, Tensor):
             raise TypeError(
-                f"model: expected a network that returns logits alone, got {describe(shared)} in "
-                f"{'training' if self.training else 'eval'} mode; switch off what it gives beside, as an "
+                f"model: expected a network that returns only logits, got {describe(shared)} in "
+                f"{'training' if self.training else 'eval'} mode; switch off its other outputs, such as an "
                 "auxiliary classifier"
             )
         return self.experts(features), shared
@@ -276,20 +275,20 @@ class ExpertModel(nn.Module):
         calibration: Calibrated | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Give probabilities ``[N, C]``, in eval mode and without gradient; the mode is as before afterwards.
+        """Compute probabilities ``[N, C]`` in eval mode, without gradient; then restore the mode.
 
         They are those of :meth:`ExpertOutput.probabilities`.
 
         Args:
-            *inputs: what the network takes.
-            prior: of the classes in the test set, for the calibration: ``[C]``, or ``"estimated"`` from the
+            *inputs: inputs of the network.
+            prior: class prior of the test set, for the calibration: ``[C]``, or ``"estimated"`` from the
                 samples of this call; None is uniform.
-            calibration: what makes probabilities of the ensemble's logits; None takes their softmax.
+            calibration: turns the ensemble's logits into probabilities; None takes their softmax.
             **kwargs: inputs by name.
 
         Raises:
             TypeError: ``calibration`` has no ``probabilities``.
-            ValueError: a ``prior`` without ``calibration``.
+            ValueError: there is a ``prior`` without ``calibration``.
         """
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
@@ -306,7 +305,7 @@ class ExpertModel(nn.Module):
 
 
 def _output_class_of(model: nn.Module) -> type | None:
-    """Find the class of what a classifier of transformers gives."""
+    """Find the output class of a classifier of transformers."""
     if not is_transformers_model(model):
         return None
     outputs: Any = sys.modules["transformers"].modeling_outputs
@@ -316,29 +315,29 @@ def _output_class_of(model: nn.Module) -> type | None:
 
 
 def _check_fits(linear: nn.Linear, num_classes: int | None, classifier: str) -> None:
-    """Raise unless every expert can begin with this classifier."""
+    """Raise unless every expert can start from this classifier."""
     if num_classes not in (None, linear.out_features):
         raise ValueError(
             f"keep_head: expected as many classes as the classifier has, {linear.out_features}, got "
-            f"num_classes={num_classes}; leave keep_head=False for a new classifier"
+            f"num_classes={num_classes}; set keep_head=False for a new classifier"
         )
     if classifier == "cosine" and linear.bias is not None:
         raise ValueError(
             "keep_head: expected classifier='linear' for a classifier with bias, got 'cosine', which has "
-            "none; pass classifier='linear', or keep_head=False"
+            "no bias; pass classifier='linear', or keep_head=False"
         )
 
 
 def _check_untied(trunk: nn.Module, stage: nn.Module | None, linear: nn.Module | None) -> None:
-    """Raise where parts that are to be copied have a parameter in common with others."""
+    """Raise if the parts to copy share a parameter with other parts."""
     seen: dict[int, str] = {}
     for part in filter(None, (trunk, stage, linear)):
         names = {id(parameter): name for name, parameter in part.named_parameters()}
         for tied in names.keys() & seen.keys():
             where = "the classifier's" if part is linear else "the stage's"
             raise ValueError(
-                f"model: expected weights that trunk, stage and classifier have for themselves, got {where} "
-                f"{names[tied]!r} tied to {seen[tied]!r}; copies would part them: untie them first, or "
+                f"model: expected separate weights in trunk, stage and classifier, got {where} "
+                f"{names[tied]!r} tied to {seen[tied]!r}; copies would separate them: untie them first, or "
                 "choose another split"
             )
         seen |= names

@@ -1,7 +1,7 @@
-"""What the groups and margins of LGLA are on class counts of one's own, before anything is trained.
+"""Groups and margins of LGLA on your class counts, before training.
 
-``python -m lgla_losses inspect`` shows it (``pip install "lgla-losses[cli]"``); here is what it computes,
-which needs PyTorch and NumPy only.
+``python -m lgla_losses inspect`` shows them (``pip install typer rich``). This module
+computes them and needs PyTorch and NumPy only.
 """
 
 from lgla_losses.inspection._entries import SourceError

@@ -16,19 +16,19 @@ import numpy as np
 from lgla_losses.inspection import _entries as entries
 from lgla_losses.inspection._entries import Found, SourceError, to_number
 
-#: Headings, in lower case, that say what a column holds; of several names the first wins.
+#: Headings, in lower case, of columns of counts and of names; the first that is found wins.
 COUNT_HEADINGS = ("count", "counts", "num_samples", "samples", "num_images", "images", "frequency", "freq")
 NAME_HEADINGS = ("name", "class_name", "classname", "class", "category", "label")
 
-#: Headings of what is a label or a class number and no count, though it may be the only column of numbers.
+#: Headings of labels and class numbers, which are not counts even in the only column of numbers.
 LABEL_HEADINGS = (*NAME_HEADINGS, "labels", "target", "targets", "y", "class_id", "category_id", "label_id")
 
-SAMPLES_WAY_OUT = "with one row a sample, --label-column says which column holds the labels"
+SAMPLES_WAY_OUT = "if a row is a sample, name the column of the labels by --label-column"
 
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """Hold the cells of a column; its heading is its number from 1 where the file has none."""
+    """Hold the cells of a column; without a header its heading is its number from 1."""
 
     number: str
     heading: str
@@ -41,24 +41,24 @@ class Column:
 
     @cached_property
     def order(self) -> list[int]:
-        """Sort the rows by class numbers, if the cells are such."""
+        """Sort the rows by the cells, if these are class numbers."""
         return entries.class_order(self.cells)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Hold a CSV file by column; ``lines`` are those of the rows, with the header's first if there is one."""
+    """Hold a CSV file by column; ``lines`` are the line numbers of the rows, a header's included."""
 
     path: Path
     columns: list[Column]
     lines: list[int]
 
     def where(self, row: int) -> str:
-        """Say where a row of cells stands."""
+        """Give the line of a row of cells."""
         return f"line {self.lines[row - len(self.columns[0].cells)]}"
 
     def headed(self, headings: Sequence[str]) -> list[Column]:
-        """Find the columns with such a heading, in the order of the headings."""
+        """Find the columns with one of these headings, in the order of the headings."""
         return [column for one in headings for column in self.columns if column.heading.lower() == one]
 
     def asked(self, option: str, name: str) -> Column:
@@ -78,11 +78,11 @@ class Table:
 def read_csv(
     path: Path, *, count_column: str | None, name_column: str | None, label_column: str | None
 ) -> Found:
-    """Read class counts from a row a class, or count the labels of a row a sample.
+    """Read class counts from a row for each class, or count the labels of a row for each sample.
 
     Raises:
         OSError: the file cannot be read.
-        SourceError: it is no such table, or leaves open which column is meant.
+        SourceError: the file is no such table, or it is not clear which column is meant.
     """
     asked = [name for name in (count_column, name_column) if name is not None]
     if label_column is None:
@@ -101,19 +101,19 @@ def _read_table(path: Path, asked: Sequence[str], of_samples: bool = False) -> T
     lines[:above] = ["\n"] * above  # comments
     rows = _split(path, lines, _delimiter("".join(lines[above : above + 1])))
     if not rows:
-        raise SourceError(f"{path}: expected a CSV file with a row a class, got an empty file")
+        raise SourceError(f"{path}: expected a CSV file with a row for each class, got an empty file")
 
     begin, first = rows[0]
     for line, row in rows:
         if len(row) != len(first):
             raise SourceError(
                 f"{path}, line {line}: expected {len(first)} columns as in line {begin}, got {len(row)}; "
-                "fill empty cells, and quote names that hold what divides the columns"
+                "fill empty cells, and quote names that contain the delimiter"
             )
 
     has_header = _is_header(first, asked, of_samples)
     if len(rows) == has_header:
-        raise SourceError(f"{path}: expected a row a class below the header of line {begin}, got none")
+        raise SourceError(f"{path}: expected a row for each class below the header of line {begin}, got none")
     numbers = [str(number) for number in range(1, len(first) + 1)]
     cells = zip(*(row for _, row in rows[has_header:]), strict=True)
     columns = list(map(Column, numbers, first if has_header else numbers, cells))
@@ -121,12 +121,12 @@ def _read_table(path: Path, asked: Sequence[str], of_samples: bool = False) -> T
 
 
 def _delimiter(line: str) -> str:
-    """Guess what divides the columns: names hold commas now and then, but no tabs."""
+    """Guess the delimiter: names may contain commas, but no tabs."""
     return "\t" if "\t" in line else max(";,", key=line.count)
 
 
 def _split(path: Path, lines: Sequence[str], delimiter: str) -> list[tuple[int, list[str]]]:
-    """Give the rows that are not blank, each with its line."""
+    """Give the rows that are not blank, each with its line number."""
     reader = csv.reader(lines, delimiter=delimiter)
     try:
         rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
@@ -139,7 +139,7 @@ def _split(path: Path, lines: Sequence[str], delimiter: str) -> list[tuple[int, 
 
 def _is_header(row: Sequence[str], asked: Sequence[str], of_samples: bool) -> bool:
     if of_samples and asked[0].isdecimal():
-        # Labels may be words, so no word but a known heading is one.
+        # Labels may be words, so only a known heading is a header.
         return any(cell.lower() in LABEL_HEADINGS for n, cell in enumerate(row, 1) if str(n) == asked[0])
     return any(name in row and not name.isdecimal() for name in asked) or not _count_numbers(row)
 
@@ -152,14 +152,14 @@ def _read_classes(table: Table, count_column: str | None, name_column: str | Non
         table.path,
         count.cells,
         lambda row: f"{table.where(row)}, column {count.heading!r}",
-        f"say by --count-column which column holds the counts; {SAMPLES_WAY_OUT}",
+        f"name the column of the counts by --count-column; {SAMPLES_WAY_OUT}",
     )
     description = f"a CSV file with counts in column {count.heading!r}"
 
     names = None
     if name is not None:
         names = list(name.cells)
-        way_out = f"add the counts up, or name another column by --name-column; {SAMPLES_WAY_OUT}"
+        way_out = f"add up their counts, or name another column by --name-column; {SAMPLES_WAY_OUT}"
         entries.check_unique(table.path, names, table.where, way_out)
         description += f" and names in column {name.heading!r}"
 
@@ -172,7 +172,7 @@ def _read_classes(table: Table, count_column: str | None, name_column: str | Non
 
 
 def _count_column(table: Table) -> Column:
-    """Find the column of counts: by its heading, else as the only one of numbers that are no labels."""
+    """Find the column of counts: by its heading, else the only column of numbers that are not labels."""
     numeric = [column for column in table.columns if column.is_numeric]
     unlabelled = [column for column in numeric if column.heading.lower() not in LABEL_HEADINGS]
     candidates = table.headed(COUNT_HEADINGS) or unlabelled
@@ -184,13 +184,13 @@ def _count_column(table: Table) -> Column:
     got = {0: "none of numbers", 1: "one of labels"}.get(len(numeric), f"{len(numeric)} of numbers")
     raise SourceError(
         f"{table.path}, line {table.lines[0]}: expected one column of counts, got {got} among the columns "
-        f"{', '.join(repr(column.heading) for column in table.columns)}; say which it is by --count-column, "
+        f"{', '.join(repr(column.heading) for column in table.columns)}; name it by --count-column, "
         f"and write 1000 for '1,000'; {SAMPLES_WAY_OUT}"
     )
 
 
 def _name_column(table: Table, count: Column) -> Column | None:
-    """Find the column of names: by its heading, else as the only one of different texts."""
+    """Find the column of names: by its heading, else the only column of different texts."""
     headed = [column for column in table.headed(NAME_HEADINGS) if column is not count]
     others = [column for column in table.columns if column is not count and not column.is_numeric]
     candidates = headed[:1] or [one for one in others if len(set(one.cells)) == len(one.cells)]

@@ -1,4 +1,4 @@
-"""Counts, names and labels of a file, entry by entry: what text, CSV, JSON and arrays share."""
+"""Counts, names and labels, entry by entry: shared by text, CSV, JSON and arrays."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import numpy.typing as npt
 from lgla_losses._labels import count_classes
 from lgla_losses.data.text import read_lines
 
-#: What is read of a source: samples per class, the names of the classes if it has any, what it was taken for.
+#: The content of a source: samples per class, the names of the classes if any, what the source was taken for.
 Found: TypeAlias = tuple[list[int], list[str] | None, str]
 
-#: Numbers with a mark after the thousands, or what a comma taken for the end of a cell leaves of them.
+#: Numbers with a separator of thousands, or the part that remains where a comma ended the cell.
 SEPARATED = re.compile(r"\d{1,3}([,.' \u00a0\u2009\u202f]\d{3})+|0\d+")
 
 
 class SourceError(ValueError):
-    """Say where and why what was given as class counts cannot be read as such."""
+    """Say where and why a source of class counts cannot be read."""
 
 
 def text_lines(path: Path) -> list[str]:
-    """Read the lines of a text file; what is none is a :class:`SourceError`."""
+    """Read the lines of a text file; other files raise a :class:`SourceError`."""
     try:
         return read_lines(path)
     except ValueError as error:
@@ -35,7 +35,7 @@ def text_lines(path: Path) -> list[str]:
 
 
 def to_number(raw: Any) -> int | float | None:
-    """Give the number of a cell or of a JSON value; None if it is none."""
+    """Give the number in a cell or a JSON value, None if there is none."""
     if isinstance(raw, str):
         with suppress(ValueError):
             return float(raw)
@@ -43,7 +43,7 @@ def to_number(raw: Any) -> int | float | None:
 
 
 def whole_numbers(path: Path, raw: Sequence[Any], where: Callable[[int], str], way_out: str) -> list[int]:
-    """Give the counts of cells or JSON values; ``where`` says of an entry where it stands.
+    """Give the counts in cells or JSON values; ``where`` gives the place of an entry.
 
     Raises:
         SourceError: an entry is no count, with ``way_out`` if it is no number; or no class has samples.
@@ -55,12 +55,12 @@ def whole_numbers(path: Path, raw: Sequence[Any], where: Callable[[int], str], w
         elif number is None:
             advice = way_out
         elif number >= 2**63 / len(numbers):
-            advice = "counts are below 2**63, the sum of all as well"
+            advice = "counts are below 2**63, and so is their sum"
         elif not number >= 0:  # NaN is neither
             advice = "a class without samples has the count 0"
         elif number != int(number):
             advice = (
-                "give the samples of every class before any weighting; multiply priors by the number of "
+                "give the samples of every class before weighting; multiply priors by the number of "
                 "samples and round"
             )
         else:
@@ -87,20 +87,20 @@ def count_labels(
     if labels[low] < 0:
         raise SourceError(
             f"{described}: expected labels >= 0, got {labels[low]} at {where(low)}; leave ignored samples "
-            "out, as by labels[labels >= 0]"
+            "out, by labels[labels >= 0]"
         )
     if labels[high] >= max(labels.size, 1):
         raise SourceError(
-            f"{described}: expected labels of classes with a sample each or more on average, got "
-            f"{labels[high]} at {where(high)} of {labels.size} labels; leave ignored samples out, or, if "
-            "these are class counts, write them into a text file, one a line"
+            f"{described}: expected labels with at least one sample per class on average, got "
+            f"{labels[high]} at {where(high)} of {labels.size} labels; leave ignored samples out; if "
+            "these are class counts, write them into a text file, one per line"
         )
     counts: list[int] = count_classes(labels, int(labels[high]) + 1).tolist()
     return counts
 
 
 def class_order(cells: Sequence[str]) -> list[int]:
-    """Sort entries by class numbers that are 0..C-1 or 1..C in any order; others give nothing."""
+    """Sort entries by class numbers, 0..C-1 or 1..C in any order; for other cells give nothing."""
     if len(cells) < 2 or not all(cell.isdecimal() and len(cell) < 19 for cell in cells):
         return []
     numbers = list(map(int, cells))

@@ -1,4 +1,4 @@
-"""The command line around an inspection: ``pip install "lgla-losses[cli]"``."""
+"""The command line around an inspection: ``pip install typer rich``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lgla_losses.inspection.report import Inspection, inspect_counts
 from lgla_losses.inspection.sources import ClassCounts, Kind, read_class_counts
 from lgla_losses.inspection.table import print_inspection
 
-#: Of the JSON that --json writes; a key that changes its meaning or goes raises it.
+#: Version of the JSON that --json writes; it rises when a key is removed or changes its meaning.
 SCHEMA_VERSION = 1
 
 IMPORTS = (
@@ -58,18 +58,20 @@ def inspect(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="Class counts as a text file (one a line), CSV or JSON; labels as .npy or .npz, or as CSV "
-            "with --label-column; or a folder of images with a folder a class, or with train/ that has them.",
+            help="Class counts as a text file (one per line), CSV or JSON; labels as .npy or .npz, or as CSV "
+            "with --label-column; or a folder with a folder of images for each class, perhaps in train/.",
             show_default=False,
         ),
     ],
     kind: Annotated[
         Kind | None,
-        typer.Option(help="What SOURCE is, if its ending and content mislead.", show_default=False),
+        typer.Option(help="Kind of SOURCE, if its ending and content mislead.", show_default=False),
     ] = None,
     key: Annotated[
         str | None,
-        typer.Option(help="Array of labels in an .npz; else train_labels or train_y.", show_default=False),
+        typer.Option(
+            help="Array of labels in an .npz; default: train_labels or train_y.", show_default=False
+        ),
     ] = None,
     count_column: Annotated[
         str | None,
@@ -82,21 +84,22 @@ def inspect(
     label_column: Annotated[
         str | None,
         typer.Option(
-            help="Heading of the labels in a CSV file with a row a sample, or number from 1.",
+            help="Heading of the labels in a CSV file with a row for each sample, or number from 1.",
             show_default=False,
         ),
     ] = None,
     many: Annotated[float, typer.Option(min=0, help="Many-shot classes have more samples.")] = 100,
     few: Annotated[float, typer.Option(min=0, help="Few-shot classes have fewer samples.")] = 20,
-    batch_size: Annotated[int, typer.Option(min=1, max=2**63 - 1, help="Samples of a batch.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, max=2**63 - 1, help="Samples per batch.")] = 128,
     png: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a picture there.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a picture of the groups to FILE.", show_default=False),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Write JSON, for programs: groups and experts count from 0.")
+        bool, typer.Option("--json", help="Print JSON for programs: groups and experts count from 0.")
     ] = False,
 ) -> None:
-    """Look at class counts: imbalance, groups and margins for K = 2..7, warnings, a place to start."""
+    """Show what class counts mean for LGLA: imbalance, groups and margins for K = 2..7, where to start."""
     if not few <= many < float("inf"):
         _refuse(f"--few, --many: expected 0 <= few <= many, finite, got few = {few:g} and many = {many:g}")
     options = {
@@ -132,7 +135,7 @@ def inspect(
         return
 
     if hasattr(sys.stdout, "reconfigure"):
-        # A class name may hold letters that the terminal's encoding lacks.
+        # A class name may have letters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="replace")
     title = f"{source}: {found.description}"
     print_inspection(Console(), inspection, title, IMPORTS)
@@ -144,10 +147,11 @@ def _write_picture(png: Path, source: Path, found: ClassCounts, inspection: Insp
     num_experts = inspection.suggestion.num_experts
     grouper = ClassGrouper(found.positive, num_experts - 1)
     numbers = [number for number, count in enumerate(found.counts) if count]
+    names = found.names and [found.names[number] for number in numbers]
     title = f"{source.name}: groups of {num_experts} experts"
 
     try:
-        figure = draw_groups(grouper, numbers, inspection.many, inspection.few, title)
+        figure = draw_groups(grouper, numbers, inspection.many, inspection.few, title, names)
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=150)
         _write_whole(png.resolve(), drawn.getvalue())
@@ -158,7 +162,7 @@ def _write_picture(png: Path, source: Path, found: ClassCounts, inspection: Insp
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all: what was there stays if the disk is full."""
+    """Write a file as a whole or not at all: the old one stays if the disk is full."""
     if path.exists() and not path.is_file():
         raise OSError("it is a folder, pipe or device")
     temporary = path.with_name(f".{os.getpid()}.part")

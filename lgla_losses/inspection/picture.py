@@ -9,14 +9,21 @@ from lgla_losses.grouping import ClassGrouper
 
 
 def draw_groups(
-    grouper: ClassGrouper, class_numbers: Sequence[int], many: float, few: float, title: str
+    grouper: ClassGrouper,
+    class_numbers: Sequence[int],
+    many: float,
+    few: float,
+    title: str,
+    names: Sequence[str] | None = None,
 ) -> Any:
     """Draw the groups over the class frequencies, and the shot split as lines.
 
-    Few classes are called by their numbers in the source, which may have others without samples.
+    The classes have their names, or else the numbers of the source, which also numbers classes without
+    samples. A class keeps its number where the font lacks a letter of its name. Many classes without names
+    have ranks.
 
     Returns:
-        A ``matplotlib.figure.Figure``, made without ``pyplot``: no window, no global state.
+        A ``matplotlib.figure.Figure``, made without ``pyplot``, so without a window or global state.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -25,18 +32,27 @@ def draw_groups(
     from lgla_losses.plot.class_axis import FEW_CLASSES
     from lgla_losses.plot.style import ink, legend
 
-    axes = plot_groups(grouper)
-
-    if grouper.num_classes <= FEW_CLASSES:
-        indices = [int(text.get_text()) for text in axes.get_xticklabels()]
-        axes.set_xticks(axes.get_xticks(), [str(class_numbers[j]) for j in indices])
+    shown: list[str] | None = None
+    if names is not None:
+        letters = _letters_of_the_font()
+        pairs = zip(names, class_numbers, strict=True)
+        shown = [name if letters.issuperset(map(ord, name)) else str(number) for name, number in pairs]
+    elif grouper.num_classes <= FEW_CLASSES:
+        shown = [str(number) for number in class_numbers]
+    axes = plot_groups(grouper, names=shown)
 
     bottom, top = axes.get_ylim()
     for label, threshold, line in (("many-shot: above", many, "--"), ("few-shot: below", few, ":")):
         if bottom < threshold < top:
-            axes.axhline(threshold, color=ink(axes), linestyle=line, label=f"{label} {threshold:g}")
+            axes.axhline(threshold, color=ink(axes), linestyle=line, label=f"{label} {threshold:,g}")
 
     legend(axes)
     # A dollar sign in a file name is no mathematics.
     axes.set_title(title.replace("$", r"\$"))
     return axes.figure
+
+
+def _letters_of_the_font() -> set[int]:
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return set(get_font(findfont(FontProperties())).get_charmap())

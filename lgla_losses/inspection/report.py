@@ -1,6 +1,6 @@
-"""The figures of an inspection: imbalance, shots, groups, margins, what may go wrong, where to start.
+"""The numbers of an inspection: imbalance, shots, groups, margins, warnings, where to start.
 
-Its sentences count groups and experts from 1, as people do; its indices from 0, as ``group_index`` does.
+Sentences count groups and experts from 1, as people do; indices count from 0, as ``group_index`` does.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lgla_losses.adjustment import CLALogitAdjuster
 from lgla_losses.grouping import ClassGrouper
 from lgla_losses.suggestion import suggest
 
-#: The numbers of experts K that are looked at, those of the paper's Fig. 7; everywhere else it has three.
+#: The numbers of experts K to inspect, from the paper's Fig. 7; elsewhere the paper has three.
 EXPERTS = range(2, 8)
 PAPER_EXPERTS = 3
 
-#: A group that a batch misses more often than this is warned of.
+#: A warning names groups that more than this share of the batches miss.
 OFTEN_MISSED = 0.01
 
 
@@ -63,9 +63,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Margin:
-    r"""Give an expert's largest margin of Eq. 6: by how much ``target``'s logit must exceed ``rival``'s.
+    r"""Give the largest margin of an expert, Eq. 6: how far ``target``'s logit must exceed ``rival``'s.
 
-    Several rivals may share it, the most frequent is given; both are None where the expert has no margins.
+    If several rivals share it, ``rival`` is the most frequent. Both are None if all margins are 0.
     """
 
     expert: int
@@ -77,7 +77,7 @@ class Margin:
 
 @dataclass(frozen=True)
 class Grouping:
-    """Show what K experts make of the classes, at the default ``tau``."""
+    """Give the groups and margins of K experts, at the default ``tau``."""
 
     num_experts: int
     tau: float
@@ -87,7 +87,7 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Notice:
-    """Warn before training: a code that stays, a sentence, and indices of what it is about."""
+    """Warn before training: a stable code, a sentence, and the indices that it concerns."""
 
     code: str
     message: str
@@ -107,7 +107,7 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Hold all figures; classes without samples enter ``zero_count_classes`` and nothing else."""
+    """Hold all numbers; classes without samples are in ``zero_count_classes`` only."""
 
     num_classes: int
     num_samples: int
@@ -134,15 +134,18 @@ def inspect_counts(
     batch_size: int = 128,
     expression: str = "class_counts",
 ) -> Inspection:
-    """Say what LGLA would make of class counts.
+    """Compute what LGLA makes of class counts.
 
     Args:
-        counts: samples per class ``[C]``, integers; classes with 0 are warned of and left out.
+        counts: samples per class ``[C]``, integers; classes with 0 are left out with a warning.
         names: of the classes ``[C]``.
         many: many-shot classes have more samples.
         few: few-shot classes have fewer, at most ``many``.
-        batch_size: samples that are drawn for a batch.
+        batch_size: samples per batch.
         expression: Python for the positive counts, for the suggested line of code.
+
+    Returns:
+        All numbers, warnings and a suggestion.
 
     Raises:
         TypeError: counts are not integers, or an option is no number.
@@ -151,12 +154,12 @@ def inspect_counts(
     array = integer_array("counts", counts, "give the number of samples of every class", by_class=True)
     if (array < 0).any() or not (array > 0).any():
         raise ValueError(
-            "counts: expected counts >= 0 and one above, "
+            "counts: expected counts >= 0, and at least one above 0, "
             f"got {f'a least of {array.min()}' if array.size and array.min() < 0 else 'none above 0'}"
         )
     if names is not None and len(names) != len(array):
         raise ValueError(f"names: expected one for each of {len(array)} classes, got {len(names)}")
-    batch_size = positive_int("batch_size", batch_size, "give the samples of a batch")
+    batch_size = positive_int("batch_size", batch_size, "give the samples per batch")
 
     def info(number: int) -> ClassInfo:
         return ClassInfo(number, None if names is None else names[number], int(array[number]))
@@ -271,13 +274,13 @@ def _warnings(
         message = (
             f"{len(absent)} {'class has' if one_absent else 'classes have'} no samples and "
             f"{'is' if one_absent else 'are'} left out: {_listed([class_label(one) for one in absent])}. "
-            "Class numbers here are the source's; the losses want labels 0..C-1 without the classes left "
-            "out, or zero_counts='smooth' or 'mask'."
+            "Class numbers here are those of the source. The losses expect labels 0..C-1 of the classes that "
+            "remain, or zero_counts='smooth' or 'mask'."
         )
         notices.append(Notice("zero_count_classes", message, cases))
 
     if len(infos) == 1:
-        notices.append(Notice("one_class", "There is one class only: nothing to classify.", []))
+        notices.append(Notice("one_class", "There is only one class: nothing to classify.", []))
     elif len({one.count for one in infos}) == 1:
         message = (
             "All classes have the same count: every margin is 0 and LGLA is plain cross entropy of K experts."
@@ -292,8 +295,8 @@ def _warnings(
     ]
     if alone and len(infos) > 1:
         message = (
-            f"Groups of one class: {_by_experts(alone)}. Such a local expert adjusts the logit of that class "
-            "alone, and none at all where it is the largest."
+            f"Groups of one class: {_by_experts(alone)}. The local expert of such a group adjusts only the "
+            "logit of that class, or none if the class is the most frequent one."
         )
         notices.append(Notice("single_class_groups", message, alone))
 
@@ -305,8 +308,9 @@ def _warnings(
     if missed:
         worst = max(case["probability"] for case in missed)
         message = (
-            f"More than 1 % of the batches of {batch_size} hold no sample of a group: {_by_experts(missed)}; "
-            f"at worst {worst:.0%}. It then has no reference angle: take larger batches or fewer experts."
+            f"More than 1 % of the batches of {batch_size} have no sample of a group: {_by_experts(missed)}; "
+            f"at worst {worst:.0%}. The group then has no reference angle. Use larger batches or fewer "
+            "experts."
         )
         notices.append(Notice("missed_groups", message, missed))
 
@@ -329,7 +333,7 @@ def _suggestion(groupings: Sequence[Grouping], batch_size: int, expression: str)
 
     paper = by_experts.get(PAPER_EXPERTS)
     if paper is None:
-        why = "K = 2, as one class makes one group."
+        why = "K = 2, because one class makes one group."
     else:
         sizes = [len(group.classes) for group in paper.groups]
         missed = [group for group in paper.groups if group.miss_probability > OFTEN_MISSED]
@@ -341,18 +345,16 @@ def _suggestion(groupings: Sequence[Grouping], batch_size: int, expression: str)
             share = f"{rare.miss_probability:.0%} of the batches of {batch_size}"
             problem = f"{share} would miss group {rare.index + 1}"
         if problem:
-            why = f"K = 2 rather than the paper's 3, as {problem}."
+            why = f"K = 2 rather than the paper's 3, because {problem}."
         else:
             chosen = paper
             why = (
                 f"K = 3 as in the paper: its groups have {sizes[0]} and {sizes[1]} classes, and batches of "
-                f"{batch_size} seldom miss one."
+                f"{batch_size} rarely miss one."
             )
 
     if not any(margin.margin for margin in chosen.margins):
-        why = (
-            f"No class is rarer than another: nothing to adjust, plain cross entropy does as well. Else {why}"
-        )
+        why = f"All margins are 0: there is nothing to adjust, so use plain cross entropy. Otherwise {why}"
 
     num_experts = chosen.num_experts
     usual, linear = suggest(num_experts), suggest(num_experts, classifier="linear")
@@ -367,7 +369,7 @@ def _suggestion(groupings: Sequence[Grouping], batch_size: int, expression: str)
 
 
 def class_label(one: ClassInfo) -> str:
-    """Name a class for people: its number, and its name where that says more."""
+    """Give the number of a class, and its name if it has another one."""
     return f"{one.number}" if one.name in (None, str(one.number)) else f"{one.number} ({one.name})"
 
 

@@ -1,4 +1,4 @@
-"""Class counts from what people have: a text, CSV or JSON file, an array of labels, a folder of images."""
+"""Class counts from a text, CSV or JSON file, an array of labels or a folder of images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lgla_losses.inspection._entries import Found, SourceError
 
 
 class Kind(StrEnum):
-    """Name what a source is."""
+    """Name the kinds of sources."""
 
     TEXT = "text"
     CSV = "csv"
@@ -42,19 +42,19 @@ class ClassCounts:
 
     @property
     def positive(self) -> list[int]:
-        """Leave out classes that have no samples, as the losses want it."""
+        """Leave out classes without samples, as the losses expect."""
         return [count for count in self.counts if count > 0]
 
 
-#: What a file is by its ending.
+#: The kind of a file by its ending.
 KINDS = {
     ".csv": Kind.CSV, ".tsv": Kind.CSV, ".json": Kind.JSON, ".npy": Kind.LABELS, ".npz": Kind.LABELS
 }  # fmt: skip
 
-#: Endings of what counts as an image in a folder.
+#: Endings of the images in a folder.
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-#: Arrays of an .npz that are taken for the labels where none is named.
+#: Arrays of an .npz that are the labels if none is named.
 LABEL_KEYS = ("train_labels", "train_y")
 
 JSON_WAY_OUT = "give a list of counts or a mapping of names to counts"
@@ -75,25 +75,30 @@ def read_class_counts(
     """Read class counts.
 
     Args:
-        source: a text file with one count a line (``#`` begins a comment); a CSV file with a row a class, a
-            column of counts and perhaps one of names, or with a row a sample and a column of labels; a JSON
-            list of counts or mapping of names to counts; an ``.npy`` or ``.npz`` file of integer labels; a
-            folder with one folder of images a class, or with ``train/`` that has them.
-        kind: ``"text"``, ``"csv"``, ``"json"``, ``"labels"`` or ``"images"``; None goes by the ending and the
-            content.
+        source: a text file with one count per line (``#`` begins a comment); a CSV file with a row for each
+            class, a column of counts and perhaps one of names; a CSV file with a row for each sample and a
+            column of labels; a JSON list of counts or mapping of names to counts; an ``.npy`` or ``.npz``
+            file of integer labels; a folder with a folder of images for each class, or with ``train/`` that
+            holds them.
+        kind: ``"text"``, ``"csv"``, ``"json"``, ``"labels"`` or ``"images"``; None tells by the ending and
+            the content.
         key: the array of labels in an ``.npz``; None takes ``train_labels``, ``train_y`` or the only array.
         count_column: heading of the counts in a CSV file, or its number from 1; None finds it.
         name_column: heading of the names, or its number from 1; None finds it if there is one.
-        label_column: heading of the labels in a CSV file with a row a sample, or its number from 1. Whole
-            numbers are classes counted from 0; other labels name them, in sorted order.
+        label_column: heading of the labels in a CSV file of samples, or its number from 1. Whole numbers are
+            classes counted from 0; other labels are the names of classes, in sorted order.
+
+    Returns:
+        The counts, with names if the source has them.
 
     Raises:
-        SourceError: a ``ValueError`` that names file, line, what was expected, what came and the way out.
+        SourceError: a ``ValueError`` that gives the file, the line, what was expected, what was found and the
+            way out.
         TypeError: ``source`` is no path, or ``kind`` no text.
         ValueError: ``kind`` is another word.
     """
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"source: expected a path, got {describe(source)}; LGLALoss takes counts as they are")
+        raise TypeError(f"source: expected a path, got {describe(source)}; give counts to LGLALoss directly")
     path = Path(source)
     if kind is not None:
         kind = one_of("kind", kind, [str(one) for one in Kind])
@@ -123,7 +128,7 @@ def read_class_counts(
 
 
 def detect_kind(path: Path) -> Kind:
-    """Tell what a source is, by its ending, else by its content.
+    """Find the kind of a source by its ending, else by its content.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -133,8 +138,8 @@ def detect_kind(path: Path) -> Kind:
         return Kind.IMAGES
     if path.exists() and not path.is_file():
         raise SourceError(
-            f"{path}: expected a file or folder, got a pipe or device, which can be read only once; say by "
-            "--kind what it holds"
+            f"{path}: expected a file or folder, got a pipe or device, which can be read only once; give "
+            "its kind by --kind"
         )
     if path.suffix.lower() in KINDS:
         return KINDS[path.suffix.lower()]
@@ -152,7 +157,7 @@ def detect_kind(path: Path) -> Kind:
 
 
 def _check_options(path: Path, kind: Kind, **options: str | None) -> None:
-    """Refuse options that say nothing about this kind, as they show a misunderstanding."""
+    """Refuse options of another kind: they show a misunderstanding."""
     for name, value in options.items():
         of_kind, option = Kind.LABELS if name == "key" else Kind.CSV, name.replace("_", "-")
         if not isinstance(value, str | None):
@@ -168,15 +173,15 @@ def _read_text(path: Path) -> Found:
     contents = (line.partition("#")[0].strip() for line in entries.text_lines(path))
     cells = {line: content for line, content in enumerate(contents, start=1) if content}
     if not cells:
-        raise SourceError(f"{path}: expected class counts, one a line, got an empty file")
+        raise SourceError(f"{path}: expected class counts, one per line, got an empty file")
 
     counts = entries.whole_numbers(
         path,
         list(cells.values()),
         lambda entry: f"line {list(cells)[entry]}",
-        "one count a line; # begins a comment, and names with counts go into a CSV file",
+        "write one count per line; # begins a comment; names with counts go into a CSV file",
     )
-    return counts, None, "a text file of class counts, one a line"
+    return counts, None, "a text file of class counts, one per line"
 
 
 def _read_json(path: Path) -> Found:
@@ -204,7 +209,7 @@ def _read_json(path: Path) -> Found:
 
 
 def _parse_json(path: Path, text: str) -> Any:
-    """Parse a list, or a mapping as a tuple of pairs, which keeps names that are given twice."""
+    """Parse a list, or a mapping as a tuple of pairs, which keeps a name that stands twice."""
     if not text.strip():
         raise SourceError(f"{path}: expected a JSON list or mapping of counts, got an empty file")
     try:
@@ -230,7 +235,7 @@ def _read_labels(path: Path, key: str | None) -> Found:
     if not np.issubdtype(labels.dtype, np.integer):
         raise SourceError(
             f"{described}: expected integer labels, got {labels.dtype}; number the classes, as by "
-            "np.unique(labels, return_inverse=True)[1]; class counts go into a text file, one a line"
+            "np.unique(labels, return_inverse=True)[1]; class counts go into a text file, one per line"
         )
     if labels.ndim != 1 or labels.size == 0:
         raise SourceError(
@@ -244,7 +249,7 @@ def _read_labels(path: Path, key: str | None) -> Found:
 
 
 def _label_array(path: Path, key: str | None) -> tuple[str | None, npt.NDArray[Any]]:
-    """Read the labels of an .npz and what they are called in it, or those of an .npy, without a name."""
+    """Read the labels of an .npz with their name in it, or those of an .npy without a name."""
     try:
         keys = array_names(path)
         if keys is not None:
@@ -256,7 +261,7 @@ def _label_array(path: Path, key: str | None) -> tuple[str | None, npt.NDArray[A
         raise
     except ValueError as error:
         raise SourceError(
-            f"{path}: expected an array of labels, got another or a damaged file ({error}); "
+            f"{path}: expected an array of labels, got another file or a damaged one ({error}); "
             "save integer labels [N] by np.save or np.savez"
         ) from error
 
@@ -270,13 +275,13 @@ def _label_key(path: Path, keys: list[str], key: str | None) -> str:
         return keys[0]
     raise SourceError(
         f"{path}: expected an array {' or '.join(map(repr, wanted))}, got "
-        f"{', '.join(map(repr, keys)) or 'none'}; say by --key which array holds the labels"
+        f"{', '.join(map(repr, keys)) or 'none'}; name the array of the labels by --key"
     )
 
 
 def _read_images(root: Path) -> Found:
     if root.is_file():
-        raise SourceError(f"{root}: expected a folder with one folder of images a class, got a file")
+        raise SourceError(f"{root}: expected a folder with a folder of images for each class, got a file")
     # A class may be called train too: its folder holds images, not folders.
     train = root / "train"
     folder = train if train.is_dir() and _class_folders(train) else root
@@ -285,11 +290,11 @@ def _read_images(root: Path) -> Found:
     counts = [_count_images(one) for one in classes]
     if not any(counts):
         raise SourceError(
-            f"{folder}: expected one folder of images ({', '.join(IMAGE_SUFFIXES)}) a class, got "
-            f"{len(classes)} folders without images; give the folder that holds those of the classes, "
+            f"{folder}: expected a folder of images ({', '.join(IMAGE_SUFFIXES)}) for each class, got "
+            f"{len(classes)} folders without images; give the folder that holds the folders of the classes, "
             "or the one with train/ in it"
         )
-    what = "a folder of images, a folder a class" + (", in train/" if folder == train else "")
+    what = "a folder of images, a folder for each class" + (", in train/" if folder == train else "")
     return counts, [one.name for one in classes], what
 
 
@@ -298,7 +303,7 @@ def _class_folders(folder: Path) -> list[Path]:
 
 
 def _count_images(folder: str | Path) -> int:
-    """Count the images of a folder and of those in it."""
+    """Count the images in a folder and in the folders inside it."""
     with os.scandir(folder) as inside:
         return sum(
             _count_images(one.path) if one.is_dir(follow_symlinks=False) else _is_image(one) for one in inside

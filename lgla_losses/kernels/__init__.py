@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Hold all that the loss of a row reads, except its logits.
+    """Hold everything that the loss of a row reads, except its logits.
 
     A row is the ``C`` logits of one sample and one expert. ``A`` is float64 for float64 logits, else
     float32.
@@ -24,12 +24,11 @@ class Rows(NamedTuple):
         weights: constants, ``A [N, K]``; None for ones.
         divisor: scalar of any floating dtype; 0 and None stand for 1.
         class_weight: weights of the classes, float64 ``[C]``; None for ones.
-        margin: what is subtracted from a target's logit, times its probability, float64 ``[C]``; None for
-            zeros.
+        margin: subtracted from a target's logit, times its probability, float64 ``[C]``; None for zeros.
         ignore_index: class index of ignored samples.
         label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
         gamma: focusing parameter of the focal loss; 0 is cross entropy.
-        reduce: give one sum, divided by the divisor, instead of one loss for each sample.
+        reduce: return one sum, divided by the divisor, instead of one loss per sample.
     """
 
     target: Tensor
@@ -44,7 +43,7 @@ class Rows(NamedTuple):
     reduce: bool = False
 
 
-#: Where the fields of :class:`Rows` are that are tensors, and the others.
+#: Positions of the fields of :class:`Rows` that are tensors, and of the others.
 TENSORS, OPTIONS = slice(0, 6), slice(6, None)
 
 
@@ -73,7 +72,7 @@ class Samples(NamedTuple):
         target: as in :class:`Rows`.
         group_index: group of every class, int64 ``[C]``.
         num_groups: ``G``.
-        sample_weight: how many times a sample counts ``[N]``; None for once.
+        sample_weight: weight of each sample ``[N]``; None for 1.
         ignore_index: class index of ignored samples.
     """
 
@@ -88,7 +87,7 @@ Struct = TypeVar("Struct", Rows, Angles, Samples)
 
 
 def with_fields(struct: Struct, **fields: Any) -> Struct:
-    """Give the same with other values in some fields. PyTorch 2.6 cannot compile ``_replace``."""
+    """Copy a named tuple with new values in some fields. PyTorch 2.6 cannot compile ``_replace``."""
     kind = type(struct)
     values: list[Any] = [fields.get(name, value) for name, value in zip(kind._fields, struct, strict=True)]
     return kind(*values)
@@ -98,10 +97,10 @@ class Engine(Protocol):
     """List what an engine computes. Its tensors may have any strides."""
 
     def statistics(self, angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
-        """Compute Eq. 7 and what the batch adds to the reference angles.
+        """Compute Eq. 7 and the contribution of the batch to the reference angles.
 
         Returns:
-            What ``weights`` reads: the angles ``A [N, K]`` of class indices, else ``angles`` itself. Also
+            The angles ``A [N, K]`` of class indices, else ``angles`` itself, for ``weights``. Also
             parts, float64 ``[B, G, K + 1]``, to sum over their first dimension: for each group the sum of
             every expert's angles, and the number of samples.
         """
@@ -132,11 +131,11 @@ class Engine(Protocol):
             logits: tensors ``[N, k, C]`` that hold the ``K`` experts together.
             rows: everything else.
             gradients: tensors like the logits, which may share their memory; filled with the gradient of the
-                sum over the divisor. None where it is not wanted.
+                sum over the divisor. None if it is not needed.
 
         Returns:
-            The losses, and a state for ``backward``, ``A [N, K, 2]``. The loss is NaN where a class index is
-            out of range or a logit that counts is NaN or +inf.
+            The losses, and a state for ``backward``, ``A [N, K, 2]``. The loss is NaN if a class index is out
+            of range or a logit that is used is NaN or +inf.
         """
 
     def backward(
@@ -150,4 +149,4 @@ class Engine(Protocol):
         """Write the gradients of the logits, from ``upstream`` ``[N]``, those of the samples' losses."""
 
     def rescale_(self, gradient: Tensor, factor: Tensor) -> None:
-        """Multiply a gradient by a scalar in place; for 1 this costs next to nothing."""
+        """Multiply a gradient by a scalar in place; for 1 this costs almost nothing."""

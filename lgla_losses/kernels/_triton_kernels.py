@@ -1,12 +1,12 @@
 """The Triton kernels that :mod:`lgla_losses.kernels.triton` launches.
 
-Arithmetic is in float64 for float64 logits, else in float32. The number of classes, the stand-in for
-ignored targets, the scale, label smoothing and gamma are compiled in: a new value compiles anew. So does an
-argument that is None: what it stands for is left out.
+Arithmetic is in float64 for float64 logits, else in float32. The number of classes, the value of ignored
+targets, the scale, label smoothing and gamma are compiled in: a new value needs a new compilation. So does an
+argument that is None: its part is left out.
 
 Symbols: ``N`` samples, ``K`` experts, ``G`` groups, ``C`` classes, ``d`` features, ``B`` blocks of samples.
-A kernel may be given some of the experts only (``num_experts``); tensors that hold one value an expert have
-the strides of all (``all_experts``).
+A kernel may get only some of the experts (``num_experts``); tensors with one value per expert have the
+strides of all (``all_experts``).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -40,8 +40,8 @@ def _arccos(x):
 
 @triton.jit
 def _angles_of_cosines(cosine):
-    """Compute the angles of cosines; those that rounding puts beyond 1 or -1 are taken as 1 or -1."""
-    # Comparisons that NaN fails, so that it passes.
+    """Compute the angles of cosines; clamp cosines that rounding puts beyond 1 or -1."""
+    # NaN fails these comparisons and so stays NaN.
     return _arccos(tl.where(cosine > 1.0, 1.0, tl.where(cosine < -1.0, -1.0, cosine)))
 
 
@@ -80,7 +80,7 @@ def _feature_angles(
         product += tl.sum(x * w, axis=2)
         own += tl.sum(x * x, axis=2)
         others += tl.sum(w * w, axis=2)
-    # One length after the other: their product may be beyond the numbers.
+    # One length after the other: their product may overflow or underflow.
     cosine = product * _inverse_root(own) * _inverse_root(others)
     return _angles_of_cosines(cosine)
 
@@ -98,7 +98,7 @@ def _group_of(group_index, y, valid, num_classes: tl.constexpr):
 
 @triton.jit
 def _sample_weight(sample_weight, n, stride, here):
-    """Load how many times the samples n count."""
+    """Load the weights of the samples n."""
     return tl.load(sample_weight + n.to(tl.int64) * stride, mask=here, other=0.0).to(tl.float64)
 
 
@@ -148,11 +148,11 @@ def _mean_angles(
     parts, num_blocks, g, k, last,
     num_groups: tl.constexpr, num_experts: tl.constexpr, all_experts: tl.constexpr,
 ):  # fmt: skip
-    """Compute a group's mean angle for every expert, and how many samples it has.
+    """Compute a group's mean angle for every expert, and its number of samples.
 
     The last column of ``parts`` counts the samples.
     """
-    # Of few experts many blocks at a time, as each turn waits for memory.
+    # With few experts take many blocks at a time, because each turn waits for memory.
     together: tl.constexpr = 256 // k.shape[0] if k.shape[0] < 16 else 16
     sums = tl.zeros(k.shape, tl.float64)
     for start in range(0, num_blocks, together):
@@ -199,8 +199,8 @@ def _weights(
         tl.store(divisor, samples / num_ranks)
 
 
-# Probabilities: a sample belongs to every class by its probability. A program takes a sample after the other,
-# and of its classes only the blocks that have a probability.
+# Probabilities: a sample belongs to every class by its probability. A program takes one sample after the
+# other, and only its blocks of classes with a probability.
 
 
 @triton.jit
@@ -318,7 +318,7 @@ def _exp(x, flush: tl.constexpr):
     With ``flush``, on NVIDIA, it takes half the instructions and gives 0 below the normal numbers.
     """
     if flush:
-        # x is a difference to a maximum: the product of a logit itself may be beyond the numbers.
+        # x is a difference to a maximum: the product of a logit itself may overflow.
         x *= 1.4426950408889634
         powers = tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -330,7 +330,7 @@ def _exp(x, flush: tl.constexpr):
 
 @triton.jit
 def _class_constant(values, y, num_classes: tl.constexpr, dtype: tl.constexpr):
-    """Load a constant ``[C]`` for the classes y; give 0 where y is no class."""
+    """Load a constant ``[C]`` for the classes y; give 0 where y is not a class."""
     return tl.load(values + y, mask=(y >= 0) & (y < num_classes), other=0.0).to(dtype)
 
 
@@ -339,7 +339,7 @@ def _target_logits(
     logits, table, margin, row, k, y, known,
     num_classes: tl.constexpr, stride_c, table_k: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Compute the adjusted logits of the targets; give NaN where a target is no class."""
+    """Compute the adjusted logits of the targets; give NaN where a target is not a class."""
     known = known & (y >= 0) & (y < num_classes)
     own = tl.load(logits + row + y * stride_c, mask=known, other=float("nan")).to(dtype)
     if table is not None:
@@ -387,7 +387,7 @@ def _logits(
 @triton.jit
 def _is_target(j, y, num_classes: tl.constexpr, dtype: tl.constexpr):
     """Say which classes j are the targets y: ``[rows, block]``."""
-    # In 32 bits, as the comparison of every class with a target in 64 takes registers (but in float64).
+    # In 32 bits (except for float64): comparing every class with a target in 64 bits takes registers.
     if dtype != tl.float64:
         y = tl.where((y >= 0) & (y < num_classes), y, -1).to(tl.int32)
     return j[None, :] == y[:, None]
@@ -418,7 +418,7 @@ def _store_gradient(
     others = -factor * (smoothing / num_classes)
     own = _is_target(j, y, num_classes, exponentials.dtype)
     shift = tl.where(own, (others - factor * (1.0 - smoothing))[:, None], others[:, None])
-    # NaN of an ignored row becomes 1, times 0; of another row the total is NaN as well.
+    # NaN of an ignored row becomes 1, times 0; for another row the total is NaN too.
     values = tl.where(exponentials <= 1.0, exponentials, 1.0) * scale[:, None] + shift
     mask = here[:, None] & (j < num_classes)[None, :]
     address = gradient + row[:, None] + (j.to(tl.int64) * stride_c)[None, :]
@@ -455,13 +455,13 @@ def _focal(entropy, gamma: tl.constexpr):
         slope = tl.full(entropy.shape, 1.0, entropy.dtype)
     else:
         p = tl.exp(-entropy)
-        # 1 - p loses its digits near 0; there it is the series x (1 - x/2 (1 - x/3 (...))).
+        # 1 - p loses its digits near 0; there the series x (1 - x/2 (1 - x/3 (...))) is used.
         series = tl.full(entropy.shape, 1.0, entropy.dtype)
         terms: tl.constexpr = 12 if entropy.dtype == tl.float64 else 7
         for i in tl.static_range(terms, 1, -1):
             series = 1.0 - entropy * (1.0 / i) * series
         missing = tl.where(entropy < 0.25, entropy * series, 1.0 - p)
-        # Its power has no derivative at 0 for gamma < 1, and there the product's is that of a constant.
+        # Its power has no derivative at 0 for gamma < 1, but there the product has that of a constant.
         tiny: tl.constexpr = (
             2.2250738585072014e-308 if entropy.dtype == tl.float64 else 1.1754943508222875e-38
         )
@@ -475,7 +475,7 @@ def _focal(entropy, gamma: tl.constexpr):
 
 @triton.jit
 def _store_state(state, n, k, here, peak, sums, all_experts: tl.constexpr):
-    """Store what the backward pass reads of a row; for an ignored row it may be anything."""
+    """Store the values of a row that the backward pass reads; for an ignored row they may be anything."""
     out = state + (n * all_experts + k) * 2
     tl.store(out, peak, mask=here)
     tl.store(out + 1, sums, mask=here)
@@ -572,9 +572,9 @@ def _forward_lean(
 ):  # fmt: skip
     """Compute the same as :func:`_forward` with fewer instructions, for plain rows, one at a time.
 
-    No class is compared with the target: what the target's class has beside the others is stored by itself,
-    a turn later and behind a barrier. What is read of a target is read a turn before. Without ``keep`` the
-    table is read for every row.
+    No class is compared with the target: the extra part of the target's class is stored separately, one turn
+    later and after a barrier. Values of a target are read one turn ahead. Without ``keep`` the table is read
+    for every row.
     """
     tl.static_assert(rows == 1)
     dtype: tl.constexpr = state.dtype.element_ty
@@ -599,7 +599,7 @@ def _forward_lean(
     late_place = n
     late_value = tl.zeros((), dtype)
     for start in range(begin, num_samples, step):
-        n = start + tl.zeros((), tl.int64)  # the interpreter's is a plain number
+        n = start + tl.zeros((), tl.int64)  # in the interpreter it is a plain number
         row = (n * stride_n + k * stride_k) * align
         if not keep:
             adjustment = tl.ravel(_adjustment(table, k, j, num_classes, table_k, dtype, False))
@@ -665,10 +665,10 @@ def _forward_streamed(
 ):  # fmt: skip
     """Compute the same as :func:`_forward` for longer rows: sweep for the sums, and back for the gradient.
 
-    Every lane keeps the maximum and the sum of its own classes, so that the first sweep has no reduction and
-    no barrier, and takes one exponential for each logit. The second sweep goes from the last block, which the
-    caches still hold, to the first, where the next row begins in the table. The table may stay in the L1
-    cache, which the logits bypass. What will not be read again leaves the L2 cache first.
+    Every lane keeps the maximum and the sum of its own classes, so the first sweep has no reduction and no
+    barrier, and takes one exponential per logit. The second sweep goes from the last block, which the caches
+    still hold, to the first, where the next row starts in the table. The table may stay in the L1 cache,
+    which the logits bypass. Values that are not read again leave the L2 cache first.
     """
     dtype: tl.constexpr = state.dtype.element_ty
     num_blocks: tl.constexpr = (num_classes + block - 1) // block
@@ -687,10 +687,10 @@ def _forward_streamed(
         own = _target_logits(logits, table, margin, row, k, y, valid, num_classes, stride_c, table_k, dtype)
         factor = _factor(weights, n, k, here, weight_n, weight_k, dtype)
 
-        # From the lowest finite number, as -inf - -inf would be NaN.
+        # Start from the lowest finite number, because -inf - -inf would be NaN.
         peaks = tl.full([rows, block], lowest, dtype)
         exponentials = tl.zeros([rows, block], dtype)
-        # The mean is taken of differences to a logit of the row: of the logits it would lose their digits.
+        # Take the mean of differences to a logit of the row: the mean of the logits would lose digits.
         origin = tl.where(own == -float("inf"), 0.0, own)
         distances = tl.zeros([rows, block], dtype)
         for i in tl.range(0, num_blocks, loop_unroll_factor=2):
@@ -705,7 +705,7 @@ def _forward_streamed(
             peaks = tl.where(higher, x, peaks)
             if smoothing != 0.0:
                 distances += tl.where((j < num_classes)[None, :], x - origin[:, None], 0.0)
-        # A lane that met nothing but -inf has no maximum.
+        # A lane that met only -inf has no maximum.
         peaks = tl.where(exponentials == 0.0, -float("inf"), peaks)
         peak = tl.max(peaks, axis=1)
         safe = tl.where(peak == -float("inf"), 0.0, peak)
@@ -775,8 +775,8 @@ def _backward(
         )  # fmt: skip
 
 
-# Rows of which every class may have a share: of probabilities, and of class indices where label smoothing
-# meets class weights, margins or gamma.
+# Rows in which every class may have a share: with probabilities, and with class indices if label smoothing is
+# combined with class weights, margins or gamma.
 
 
 @triton.jit
@@ -793,7 +793,7 @@ def _probabilities(target, n, j, y, here, num_classes: tl.constexpr, target_n, t
 
 @triton.jit
 def _class_shares(q, mass, class_weight, j, num_classes: tl.constexpr, smoothing: tl.constexpr):
-    """Compute the share of each class in a row's loss: its smoothed probability times its class weight."""
+    """Compute the share of each class in a row's loss: smoothed probability times class weight."""
     shares = q
     if smoothing != 0.0:
         spread = (1.0 - smoothing) * q + (mass * (smoothing / num_classes))[:, None]
@@ -865,11 +865,11 @@ def _shared(
                     logits, table, margin, row, k, j, here, q, num_classes, stride_c, table_k, dtype
                 )
                 higher = tl.maximum(peak, tl.max(x, axis=1))
-                # As long as all is -inf any finite number serves; -inf - -inf would be NaN.
+                # While all are -inf, any finite number works; -inf - -inf would be NaN.
                 safe = tl.where(higher == -float("inf"), 0.0, higher)
                 sums = sums * tl.exp(peak - safe) + tl.sum(tl.exp(x - safe[:, None]), axis=1)
                 peak = higher
-        # Of the lanes, as a sum by block that is used twice ends Triton 3.7's compiler.
+        # Summed by lane: a sum by block that is used twice crashes the compiler of Triton 3.7.
         mass = tl.sum(masses, axis=1)
         valid = some > 0
         if not soft:

@@ -1,11 +1,11 @@
 """The adjusted cross entropy as autograd sees it: one read of the logits, one write of the gradient.
 
-Where the loss is a scalar its gradient is computed together with it, and ``backward`` hands it over.
-Elsewhere ``backward`` computes it from the logits and two numbers a row: without reduction; for
-float16, whose small gradients must meet the loss's scale before they are rounded; the second time
-through a retained graph; and under ``torch.compile``. Until ``backward`` the graph of a scalar
-loss holds its gradient, which saved-tensor hooks (offloading) do not see. A 16-bit gradient is rounded
-once, and once more where the gradient of the loss is no power of two, as those of loss scaling are.
+If the loss is a scalar, its gradient is computed together with it, and ``backward`` passes it on. Otherwise
+``backward`` computes it from the logits and two numbers per row: without reduction; for float16, where small
+gradients must be multiplied by the loss scale before rounding; the second time through a retained graph; and
+under ``torch.compile``. Until ``backward``, the graph of a scalar loss holds its gradient, which saved-tensor
+hooks (offloading) do not see. A 16-bit gradient is rounded once, and once more if the gradient of the loss is
+not a power of two; loss scaling uses powers of two.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from lgla_losses.kernels import TENSORS, Engine, Rows, chunked, native, with_fie
 
 logger = logging.getLogger(__name__)
 
-#: Found out here, as a compiler of PyTorch before 2.13 cannot trace ``find_spec``.
+#: Looked up here, because a compiler of PyTorch before 2.13 cannot trace ``find_spec``.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-#: The tensors whose gradients may be asked for; None for those that a loss goes without.
+#: The tensors whose gradients may be needed; None for those that a loss does not use.
 Inputs: TypeAlias = Sequence[Any]
 
 
@@ -39,8 +39,8 @@ def without_engine(backend: str, unfit: str) -> None:
         ValueError: the backend is not ``"auto"``.
     """
     if backend != "auto":
-        raise ValueError(f"backend: {backend!r} cannot run, as {unfit}; 'auto' takes what can")
-    log_once(f"backend 'auto' takes 'reference', as {unfit}")
+        raise ValueError(f"backend: {backend!r} cannot run: {unfit}; 'auto' takes what can run")
+    log_once(f"backend 'auto' takes 'reference': {unfit}")
 
 
 def engine_for(backend: str, device: torch.device) -> Engine | None:
@@ -58,14 +58,16 @@ def engine_for(backend: str, device: torch.device) -> Engine | None:
 
             return triton
         if backend == "triton":
-            raise ValueError(f"backend: 'triton' cannot run: {missing}; 'auto' takes the fastest that can")
+            raise ValueError(
+                f"backend: 'triton' cannot run: {missing}; 'auto' takes the fastest that can run"
+            )
         log_once(f"backend 'triton' cannot run: {missing}; plain PyTorch runs instead")
     elif device.type == "cpu":
         if native.LIBRARY is not None:
             return native
         log_once(f"the C library of backend 'fused' cannot run: {native.MISSING}; PyTorch runs instead")
     elif backend == "auto":
-        log_once(f"there is no engine for {device.type}; plain PyTorch runs instead")
+        log_once(f"no engine runs on {device.type}; plain PyTorch runs instead")
     return chunked if backend == "fused" else None
 
 
@@ -86,7 +88,7 @@ def triton_missing(device: torch.device | None = None) -> str | None:
 def log_once(message: str) -> None:
     """Log once, at level INFO, what is slower than it could be.
 
-    Under a compiler it does nothing, as logging cannot be traced.
+    Under a compiler it does nothing, because logging cannot be traced.
     """
     if not torch.compiler.is_compiling():
         _log_once(message)
@@ -102,7 +104,7 @@ class Problem(Protocol):
 
     @property
     def rows(self) -> Rows:
-        """All that the loss reads, except the inputs."""
+        """Everything that the loss reads, except the inputs."""
 
     @property
     def engine(self) -> Engine:
@@ -111,7 +113,7 @@ class Problem(Protocol):
     def run(
         self, inputs: Inputs, wanted: Sequence[bool]
     ) -> tuple[Tensor, Sequence[Tensor | None], Tensor | None]:
-        """Compute the loss, the wanted gradients, and a state that helps to compute gradients later."""
+        """Compute the loss, the required gradients, and a state that helps to compute gradients later."""
 
     def gradients(
         self, inputs: Inputs, upstream: Tensor, state: Any, wanted: Sequence[bool]
@@ -123,8 +125,8 @@ class Problem(Protocol):
 
 
 #: Whether the gradient of a scalar loss is computed with it: logits are read and a gradient is written, two
-#: passes over memory, and two more where the upstream gradient is not 1, as under loss scaling. In `backward`
-#: it takes three, whatever the upstream gradient.
+#: passes over memory, and two more if the upstream gradient is not 1, as under loss scaling. In `backward` it
+#: takes three for any upstream gradient.
 _AT_ONCE = True
 
 
@@ -136,18 +138,19 @@ def evaluate(
     operator: Callable[[Inputs, Rows, str], Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Compute a loss. If a gradient can be asked for, the graph holds the gradients themselves.
+    """Compute a loss. If a gradient may be needed, the graph holds the gradients themselves.
 
     Args:
         engine: the engine that computes; None for plain PyTorch.
-        rows: all that the loss reads, except the inputs; ``reduce`` says whether the losses are added up.
-        inputs: the tensors whose gradients may be asked for.
-        problem: makes what autograd sees.
-        operator: what a compiler sees; None for a loss that compilers leave alone.
-        backend: by which the operator chooses its engine.
+        rows: everything that the loss reads, except the inputs; ``reduce`` says whether the losses are added
+            up.
+        inputs: the tensors whose gradients may be needed.
+        problem: makes the problem that autograd sees.
+        operator: the operator that a compiler sees; None for a loss that is not compiled.
+        backend: backend by which the operator chooses its engine.
     """
     divisor, reduce = rows.divisor, rows.reduce
-    # An engine takes the divisor for a constant.
+    # An engine treats the divisor as a constant.
     if engine is None or (divisor is not None and divisor.requires_grad):
         rows = with_fields(rows, reduce=False, divisor=None)
 
@@ -157,7 +160,7 @@ def evaluate(
         loss = operator(inputs, rows, backend)
     elif torch.is_grad_enabled():
         loss = _Fused.apply(problem(engine, rows), *inputs)  # type: ignore[no-untyped-call]
-    else:  # where autograd's function would still say that a gradient is wanted
+    else:  # here autograd's function would still report that a gradient is needed
         loss = problem(engine, rows).run(inputs, [False] * len(inputs))[0]
     return total(loss, divisor) if reduce and not rows.reduce else loss
 
@@ -170,8 +173,8 @@ class _Fused(torch.autograd.Function):
         loss, gradients, state = problem.run(inputs, wanted if at_once else [False] * len(inputs))
 
         ctx.problem, ctx.gradients = problem, gradients if at_once else None
-        # Saved, so that a change of any before `backward` needs it raises there. What was made in
-        # inference mode knows of no changes, and cannot be saved.
+        # Saved, so that `backward` raises if any of them has changed. Tensors made in inference mode do not
+        # count changes, and cannot be saved.
         constants = []
         for value in tuple(rows)[TENSORS]:
             if isinstance(value, Tensor) and not value.is_inference():
@@ -187,7 +190,7 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled() or unfit(upstream):
             return None, *_differentiable_gradients(problem, inputs, upstream, wanted)
 
-        # From now on they are the caller's; a second backward computes its own.
+        # From now on they belong to the caller; a second backward computes its own.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             upstream = per_sample(problem.rows, upstream)
@@ -220,7 +223,7 @@ def per_sample(rows: Rows, upstream: Tensor) -> Tensor:
 
 
 def nonzero(divisor: Tensor) -> Tensor:
-    """Replace a divisor of 0 by 1: it counts no samples, and their losses are 0."""
+    """Replace a divisor of 0 by 1: without samples all losses are 0."""
     return divisor + (divisor == 0)
 
 
@@ -251,7 +254,7 @@ class CrossEntropy(NamedTuple):
                 gradients[i] = torch.empty_like(logits)
         blocks, into = inputs, gradients
         if self.of_one:
-            # Within autograd's function a view costs next to nothing, outside an operation in `backward`.
+            # Inside autograd's function a view costs almost nothing, outside it an operation in `backward`.
             blocks, into = with_experts(inputs), [None if v is None else v.unsqueeze(-2) for v in gradients]
         loss, state = self.engine.forward(blocks, self.rows, into)
         return loss, gradients, state
@@ -279,7 +282,7 @@ def plain_cross_entropy(logits: Sequence[Tensor], rows: Rows) -> Tensor:
     if table is None:
         table = target.new_zeros((len(experts), experts[0].shape[1]), dtype=experts[0].dtype)
     elif torch.compiler.is_compiling() and not table.requires_grad:
-        # Else a compiler converts it anew for every sample; what is seen through strides it computes first.
+        # Else a compiler converts it again for every sample; a value seen through strides is computed first.
         table = table.to(functional.compute_dtype(experts[0].dtype)).contiguous()
         table = table.as_strided(table.shape, table.stride())
     losses = functional.lgla_loss(

@@ -1,7 +1,8 @@
-"""An engine for maps, as in segmentation: samples of several dimensions, a block at a time.
+"""An engine for maps, as in segmentation: samples with several dimensions, a block at a time.
 
-Logits ``[*B, K, C]`` are a view of maps ``[N, K, C, *S]`` with ``B = [N, *S]``, in whose memory a row is not
-together. Blocks of samples are copied, never the whole, and another engine computes with each.
+Logits ``[*B, K, C]`` are a view of maps ``[N, K, C, *S]`` with ``B = [N, *S]``, in which a row is not
+contiguous in memory. Blocks of samples are copied, never the whole map, and another engine computes with each
+block.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lgla_losses import functional
 from lgla_losses.kernels import Angles, Engine, Rows, Samples, with_fields
 from lgla_losses.kernels.autograd import total
 
-#: Logits a block: few enough to stay in a processor's cache, and many beside the cost of a call.
+#: Logits per block: few enough to stay in a processor's cache, many compared with the cost of a call.
 _CPU_BLOCK, _BLOCK = 1 << 19, 1 << 24
 
 #: Slices of the first dimensions of the samples.
@@ -73,7 +74,7 @@ class Blockwise:
     def forward(
         self, logits: Sequence[Tensor], rows: Rows, gradients: Sequence[Tensor | None]
     ) -> tuple[Tensor, Tensor]:
-        """Compute Eq. 9. The state is left empty, as it is not needed."""
+        """Compute Eq. 9. The state is not needed and stays empty."""
         losses = self._losses(logits, rows, gradients)
         return total(losses, rows.divisor) if rows.reduce else losses, losses.new_empty(0)
 
@@ -102,7 +103,7 @@ class Blockwise:
         losses = first.new_zeros(first.shape[:-2], dtype=functional.compute_dtype(first.dtype))
         width = sum(block.shape[-2] for block in logits) * first.shape[-1]
         for block in _blocks(rows.target, width):
-            # Copies, over which the gradients are written.
+            # Copies, which the gradients overwrite.
             parts = [v[block].clone(memory_format=torch.contiguous_format) for v in logits]
             flat = [part.flatten(0, -3) for part in parts]
             here = rows._replace(
@@ -147,7 +148,7 @@ def _rows(tensor: Tensor, block: Block, trailing: int) -> Tensor:
 
 
 def _width(angles: Angles) -> int:
-    """Count the numbers that the angles of one sample are computed from."""
+    """Count the numbers needed for the angles of one sample."""
     if angles.features is not None and angles.weight is not None:
         return angles.features.shape[-2] * max(angles.weight.shape[1:])
     return sum(block.shape[-2:].numel() for block in angles.cosines)
@@ -170,9 +171,9 @@ def _samples_of(samples: Samples, block: Block) -> Samples:
 
 
 def _angles_of(angles: Angles, samples: Samples, block: Block) -> Angles:
-    """Give the source of a block's angles, with its samples in one dimension.
+    """Give the source of a block's angles, with the samples in one dimension.
 
-    Of cosine logits with class indices, only the targets' logits are read.
+    For cosine logits with class indices, only the targets' logits are read.
     """
     soft = samples.target.is_floating_point()
     if angles.features is not None and angles.weight is not None:
@@ -184,7 +185,7 @@ def _angles_of(angles: Angles, samples: Samples, block: Block) -> Angles:
         return with_fields(angles, cosines=[_rows(v, block, 2) for v in angles.cosines])
 
     target = samples.target[block]
-    known = (target >= 0) & (target < angles.cosines[0].shape[-1])  # ignored ones have any angle
+    known = (target >= 0) & (target < angles.cosines[0].shape[-1])  # ignored samples have any angle
     index = (target * known)[..., None, None]
     own = [v[block].gather(-1, index.expand(*v[block].shape[:-1], 1)).squeeze(-1) for v in angles.cosines]
     return Angles(angles=functional.angles_of(torch.cat(own, dim=-1).flatten(0, -2), angles.scale))

@@ -10,12 +10,12 @@ from torch import Tensor
 from lgla_losses import functional
 from lgla_losses.kernels import Angles, Rows, Samples
 
-#: Logits a chunk: small beside any batch that matters, large beside the cost of a call.
+#: Logits per chunk: small compared with a large batch, large compared with the cost of a call.
 _CPU_CHUNK, _CHUNK = 1 << 18, 1 << 24
 
 
 def statistics(angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
-    """Compute Eq. 7 and what the batch adds to the reference angles."""
+    """Compute Eq. 7 and the contribution of the batch to the reference angles."""
     if not samples.target.is_floating_point():
         own = _own_angles(angles, samples)
         sums = functional.aaw_statistics(own, _groups(samples), samples.num_groups, samples.sample_weight)
@@ -70,7 +70,7 @@ def count(
 def forward(
     logits: Sequence[Tensor], rows: Rows, gradients: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
-    """Compute Eq. 9, chunk by chunk. The state is left empty, as it is not needed."""
+    """Compute Eq. 9, chunk by chunk. The state is not needed and stays empty."""
     num_samples, num_experts = len(rows.target), sum(v.shape[1] for v in logits)
     losses = logits[0].new_zeros(num_samples, dtype=functional.compute_dtype(logits[0].dtype))
     divisor = losses.new_ones(())
@@ -104,7 +104,7 @@ def backward(
 def rescale_(gradient: Tensor, factor: Tensor) -> None:
     """Multiply a gradient in place, rounding once.
 
-    The factor is compared with 1 only if that waits for no device.
+    The factor is compared with 1 only if that does not wait for a device.
     """
     if factor.device.type == "cpu" and factor.item() == 1.0:
         return
@@ -124,7 +124,7 @@ def _chunks(tensors: Sequence[Tensor]) -> Iterator[slice]:
 
 
 def _own_classes(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Give classes that can be looked up: replace ignored targets, and those that are no class."""
+    """Give classes that can be looked up: replace ignored targets, and those that are not a class."""
     return target.masked_fill(target == ignore_index, 0).clamp(0, num_classes - 1)
 
 
@@ -210,7 +210,7 @@ class _Indices:
 
 
 class _Mixtures:
-    """Compute the loss of adjusted logits ``[n, k, C]`` in full: every class counts by its share ``r``.
+    """Compute the loss of adjusted logits ``[n, k, C]`` in full: every class weighs by its share ``r``.
 
     Classes without a share add nothing, even where a logit of -inf masks them.
     """
@@ -243,7 +243,7 @@ class _Mixtures:
 
 
 def _probabilities(target: Tensor, ignore_index: int, adjusted: Tensor) -> Tensor:
-    """Write targets as probabilities ``[n, 1, C]``: 0 for ignored ones, NaN for those that are no class."""
+    """Write targets as probabilities ``[n, 1, C]``: 0 for ignored targets, NaN for invalid ones."""
     if target.is_floating_point():
         return target[:, None].to(adjusted.dtype)
     own = _own_classes(target, adjusted.shape[2], ignore_index)

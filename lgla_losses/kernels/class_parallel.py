@@ -1,4 +1,4 @@
-"""The adjusted cross entropy of classes spread over ranks: what each computes and tells the others."""
+"""The adjusted cross entropy of classes spread over ranks: what each rank computes and sends."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class ClassParallelCrossEntropy(NamedTuple):
 
     Attributes:
         engine: the engine that rescales gradients.
-        rows: what the loss reads of this rank's classes. Class indices count from the first of these, and
-            samples of other ranks' classes are ignored ones.
-        scale: factor of cosine classifiers; None for linear ones.
-        ranks: those that share the classes.
-        num_classes: of all these ranks.
+        rows: the values that the loss reads for this rank's classes. Class indices start at the first of
+            these, and samples of other ranks' classes are ignored.
+        scale: factor of cosine classifiers; None for linear classifiers.
+        ranks: the ranks that share the classes.
+        num_classes: number of classes of all these ranks.
         kept: the sum of each sample's class probabilities over all classes ``A [N]``; 0 for ignored samples.
         reads: check the values that the ranks exchange, which waits for a GPU.
     """
@@ -80,10 +80,10 @@ class ClassParallelCrossEntropy(NamedTuple):
         return sum_over_experts(inputs, wanted, self.scale, self.num_classes, of_chunk)[1]
 
     def differentiable(self, inputs: Inputs) -> NoReturn:
-        """Raise, as second derivatives are not supported."""
+        """Raise: second derivatives are not supported."""
         raise RuntimeError(
-            "ClassParallelLGLALoss has no second derivative: expected backward without create_graph; "
-            "LinearLGLALoss has one"
+            "ClassParallelLGLALoss has no second derivative: expected backward without create_graph; use "
+            "LinearLGLALoss, which has one"
         )
 
     def _weights(self, features: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class ClassParallelCrossEntropy(NamedTuple):
         return weights.masked_fill((self.kept == 0)[:, None], 0.0)
 
     def _table(self, inputs: Inputs) -> Tensor:
-        """Sum what is added to the products of features and weights: adjustments and bias ``A [K, C_r]``."""
+        """Sum the adjustments and the bias ``A [K, C_r]``, to add to products of features and weights."""
         weight, bias = inputs[1:]
         table: Tensor = weight.new_zeros(weight.shape[:2], dtype=functional.compute_dtype(weight.dtype))
         for constant in (self.rows.table, bias):
@@ -131,9 +131,9 @@ class ClassParallelCrossEntropy(NamedTuple):
         return shares.mul_((peak - log_sum[:, None]).exp()), log_sum, entropies
 
     def _explain(self, log_sums: Tensor, own: Tensor) -> None:
-        """Raise, on all ranks alike, if logits of one rank are not finite. The arguments are ``[R, n]``."""
+        """Raise on all ranks if logits of one rank are not finite. The arguments are ``[R, n]``."""
         bad = log_sums.isnan() | (log_sums == torch.inf)
-        # Smoothing makes a loss infinite where a class is masked, and rightly so.
+        # With label smoothing and a masked class the loss is rightly infinite.
         bad |= own.isnan() if self.rows.label_smoothing else ~own.isfinite()
         if not bad.any():
             return
@@ -159,7 +159,7 @@ class ClassParallelCrossEntropy(NamedTuple):
             own = shares.gather(1, place)
             own = torch.where(is_own, own - (1 - smoothing), own) * factor
             shares.mul_(factor).scatter_(1, place, own)
-        if shares.dtype != gradient.dtype:  # else they lie there already
+        if shares.dtype != gradient.dtype:  # else they are there already
             gradient[:, 0].copy_(shares)
 
 

@@ -13,26 +13,26 @@ from lgla_losses import functional
 from lgla_losses.kernels import Engine, Rows
 from lgla_losses.kernels.autograd import Inputs, plain_cross_entropy, total
 
-#: Logits in memory at a time, in bytes. A matrix product is as fast as ever with these many. Few enough to
-#: stay in a GPU's cache would spare each logit 10 to 12 bytes of traffic (bfloat16), but each chunk costs
-#: 12 d bytes a class, for the weights and their gradient: so a chunk has d samples at least, better more.
+#: Logits in memory at a time, in bytes. With this many, a matrix product reaches full speed. Logits that fit
+#: a GPU's cache would save 10 to 12 bytes of traffic per logit (bfloat16), but each chunk costs 12 d bytes
+#: per class, for the weights and their gradient: so a chunk has at least d samples, better more.
 _CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
-#: But never fewer samples than these: the classes' weights are read anew for every chunk.
+#: But never fewer samples than this: the classes' weights are read again for every chunk.
 _LEAST_SAMPLES = 64
-#: Rows of logits begin at multiples of so many bytes. A GPU's fast matrix products want multiples of 16; rows
-#: of 8,142 classes in bfloat16, close together, would begin at multiples of 4.
+#: Rows of logits start at multiples of this many bytes. A GPU's fast matrix products want multiples of 16;
+#: rows of 8,142 classes in bfloat16 without padding would start at multiples of 4.
 _ROW_BYTES = {"cuda": 128}
-#: Whether 16-bit products are added to a float32 sum by the product itself, where PyTorch can: a chunk then
-#: reads and writes the sum once, instead of twice each with a product beside it.
+#: Whether the product itself adds 16-bit products to a float32 sum, if PyTorch can: a chunk then reads and
+#: writes the sum once, instead of twice each with a separate product.
 _ADD_AT_ONCE = True
-#: Numbers that are widened to float32 at a time, of the weights of cosine classifiers.
+#: Numbers of the weights of cosine classifiers that are widened to float32 at a time.
 _WIDENED = 1 << 24
 
 
 def as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast the inputs of a matrix product to the dtype in which autocast would run it."""
     device = next(t.device.type for t in tensors if t is not None)
-    # The meta device has no autocast to ask for. (Compilers of PyTorch 2.11 cannot ask whether a device has.)
+    # The meta device has no autocast. (Compilers of PyTorch 2.11 cannot ask whether a device has it.)
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -79,7 +79,7 @@ class LinearCrossEntropy(NamedTuple):
         table, bias = self.rows.table, inputs[2]
         if bias is not None:
             table = bias.double() if table is None else table + bias
-        # As engines want an expert's weights: copied here for all of them, or there for every chunk.
+        # In the layout that engines need for one expert: copied here once, or there for every chunk.
         columns = None if weights is None else weights.T.contiguous()[:, :, None]
         constants = self.rows._replace(divisor=divisor, reduce=False)
 
@@ -95,7 +95,7 @@ class LinearCrossEntropy(NamedTuple):
 
 
 #: Computes the losses ``[n]`` from the logits ``[n, 1, C]`` of expert k and a slice of the samples. Their
-#: gradient goes where it is wanted, which is where the logits are.
+#: gradient goes to the given memory, which is that of the logits.
 OfChunk: TypeAlias = Callable[[int, slice, Tensor, Tensor | None], Tensor]
 
 
@@ -105,20 +105,20 @@ def sum_over_experts(
     """Compute the classifiers' logits a chunk at a time, and from their gradients those of the inputs.
 
     Args:
-        inputs: features ``[N, K, d]``, weights ``[K, C, d]`` and a bias ``[K, C]`` or None, which does not
-            enter the logits.
+        inputs: features ``[N, K, d]``, weights ``[K, C, d]`` and a bias ``[K, C]`` or None, which is not
+            added to the logits here.
         wanted: which of their gradients to compute.
         scale: factor of cosine classifiers; None for linear ones.
         num_classes: number of classes, which sets the size of the chunks.
         of_chunk: computes the losses of a chunk.
 
     Returns:
-        The losses ``[N]``, and the gradients that are wanted.
+        The losses ``[N]``, and the required gradients.
     """
     features, weight, _ = inputs
     losses = features.new_zeros(len(features), dtype=functional.compute_dtype(features.dtype))
     chunks = chunks_of(features, num_classes)
-    # Without samples no chunk fills them.
+    # Without samples, no chunk fills them.
     new = torch.empty_like if chunks else torch.zeros_like
     gradients = [
         new(v, memory_format=torch.contiguous_format) if w else None
@@ -127,7 +127,7 @@ def sum_over_experts(
     if not chunks:
         return losses, gradients
 
-    # One memory for all chunks, which is warm from the second on.
+    # One memory for all chunks; from the second chunk on it is in the cache.
     buffer = logits_memory(features, chunks[0].stop, weight.shape[1])
     with torch.autocast(features.device.type, enabled=False):
         for k in range(features.shape[1]):
@@ -164,7 +164,7 @@ def _add_expert(
         some = rows_of[rows]
         block = buffer[: len(some)]
         logits = torch.mm(some, centres.T, out=block[:, 0])
-        # From here on the gradient of the logits lies where they were.
+        # From here on this memory holds the gradient of the logits.
         losses[rows].add_(of_chunk(k, rows, block, block if wanted else None))
         if for_features is not None:
             torch.mm(logits, centres, out=for_features[rows])
@@ -246,7 +246,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None
 
 @cache
 def adds_to_float32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Say whether PyTorch can add a product of 16-bit matrices to a float32 one; early versions cannot."""
+    """Say whether PyTorch can add a product of 16-bit matrices to a float32 one; old versions cannot."""
     total = torch.ones((16, 16), dtype=torch.float32, device=device)
     part = total.to(dtype)
     try:

@@ -1,15 +1,15 @@
 """The engine for CPUs: native.c, called with pointers.
 
-C sees nothing of a tensor but where it begins, what its numbers are and how far apart. Every address is
-taken by :func:`_array`, which first holds the tensor to what C takes it for.
+C knows only where a tensor starts, its dtype and its strides. Every address comes from :func:`_array`, which
+first checks that the tensor is what C expects.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import struct
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -21,7 +21,7 @@ from lgla_losses.kernels import Angles, Rows, Samples
 
 _FLOATS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _INDEX = {torch.int64: 4}
-#: The one dtype that will do.
+#: The only dtype allowed.
 _ONLY = {dtype: {dtype: code} for dtype, code in _FLOATS.items()}
 _TARGETS = _FLOATS | _INDEX
 
@@ -34,14 +34,14 @@ class _Exact(dict[torch.dtype, torch.dtype]):
 
 
 _EXACT = _Exact({dtype: compute_dtype(dtype) for dtype in _FLOATS})
-#: A second thread would begin when fewer numbers than these are done.
+#: With fewer numbers than this, a second thread would start after the work is done.
 _WORTH_THREADS = 1 << 14
-#: From so many numbers on sums are made in parts, as many whatever the number of threads.
+#: From this many numbers on, sums are made in parts; their number does not depend on the threads.
 _WORTH_PARTS, _PARTS = 1 << 16, 64
 
 # A Vector, a Matrix and a Cube of native.c that are not given.
 _NO_VECTOR, _NO_MATRIX, _NO_CUBE = (0,) * 3, (0,) * 4, (0,) * 5
-# How many numbers its other structures have, without blocks: doubles, which come first, and others.
+# Sizes of its other structures without blocks: number of doubles, which come first, and of others.
 _BATCH, _SAMPLES, _COUNT, _BLOCK = (2, 34), (1, 39), (0, 15), (0, 11)
 
 
@@ -52,7 +52,8 @@ def load(path: str) -> ctypes.CDLL:
         OSError: it does not load, or was compiled from other sources.
         AttributeError: it lacks a function.
     """
-    # After torch, whose OpenMP threads it shares.
+    # The library is linked with no OpenMP. This one torch has loaded, unless its wheel gave it another name.
+    ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(path)
     for function in (
         library.lgla_cross_entropy,
@@ -64,7 +65,7 @@ def load(path: str) -> ctypes.CDLL:
         function.restype = ctypes.c_int
     library.lgla_layout.restype = ctypes.c_int64
     if library.lgla_layout() != _layout():
-        raise OSError("it was compiled from other sources; install the package anew")
+        raise OSError("it was compiled from other sources; install the package again")
     return library
 
 
@@ -74,16 +75,17 @@ def _layout() -> int:
 
 
 def _installed() -> tuple[ctypes.CDLL | None, str]:
-    spec = importlib.util.find_spec("lgla_losses.kernels._native")
-    if spec is None or spec.origin is None:
+    path = Path(__file__).with_name("_native.so")
+    if not path.exists():
         return (
             None,
-            "it was not compiled when lgla-losses was installed, which takes a C compiler with OpenMP",
+            "this installation has no C library; installing from source on Linux with a C compiler that has "
+            "OpenMP, such as gcc, builds it",
         )
     try:
-        return load(spec.origin), ""
+        return load(str(path)), ""
     except (OSError, AttributeError) as error:
-        return None, f"{spec.origin} does not load: {error}"
+        return None, f"{path} does not load: {error}"
 
 
 #: The library, or None and the reason.
@@ -266,8 +268,8 @@ def _array(
 ) -> tuple[int, ...]:
     """Describe a tensor for C: where its memory begins, its dtype and strides.
 
-    Raise unless it is on the CPU and has memory. Fewer numbers than the ``size`` of a Matrix are filled up. A
-    tensor without strides, such as a sparse one, raises by itself.
+    Raise unless it is on the CPU and has memory. Missing numbers up to the ``size`` of a Matrix are filled
+    up. A tensor without strides, such as a sparse one, raises itself.
     """
     code = codes.get(tensor.dtype)
     if code is not None and tensor.shape == shape and tensor.is_cpu:

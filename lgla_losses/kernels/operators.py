@@ -1,6 +1,6 @@
 """The engines as operators of PyTorch, for :func:`torch.compile`, which cannot see into them.
 
-Defined by hand, as the decorator for it costs tens of microseconds a call.
+They are defined by hand, because PyTorch's decorator costs tens of microseconds per call.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _define(
     gradients: Callable[..., Any],
     save: Callable[..., None] | None = None,
 ) -> None:
-    """Define an operator: what computes it, what result a compiler expects, and how autograd goes on."""
+    """Define an operator: its function, the result that a compiler expects, and its derivative."""
     _OPERATORS.define(f"{name}({schema}", tags=_IN_ORDER)
     _OPERATORS.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lgla_losses::{name}", shapes, lib=_OPERATORS)
@@ -56,7 +56,7 @@ def fused_loss(logits: Sequence[Tensor], rows: Rows, backend: str) -> Tensor:
     constants = [value for value in rows if isinstance(value, Tensor)]
     why = None if backend == "reference" else unfit(*logits, *constants)
     if backend != "reference" and any(v.requires_grad for v in constants if v is not rows.divisor):
-        why = "the table and weights are constant to it, and one wants a gradient"
+        why = "it treats the table and weights as constants, but one requires a gradient"
     if why is not None:
         autograd.without_engine(backend, why)
     engine = autograd.engine_for(backend, logits[0].device) if why is None else None
@@ -97,7 +97,7 @@ def cross_entropies(logits: Inputs, rows: Rows, backend: str) -> Tensor:
 def _cross_entropy(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     """Compute the loss, and a state from which ``backward`` computes the gradient.
 
-    The gradient is not computed here: a compiler cannot hand it on without a copy, which takes longer.
+    The gradient is not computed here: a compiler would have to copy it, which takes longer.
     """
     call = _Call.of(*arguments)
     problem = CrossEntropy(_engine(call.backend, call.logits.device), call.rows)
@@ -138,8 +138,8 @@ def _gradients(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | N
 
 def _refuse_second_derivative(ctx: Any, *upstream: Tensor) -> None:
     raise RuntimeError(
-        "the compiled loss of lgla_losses has no second derivative; leave it out of torch.compile, or "
-        "construct it with backend='reference'"
+        "the compiled loss of lgla_losses has no second derivative; do not compile it, or construct it "
+        "with backend='reference'"
     )
 
 

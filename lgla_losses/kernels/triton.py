@@ -1,12 +1,12 @@
-"""The loss as Triton kernels, for CUDA and ROCm: which kernel runs, in which tiles, and with what.
+"""The loss as Triton kernels, for CUDA and ROCm: choice of kernel, tiles and arguments.
 
-Plain tensors in and out: no autograd, no checks of arguments, no waiting for the device, no atomics and
-no tuning at run time, so that results have the same bits in every run and a step can be captured in a
-CUDA graph. A row is the ``C`` logits of one sample and one expert. Up to a limit on ``C`` it stays in
-registers, so that each logit is read once and its gradient written once; longer rows are swept in blocks.
+Plain tensors in and out: no autograd, no checks of arguments, no waiting for the device, no atomics and no
+tuning at run time. So results have the same bits in every run, and a step can be captured in a CUDA graph. A
+row is the ``C`` logits of one sample and one expert. Up to a limit on ``C`` it stays in registers, so that
+each logit is read once and its gradient written once; longer rows are swept in blocks.
 
-The functions are those of :class:`lgla_losses.kernels.Engine`; the kernels stand in
-:mod:`lgla_losses.kernels._triton_kernels`, with the meaning of the symbols.
+The functions are those of :class:`lgla_losses.kernels.Engine`; the kernels and the meaning of the symbols are
+in :mod:`lgla_losses.kernels._triton_kernels`.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ __all__ = [
     "weights",
 ]
 
-#: Ways to compute the loss that :func:`use` chooses between on NVIDIA, so that a benchmark can hold one to
-#: another. They differ in plain rows (:func:`_form_of`) of 2,049 to 16,384 classes, but for float64:
+#: Ways to compute the loss on NVIDIA; :func:`use` chooses one, so that a benchmark can compare them. They
+#: differ for plain rows (:func:`_form_of`) of 2,049 to 16,384 classes, except in float64:
 #:
 #: - ``"wide"``: a row of one tile takes fewer instructions (``_forward_lean``), by threads of 32 elements in
 #:   float32 and of 64 in 16 bits. Longer rows are those of ``"resident"``.
-#: - ``"resident"`` was the one before: threads of 16 elements, of which a multiprocessor runs 32 warps; of
-#:   longer rows a program of 32 warps takes one at a time (``_forward_streamed``). On AMD there is no other.
+#: - ``"resident"`` is the older plan: threads of 16 elements; a multiprocessor runs 32 warps of them. Longer
+#:   rows take a program of 32 warps, one at a time (``_forward_streamed``). AMD has only this plan.
 #:
 #: An H200 took, at 4,096 x 3 x 8,142 in float32, 0.24 ms by either, and a copy 0.19; in bfloat16 0.134 by
 #: ``"wide"``, 0.173 by ``"resident"``, and a copy 0.096. In float32 three or four programs on a
@@ -79,13 +79,13 @@ _REGISTERS = 65_536
 
 
 class Tile(NamedTuple):
-    """Describe what one program holds at a time: some rows of a block of classes (or experts).
+    """Describe the part that one program holds at a time: some rows of a block of classes (or experts).
 
     Attributes:
         rows: rows of the tile.
-        block: its columns.
+        block: columns of the tile.
         num_warps: warps of a program, on NVIDIA.
-        registers: the most that a thread may take, on NVIDIA; None leaves it to the compiler.
+        registers: most registers of a thread, on NVIDIA; None leaves it to the compiler.
         lean: take fewer instructions, for rows that are plain; the tile is one row.
         keep: keep the adjustments of whole rows in registers; else they are read for every row.
     """
@@ -100,7 +100,7 @@ class Tile(NamedTuple):
     def options(self, architecture: int | None) -> dict[str, int]:
         """Give the options for Triton's compiler.
 
-        AMD, here None, runs up to 16 warps, and has no limit of registers to ask for. From sm_100 on, the
+        AMD, here None, runs up to 16 warps, and has no option to limit registers. From sm_100 on, the
         compiler spills if a thread has 64 registers and 16 elements, so it has half of 16 and more there.
         """
         if architecture is None:
@@ -113,8 +113,8 @@ class Tile(NamedTuple):
 
 
 # The sizes below give a thread 8 to 64 elements, all in registers: benchmarks/kernel_resources.py prints
-# what they need. With 64 registers a thread an NVIDIA multiprocessor runs 32 warps, whatever programs they
-# belong to.
+# what they need. With 64 registers per thread an NVIDIA multiprocessor runs 32 warps, of any number of
+# programs.
 
 
 def forward_tile(
@@ -142,7 +142,7 @@ def _forward_tile(num_classes: int, dtype: torch.dtype, plan: str) -> Tile:
         return Tile(rows, block, max(4, block // 256)) if whole else Tile(1, 2048, 8)
     if not whole:
         return Tile(1, 4096, 32, 64)
-    if block <= 2048:  # which takes few registers, or leaves the compiler no choice
+    if block <= 2048:  # few registers needed, or no choice for the compiler
         return Tile(rows, block, 4)
 
     if plan == "resident":
@@ -172,7 +172,7 @@ def _shared_tile(num_classes: int, dtype: torch.dtype, form: str) -> Tile:
 
 @lru_cache(maxsize=256)
 def backward_tile(num_classes: int, dtype: torch.dtype) -> Tile:
-    """Choose blocks of up to 2,048 classes (half in float64), as nothing is summed over a row."""
+    """Choose blocks of up to 2,048 classes (half in float64): nothing is summed over a row."""
     elements = 1024 if dtype == torch.float64 else 2048
     block = min(_power_of_two(num_classes, least=16), elements)
     return Tile(max(1, elements // 2 // block), block, 4)
@@ -182,7 +182,7 @@ def backward_tile(num_classes: int, dtype: torch.dtype) -> Tile:
 def sample_tile(num_experts: int, num_samples: int) -> Tile:
     """Choose a tile of samples by experts; one more column counts the samples.
 
-    Up to 128 programs share the samples, and more only where a tile is as large as it gets: each of them adds
+    Up to 128 programs share the samples, and more only if the tile has its largest size: each program adds
     the sums of all.
     """
     block = _power_of_two(num_experts + 1)
@@ -212,13 +212,13 @@ def class_tile(num_experts: int, num_classes: int) -> Tile:
     return Tile(rows, block, max(4, min(8, rows * block // 256)), 128)
 
 
-#: Forms of rows of which every class may have a share; see :func:`_form_of`.
+#: Forms of rows in which every class may have a share; see :func:`_form_of`.
 SHARED = ("shared", "shared focal")
 
 #: Elements that a program sums, or rescales, at a time.
 FLAT_TILE = Tile(1, 1024, 4)
 
-#: Targets that one program may count by itself.
+#: Most targets that one program counts alone.
 COUNTED_AT_ONCE = 16_384
 
 
@@ -244,13 +244,13 @@ def _options(tile: Tile, device: torch.device) -> dict[str, int]:
 
 
 def flushes(architecture: int | None, dtype: torch.dtype) -> bool:
-    """Say whether exponentials below the normal numbers may be 0; see ``_exp``."""
+    """Say whether exponentials below the normal numbers may become 0; see ``_exp``."""
     return bool(architecture) and dtype == torch.float32
 
 
 @lru_cache(maxsize=64)
 def _resident_programs(device: torch.device, num_warps: int, registers: int) -> int:
-    """Count the programs that the device runs at once with so many registers a thread.
+    """Count the programs that the device runs at once with this many registers per thread.
 
     Each of them takes several tiles.
     """
@@ -279,7 +279,7 @@ def statistics(angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
     if num_samples == 0:
         return Angles(angles=made), parts
 
-    # In order: each counts the samples in the column after its experts, which only the last leaves so.
+    # In this order: each counts the samples in the column after its experts; only the last count stays.
     for first, one in _by_expert(angles.cosines or (source,)):
         weight, scale = angles.weight, angles.scale if angles.cosines else None
         _launch(
@@ -305,7 +305,7 @@ def _soft_statistics(angles: Angles, samples: Samples) -> Tensor:
     parts = _parts(target, programs, num_groups, num_experts)
     if num_samples == 0:
         return parts
-    # In order: each counts in the column after its experts, which only the last leaves so.
+    # In this order: each counts in the column after its experts; only the last count stays.
     for first, cosines in _by_expert(angles.cosines):
         _launch(
             kernels._soft_statistics, programs, tile,
@@ -330,7 +330,7 @@ def weights(angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1)
     shared = {
         "num_groups": num_groups, "num_classes": len(group_index), "num_ranks": num_ranks,
     }  # fmt: skip
-    # An empty batch has its program too: the divisor counts the samples of all ranks.
+    # An empty batch also needs a program: the divisor counts the samples of all ranks.
     if target.dim() == 1:
         tile = sample_tile(num_experts, num_samples)
         _launch(
@@ -359,7 +359,7 @@ def weights(angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1)
 def count(
     target: Tensor, sample_weight: Tensor | None, class_weight: Tensor | None, ignore_index: int
 ) -> Tensor:
-    """Count the samples, each as often as its weight says; see :class:`lgla_losses.kernels.Engine`.
+    """Sum the weights of the samples; see :class:`lgla_losses.kernels.Engine`.
 
     It takes one launch, or two for many targets.
     """
@@ -466,8 +466,8 @@ def backward(
     num_classes = logits[0].shape[2]
     if num_samples == 0:
         return
-    # With gamma a class's gradient asks for the target's logit, which in memory of the logits may be gone:
-    # there a program takes whole rows.
+    # With gamma, the gradient of a class needs the target's logit. If the gradient overwrites the logits, it
+    # may be gone: then a program takes whole rows.
     form = SHARED[1] if rows.gamma != 0 else _form_of(rows)
     shared, tile = form in SHARED, backward_tile(num_classes, state.dtype)
     if shared:
@@ -516,9 +516,9 @@ def rescale_(gradient: Tensor, factor: Tensor) -> None:
 def _form_of(rows: Rows) -> str:
     """Say which kind of kernel the losses of the rows need.
 
-    ``"plain"``: class indices, table, weights and label smoothing, and nothing else. ``"own"``: class
-    weights, margins or gamma without label smoothing; they concern the target's class alone. :data:`SHARED`:
-    every class may have a share, without gamma or with it.
+    ``"plain"``: only class indices, table, weights and label smoothing. ``"own"``: class weights, margins or
+    gamma without label smoothing; they affect only the target's class. :data:`SHARED`: every class may have a
+    share, without gamma or with it.
     """
     if rows.target.dim() == 1:
         if rows.class_weight is None and rows.margin is None and rows.gamma == 0:
@@ -533,12 +533,12 @@ def _target_c(rows: Rows) -> int:
 
 
 class _Constants:
-    """Hold what the kernels read beside logits, in the form in which they read it.
+    """Hold what the kernels read besides logits, in the form that they need.
 
     Attributes:
         strides: strides of targets and weights.
         of_classes: class weights and margins.
-        compiled: what is compiled into the kernel.
+        compiled: values that are compiled into the kernel.
     """
 
     def __init__(self, rows: Rows, num_experts: int, num_classes: int) -> None:
@@ -580,7 +580,7 @@ def _form(
     constants: _Constants,
     shared: bool,
 ) -> tuple[Any, dict[str, Any]]:
-    """Choose the kernel for rows of so many classes, and its constants; for some, round the table."""
+    """Choose the kernel for rows with this many classes, and its constants; for some, round the table."""
     if shared:
         return kernels._shared, {}
     whole, flush = tile.block >= num_classes, flushes(architecture, dtype)
@@ -600,7 +600,7 @@ _HERE = nullcontext()
 
 
 def _launch(kernel: Any, programs: int, tile: Tile, first: Tensor, *arguments: Any, **constants: Any) -> None:
-    """Run so many programs of a kernel on the device of the first argument."""
+    """Run a number of programs of a kernel on the device of the first argument."""
     device: AbstractContextManager[Any] = _HERE
     if first.is_cuda and first.get_device() != torch.cuda.current_device():
         device = torch.cuda.device(first.device)
@@ -611,8 +611,7 @@ def _launch(kernel: Any, programs: int, tile: Tile, first: Tensor, *arguments: A
 def _programs(like: Tensor, num_samples: int, columns: int, tile: Tile) -> int:
     """Choose the number of programs: a multiple of ``columns``.
 
-    Together they are no more than run at once, if that is possible, and a column has no more programs than
-    tiles.
+    If possible, they are no more than run at once; a column has no more programs than tiles.
     """
     return columns * min(-(-num_samples // tile.rows), max(1, _resident(like, tile) // columns))
 
@@ -635,7 +634,7 @@ def _by_expert(tensors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
 
 
 def _from(first: int, tensor: Tensor, dim: int = 1) -> Tensor:
-    """Give a view from ``first`` on; for 0 give the tensor itself, as a view takes microseconds."""
+    """Give a view from ``first`` on; for 0 give the tensor itself, because a view takes microseconds."""
     return tensor if first == 0 else tensor.narrow(dim, first, tensor.shape[dim] - first)
 
 

@@ -1,4 +1,4 @@
-"""The losses: LGLA from logits, from inputs of classifiers and over ranks; what it is compared with."""
+"""The losses: LGLA from logits, from the classifiers' inputs, over ranks; the losses to compare with."""
 
 from lgla_losses.losses.lgla import LGLALoss
 from lgla_losses.losses.linear import LinearLGLALoss

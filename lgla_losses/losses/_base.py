@@ -1,4 +1,4 @@
-"""The steps that all losses share: Eqs. 7 and 8, the divisor, Eq. 9, and what explains a wrong result."""
+"""The steps that all losses share: Eqs. 7 and 8, the divisor, Eq. 9, and the search for wrong values."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ from lgla_losses.weighting import AAWWeighter
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: With fewer classes a compiler's own code takes less time than the call of an operator opaque to it.
+#: With fewer classes, code made by the compiler is faster than a call of an operator it cannot see into.
 WORTH_AN_OPERATOR = 512
 
-#: Batches after which trained cosine logits are no longer as small as cosines without a scale.
+#: After this many batches, trained cosine logits are larger than cosines without a scale.
 _SETTLED = 16
 
 _ALONE = Ranks()
@@ -63,17 +63,18 @@ _ALONE = Ranks()
 class Loss(nn.Module):
     """Hold the options of every loss, and the steps from a batch to its loss."""
 
-    #: Whether bad values are told before anything is computed, as they need not show in the loss.
+    #: Whether bad values are reported before anything is computed, because the loss may not show them.
     _explains_first = False
-    #: Batches whose logits were compared with the scale of cosine logits.
+    #: Number of batches whose logits were compared with the scale of cosine logits.
     _batches = 0
-    #: What looks at probabilities on a GPU, from the first of them on.
+    #: Checks probabilities on a GPU; made at the first batch that has some.
     _late: LateLook | None = None
-    #: Training batches, and the next whose labels are compared with the class counts; none once warned.
+    #: Number of training batches, and the next one whose labels are compared with the class counts; none
+    #: after a warning.
     _steps = 0
     _next_look: float = 1
     _seen: SeenLabels | None = None
-    #: What is wrong where the logits are no cosines times ``scale``, and what to set for a linear head.
+    #: What is wrong if the logits are not cosines times ``scale``, and what to set for a linear head.
     _without_cosines = "their angles, and with them the adaptive angular weights, are wrong"
     _for_linear_heads = "scale=None and pass features and weight"
 
@@ -129,12 +130,12 @@ class Loss(nn.Module):
         """
         raise NotImplementedError
 
-    # --- Before a batch is computed with ------------------------------------------------------------------
+    # --- Before the computation ----------------------------------------------------------------------------
 
     def _step(
         self, batch: Batch, normalizer: float | Tensor | None, *constants: Tensor | None
     ) -> tuple[Engine | None, Ranks, bool]:
-        """Choose the engine and the ranks of a step, and say whether a wrong loss must be explained.
+        """Choose the engine and the ranks of a step; say whether a wrong loss must be explained.
 
         Args:
             batch: the inputs of the loss.
@@ -142,12 +143,12 @@ class Loss(nn.Module):
             constants: the constants that the loss reads.
 
         Returns:
-            The engine, None for plain PyTorch; the ranks; whether to look for the cause if the loss is not
-            finite.
+            The engine (None for plain PyTorch), the ranks, and whether to look for the cause if the loss is
+            not finite.
 
         Raises:
-            ValueError: a value is wrong, and this may not show in the loss or cannot be found later; or those
-                of an earlier batch of probabilities on a GPU were.
+            ValueError: a value is wrong, and the loss may not show it or it cannot be found later; or the
+                probabilities of an earlier batch on a GPU were wrong.
         """
         target = batch.target
         if normalizer is not None:
@@ -162,7 +163,7 @@ class Loss(nn.Module):
                 self._late(target)
             return engine, ranks, False
 
-        # Other ranks wait for this one's numbers; and PyTorch has errors of its own.
+        # Check first: other ranks wait for this rank's numbers, and PyTorch would raise errors of its own.
         first = ranks.number > 1 or engine is None or torch.compiler.is_compiling()
         if not (first or self._explains_first):
             if batch.is_soft or batch.sample_weight is not None:
@@ -188,9 +189,9 @@ class Loss(nn.Module):
         others = normalizer if isinstance(normalizer, Tensor) else None
         why = unfit(*inputs[0], *inputs[1:], *constants, others)
         for constant in constants:
-            # torch.func.functional_call puts such a one in the place of a constant.
+            # torch.func.functional_call can replace a constant by a tensor that requires a gradient.
             if constant is not None and constant.requires_grad:
-                why = "the adjustments are constant to it, and these want a gradient"
+                why = "it treats the adjustments as constants, but these require a gradient"
         if why is not None:
             without_engine(self.backend, why)
             return None
@@ -202,7 +203,7 @@ class Loss(nn.Module):
         return batch.is_map or (self.backend == "auto" and batch.logits[0].shape[-1] < WORTH_AN_OPERATOR)
 
     def _ranks_of_step(self, target: Tensor, readable: bool) -> Ranks:
-        """Say which ranks share the samples of this step, and what this rank tells the others.
+        """Find the ranks that share the samples of this step, and what this rank sends to the others.
 
         Without gradients, as in validation on one rank, nothing may wait for other ranks.
         """
@@ -219,10 +220,10 @@ class Loss(nn.Module):
     def _compares(self, target: Tensor) -> bool:
         """Say whether the ranks compare their constants in this step.
 
-        They do so until a step has ended well on all of them. On a GPU such a step waits for the device.
-        Steps that are compiled, or recorded in a CUDA graph, compare nothing.
+        They do so until one step has succeeded on all of them. On a GPU such a step waits for the device.
+        Compiled steps and steps recorded in a CUDA graph compare nothing.
         """
-        # The compiler first: it would compile anew for every change of the others.
+        # Ask about the compiler first: else it would compile again whenever one of the others changes.
         if torch.compiler.is_compiling() or self._compared or self.validate_args is False:
             return False
         return not (target.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -236,7 +237,7 @@ class Loss(nn.Module):
         batch.explain(self.ignore_index, None, self._masked())
 
     def _masked(self) -> Tensor | None:
-        """Say which classes are masked, as they have no training samples ``[C]``; None if none can be."""
+        """Say which classes are masked for lack of training samples ``[C]``; None if none can be masked."""
         raise NotImplementedError
 
     # --- The steps ----------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ class Loss(nn.Module):
     def _summed(self, values: Tensor, ranks: Ranks) -> Tensor:
         """Sum the parts ``[B, ...]`` of this step's numbers, over the ranks as well: ``[1, ...]``."""
         values = ranks.sum(values.sum(dim=0, keepdim=True))
-        if ranks.digest:  # else nothing is written, which exporters would take for a side effect
+        if ranks.digest:  # write only if needed: exporters see a write as a side effect
             self._compared = True
         return values
 
@@ -259,27 +260,28 @@ class Loss(nn.Module):
         counted: Tensor | None = None,
         **fields: Any,
     ) -> Rows:
-        """Give what Eq. 9 reads beside the logits, with the divisor of the sum of the losses.
+        """Collect what Eq. 9 reads besides the logits, with the divisor of the sum of the losses.
 
-        By default that is the number of samples on all ranks, divided by the number of ranks.
+        By default the divisor is the number of samples on all ranks, divided by the number of ranks.
 
         Args:
             engine: what computes; None for plain PyTorch.
-            batch: what is given.
-            ranks: those of this step.
-            normalizer: the divisor of a mean as the user gives it, or None.
+            batch: the inputs of the loss.
+            ranks: the ranks of this step.
+            normalizer: the divisor of a mean that the user gave, or None.
             samples: the divisor if it is known, or None.
-            counted: class weights ``[C]`` that count the samples, or None.
-            fields: those of :class:`~lgla_losses.kernels.Rows` that only this loss has.
+            counted: class weights ``[C]`` that samples are counted with, or None.
+            fields: fields of :class:`~lgla_losses.kernels.Rows` that only this loss has.
         """
-        # In line, as every batch comes by. The compiler first: it would compile anew for every number.
+        # No function call, because this runs for every batch. Ask about the compiler first: else it would
+        # compile again for every number.
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             step = self.__dict__["_steps"] = self._steps + 1
             if step >= self._next_look:
                 self._look_at_labels(batch, step, ranks.number)
 
         if samples is None and self._communicates(normalizer, ranks):
-            # A compiler sees into PyTorch's own operations only.
+            # A compiler can see into PyTorch's own operations only.
             counter = engine if engine is not None and not torch.compiler.is_compiling() else _chunked(batch)
             samples = counter.count(batch.target, batch.sample_weight, counted, self.ignore_index)
             if ranks.number > 1:
@@ -305,16 +307,16 @@ class Loss(nn.Module):
     def _look_at_scale(
         self, batch: Batch, scale: float | None, output: ExpertOutput | ExpertLogits | None = None
     ) -> None:
-        """Warn once if the logits are no cosines times ``scale``; None is that of linear heads.
+        """Warn once if the logits are not cosines times ``scale``, which is None for linear heads.
 
         It looks only at batches whose number is a power of two. ``output`` may have the features and class
         weights that the batch lacks.
         """
-        # The compiler first: it would compile anew for every change of the number.
+        # Ask about the compiler first: else it would compile again whenever the number changes.
         if torch.compiler.is_compiling() or scale is None or self._batches < 0:
             return
         seen = self._batches + 1
-        self.__dict__["_batches"] = seen  # an attribute of a module takes longer to set
+        self.__dict__["_batches"] = seen  # setting an attribute of a module takes longer
         if seen & (seen - 1) or is_tracing():
             return
 
@@ -326,32 +328,32 @@ class Loss(nn.Module):
             warnings.warn(problem, stacklevel=5)
 
     def _misfit(self, batch: Batch, scale: float, seen: int) -> str | None:
-        """Say in which way the logits are no cosines times ``scale``, or None."""
+        """Say how the logits differ from cosines times ``scale``; None if they do not."""
         if batch.features is not None and batch.weight is not None:
             share, multiple = batch.compared_with_cosines()
             are_bare = multiple < 1.1
-            if share > 0.02:  # that of bfloat16 is 0.004
+            if share > 0.02:  # rounding to bfloat16 gives 0.004
                 return (
                     f"scale={scale}: expected the logits of a cosine head, got logits of which {share:.0%} "
-                    "is no multiple of the cosines of features and weight, as with a linear head, or where "
-                    "something was added to the logits; take a cosine head, for which the margins are made, "
-                    f"or with a linear head set {self._for_linear_heads}"
+                    "is not a multiple of the cosines of features and weight, as from a linear head or "
+                    "after something was added to the logits; use a cosine head, which the margins are "
+                    f"made for, or for a linear head set {self._for_linear_heads}"
                 )
         else:
             largest = batch.largest_target_logit(self.ignore_index)
             if largest > 1.05 * scale:
                 return (
-                    f"a target logit of {largest:.4g} exceeds scale={scale}: these are no cosine logits, so "
-                    f"{self._without_cosines}; with a linear head set {self._for_linear_heads}"
+                    f"a target logit of {largest:.4g} exceeds scale={scale}: these are not cosine logits, "
+                    f"so {self._without_cosines}; for a linear head set {self._for_linear_heads}"
                 )
-            # Scaled cosines of many features and new weights are small too, but not for long; those of
-            # new experts at a low rate for longer.
+            # Scaled cosines of many features and new weights are small too, but only at first; with new
+            # experts and a low learning rate for longer.
             are_bare = seen >= _SETTLED and batch.is_unlike_new_experts()
         if scale >= 10 and are_bare and batch.is_within(1.01):
             return (
-                f"all logits of the batch lie within [-1, 1] under scale={scale}, as bare cosines do, from "
-                f"which a softmax learns next to nothing; pass {scale:g} * cosines, or with a linear head "
-                f"set {self._for_linear_heads}"
+                f"all logits of the batch lie within [-1, 1] under scale={scale}, as cosines without the "
+                f"scale do, and a softmax learns almost nothing from them; pass {scale:g} * cosines, or for "
+                f"a linear head set {self._for_linear_heads}"
             )
         return None
 
@@ -363,7 +365,7 @@ class Loss(nn.Module):
         plain = not (batch.is_soft or batch.is_map or batch.sample_weight is not None)
         if not (learns and plain and values_readable(batch.target, self.validate_args)):
             return
-        # First, as what is traced must be the same in every call.
+        # Ask this first, because a trace must be the same in every call.
         if unfit(*inputs, batch.target) is not None:
             return
         corrected = self._corrected_counts()
@@ -381,7 +383,7 @@ class Loss(nn.Module):
             warnings.warn(problem, stacklevel=6)
 
     def _corrected_counts(self) -> tuple[Tensor, Tensor] | None:
-        """Give the class counts ``[C]`` if the loss corrects them, and for which classes; else None."""
+        """Give the class counts ``[C]`` and the classes that the loss corrects; None if it corrects none."""
         return None
 
     def _replicate_for_data_parallel(self) -> NoReturn:
@@ -423,11 +425,11 @@ class ExpertLoss(Loss):
             raise ValueError("grouper: expected class_counts or a grouper, got both; drop class_counts")
         elif zero_counts != "error" or background is not None:
             raise ValueError(
-                "zero_counts, background: expected neither beside a grouper, which has its own, got "
+                "zero_counts, background: expected neither together with a grouper, which has its own, got "
                 f"{zero_counts!r} and {background}; give them to ClassGrouper"
             )
         else:
-            grouper = copy.deepcopy(grouper)  # as set_adjustment changes its own
+            grouper = copy.deepcopy(grouper)  # set_adjustment changes it
 
         if tau is None and is_lgla:
             classifier = "linear" if scale is None else "cosine"
@@ -450,7 +452,7 @@ class ExpertLoss(Loss):
         self.scale = None if scale is None else positive_float("scale", scale, "None means a linear head")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Give every loss a constructor with its own name, because Python's errors show that name."""
+        """Give every loss a constructor that bears its name, because Python's errors show that name."""
         super().__init_subclass__(**kwargs)
         if "__init__" not in vars(cls):
             own = renamed(cast(FunctionType, cls.__init__), f"{cls.__qualname__}.__init__")
@@ -459,19 +461,19 @@ class ExpertLoss(Loss):
     def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
         """Change class counts, groups and adjustments in training, as for a tau schedule or streaming data.
 
-        The change is made in place: compiled steps compile nothing anew, and CUDA graphs see it. On a GPU it
-        waits for the device. Under DDP every rank calls it, and the next step compares what they have.
+        The change is made in place: compiled steps need no new compilation, and CUDA graphs see it. On a GPU
+        it waits for the device. Under DDP call it on every rank; the next step compares their values.
 
         Args:
-            class_counts: training samples per class ``[C]`` of the same classes, positive but for what
-                ``zero_counts`` allows; None keeps them. The classes are grouped anew; groups of your own
-                (:meth:`ClassGrouper.from_groups`) and a table of your own stay.
+            class_counts: training samples per class ``[C]`` of the same classes, positive unless
+                ``zero_counts`` allows 0; None keeps them. The classes are grouped again; your own groups
+                (:meth:`ClassGrouper.from_groups`) and your own table stay.
             tau: strength, as in the constructor; None keeps it.
 
         Raises:
             TypeError: counts or ``tau`` are not numbers.
-            ValueError: counts are not positive or of other classes, ``tau`` is out of range, or the
-                adjustment has none.
+            ValueError: counts are not positive or are of other classes, ``tau`` is out of range, or the
+                adjustment has no ``tau``.
         """
         self.adjuster.set_adjustment(class_counts, tau)
         self._compared = False
@@ -494,12 +496,12 @@ class ExpertLoss(Loss):
 
     @property
     def class_counts(self) -> Tensor:
-        """Training samples per class ``[C]``, with those that ``zero_counts="smooth"`` adds."""
+        """Training samples per class ``[C]``, including those that ``zero_counts="smooth"`` adds."""
         return read_only(self._training_counts())
 
     @property
     def zero_counts(self) -> str:
-        """What is done about classes without samples, as given."""
+        """How classes without samples are handled, as given."""
         return self.grouper.zero_counts
 
     @property
@@ -509,7 +511,7 @@ class ExpertLoss(Loss):
 
     @property
     def adjustment(self) -> str:
-        """The kind of adjustment as given; ``"table"`` for a table of your own."""
+        """The kind of adjustment as given; ``"table"`` for your own table."""
         return self.adjuster.adjustment
 
     @property
@@ -525,19 +527,19 @@ class ExpertLoss(Loss):
     def implied_prior(self, fusion: Tensor | Sequence[float] | None = None) -> Tensor:
         """Compute the class prior that the fused logits hold where the loss is lowest.
 
-        It is that of the adjustments, see :meth:`CLALogitAdjuster.implied_prior
-        <lgla_losses.CLALogitAdjuster.implied_prior>`, which says for which losses it is exact.
+        It follows from the adjustments. :meth:`CLALogitAdjuster.implied_prior
+        <lgla_losses.CLALogitAdjuster.implied_prior>` says for which losses it is exact.
 
         Args:
-            fusion: as in :meth:`ExpertOutput.ensemble <lgla_losses.ExpertOutput.ensemble>`: one weight for
-                each expert ``[K]``; None for equal weights.
+            fusion: as in :meth:`ExpertOutput.ensemble <lgla_losses.ExpertOutput.ensemble>`: one weight per
+                expert ``[K]``; None for equal weights.
 
         Returns:
             float64 ``[C]``, summing to 1.
 
         Raises:
             TypeError: the weights are not numbers.
-            ValueError: a weight is negative or not finite, all are zero, or there are not K.
+            ValueError: a weight is negative or not finite, all are zero, or their number is not K.
         """
         return self.adjuster.implied_prior(fusion)
 
@@ -560,13 +562,13 @@ class ExpertLoss(Loss):
         return self.aaw or super()._communicates(normalizer, ranks)
 
     def _corrected_counts(self) -> tuple[Tensor, Tensor] | None:
-        if self.adjustment == "table":  # of your own, which need not correct the counts
+        if self.adjustment == "table":  # your own table, which may not correct the counts
             return None
         counts, table = self.grouper.constant("class_counts"), self.adjuster.constant("table")
         return if_corrected(counts, self.grouper._rules, table)
 
     def _explain(self, batch: Batch) -> None:
-        # An ensemble's logits, which are not adjusted, are also those of masked classes.
+        # The logits of an ensemble are not adjusted, so they include masked classes.
         of_ensemble = batch.of_one and len(batch.logits) == 1 < self.num_experts
         batch.explain(self.ignore_index, self.num_classes, None if of_ensemble else self._masked())
 
@@ -576,7 +578,7 @@ class ExpertLoss(Loss):
     def _weights(
         self, engine: Engine | None, batch: Batch, ranks: Ranks, table: Tensor, group_index: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Compute Eqs. 7 and 8: the weights ``[*B, K]`` or None, and the number of samples if it is known."""
+        """Compute Eqs. 7 and 8: the weights ``[*B, K]`` or None, and the number of samples, if known."""
         num_experts, compiling = table.shape[0], torch.compiler.is_compiling()
         if not self.aaw:
             return batch.weights_of_experts(num_experts), None
@@ -584,7 +586,7 @@ class ExpertLoss(Loss):
         angles = batch.angles(self.scale)
         if engine is None or compiling:
             engine = _chunked(batch)
-        if batch.is_soft and batch.features is not None:  # whose angles to all classes are many
+        if batch.is_soft and batch.features is not None:  # angles to all classes take much memory
             engine = Blockwise(engine)
 
         angles, parts = engine.statistics(angles, samples)  # Eq. 7
@@ -609,14 +611,14 @@ class ExpertLoss(Loss):
 
 
 def _chunked(batch: Batch) -> Engine:
-    """Choose the engine of PyTorch's own operations that fits the batch."""
+    """Choose the engine in plain PyTorch that fits the batch."""
     return Blockwise(chunked) if batch.is_map else chunked
 
 
 def if_corrected(
     counts: Tensor, rules: ClassRules, *constants: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Give counts ``[C]`` and the adjusted classes ``[C]``, if constants ``[..., C]`` differ by these."""
+    """Give counts and adjusted classes ``[C]`` if the constants ``[..., C]`` differ between these."""
     adjusted = rules.adjusted(counts)
     own = [constant[..., adjusted] for constant in constants if constant is not None]
     return (counts, adjusted) if any(bool((v != v[..., :1]).any()) for v in own) else None
@@ -629,6 +631,6 @@ def scalar_on(device: torch.device, number: float | Tensor, dtype: torch.dtype) 
         if not on_cpu or number.requires_grad or torch.compiler.is_compiling():
             return number.to(device, dtype)
         number = number.item()
-    if torch.compiler.is_compiling():  # to which a number that is filled in would be a constant
+    if torch.compiler.is_compiling():  # a compiler would take the filled-in number as a constant
         return number * torch.ones((), dtype=dtype, device=device)
     return torch.full((), number, dtype=dtype, device=device)

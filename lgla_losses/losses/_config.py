@@ -1,4 +1,4 @@
-"""The arguments of the losses: what there is, how they are checked, what fixes what."""
+"""The arguments of the losses: their names, their checks, and how one follows from another."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class ExpertLossOptions(TypedDict, total=False):
-    """Name the options of every loss of K experts, wherever its classes are."""
+    """Name the options of every loss of K experts."""
 
     grouper: ClassGrouper | None
     zero_counts: str
@@ -57,7 +57,7 @@ def renamed(function: FunctionType, name: str) -> FunctionType:
 def refuse_unknown(loss: object, options: Mapping[str, object], known: type) -> None:
     """Raise for options that a loss does not have; the error names the loss."""
     for name in options.keys() - known.__annotations__:
-        # At the usual cutoff "backend" would be a slip for "background".
+        # At the usual cutoff "background" would be suggested for "backend".
         near = difflib.get_close_matches(name, known.__annotations__, 1, cutoff=0.75)
         hint = f"did you mean {near[0]!r}?" if near else "leave it out"
         raise TypeError(
@@ -71,7 +71,7 @@ def check_adjustment(adjustment: str | Tensor) -> None:
     if isinstance(adjustment, list | tuple):
         raise TypeError(
             f"adjustment: expected one of {', '.join(map(repr, ADJUSTMENTS))} or a tensor [K, C], got a "
-            f"{type(adjustment).__name__}; torch.tensor(adjustment) makes one"
+            f"{type(adjustment).__name__}; pass torch.tensor(adjustment)"
         )
     if not isinstance(adjustment, Tensor):
         one_of("adjustment", adjustment, ADJUSTMENTS)
@@ -83,7 +83,7 @@ def number_of_experts(
     adjustment: str | Tensor,
     needs_groups: bool,
 ) -> int:
-    """Find K from the arguments that fix it; raise if they disagree."""
+    """Find K from the arguments that determine it; raise if they disagree."""
     fixed = {}
     if num_experts is not None:
         fixed["num_experts"] = positive_int("num_experts", num_experts, "the paper uses 3")
@@ -99,9 +99,9 @@ def number_of_experts(
     number = next(iter(fixed.values()), 3)
     if number == 1 and needs_groups:
         raise ValueError(
-            f"num_experts: expected at least 2 for adjustment='lgla' or aaw=True, got {number}; "
-            "for one model take BalancedSoftmaxLoss(class_counts), or adjustment='softmax', 'balanced' or "
-            "'logit' with aaw=False"
+            f"num_experts: expected at least 2 for adjustment='lgla' or aaw=True, got {number}; for one "
+            "model use BalancedSoftmaxLoss(class_counts), or adjustment='softmax', 'balanced' or 'logit' "
+            "with aaw=False"
         )
     return number
 
@@ -115,7 +115,7 @@ def group_classes(
 ) -> ClassGrouper:
     """Divide the classes into one group for each local expert.
 
-    If no groups are needed, there may be fewer, as there is at most one group for each class.
+    If no groups are needed, there may be fewer groups, at most one per class.
     """
     if class_counts is None:
         raise TypeError("class_counts: expected samples per class [C], got None; or pass a grouper")
@@ -124,8 +124,8 @@ def group_classes(
     if needs_groups and num_groups > number:
         left_out = "" if number == len(counts) else f" that are adjusted, of {len(counts)}"
         raise ValueError(
-            f"num_experts: expected at most C + 1 = {number + 1} for {number} classes{left_out}, as each "
-            f"local expert owns a group of classes, got {num_experts}; use fewer experts"
+            f"num_experts: expected at most C + 1 = {number + 1} for {number} classes{left_out}, because "
+            f"each local expert has its own group of classes, got {num_experts}; use fewer experts"
         )
     num_groups = max(1, min(num_groups, number))
     return ClassGrouper._of_checked(counts, grouped(counts, num_groups, rules), rules)
@@ -136,7 +136,9 @@ def runnable_backend(backend: str) -> str:
     one_of("backend", backend, BACKENDS)
     missing = triton_missing() if backend == "triton" else None
     if missing is not None:
-        raise ValueError(f"backend: 'triton' cannot run here: {missing}; 'auto' takes the fastest that can")
+        raise ValueError(
+            f"backend: 'triton' cannot run here: {missing}; 'auto' takes the fastest that can run"
+        )
     return backend
 
 

@@ -1,4 +1,4 @@
-"""The labels that a loss has seen: whether a sampler has balanced the classes that it corrects."""
+"""The labels that a loss has seen: does a sampler balance the classes that the loss corrects?"""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch import Tensor
 
 from lgla_losses._ranks import digest_of
 
-#: How many different batches are evidence, and how many looks are kept if these span an epoch.
+#: Least number of different batches to judge by, and most looks to keep once they span an epoch.
 FEWEST_BATCHES, MOST_LOOKS = 10, 64
 
-#: Labels of a batch below which looks do not differ enough to tell sorted data by them.
+#: Least number of labels in a batch: with fewer, sorted data cannot be recognised.
 _FEWEST_LABELS = 8
 
-#: How many labels of rare classes are evidence, and how many standard deviations above what counts say.
+#: Least number of labels of rare classes to judge by, and of standard deviations above what the counts say.
 _FEWEST_RARE, _DEVIATIONS = 100, 8.0
 
 
 def next_look(step: int) -> int:
-    """Give the number of the batch to look at after number ``step``: soon at first, later in about 260.
+    """Give the next batch to look at after number ``step``: soon at first, later after about 260.
 
-    The distances are random, or the same part of each epoch could come again and again. None has the factor 2
-    or 3: if natural and balanced batches take turns, looks meet both.
+    The distances are random, so that the looks do not always meet the same part of an epoch. No distance has
+    the factor 2 or 3: if natural and balanced batches take turns, the looks meet both.
     """
     most = 1 + min(step, 2040) // 24
     return step + 6 * random.Random(step).randint(1, most) + 1
 
 
 class Look(NamedTuple):
-    """Hold what is kept of a batch: the samples until then, its labels of rare classes, and all of them."""
+    """Hold what is kept of a batch: samples until then, number of labels of rare classes and of all."""
 
     samples: int
     rare: int
@@ -41,11 +41,11 @@ class Look(NamedTuple):
 
 
 class SeenLabels:
-    """Compare the labels of some batches with class counts ``[C]``, by the rarer half of the classes.
+    """Compare the labels of some batches with class counts ``[C]``, by the share of the rarer half.
 
-    Balanced, half of the labels are of these classes. Their share is taken for a sampler's where it is far
-    above that of the counts, and about the same in all of the newest batches: in sorted data it is 0 or 1 by
-    turns.
+    If a sampler balances the classes, this share of the labels is one half. It points to a sampler if it is
+    far above the share in the counts and about the same in all of the newest batches. In sorted data it is 0
+    in some batches and 1 in others.
 
     Args:
         counts: class counts ``[C]``.
@@ -66,7 +66,7 @@ class SeenLabels:
         self._looks: list[Look] = []
 
     def are_for(self, counts: Tensor) -> bool:
-        """Say whether these are the class counts that labels are compared with."""
+        """Say whether labels are compared with these class counts."""
         return torch.equal(self._counts, counts.cpu().double())
 
     def add(self, labels: Tensor, step: int, num_ranks: int) -> None:
@@ -86,14 +86,14 @@ class SeenLabels:
             del self._looks[0]
 
     def _are_classes(self, labels: Tensor) -> bool:
-        """Say whether all labels are class indices; others are errors, which others explain."""
+        """Say whether all labels are class indices; wrong labels are reported elsewhere."""
         return len(labels) > 0 and 0 <= int(labels.min()) <= int(labels.max()) < len(self._counts)
 
     def problem(self) -> str | None:
-        """Say that the labels are balanced though the counts are not, or None.
+        """Say that the labels are balanced although the counts are not, or None.
 
-        The newest looks are judged, however many, as a sampler may come late. They span an epoch, as data
-        that are in some order show all their classes in no less. The same batch again tells nothing new.
+        Only the newest looks are judged, because a sampler may start late. They span at least an epoch,
+        because ordered data show all classes only in a whole epoch. A repeated batch is no new evidence.
         """
         rare = number = looks = 0
         squares, digests = 0.0, set()
@@ -108,7 +108,7 @@ class SeenLabels:
         return None
 
     def _are_balanced(self, rare: int, number: int, squares: float, looks: int) -> bool:
-        """Say whether the share of rare classes is a sampler's.
+        """Say whether the share of rare classes comes from a sampler.
 
         Args:
             rare: labels of rare classes in all looks.
@@ -121,15 +121,15 @@ class SeenLabels:
         if rare < _FEWEST_RARE or not max(1.5 * expected, math.sqrt(expected / 2)) < share < 0.9:
             return False
         deviations = (rare - number * expected) / math.sqrt(number * expected * (1 - expected))
-        # By chi-square, the looks differ no more than chance has it, by a standard deviation.
+        # By chi-square, the looks differ no more than by chance, plus one standard deviation.
         apart = (squares - rare * share) / (share * (1 - share))
         return deviations >= _DEVIATIONS and apart <= looks - 1 + math.sqrt(2 * (looks - 1))
 
     def _message(self, share: float) -> str:
         return (
-            f"class_counts: the rarer half of the classes makes {share:.0%} of the labels that came, but "
-            f"{self._expected:.1%} of class_counts; a sampler that balances classes and a loss that corrects "
-            "their counts correct twice: give the loss the counts that the sampler leaves, "
-            "sampler.class_counts of lgla_losses.data.ClassBalancedSampler, or take no sampler; where there "
-            "is none, count the training labels again"
+            f"class_counts: the rarer half of the classes is {share:.0%} of the labels seen so far, but "
+            f"{self._expected:.1%} of class_counts; a sampler that balances classes and a loss that "
+            "corrects their counts make the same correction twice: pass the loss the counts after "
+            "sampling, sampler.class_counts of lgla_losses.data.ClassBalancedSampler, or remove the "
+            "sampler; if there is no sampler, count the training labels again"
         )

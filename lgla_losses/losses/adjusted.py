@@ -1,4 +1,4 @@
-"""What the losses of one model or of any number of experts share: adjust, weigh, sum."""
+"""The base of the losses of one model or of any number of experts: adjust, weigh, sum."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-#: What a constant is for classes that it is not computed for: those that are masked, and the background.
+#: Values of a constant for the classes that it is not computed for: masked classes, and the background.
 _LEFT_OUT = {
     "table": (-math.inf, 0.0),
     "class_weight": (1.0, 1.0),
@@ -39,7 +39,7 @@ _LEFT_OUT = {
 
 
 class Options(TypedDict, total=False):
-    """Name the options of :class:`AdjustedLoss`, which it takes beside its constants."""
+    """Name the options of :class:`AdjustedLoss`, besides its constants."""
 
     class_weight: ArrayLike | None
     zero_counts: str
@@ -54,30 +54,31 @@ class Options(TypedDict, total=False):
 
 
 class AdjustedLoss(ConstantBuffers, Loss, Ruled):
-    r"""Cross entropy of adjusted logits, weighted by class, summed over one model or any number of experts.
+    r"""Compute cross entropy of adjusted logits, weighted by class, summed over one model or several experts.
 
     .. math:: \sum_k \sum_y q_y w_y \, (1 - p_{ky})^\gamma (-\log p_{ky}), \qquad
         p_k = \mathrm{softmax}(a(v_k) + T - m q)
 
-    Here :math:`q` is 1 for the class of a sample, or its class probabilities, smoothed but for the margin. A
-    subclass gives the constants :math:`T` and :math:`w` by :meth:`constants`, the margins :math:`m`, the
-    exponent :math:`\gamma`, and the factors of the logits, :math:`a`.
+    Here :math:`q` is 1 for the class of a sample, or holds its class probabilities; label smoothing changes
+    it everywhere but in the margin. A subclass gives the constants :math:`T` and :math:`w` by
+    :meth:`constants`, the margins :math:`m`, the exponent :math:`\gamma`, and the factors of the logits,
+    :math:`a`.
 
     Args:
-        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows; None
-            for a loss that needs none.
-        numbers: what :meth:`constants` takes beside them, by name.
-        class_weight: your own weights of the classes ``[C]``, finite and at least 0, as those of
-            :class:`torch.nn.CrossEntropyLoss`; they multiply those that the loss makes.
+        class_counts: training samples per class ``[C]``, positive unless ``zero_counts`` allows 0; None for a
+            loss that needs none.
+        numbers: further arguments of :meth:`constants`, by name.
+        class_weight: your own weights of the classes ``[C]``, finite and at least 0, as in
+            :class:`torch.nn.CrossEntropyLoss`; they multiply the weights that the loss makes.
         reduction: ``"mean"`` over the samples not ignored, ``"sum"``, or ``"none"``. With ``class_weight``
-            the mean divides by the sum of the samples' weights, as PyTorch's does for class indices, but for
-            losses that say otherwise. A sample with
-            probabilities weighs the mean of its classes' weights.
+            the mean divides by the sum of the samples' weights, as PyTorch does for class indices, unless a
+            loss says otherwise. The weight of a sample with probabilities is the mean of its classes'
+            weights.
         zero_counts: as in :class:`~lgla_losses.LGLALoss`, what to do about classes without samples.
-            ``"mask"`` makes every constant of the others alone, as if these classes were not there.
-        background: as in :class:`~lgla_losses.LGLALoss`, classes that are left out of the adjustment: they
-            have the adjustment and margin 0, and the weight and factor 1.
-        ignore_index: target of samples that count nothing.
+            ``"mask"`` computes every constant from the other classes only.
+        background: as in :class:`~lgla_losses.LGLALoss`, classes left out of the adjustment: their adjustment
+            and margin are 0, their weight and factor 1.
+        ignore_index: target value of samples to ignore.
         label_smoothing: as in :class:`torch.nn.CrossEntropyLoss`, of the adjusted logits.
         sync: as in :class:`~lgla_losses.LGLALoss`, for the number that ``"mean"`` divides by.
         process_group: as in :class:`~lgla_losses.LGLALoss`.
@@ -98,13 +99,13 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
           ``[N, K, C, H, W]``, target ``[N, H, W]`` or ``[N, C, H, W]``
     """
 
-    #: The exponent, that of the focal loss; 0 is cross entropy.
+    #: The exponent of the focal loss; 0 is cross entropy.
     focusing = 0.0
     #: Whether ``"mean"`` divides by the sum of the samples' weights, not by their number.
     divides_by_weights = False
-    #: The factor of the cosine logits that the loss expects; None where it takes any logits.
+    #: The factor of the cosine logits that the loss expects; None if it takes any logits.
     _cosine_scale: float | None = None
-    #: Whether a subclass adds to the loss of a sample, and whether class weights multiply that, too.
+    #: Whether a subclass adds a term to the loss of a sample, and whether class weights multiply that term.
     _adds, _weighs_added = False, True
 
     def __init__(
@@ -127,7 +128,7 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
         self._take_options(
             reduction, ignore_index, label_smoothing, sync, process_group, validate_args, backend
         )
-        #: As constructed; a tau may have changed since, and is a constant as well.
+        #: As constructed. A tau may change later; its current value is a constant.
         self._numbers = dict(numbers or {})
         if class_counts is not None:
             self._rules, counts = ClassRules.of(class_counts, zero_counts, background)
@@ -151,8 +152,8 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
 
         Args:
             counts: training samples per class, float64 ``[C]`` on the CPU; of the adjusted classes only,
-                without background and masked ones.
-            numbers: as the constructor was given.
+                without background and masked classes.
+            numbers: those given to the constructor.
 
         Returns:
             ``table`` (:math:`T`), ``class_weight`` (:math:`w`), ``multiplier`` (the factor of the logits) and
@@ -162,28 +163,29 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
         return {}
 
     def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
-        """Change class counts and adjustments during training, in place: compiled steps compile nothing anew.
+        """Change class counts and adjustments during training, in place, without a new compilation.
 
         Args:
-            class_counts: training samples per class ``[C]`` of the same classes, positive but for what
-                ``zero_counts`` allows; None keeps them.
-            tau: strength, of a loss that has one; None keeps it.
+            class_counts: training samples per class ``[C]`` of the same classes, positive unless
+                ``zero_counts`` allows 0; None keeps them.
+            tau: strength, if the loss has one; None keeps it.
 
         Raises:
             TypeError: counts or ``tau`` are not numbers.
-            ValueError: counts are not positive or of other classes, ``tau`` is negative or not finite, or the
-                loss has no counts or no ``tau``.
+            ValueError: counts are not positive or are of other classes, ``tau`` is negative or not finite, or
+                the loss has no counts or no ``tau``.
         """
         kind = type(self).__name__
         if "class_counts" not in self._exact:
             raise ValueError(
-                f"class_counts, tau: expected a loss of class counts, got {kind}, which has none"
+                f"class_counts, tau: expected a loss with class counts, got {kind}, which has none; pass "
+                "class_counts= when you make the loss"
             )
         numbers = self._numbers
         if "tau" in numbers:
             numbers = numbers | {"tau": float(self.on_cpu("tau")) if tau is None else check_tau(tau)}
         elif tau is not None:
-            raise ValueError(f"tau: expected None for {kind}, which has no strength, got {tau}")
+            raise ValueError(f"tau: expected None for {kind}, which has no tau, got {tau}; leave it out")
         if class_counts is None:
             counts = self.on_cpu("class_counts")
         else:
@@ -199,7 +201,7 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
             constants["tau"] = scalar(numbers["tau"])
         adjusted = counts[self._rules.adjusted(counts)]
         made = self.constants(adjusted, **numbers)
-        if self.zero_counts == "mask":  # also where no class is masked, as other counts may mask some
+        if self.zero_counts == "mask":  # even if no class is masked now: other counts may mask some
             made = {"table": torch.zeros_like(adjusted)} | made
 
         for name, value in made.items():
@@ -233,17 +235,17 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
         .. math:: v_j = \log p(x | j) + \log p_j + c(x), \qquad p_j \propto n_j \, w_j \exp(-T_j)
 
         This is our derivation: at its minimum a cross entropy weighted by :math:`w` has
-        :math:`\mathrm{softmax}(v + T)_j \propto n_j \, w_j \, p(x | j)`. It holds without label smoothing
-        and sample weights, of experts for each and for their mean, whatever the fusion. Trained networks are
-        overconfident as a rule, and hold another one, which :func:`calibration.fit
+        :math:`\mathrm{softmax}(v + T)_j \propto n_j \, w_j \, p(x | j)`. It holds without label smoothing and
+        sample weights; with experts, for each of them and for their mean under any fusion. Trained networks
+        are usually overconfident and hold another prior, which :func:`calibration.fit
         <lgla_losses.calibration.fit>` measures. The theory is approximate for
 
         - a focal exponent above 0: the probabilities are less confident than the posterior, in the same
           order;
         - factors of the logits (:class:`~lgla_losses.baselines.VSLoss`): the logits times their factors hold
-          it, the logits themselves only for factors close to 1;
+          the prior, the logits themselves only if the factors are close to 1;
         - margins (:class:`~lgla_losses.baselines.LDAMLoss`), which have no such theory and are left out. The
-          weights count once they are on;
+          weights are included once they are on;
         - terms between experts (:class:`~lgla_losses.baselines.RIDELoss`) and over hard classes
           (:class:`~lgla_losses.baselines.NCLLoss`), which are left out as well.
 
@@ -264,21 +266,21 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
         counts = self._training_counts()
         table, weight, _ = self._terms()
         table = torch.zeros_like(counts) if table is None else table
-        if weight is not None:  # a weight does what the adjustment -log w does
+        if weight is not None:  # a weight w acts like the adjustment -log w
             table = table - weight.log()
         prior = functional.implied_prior(table[None], counts, counts.new_ones(1))
         if values_readable(prior, True) and prior.isnan().any():
             raise ValueError(
-                "class_weight: expected a class with samples and a positive weight, got none, so that the "
-                "logits hold no prior; give a class a weight"
+                "class_weight: expected a positive weight for at least one class with samples, got none, "
+                "so that the logits hold no prior; give a class a positive weight"
             )
         return prior
 
     def _training_counts(self) -> Tensor:
         if "class_counts" not in self._exact:
             raise ValueError(
-                f"class_counts: expected them of {type(self).__name__}, as the prior follows from them, got "
-                "None; pass class_counts= when you make the loss (count_classes makes them)"
+                f"class_counts: expected counts in {type(self).__name__}, because the prior follows from "
+                "them, got None; pass class_counts= when you make the loss (count_classes computes them)"
             )
         return self.constant("class_counts").detach().clone()
 
@@ -302,10 +304,11 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
         for name, value in expected.items():
             if name in state and not same_constants(state[name], value):
                 raise ValueError(
-                    f"{name}: expected what {type(self).__name__} makes of the class counts beside it, "
-                    "got others; load all constants of a state at once, and construct it as the saved one was"
+                    f"{name}: expected the values that {type(self).__name__} computes from the class counts "
+                    "in the same state, got others; load all constants of a state at once into a loss with "
+                    "the arguments of the saved one"
                 )
-        # As they are saved; those of fewer digits are computed anew.
+        # Keep them as saved; those saved with fewer digits are computed again.
         saved = {n: v for n, v in state.items() if n not in expected or v.dtype == torch.float64}
         return expected | {name: value.to(self._exact[name].dtype) for name, value in saved.items()}
 
@@ -377,7 +380,7 @@ class AdjustedLoss(ConstantBuffers, Loss, Ruled):
         ranks: Ranks,
         normalizer: float | Tensor | None,
     ) -> Tensor:
-        """Weigh losses of samples ``[*B]`` as cross entropy is weighed, and reduce them."""
+        """Weigh losses of samples ``[*B]`` as the cross entropy is weighed, and reduce them."""
         amounts = batch.amounts(self.ignore_index, self._terms()[1] if self._weighs_added else None)
         losses = torch.where(amounts == 0, 0.0, losses) * amounts.to(losses.dtype)
         if self.reduction == "none":

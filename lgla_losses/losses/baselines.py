@@ -1,9 +1,9 @@
 r"""The losses that LGLA is compared with, on the same fused cross entropy.
 
-Each takes the logits of one model, ``[N, C]``, or of K experts as :class:`~lgla_losses.LGLALoss` does, whose
-losses it sums, so that one network and one learning rate serve all. The formulas are of one model; n_j are
-the training samples of class j. Arguments, shapes and errors that all share are those of
-:class:`~lgla_losses.losses.adjusted.AdjustedLoss`.
+Each takes the logits of one model, ``[N, C]``, or of K experts like :class:`~lgla_losses.LGLALoss`, and sums
+their losses. So one network and one learning rate serve all losses. The formulas are for one model; n_j is
+the number of training samples of class j. The arguments, shapes and errors that all losses share are
+described in :class:`~lgla_losses.losses.adjusted.AdjustedLoss`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from lgla_losses.losses.adjusted import AdjustedLoss, Options
 
 
 class FocalLoss(AdjustedLoss):
-    r"""Focal loss: samples that are easy already weigh less.
+    r"""Compute the focal loss: easy samples weigh less.
 
     .. math:: -(1 - p_y)^\gamma \log p_y, \qquad p = \mathrm{softmax}(v)
 
-    This is the multi-class form, of softmax probabilities, that long-tailed learning uses; the paper has one
-    sigmoid for each class. For class weights from counts see :class:`ClassBalancedLoss`.
+    This is the multi-class form with softmax probabilities that long-tailed learning uses; the paper has one
+    sigmoid per class. For class weights from counts see :class:`ClassBalancedLoss`.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, section 3.2, Eq. 4.
 
@@ -49,7 +49,9 @@ class FocalLoss(AdjustedLoss):
     ) -> None:
         if alpha is not None:
             if options.get("class_weight") is not None:
-                raise ValueError("alpha, class_weight: expected one of them, got both; they mean the same")
+                raise ValueError(
+                    "alpha, class_weight: expected one of them, got both, which mean the same; drop one"
+                )
             options["class_weight"] = as_class_weight(alpha, name="alpha")
         super().__init__(**options)
         self._divides_by_weights &= alpha is None
@@ -58,26 +60,26 @@ class FocalLoss(AdjustedLoss):
 
 
 class ClassBalancedLoss(AdjustedLoss):
-    r"""Class-balanced loss: classes weigh by the inverse of their effective number of samples.
+    r"""Compute the class-balanced loss: each class weighs the inverse of its effective number of samples.
 
     .. math:: w_y \, L(v, y), \qquad w_j \propto \frac{1 - \beta}{1 - \beta^{n_j}}, \qquad \sum_j w_j = C
 
     :math:`L` is softmax cross entropy, or with ``gamma`` the softmax :class:`FocalLoss`. ``"mean"`` divides
-    by the number of samples, as the authors' code does, not by the sum of their weights: a sample of a class
-    then counts the same in whatever batch it comes.
+    by the number of samples, as the authors' code does, not by the sum of their weights. So a sample of a
+    class weighs the same in every batch.
 
     Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, section 4,
-    Eqs. 6 and 8. With ``gamma`` it is their Eq. 13 of softmax probabilities instead of sigmoids.
+    Eqs. 6 and 8. With ``gamma`` it is their Eq. 13 with softmax probabilities instead of sigmoids.
 
     Args:
-        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows.
-        beta: how fast further samples of a class lose their worth, in ``[0, 1)``: 0 weighs all classes alike,
-            close to 1 inversely to their counts.
+        class_counts: training samples per class ``[C]``, positive unless ``zero_counts`` allows 0.
+        beta: how fast further samples of a class lose value, in ``[0, 1)``: 0 weighs all classes equally, a
+            value close to 1 by their inverse counts.
         gamma: focusing parameter of the focal loss, at least 0; None means cross entropy.
         options: as in :class:`FocalLoss`.
 
     Attributes:
-        class_weight: the weights, float64 ``[C]``, with mean 1; times ``class_weight`` of yours.
+        class_weight: the weights, float64 ``[C]``, with mean 1; times your own ``class_weight``.
 
     Example:
         >>> ClassBalancedLoss([3, 1], beta=0.5).class_weight
@@ -102,24 +104,24 @@ class ClassBalancedLoss(AdjustedLoss):
 
 
 class LogitAdjustedLoss(AdjustedLoss):
-    r"""Logit adjustment: rare classes must win by a larger margin.
+    r"""Compute cross entropy with logit adjustment: rare classes must win by a larger margin.
 
     .. math:: -\log \frac{\exp(v^y + \tau \log \pi_y)}{\sum_j \exp(v^j + \tau \log \pi_j)},
         \qquad \pi_j = \frac{n_j}{\sum_c n_c}
 
-    Predict by the unadjusted logits.
+    Predict with the unadjusted logits.
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, section 5.1
     and Eq. 10 of arXiv:2007.07314.
 
     Args:
-        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows.
-        tau: strength, at least 0; 0 is cross entropy, 1 is consistent for the balanced error.
+        class_counts: training samples per class ``[C]``, positive unless ``zero_counts`` allows 0.
+        tau: strength, at least 0; 0 is cross entropy; 1 is consistent for the balanced error.
         options: as in :class:`FocalLoss`.
 
     Attributes:
-        table: the adjustments :math:`\tau \log(n_j / n_{max})`, float64 ``[C]``: softmax cannot see the
-            shift.
+        table: the adjustments :math:`\tau \log(n_j / n_{max})`, float64 ``[C]``. Dividing by :math:`n_{max}`
+            shifts all of them and does not change the softmax.
 
     Example:
         >>> criterion = LogitAdjustedLoss([300, 100])
@@ -136,7 +138,7 @@ class LogitAdjustedLoss(AdjustedLoss):
 
 
 class BalancedSoftmaxLoss(LogitAdjustedLoss):
-    r"""Balanced softmax: training adds the class prior to the logits, for a test set without that prior.
+    r"""Compute balanced softmax: training adds the log prior to the logits, for a test set without it.
 
     .. math:: -\log \frac{n_y \exp(v^y)}{\sum_j n_j \exp(v^j)}
 
@@ -146,7 +148,7 @@ class BalancedSoftmaxLoss(LogitAdjustedLoss):
     section 3.1, Theorem 1 and Eq. 4.
 
     Args:
-        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows.
+        class_counts: training samples per class ``[C]``, positive unless ``zero_counts`` allows 0.
         options: as in :class:`FocalLoss`.
 
     Attributes:
@@ -167,12 +169,12 @@ class BalancedSoftmaxLoss(LogitAdjustedLoss):
 
 
 class VSLoss(LogitAdjustedLoss):
-    r"""Vector-scaling loss: logits are multiplied as well as shifted, class by class.
+    r"""Compute the vector-scaling loss: the logits of each class are multiplied and shifted.
 
     .. math:: -\log \frac{\exp(\Delta_y v^y + \iota_y)}{\sum_j \exp(\Delta_j v^j + \iota_j)}, \qquad
         \Delta_j = \left(\frac{n_j}{n_{max}}\right)^\gamma, \quad \iota_j = \tau \log \pi_j
 
-    The weights :math:`\omega_y` of its general form are 1, as by default in the authors' code. Predict by the
+    The weights :math:`\omega_y` of its general form are 1, the default of the authors' code. Predict with the
     unadjusted logits.
 
     Source: Kini et al., "Label-Imbalanced and Group-Sensitive Classification under Overparameterization",
@@ -180,11 +182,11 @@ class VSLoss(LogitAdjustedLoss):
     imbalance.
 
     Args:
-        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows.
+        class_counts: training samples per class ``[C]``, positive unless ``zero_counts`` allows 0.
         gamma: strength of the multiplicative adjustment, at least 0; 0 is :class:`LogitAdjustedLoss`. The
-            paper tunes it for every data set, so tune it on yours. The default is small on purpose: it
-            trains level with balanced softmax, where 0.3, the default of the authors' code, falls
-            below plain softmax on most real data sets.
+            paper tunes it for every data set, so tune it on yours. The default is small on purpose: it trains
+            as well as balanced softmax, while 0.3, the default of the authors' code, is worse than plain
+            softmax on most real data sets.
         tau: strength of the additive adjustment, at least 0.
         options: as in :class:`FocalLoss`.
 
@@ -216,35 +218,36 @@ class VSLoss(LogitAdjustedLoss):
 
 
 class LDAMLoss(AdjustedLoss):
-    r"""Label-distribution-aware margin loss, with deferred re-weighting (DRW).
+    r"""Compute the label-distribution-aware margin (LDAM) loss, with deferred re-weighting (DRW).
 
     .. math:: -w_y \log \frac{\exp(v^y - s \Delta_y)}{\exp(v^y - s \Delta_y) + \sum_{j \ne y} \exp(v^j)},
         \qquad \Delta_j \propto n_j^{-1/4}, \quad \max_j \Delta_j = m
 
-    The logits are those of a cosine head, :math:`v = s \cos`, scaled already, as for
+    The logits are the scaled logits of a cosine head, :math:`v = s \cos`, as for
     :class:`~lgla_losses.LGLALoss`; the authors' code takes the cosines and scales them itself. For a linear
-    head set ``scale=1``. Logits that are no cosines times another ``scale`` are warned of once, on a CPU.
+    head set ``scale=1``. With any other ``scale`` the loss warns once, on a CPU, if the logits are not
+    cosines times ``scale``.
 
     The weights :math:`w` are 1 until :meth:`reweight` switches them to those of :class:`ClassBalancedLoss`,
-    as the authors' code does at epoch 160 of 200; the paper's algorithm weighs by :math:`1 / n_j`, which they
-    approach as ``beta`` approaches 1. ``"mean"`` divides by the sum of the samples' weights, as
-    ``torch.nn.CrossEntropyLoss(weight=w)`` in the authors' code: their learning rates go with it.
+    as the authors' code does at epoch 160 of 200; the paper's algorithm weighs by :math:`1 / n_j`, the limit
+    of these weights as ``beta`` approaches 1. ``"mean"`` divides by the sum of the samples' weights, as
+    ``torch.nn.CrossEntropyLoss(weight=w)`` does in the authors' code, so their learning rates can be used.
 
     Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS
     2019, section 3.2, Eqs. 12 and 13 (LDAM), and section 3.3, Algorithm 1 (DRW).
 
     Args:
-        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows.
+        class_counts: training samples per class ``[C]``, positive unless ``zero_counts`` allows 0.
         max_margin: margin ``m`` of the rarest class, in cosines, at least 0.
         scale: the factor ``s`` of the cosine head.
-        beta: of the weights after :meth:`reweight`, as in :class:`ClassBalancedLoss`.
+        beta: ``beta`` of the weights after :meth:`reweight`, as in :class:`ClassBalancedLoss`.
         options: as in :class:`FocalLoss`.
 
     Attributes:
         margins: :math:`\Delta_j`, float64 ``[C]``.
-        class_weight: the weights once they are on, float64 ``[C]``, with mean 1; times ``class_weight`` of
-            yours.
-        reweighting: whether they are on, bool scalar tensor; a ``state_dict`` holds it.
+        class_weight: the weights after :meth:`reweight`, float64 ``[C]``, with mean 1; times your own
+            ``class_weight``.
+        reweighting: whether the weights are on, a bool scalar tensor, saved in the ``state_dict``.
 
     Example:
         >>> criterion = LDAMLoss([160_000, 10_000])
@@ -255,7 +258,7 @@ class LDAMLoss(AdjustedLoss):
     """
 
     divides_by_weights = True
-    _without_cosines = "their margins, which are of cosines times scale, do not fit them"
+    _without_cosines = "the margins, made for cosines times scale, do not fit"
     _for_linear_heads = "scale=1"
 
     def __init__(
@@ -269,13 +272,13 @@ class LDAMLoss(AdjustedLoss):
         self._arrange(class_counts, scale, options, max_margin=max_margin, beta=beta)
 
     def _arrange(self, class_counts: ArrayLike, scale: float, options: Options, **numbers: float) -> None:
-        """Check and keep the arguments; further ``numbers`` are those of a subclass for its constants."""
+        """Check and keep the arguments; ``numbers`` are those that the constants of a subclass need."""
         numbers["max_margin"] = finite_float(
             "max_margin", numbers["max_margin"], low=0.0, high=math.inf, expected="a finite number >= 0"
         )
         numbers["beta"] = _check_beta(numbers["beta"])
         AdjustedLoss.__init__(self, _given(class_counts), numbers, **options)
-        self._keep("reweighting", scalar(0.0))  # no bool, of which averages of weights cannot make a mean
+        self._keep("reweighting", scalar(0.0))  # not a bool: weight averaging cannot average bools
         self.scale = positive_float("scale", scale, "1 for a linear head")
 
     @property
@@ -303,8 +306,8 @@ class LDAMLoss(AdjustedLoss):
         """Switch the re-weighting on or off. Call it before any epoch or step, as often as you like."""
         if not isinstance(enabled, bool):
             raise TypeError(
-                f"enabled: expected True or False, got {describe(enabled)}; "
-                "compare the epoch: criterion.reweight(epoch >= 160)"
+                f"enabled: expected True or False, got {describe(enabled)}; compare the epoch, as in "
+                "criterion.reweight(epoch >= 160)"
             )
         self._keep("reweighting", scalar(enabled))
 
@@ -317,7 +320,7 @@ class LDAMLoss(AdjustedLoss):
         return super()._restored(state, state_dict, prefix)
 
     def _terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        # The flag stays on its device: no step waits for it, and a compiled one sees it change.
+        # The flag stays on its device: no step waits for it, and a compiled step sees it change.
         table = self.constant("table") if "table" in self._exact else None
         weight = torch.where(self.constant("reweighting") > 0, self.constant("class_weight"), 1.0)
         if "own_class_weight" in self._exact:
@@ -331,7 +334,7 @@ class LDAMLoss(AdjustedLoss):
 
 def _given(class_counts: ArrayLike | None) -> ArrayLike:
     if class_counts is None:
-        raise TypeError("class_counts: expected samples per class [C], got None; count_classes makes them")
+        raise TypeError("class_counts: expected samples per class [C], got None; count_classes computes them")
     return class_counts
 
 
@@ -343,6 +346,6 @@ def _check_beta(beta: float) -> float:
 def _effective_weights(counts: Tensor, beta: float) -> Tensor:
     """Compute the inverse effective numbers of samples ``[C]``, scaled to mean 1."""
     log_beta = math.log(beta) if beta > 0 else -math.inf
-    # 1 - beta cancels; expm1 keeps the digits of 1 - beta^n where that is small.
+    # 1 - beta cancels; expm1 keeps the digits of 1 - beta^n when it is small.
     weights = -1 / torch.expm1(counts * log_beta)
     return weights / weights.mean()

@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _SAME_SAMPLES = (
-    "give these ranks the same batches (a sampler by the data-parallel rank, not by the rank) and the same "
-    "random numbers for dropout, and split the batch over data_group"
+    "give these ranks the same batches (let the sampler use the data-parallel rank) and the same random "
+    "numbers for dropout, and split the batch over data_group"
 )
 
-#: How far the sketches of the same features may be apart, in their lengths: ranks may round otherwise.
+#: Tolerance for the sketches of the same features, relative to their lengths: ranks may round differently.
 _SAME_FEATURES = 0.02
-#: And those of the same targets and sample weights.
+#: Tolerance for the sketches of the same targets and sample weights.
 _SAME_TARGETS = 1e-3
 #: Target of samples of other ranks' classes, and of ignored ones.
 _ELSEWHERE = -1
@@ -56,7 +56,7 @@ def class_shard(num_classes: int, rank: int, num_ranks: int) -> slice:
 
     Args:
         num_classes: number of classes ``C``, at least 1.
-        rank: of this process, 0 to ``num_ranks - 1``.
+        rank: rank of this process, 0 to ``num_ranks - 1``.
         num_ranks: number of ranks that share the classes, at least 1.
 
     Raises:
@@ -77,35 +77,35 @@ def class_shard(num_classes: int, rank: int, num_ranks: int) -> slice:
 
 
 class ClassParallelLGLALoss(Loss, Ruled):
-    r"""The LGLA loss of classifiers whose classes are spread over ranks.
+    r"""Compute the LGLA loss of classifiers whose classes are spread over ranks.
 
-    Equal to :class:`~lgla_losses.LinearLGLALoss` in one process, in loss and gradients. Features and
-    targets are the same on all ranks of ``process_group``; each rank holds the weights of its own classes,
-    computes its own logits, a chunk of samples at a time, and never sees another's. The ranks exchange the
-    weights of Eq. 8, the logarithm of their sums of exponentials and the target's logit, a few numbers a
-    sample and expert whatever the number of classes, and in ``backward`` one sum of the features' gradients
-    ``[N, K, d]``. So memory a rank falls with the number of ranks.
+    Its loss and gradients equal those of :class:`~lgla_losses.LinearLGLALoss` in one process. Features and
+    targets are the same on all ranks of ``process_group``. Each rank holds the weights of its own classes and
+    computes only their logits, a chunk of samples at a time. The ranks exchange the weights of Eq. 8, the
+    logarithm of their sums of exponentials and the target's logit: a few numbers per sample and expert, for
+    any number of classes. In ``backward`` they exchange one sum of the features' gradients ``[N, K, d]``. So
+    the memory of each rank falls with the number of ranks.
 
-    Every rank of the group then has the whole gradient of the features, as if it were alone, and
-    the gradient of its own weights. What precedes the classifier is replicated, or data parallel over
-    ``data_group``: on a device mesh of two dimensions, data and classes, a batch is split along the
-    first, and reference angles and ``"mean"`` are over all of it.
+    Every rank of the group then has the whole gradient of the features and the gradient of its own weights.
+    The layers before the classifier are replicated, or data parallel over ``data_group``: on a device mesh of
+    two dimensions, data and classes, a batch is split along the first, and reference angles and ``"mean"``
+    are over the whole batch.
 
-    Adjustments are kept for the rank's own classes only. They are not buffers: DistributedDataParallel would
-    send those of rank 0 to all ranks, and a checkpoint would hold those of one rank only. To restore the
-    loss, construct it from the same counts again. Construct it after ``init_process_group``.
+    Each rank keeps the adjustments of its own classes only. They are not buffers: DistributedDataParallel
+    would send those of rank 0 to all ranks, and a checkpoint would hold those of one rank only. To restore
+    the loss, construct it from the same counts again. Construct it after ``init_process_group``.
 
     Source: Tao et al., ICCV 2023, Eq. 9.
 
     Args:
-        class_counts: of all classes ``[C]``, as in :class:`~lgla_losses.LGLALoss`.
+        class_counts: training samples of all classes ``[C]``, as in :class:`~lgla_losses.LGLALoss`.
         num_experts: as in :class:`~lgla_losses.LGLALoss`.
-        tau: as in :class:`~lgla_losses.LGLALoss`; so by default ``K - 1``, as ``scale=None`` stands for
-            linear heads.
-        scale: the factor of cosine classifiers, :math:`v = s \cos(W, f)`, which have no bias; None for
-            linear ones.
+        tau: as in :class:`~lgla_losses.LGLALoss`; by default ``K - 1``, because ``scale=None`` means linear
+            heads.
+        scale: the factor of cosine classifiers, :math:`v = s \cos(W, f)`, which have no bias; None for linear
+            classifiers.
         process_group: the ranks that share the classes; None means all.
-        data_group: the ranks that share the batch, each with samples of its own; None means that this is
+        data_group: the ranks that share the batch, each with its own samples; None means that every rank has
             the whole batch.
         options: ``grouper``, ``zero_counts``, ``background``, ``aaw``, ``adjustment``, ``reduction``,
             ``ignore_index``, ``label_smoothing``, ``sync`` (over ``data_group``) and ``validate_args`` of
@@ -119,9 +119,9 @@ class ClassParallelLGLALoss(Loss, Ruled):
 
     Raises:
         TypeError: an argument is of a wrong type.
-        ValueError: an argument is out of range, or shapes or devices do not fit; and, on all ranks that share
-            the classes alike, where values may be read: targets, sample weights or features differ between
-            them, or a rank has bad values. In the first step: they were constructed from other arguments.
+        ValueError: an argument is out of range, or shapes or devices do not fit. Where values may be read,
+            also on all ranks that share the classes: their targets, sample weights or features differ, or a
+            rank has bad values. In the first step: the ranks constructed the loss from different arguments.
 
     Shape:
         - features: ``[N, K, d]``
@@ -159,8 +159,8 @@ class ClassParallelLGLALoss(Loss, Ruled):
         refuse_unknown(self, options, ExpertLossOptions)
         if data_group is not None and process_group is None:
             raise ValueError(
-                "process_group: expected the ranks that share the classes beside a data_group, got None; on "
-                'a device mesh they are mesh["classes"].get_group() and mesh["data"].get_group()'
+                "process_group: expected the ranks that share the classes, as data_group is given, got None; "
+                'on a device mesh they are mesh["classes"].get_group() and mesh["data"].get_group()'
             )
         whole = ExpertLoss(class_counts, num_experts, tau, scale=scale, **options)
         self._take_options(
@@ -181,7 +181,7 @@ class ClassParallelLGLALoss(Loss, Ruled):
         self.classes = class_shard(whole.num_classes, self.rank, self.num_ranks)
         self.adjustment = whole.adjustment
 
-        # What set_adjustment starts from; a table of all classes is K times as large.
+        # set_adjustment starts from the counts; a table of all classes would be K times as large.
         self._rules, self._all_counts = whole.grouper._rules, whole.grouper.on_cpu("class_counts").clone()
         self._own_groups = whole.grouper.on_cpu("group_index").clone() if whole.grouper.is_own else None
         self._tau = None if whole.adjuster.tau is None else float(whole.adjuster.tau)
@@ -190,7 +190,7 @@ class ClassParallelLGLALoss(Loss, Ruled):
     def set_adjustment(self, class_counts: ArrayLike | None = None, tau: float | None = None) -> None:
         """Change class counts, groups and adjustments, as :meth:`~lgla_losses.LGLALoss.set_adjustment` does.
 
-        Every rank calls it, with the counts of all classes; the next step compares them.
+        Call it on every rank with the counts of all classes; the next step compares them.
 
         Args:
             class_counts: training samples per class ``[C]`` of the same classes; None keeps them.
@@ -198,8 +198,8 @@ class ClassParallelLGLALoss(Loss, Ruled):
 
         Raises:
             TypeError: counts or ``tau`` are not numbers.
-            ValueError: counts are not positive or of other classes, ``tau`` is out of range, or the
-                adjustment has none.
+            ValueError: counts are not positive or are of other classes, ``tau`` is out of range, or the
+                adjustment has no ``tau``.
         """
         counts = self._all_counts
         if class_counts is not None:
@@ -208,7 +208,7 @@ class ClassParallelLGLALoss(Loss, Ruled):
         tau = strength(self.adjustment, tau)
 
         constants = {}
-        if self.adjustment != "table":  # one of the caller's own stays
+        if self.adjustment != "table":  # your own table stays
             tau = self._tau if tau is None else tau
             adjuster = make_adjuster(grouper, self.num_experts, self.adjustment, tau)
             constants["table"] = adjuster.on_cpu("table")
@@ -217,12 +217,12 @@ class ClassParallelLGLALoss(Loss, Ruled):
         self._take(grouper, constants)
 
     def _grouper_of(self, counts: Tensor) -> ClassGrouper:
-        """Group all classes by their counts ``[C]``, or as the caller has grouped them."""
+        """Group all classes by their counts ``[C]``, or as the user grouped them."""
         index = regrouped(counts, self.num_groups, self._rules, self._own_groups)
         return ClassGrouper._of_checked(counts, index, self._rules)
 
     def implied_prior(self, fusion: Tensor | Sequence[float] | None = None) -> Tensor:
-        """Compute the prior of all classes that the fused logits hold, without a word to other ranks.
+        """Compute the prior of all classes that the fused logits hold, without communication.
 
         Args:
             fusion: as in :meth:`LGLALoss.implied_prior <lgla_losses.LGLALoss.implied_prior>`.
@@ -232,13 +232,13 @@ class ClassParallelLGLALoss(Loss, Ruled):
 
         Raises:
             TypeError: the weights are not numbers.
-            ValueError: they are wrong, or the adjustment is a table of your own.
+            ValueError: the weights are wrong, or the adjustment is your own table.
         """
         if self.adjustment == "table":
             raise ValueError(
-                "adjustment: expected one that is made from class counts, got a table of your own, of which "
-                "a rank keeps its classes only; CLALogitAdjuster.from_table(grouper, table).implied_prior() "
-                "takes all"
+                "adjustment: expected one that is made from class counts, got your own table, of which a "
+                "rank keeps its own classes only; CLALogitAdjuster.from_table(grouper, "
+                "table).implied_prior() takes all"
             )
         grouper = self._grouper_of(self._all_counts)
         adjuster = make_adjuster(grouper, self.num_experts, self.adjustment, self._tau)
@@ -272,7 +272,7 @@ class ClassParallelLGLALoss(Loss, Ruled):
         return self._data_ranks.group
 
     def _place(self) -> tuple[int, int]:
-        """Count the ranks that share the classes, and say which of them this one is."""
+        """Give the number of ranks that share the classes, and the rank of this process among them."""
         num_ranks = group_size(self.process_group)
         return num_ranks, dist.get_rank(self.process_group) if num_ranks > 1 else 0
 
@@ -280,7 +280,7 @@ class ClassParallelLGLALoss(Loss, Ruled):
         for name in ("class_counts", "group_index", "table"):
             constant: Tensor = getattr(self, name)
             there = moved(constant, fn)
-            if not there.is_meta:  # the values are not taken: to_empty has none
+            if not there.is_meta:  # take no values: those of to_empty are undefined
                 setattr(self, name, constant.to(there.device, there.dtype))
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -301,7 +301,7 @@ class ClassParallelLGLALoss(Loss, Ruled):
             weight: weights of the classifiers of this rank's classes ``[K, C_r, d]``.
             target: class indices ``[N]`` or probabilities of all classes ``[N, C]``, the same on all ranks of
                 the group.
-            bias: of the classifiers of this rank's classes ``[K, C_r]``; -inf masks a class.
+            bias: bias of the classifiers of this rank's classes ``[K, C_r]``; -inf masks a class.
             sample_weight: as in :meth:`LGLALoss.forward <lgla_losses.LGLALoss.forward>`, the same on all
                 ranks of the group.
             normalizer: as in :meth:`LGLALoss.forward <lgla_losses.LGLALoss.forward>`.
@@ -311,7 +311,7 @@ class ClassParallelLGLALoss(Loss, Ruled):
         batch = self._batch(features, weight, target, bias, sample_weight)
         if isinstance(normalizer, Tensor) and normalizer.requires_grad:
             raise ValueError(
-                "normalizer: expected a number without gradient, got one that wants it; detach it"
+                "normalizer: expected a number without gradient, got one that requires it; detach it"
             )
 
         compares = self._compares(batch.target)
@@ -326,7 +326,7 @@ class ClassParallelLGLALoss(Loss, Ruled):
             engine, batch, ranks, normalizer, samples=samples, table=self.table, weights=weights
         )  # with the divisor
         rows = rows._replace(target=mine.target, ignore_index=_ELSEWHERE)
-        self._compared |= compares  # by all ranks, now that the sums are done
+        self._compared |= compares  # all ranks have compared, now that the sums are done
 
         if self.num_ranks > 1 and torch.is_grad_enabled():
             features = _Shared.apply(features, self._class_ranks())  # type: ignore[no-untyped-call]
@@ -346,18 +346,18 @@ class ClassParallelLGLALoss(Loss, Ruled):
     if TYPE_CHECKING:
         # nn.Module declares it as returning Any.
         __call__ = forward
-    else:  # ranks wait for each other here, which a compiler cannot see through
+    else:  # ranks wait for each other here, and a compiler cannot trace that
         forward = torch.compiler.disable(forward)
 
     def _own_part(self, name: str, tensor: Tensor) -> Tensor:
-        """Give the part of a ``DTensor`` that is on this rank; give any other tensor as it is."""
+        """Give the part of a ``DTensor`` that is on this rank; give any other tensor unchanged."""
         if not isinstance(tensor, DTensor):
             return tensor
         if tensor.device_mesh.ndim != 1 or list(tensor.placements) != [Shard(1)]:
             raise ValueError(
                 f"{name}: expected a DTensor sharded on dimension 1, the classes, of a mesh with one "
                 f"dimension, got placements {tensor.placements} on a mesh {tuple(tensor.device_mesh.shape)}; "
-                'take mesh["classes"] of a mesh with more'
+                'for a mesh with more pass mesh["classes"]'
             )
         return tensor.to_local()
 
@@ -377,21 +377,22 @@ class ClassParallelLGLALoss(Loss, Ruled):
                 raise
             raise ValueError(
                 f"{problem}; rank {self.rank} of {self.num_ranks} has {len(self.class_counts)} of "
-                f"{self.num_classes} classes from {self.classes.start} on, as torch.chunk cuts them"
+                f"{self.num_classes} classes, starting at class {self.classes.start}, as torch.chunk cuts "
+                "them"
             ) from None
 
         check_bias(bias, weight, self.scale, "[K, C_r]")
 
         if self._place() != (self.num_ranks, self.rank):
             raise ValueError(
-                f"process_group: expected this to be rank {self.rank} of {self.num_ranks}, as when the loss "
-                f"was constructed, got rank {self._place()[1]} of {self._place()[0]}; construct it after "
+                f"process_group: expected rank {self.rank} of {self.num_ranks}, as at the construction of "
+                f"the loss, got rank {self._place()[1]} of {self._place()[0]}; construct it after "
                 "init_process_group"
             )
         return batch
 
     def _mine(self, batch: Batch) -> Batch:
-        """Give the batch as this rank sees it: it ignores samples of other ranks' classes."""
+        """Give the batch of this rank: it ignores samples of other ranks' classes."""
         if batch.is_soft:
             return batch._replace(target=batch.target[:, self.classes])
         place = batch.target - self.classes.start
@@ -440,8 +441,8 @@ class ClassParallelLGLALoss(Loss, Ruled):
         if min(found) < 0:
             bad = [rank for rank, number in zip(ranks.global_ranks(), found, strict=True) if number < 0]
             raise ValueError(
-                f"{who}features, target: expected finite features and valid targets on all ranks, got others "
-                f"on rank {', '.join(map(str, bad))}, whose own error says which"
+                f"{who}features, target: expected finite features and valid targets on all ranks, got "
+                f"others on rank {', '.join(map(str, bad))}; see the error of that rank"
             )
         if len(set(found)) > 1:
             raise ValueError(
@@ -485,7 +486,7 @@ class ClassParallelLGLALoss(Loss, Ruled):
 
 
 def _with_a_class(batch: Batch) -> Batch:
-    """Give a rank without classes one class that no sample belongs to, as engines need at least one."""
+    """Give a rank without classes one class that no sample belongs to, because engines need at least one."""
     target = batch.target.new_zeros((len(batch.target), 1)) if batch.is_soft else batch.target
     weight = cast(Tensor, batch.weight)
     return batch._replace(target=target, weight=weight.new_zeros(weight.shape[0], 1, weight.shape[2]))
@@ -533,6 +534,6 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # A sum of its own, which is rounded once.
+        # Sum in a wider dtype, and round once.
         wide = gradient.new_empty(gradient.shape, dtype=functional.compute_dtype(gradient.dtype))
         return ctx.ranks.add_(wide.copy_(gradient)).to(gradient.dtype), None

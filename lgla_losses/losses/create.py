@@ -1,4 +1,4 @@
-"""Losses by name, as a configuration file has them."""
+"""Losses by name, for configuration files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lgla_losses.losses.ride import RIDELoss
 
 
 class CreateOptions(LossOptions, Options, total=False):
-    """Name the options of all losses; each has some of them."""
+    """Name the options of all losses; each loss has some of them."""
 
     num_experts: int | None
     tau: float | None
@@ -47,7 +47,7 @@ class CreateOptions(LossOptions, Options, total=False):
     hard_share: float
 
 
-#: A class for each name, and what the name fixes.
+#: The class for each name, and the options that the name fixes.
 _LOSSES: dict[str, tuple[type[Loss], dict[str, Any]]] = {
     "lgla": (LGLALoss, {}),
     "cla": (LGLALoss, {"aaw": False}),
@@ -68,7 +68,7 @@ _LOSSES: dict[str, tuple[type[Loss], dict[str, Any]]] = {
 #: Names that are adjustments of :class:`LGLALoss` as well.
 _ADJUSTMENTS = ("softmax", "balanced", "logit")
 
-#: What else the losses are called, for the error.
+#: Other names of the losses, for the hint in the error.
 _OTHER_NAMES = {
     "ce": "softmax",
     "cross_entropy": "softmax",
@@ -83,7 +83,7 @@ _OTHER_NAMES = {
 
 
 def create_loss(name: str, class_counts: ArrayLike | None = None, **options: Unpack[CreateOptions]) -> Loss:
-    """Make a loss by its name, as for configuration files.
+    """Make a loss by its name, for example from a configuration file.
 
     ============================ ========================================================================
     name                         loss
@@ -98,19 +98,19 @@ def create_loss(name: str, class_counts: ArrayLike | None = None, **options: Unp
     ``"vs"``                     :class:`~lgla_losses.baselines.VSLoss`
     ``"ride"``                   :class:`~lgla_losses.baselines.RIDELoss` of K experts
     ``"ncl"``                    :class:`~lgla_losses.baselines.NCLLoss` of K experts
-    ``"sade"``                   SADE's three experts: :class:`LGLALoss` of that adjustment, ``tau=2``
-    ``"sigmoid"``                :class:`~lgla_losses.baselines.SigmoidAdjustedLoss`
-    ``"class_balanced_bce"``     :class:`~lgla_losses.baselines.ClassBalancedBCELoss`
-    ============================ ========================================================================
+    ``"sade"`` SADE's three experts: :class:`LGLALoss` with that adjustment, ``tau=2`` ``"sigmoid"``
+    :class:`~lgla_losses.baselines.SigmoidAdjustedLoss` ``"class_balanced_bce"``
+    :class:`~lgla_losses.baselines.ClassBalancedBCELoss` ============================
+    ========================================================================
 
-    With ``num_experts`` and class counts ``"softmax"``, ``"balanced"`` and ``"logit"`` are the
-    :class:`LGLALoss` of that adjustment, by default with ``aaw=False``.
+    With ``num_experts`` and class counts ``"softmax"``, ``"balanced"`` and ``"logit"`` make an
+    :class:`LGLALoss` with that adjustment, by default with ``aaw=False``.
 
     Args:
         name: one of the names above.
-        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows;
-            :func:`count_classes` makes them. ``"softmax"`` and ``"focal"`` need none.
-        options: those of the loss.
+        class_counts: training samples per class ``[C]``, positive unless ``zero_counts`` allows 0;
+            :func:`count_classes` computes them. ``"softmax"`` and ``"focal"`` need none.
+        options: options of the loss.
 
     Raises:
         TypeError: the name is not a string, the loss has no such option, or it needs class counts.
@@ -134,7 +134,7 @@ def create_loss(name: str, class_counts: ArrayLike | None = None, **options: Unp
 
 
 def _says_nothing(option: str, value: object) -> bool:
-    """Say whether an option stands for the default, as ``tau: null`` in a file."""
+    """Say whether an option means the default, as ``tau: null`` in a file."""
     return value is None and option in ("num_experts", "tau", "grouper", "background")
 
 
@@ -156,7 +156,7 @@ def _loss_of(
 
 
 def _near_name(name: str) -> str:
-    """Say which name is meant."""
+    """Suggest the names that may be meant."""
     names = {**{known: known for known in _LOSSES}, **_OTHER_NAMES}
     names |= {kind.__name__.lower(): known for known, (kind, _) in reversed(_LOSSES.items())}
     near = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=3)
@@ -175,15 +175,15 @@ def _options_of(kind: type[Loss]) -> set[str]:
 def _check_options(
     name: str, kind: type[Loss], fixed: Mapping[str, object], options: Mapping[str, object]
 ) -> None:
-    """Raise for an option that the loss does not have, or needs and is not given."""
+    """Raise for an option that the loss does not have, or for a missing one that it needs."""
     known = _options_of(kind) - {option for option in fixed if options.get(option) != fixed[option]}
     for option in options.keys() - known:
         near = difflib.get_close_matches(option, known, n=1)
         way_out = f"did you mean {near[0]!r}?" if near else "leave it out"
         if option == "num_experts":
-            way_out = "leave it out: it takes the logits of any number of experts"
+            way_out = "leave it out: the loss takes the logits of any number of experts"
         elif name in _ADJUSTMENTS and option in ("aaw", "scale"):
-            way_out = "for experts give num_experts and class_counts as well"
+            way_out = "for experts pass num_experts and class_counts as well"
         raise TypeError(
             f"{option}: expected an option of the loss {name!r} ({', '.join(sorted(known))}), "
             f"got {describe(options[option])}; {way_out}"
@@ -193,7 +193,8 @@ def _check_options(
         is_needed = p.default is p.empty and p.kind is not p.VAR_KEYWORD and option != "class_counts"
         if is_needed and option not in options:
             raise TypeError(
-                f"{option}: expected it for the loss {name!r}, got none; {kind.__name__} says what it is"
+                f"{option}: expected a value for the loss {name!r}, got none; see {kind.__name__} for what "
+                "it is"
             )
 
 

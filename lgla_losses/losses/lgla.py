@@ -17,64 +17,64 @@ from lgla_losses.losses._base import ExpertLoss
 
 
 class LGLALoss(ExpertLoss):
-    r"""Local and Global Logit Adjustments for long-tailed learning.
+    r"""Compute the loss of Local and Global Logit Adjustments for long-tailed learning.
 
     .. math::
         L = -\frac{1}{N} \sum_{k=1}^K \sum_{i=1}^N g(\theta_k^{y_i}, \theta_k^{ref})
         \log \frac{\exp(v_{i,k}^{y_i} + T(k, y_i))}{\sum_j \exp(v_{i,k}^j + T(k, j))}
 
-    K experts on a shared backbone all learn from every sample. The margins of the K - 1 local
-    experts make each excel on one group of classes, those of the global expert make it excel on
-    the inversely long-tailed distribution, and samples harder than their group's mean weigh more.
-    For inference average the experts' unadjusted logits: :meth:`ExpertOutput.ensemble`. The loss is a
-    sum over the experts: expect about K times a single model's. A loaded ``state_dict`` brings its own
-    class counts and adjustments.
+    K experts on a shared backbone all learn from every sample. The margins make each of the K - 1 local
+    experts strong on one group of classes, and the global expert strong on the inverse of the long-tailed
+    distribution. Samples that are harder than the mean of their group weigh more. For inference average the
+    experts' unadjusted logits: :meth:`ExpertOutput.ensemble`. The loss is a sum over the experts: expect
+    about K times the loss of a single model. Loading a ``state_dict`` also loads its class counts and
+    adjustments.
 
-    The loss of experts is the same with and without gradients, hard-sample weights included. To validate,
-    pass the ensemble's logits ``[N, C]`` without a gradient: it gives their cross entropy, without
+    The loss of experts is the same with and without gradients, with its hard-sample weights. To validate,
+    pass the ensemble's logits ``[N, C]`` without a gradient: the loss is then their cross entropy, without
     adjustments and weights.
 
     Source: Tao et al., ICCV 2023, Eq. 9.
 
     Args:
-        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows;
-            :func:`count_classes` makes them.
-        num_experts: number of experts ``K``, at least 2 for ``"lgla"``. None means 3, or what
-            ``grouper`` or an adjustment table fixes.
-        tau: strength of the global adjustment for ``"lgla"``, of every expert's for ``"logit"`` (None: 1),
-            and of the third's for ``"sade"`` (None: 2). Other adjustments have none. For ``"lgla"`` None
-            means what :func:`suggest` says of the heads and the smoothing: ``K - 1`` with ``scale=None`` or
-            ``label_smoothing > 0``, else ``1.25 * (K - 1)``. At K = 2 ``tau=1, aaw=False`` is balanced
+        class_counts: training samples per class ``[C]``, positive unless ``zero_counts`` allows 0;
+            :func:`count_classes` computes them.
+        num_experts: number of experts ``K``, at least 2 for ``"lgla"``. None means 3, or the number that
+            ``grouper`` or an adjustment table has.
+        tau: strength of the global expert's adjustment for ``"lgla"``, of every expert's for ``"logit"``
+            (None: 1), and of the third expert's for ``"sade"`` (None: 2). Other adjustments have none. For
+            ``"lgla"`` None means the value of :func:`suggest`: ``K - 1`` with ``scale=None`` or
+            ``label_smoothing > 0``, else ``1.25 * (K - 1)``. With K = 2, ``tau=1, aaw=False`` is balanced
             softmax of two experts.
-        grouper: groups of your own instead of ``class_counts``; ``K = num_groups + 1``.
-        zero_counts: what to do about classes without samples. ``"error"`` refuses them; ``"smooth"`` adds a
-            sample to every class, Laplace's rule, before anything is computed; ``"mask"`` takes them out of
-            the softmax in training, :math:`T = -\infty`: they get no gradient, and the loss is that of the
-            other classes alone. No target may be of a masked class, and ``label_smoothing`` must be 0.
-        background: a class or some, such as "background" or "other", that are left out of the adjustment:
-            :math:`T = 0` for every expert, and groups and adjustments of the other classes are as if it were
-            not there. Its samples belong to the first group for their reference angles.
-        aaw: weight hard samples (Eq. 8). Without it the loss is CLA of the paper's Table 5.
-        scale: factor of cosine logits, ``v = scale * cos``. None is for linear heads, and sets the default of
-            ``tau`` as well.
+        grouper: your own groups instead of ``class_counts``; ``K = num_groups + 1``.
+        zero_counts: what to do about classes without samples. ``"error"`` refuses them; ``"smooth"`` first
+            adds one sample to every class (Laplace's rule); ``"mask"`` takes them out of the softmax in
+            training, :math:`T = -\infty`: they get no gradient, and the loss is that of the other classes
+            only. No target may be a masked class, and ``label_smoothing`` must be 0.
+        background: one or more classes, such as "background" or "other", to leave out of the adjustment:
+            :math:`T = 0` for every expert, and the groups and adjustments are computed from the other classes
+            only. For reference angles, background samples belong to the first group.
+        aaw: weight hard samples (Eq. 8). Without it the loss is CLA in the paper's Table 5.
+        scale: factor of cosine logits, ``v = scale * cos``. None is for linear heads, and also changes the
+            default of ``tau``.
         adjustment: ``"lgla"`` (Eq. 4); ``"softmax"`` (none); ``"balanced"``
             (:math:`\log n_j` for every expert, balanced softmax); ``"logit"`` (:math:`\tau \log n_j`);
             ``"sade"`` (SADE's three experts, :func:`functional.sade_table
             <lgla_losses.functional.sade_table>`); or a finite tensor ``[K, C]``.
         reduction: ``"mean"`` over the samples not ignored, ``"sum"``, or ``"none"``.
-        ignore_index: target of samples that count nothing.
-        label_smoothing: as in :class:`torch.nn.CrossEntropyLoss`, of ``v + T``; it never enters
-            the weights.
-        sync: under an initialised ``torch.distributed`` with gradients enabled, take the angles'
-            means over the global batch, and let ``"mean"`` divide by the global number of samples
-            over the number of ranks, so that DDP's averaged gradients are those of the whole batch.
+        ignore_index: target value of samples to ignore.
+        label_smoothing: as in :class:`torch.nn.CrossEntropyLoss`, of ``v + T``; it does not change the
+            weights.
+        sync: under an initialised ``torch.distributed`` with gradients enabled, take the mean angles over the
+            global batch, and let ``"mean"`` divide by the global number of samples per rank, so that DDP's
+            averaged gradients are those of the whole batch.
         process_group: the ranks for ``sync``; None means all.
-        validate_args: check the values of targets and logits, which waits for a GPU. None means
-            on the CPU only, and not while compiling. Nothing is checked under :func:`torch.func.vmap`.
+        validate_args: check the values of targets and logits; on a GPU the check waits for the device. None
+            means on the CPU only, and not while compiling. Nothing is checked under :func:`torch.func.vmap`.
         backend: ``"fused"`` reads the logits once and writes their gradient once, in C on the CPU
             and in chunks of PyTorch elsewhere; ``"triton"`` does so in GPU kernels; ``"reference"`` is
-            plain differentiable PyTorch; ``"auto"`` takes the fastest that can run, and logs once why
-            a faster one cannot.
+            plain differentiable PyTorch; ``"auto"`` takes the fastest that can run, and logs once why a
+            faster one cannot run.
 
     Attributes:
         adjuster: the :class:`CLALogitAdjuster`.
@@ -92,7 +92,7 @@ class LGLALoss(ExpertLoss):
         - features: ``[N, K, d]``, weight: ``[K, C, d]``, for the angles of Eq. 7 of any head
         - sample_weight: ``[N]``
         - result: float32 (float64 for float64 logits) scalar, or ``[N]`` without reduction
-        - maps, as in segmentation, have further dimensions at the end of all but the classifiers' weight:
+        - maps, as in segmentation, add dimensions at the end of all these, except the classifiers' weight:
           logits ``[N, K, C, H, W]``, target ``[N, H, W]`` or ``[N, C, H, W]``; every position is a sample
 
     Example:
@@ -114,16 +114,17 @@ class LGLALoss(ExpertLoss):
         """Compute Eq. 9 of a batch.
 
         Args:
-            output: what the experts gave; or, without a gradient, the ensemble's logits, whose cross entropy
-                it then gives.
+            output: the output of the experts; or, without a gradient, the ensemble's logits: the loss is then
+                their cross entropy.
             target: class indices ``[N]``, or class probabilities ``[N, C]``.
-            features: inputs of the classifiers ``[N, K, d]``, where ``output`` is logits.
-            weight: weights of the classifiers ``[K, C, d]``, where ``output`` is logits.
-            sample_weight: how many samples each one counts for ``[N]``: in its loss, in the reference angles
-                and in the number that ``"mean"`` divides by. Finite, at least 0, without gradient.
-            normalizer: divisor for ``"mean"``, taken as it is, instead of the number of samples. For gradient
+            features: inputs of the classifiers ``[N, K, d]``, if ``output`` is logits.
+            weight: weights of the classifiers ``[K, C, d]``, if ``output`` is logits.
+            sample_weight: weight of each sample ``[N]``: a sample of weight 2 counts as two samples in the
+                loss, in the reference angles and in the number that ``"mean"`` divides by. Finite, at least
+                0, without gradient.
+            normalizer: divisor for ``"mean"``, used as given, instead of the number of samples. For gradient
                 accumulation pass the number of samples in all micro-batches, under DDP divided by the number
-                of ranks. This is exact only without ``aaw``, whose reference angles are those of each
+                of ranks. This is exact only without ``aaw``: its reference angles are those of each
                 micro-batch.
         """
         table = self.adjuster.constant("table")
@@ -165,7 +166,7 @@ class LGLALoss(ExpertLoss):
         # nn.Module declares it as returning Any.
         __call__ = forward
 
-    @torch.no_grad()  # so that it waits for no other rank
+    @torch.no_grad()  # without gradients it waits for no other rank
     def _of_ensemble(
         self,
         logits: Tensor,
@@ -174,7 +175,7 @@ class LGLALoss(ExpertLoss):
         sample_weight: Tensor | None,
         normalizer: float | Tensor | None,
     ) -> Tensor:
-        """Compute the cross entropy of an ensemble's logits ``[N, C]``; of ``table`` it takes the classes."""
+        """Compute the cross entropy of an ensemble's logits ``[N, C]``; ``table`` tells the classes."""
         batch = Batch.of_any(logits, target, table.shape[1], sample_weight, table)
         engine, ranks, readable = self._step(batch, normalizer)
 

@@ -21,20 +21,20 @@ from lgla_losses.losses._config import LossOptions, refuse_unknown
 
 
 class LinearLGLALoss(ExpertLoss):
-    r"""The LGLA loss of classifiers :math:`v_k^j = W_k^j \cdot f_k + b_k^j`, from f, W and b.
+    r"""Compute the LGLA loss of classifiers :math:`v_k^j = W_k^j \cdot f_k + b_k^j`, from f, W and b.
 
-    It equals :class:`LGLALoss` of the logits, but the logits are never all in memory. They are computed a
-    chunk at a time. Where the loss is a scalar, the gradients of features, weights and bias are computed
-    with them, by three matrix products as usual. Gradients are added up over the chunks in float32 at least.
+    It equals :class:`LGLALoss` of the logits, but the logits are never all in memory: they are computed a
+    chunk at a time. If the loss is a scalar, the gradients of features, weights and bias are computed with
+    them, by the usual three matrix products. Gradients are summed over the chunks in float32 or wider.
 
     Source: Tao et al., ICCV 2023, Eq. 9.
 
     Args:
         class_counts: as in :class:`LGLALoss`.
         num_experts: as in :class:`LGLALoss`.
-        tau: as in :class:`LGLALoss`; so by default ``K - 1``, as ``scale=None`` stands for linear heads.
-        scale: the factor of cosine classifiers, :math:`v = s \cos(W, f)`, which have no bias; None
-            for linear ones.
+        tau: as in :class:`LGLALoss`; by default ``K - 1``, because ``scale=None`` means linear heads.
+        scale: the factor of cosine classifiers, :math:`v = s \cos(W, f)`, which have no bias; None for linear
+            classifiers.
         options: the other arguments of :class:`LGLALoss`.
 
     Shape:
@@ -82,7 +82,7 @@ class LinearLGLALoss(ExpertLoss):
             features: inputs of the classifiers ``[N, K, d]``.
             weight: weights of the classifiers ``[K, C, d]``.
             target: class indices ``[N]``, or class probabilities ``[N, C]``.
-            bias: of the classifiers ``[K, C]``; -inf masks a class.
+            bias: bias of the classifiers ``[K, C]``; -inf masks a class.
             sample_weight: as in :meth:`LGLALoss.forward`.
             normalizer: as in :meth:`LGLALoss.forward`.
         """
@@ -131,7 +131,7 @@ class LinearLGLALoss(ExpertLoss):
         finite_tensors(features=batch.features)
 
     def _check_loss(self, loss: Tensor, batch: Batch, ranks: Ranks) -> None:
-        # Smoothing makes a loss infinite where a class is masked, and rightly so.
+        # With label smoothing and a masked class the loss is rightly infinite.
         wrong = loss.isnan() if self.label_smoothing else ~loss.isfinite()
         if not wrong.any():
             return
@@ -141,7 +141,9 @@ class LinearLGLALoss(ExpertLoss):
             "features, weight, bias: expected finite logits on the targets, no NaN or +inf elsewhere; "
             f"{WAY_OUT}"
         )
-        ranks.refuse(problem, 0, loss.device)  # too late to tell other ranks, which soon miss this one
+        ranks.refuse(
+            problem, 0, loss.device
+        )  # too late to tell the other ranks, which will soon notice that this one is missing
 
 
 def check_bias(bias: Tensor | None, weight: Tensor, scale: float | None, shape: str) -> None:
@@ -152,7 +154,9 @@ def check_bias(bias: Tensor | None, weight: Tensor, scale: float | None, shape: 
     if bias.shape != weight.shape[:2]:
         raise ValueError(f"bias: expected shape {list(weight.shape[:2])}, got {list(bias.shape)}")
     if scale is not None:
-        raise ValueError(f"bias: expected None with scale={scale}: cosine classifiers have none")
+        raise ValueError(
+            f"bias: expected None with scale={scale}: cosine classifiers have no bias; leave it out"
+        )
     same_device(weight=weight, bias=bias)
 
 
@@ -160,6 +164,6 @@ def same_dtype(features: Tensor, weight: Tensor) -> None:
     """Check that the weights have the dtype of the features."""
     if weight.dtype != features.dtype:
         raise ValueError(
-            f"weight: expected the features' dtype {features.dtype}, got {weight.dtype}; "
-            "convert one of them, or train under torch.autocast, which leaves float64 as it is"
+            f"weight: expected the features' dtype {features.dtype}, got {weight.dtype}; convert one of "
+            "them, or train under torch.autocast, which does not convert float64"
         )

@@ -1,7 +1,7 @@
-"""Losses of samples with several labels, one sigmoid a class, whose rare classes count.
+"""Losses for samples with several labels, one sigmoid per class, that serve rare classes too.
 
-Each takes the logits of one model, ``[N, C]``, or of K experts, ``[N, K, C]``, whose losses it sums, as the
-other losses do; n_j are the training samples that have class j.
+Each takes the logits of one model, ``[N, C]``, or of K experts, ``[N, K, C]``, and sums their losses, as the
+other losses do; n_j is the number of training samples that have class j.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class MultiLabelOptions(TypedDict, total=False):
-    """Name the options of :class:`MultiLabelLoss`, which it takes beside its constants."""
+    """Name the options of :class:`MultiLabelLoss`, besides its constants."""
 
     class_weight: ArrayLike | None
     reduction: str
@@ -52,21 +52,21 @@ class MultiLabelOptions(TypedDict, total=False):
 
 
 class MultiLabelLoss(AdjustedLoss):
-    r"""Binary cross entropy of adjusted logits, weighted by class, summed over the experts.
+    r"""Compute binary cross entropy of adjusted logits, weighted by class, summed over the experts.
 
     .. math:: \sum_k w_j \big( q_j \, (1 - p_{kj})^\gamma (-\log p_{kj})
         + (1 - q_j) \, p_{kj}^\gamma (-\log (1 - p_{kj})) \big), \qquad p_k = \sigma(v_k + T)
 
     Here :math:`q_j` says whether a sample has class j. A subclass gives the constants :math:`T` and :math:`w`
-    by ``constants``, and the exponent :math:`\gamma`. It computes in plain PyTorch, in float32 at least.
+    by ``constants``, and the exponent :math:`\gamma`. It computes in plain PyTorch, in float32 or wider.
 
     Args:
         class_counts: training samples that have each class ``[C]``, positive.
-        numbers: what ``constants`` takes beside them, by name.
+        numbers: further arguments of ``constants``, by name.
         options: ``class_weight``, your own finite weights >= 0 of the classes ``[C]``, which multiply those
-            that the loss makes; ``reduction``, ``"mean"`` over samples and classes, as that of
-            ``torch.nn.BCEWithLogitsLoss``, whatever the class weights, ``"sum"``, or ``"none"``;
-            ``label_smoothing`` e in 0..1, which makes targets :math:`(1 - e) q + e / 2`; ``sync``,
+            that the loss makes; ``reduction``: ``"mean"`` over samples and classes, as in
+            ``torch.nn.BCEWithLogitsLoss``, for any class weights, ``"sum"``, or ``"none"``;
+            ``label_smoothing`` e in 0..1, which makes the targets :math:`(1 - e) q + e / 2`; ``sync``,
             ``process_group`` and ``validate_args`` as in :class:`~lgla_losses.LGLALoss`.
 
     Raises:
@@ -105,10 +105,11 @@ class MultiLabelLoss(AdjustedLoss):
             output: logits of one model ``[N, C]``; of K experts ``[N, K, C]``, K tensors ``[N, C]`` or an
                 :class:`~lgla_losses.ExpertOutput`, whose losses are summed.
             target: which classes each sample has ``[N, C]``, 1 or 0, or a number between.
-            sample_weight: how many samples each one counts for ``[N]``: in its losses and in the number of
-                samples that ``"mean"`` divides by. Finite, at least 0, without gradient.
-            normalizer: number of samples for ``"mean"``, which divides by it times C, instead of those of the
-                batch. For gradient accumulation: see :meth:`LGLALoss.forward <lgla_losses.LGLALoss.forward>`.
+            sample_weight: weight of each sample ``[N]``: a sample of weight 2 counts as two samples in the
+                losses and in the number that ``"mean"`` divides by. Finite, at least 0, without gradient.
+            normalizer: number of samples for ``"mean"``, which divides by this number times C, instead of the
+                number in the batch. For gradient accumulation see :meth:`LGLALoss.forward
+                <lgla_losses.LGLALoss.forward>`.
         """
         table, class_weight, _ = self._terms()
         batch = self._batch(output, target, table if table is not None else class_weight, sample_weight)
@@ -132,7 +133,7 @@ class MultiLabelLoss(AdjustedLoss):
         constant: Tensor | None,
         sample_weight: Tensor | None,
     ) -> Batch:
-        """Take what a call is given, checked, with the target in the arithmetic of the loss."""
+        """Check the inputs of a call, and convert the target to the dtype of the loss."""
         blocks, of_one = one_or_more_experts(output, self._num_classes)
         first = blocks[0]
         target = multi_hot_tensor(target, first.shape[0], first.shape[-1])
@@ -164,7 +165,7 @@ class MultiLabelLoss(AdjustedLoss):
         return losses
 
     def _samples(self, batch: Batch, ranks: Ranks, normalizer: float | Tensor | None) -> Tensor | None:
-        """Count the samples that a mean is over, those of all ranks over their number; None for no mean."""
+        """Count the samples of a mean, on all ranks divided by their number; None if there is no mean."""
         device = batch.target.device
         dtype, samples = functional.widest_dtype(device), None
         if self._communicates(normalizer, ranks):
@@ -179,9 +180,9 @@ class MultiLabelLoss(AdjustedLoss):
 
     def _training_counts(self) -> NoReturn:
         raise ValueError(
-            f"criterion: expected a loss of one class a sample, got {type(self).__name__}, of several labels "
-            "a sample, whose logits hold no prior over the classes; each class has one of its own, the share "
-            "of the samples that have it"
+            f"criterion: expected a loss for one class per sample, got {type(self).__name__}, for several "
+            "labels per sample, whose logits hold no prior over the classes; each class has its own prior, "
+            "the share of samples that have it"
         )
 
     def _engine(self, *batch_and_constants: object) -> None:
@@ -200,20 +201,19 @@ class MultiLabelLoss(AdjustedLoss):
 
 
 class SigmoidAdjustedLoss(MultiLabelLoss):
-    r"""Logit adjustment of each class against its absence: rare classes are told as surely as common ones.
+    r"""Compute logit adjustment of each class against its absence: rare classes count as much as common ones.
 
     .. math:: -q_j \log \sigma(v_j + T_j) - (1 - q_j) \log (1 - \sigma(v_j + T_j)), \qquad
         T_j = \tau \log \frac{\pi_j}{1 - \pi_j}, \quad \pi_j = \frac{n_j}{N}
 
-    Each class is a problem of two classes, present and absent, of prior :math:`\pi_j` and :math:`1 - \pi_j`.
-    Where the loss is lowest, :math:`v_j + T_j` is the log odds
-    :math:`\log \frac{p(x | 1)}{p(x | 0)} + \log \frac{\pi_j}{1 - \pi_j}`, so with :math:`\tau = 1` the logit
-    :math:`v_j` is the log likelihood ratio: :math:`\sigma(v_j) > 0.5` is Bayes' decision for a test set in
-    which class j is present half of the time. It is that of balanced accuracy, class by class. Predict by
-    the unadjusted logits.
+    Each class is a problem with two classes, present and absent, with priors :math:`\pi_j` and :math:`1 -
+    \pi_j`. Where the loss is lowest, :math:`v_j + T_j` is the log odds :math:`\log \frac{p(x | 1)}{p(x | 0)}
+    + \log \frac{\pi_j}{1 - \pi_j}`, so with :math:`\tau = 1` the logit :math:`v_j` is the log likelihood
+    ratio: :math:`\sigma(v_j) > 0.5` is Bayes' decision for a test set in which class j is present half of the
+    time. It maximises balanced accuracy, class by class. Predict with the unadjusted logits.
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, Eq. 10 of arXiv:2007.07314,
-    of two classes, whose logits differ by :math:`v_j`. (That each class has its own two is ours.)
+    for two classes whose logits differ by :math:`v_j`. (Its use for each class is ours.)
 
     Args:
         class_counts: training samples that have each class ``[C]``, such as ``targets.sum(dim=0)``; positive
@@ -249,9 +249,9 @@ class SigmoidAdjustedLoss(MultiLabelLoss):
         if (absent <= 0).any():
             j = int(absent.argmin())
             raise ValueError(
-                f"class_counts, num_samples: expected fewer samples of a class than num_samples="
-                f"{numbers['num_samples']:g}, got {float(counts[j]):g} for class {j}; num_samples is the "
-                "number of rows of the targets, and a class that all of them have needs no loss"
+                "class_counts, num_samples: expected fewer samples of a class than "
+                f"num_samples={numbers['num_samples']:g}, got {float(counts[j]):g} for class {j}; "
+                "num_samples is the number of rows of the targets; leave out a class that all of them have"
             )
         table = numbers["tau"] * (counts.log() - absent.log())
         return {"table": table, "num_samples": scalar(numbers["num_samples"])}
@@ -262,7 +262,7 @@ class SigmoidAdjustedLoss(MultiLabelLoss):
         tau: float | None = None,
         num_samples: float | None = None,
     ) -> None:
-        """Change class counts and adjustments during training, in place: compiled steps compile nothing anew.
+        """Change class counts and adjustments during training, in place, without a new compilation.
 
         Args:
             class_counts: training samples that have each class ``[C]``; None keeps them.
@@ -271,8 +271,8 @@ class SigmoidAdjustedLoss(MultiLabelLoss):
 
         Raises:
             TypeError: counts, ``tau`` or ``num_samples`` are not numbers.
-            ValueError: counts are not positive, of other classes or not below ``num_samples``, or ``tau`` is
-                negative or not finite.
+            ValueError: counts are not positive, are of other classes or not below ``num_samples``, or ``tau``
+                is negative or not finite.
         """
         kept = float(self.on_cpu("num_samples"))
         self._of_samples(kept if num_samples is None else _check_samples(num_samples))
@@ -284,7 +284,7 @@ class SigmoidAdjustedLoss(MultiLabelLoss):
         return self._read("num_samples")
 
     def _of_samples(self, num_samples: float) -> None:
-        """Set the number of samples that the next constants are computed with."""
+        """Set the number of samples for the next computation of the constants."""
         self._numbers["num_samples"] = num_samples
 
     def _inferred(self) -> frozenset[str]:
@@ -298,28 +298,29 @@ class SigmoidAdjustedLoss(MultiLabelLoss):
 
 
 class ClassBalancedBCELoss(MultiLabelLoss):
-    r"""Class-balanced binary cross entropy: classes weigh by the inverse effective number of their samples.
+    r"""Compute class-balanced binary cross entropy: a class weighs the inverse of its effective number.
 
     .. math:: w_j \, L(v_j, q_j), \qquad w_j \propto \frac{1 - \beta}{1 - \beta^{n_j}}, \qquad \sum_j w_j = C
 
-    :math:`L` is binary cross entropy, or with ``gamma`` the focal loss of one sigmoid a class. A class weighs
-    the same where it is absent, so its probabilities stay those of the training set: the weights say which
-    classes a network serves first, and move no threshold, as :class:`SigmoidAdjustedLoss` does.
+    :math:`L` is binary cross entropy, or with ``gamma`` the focal loss of one sigmoid per class. The weight
+    of a class is the same for samples with and without it, so its probabilities stay those of the training
+    set: the weights say which classes a network serves first, but move no threshold.
+    :class:`SigmoidAdjustedLoss` moves the thresholds.
 
     Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, section 4,
-    Eqs. 6 and 8, of the sigmoid losses of Eqs. 11 to 13. There a sample has one class, whose weight all its
-    terms have; here each term has that of its own class. The focal loss is Lin et al., "Focal Loss for Dense
-    Object Detection", ICCV 2017, Eq. 4.
+    Eqs. 6 and 8, of the sigmoid losses of Eqs. 11 to 13. There a sample has one class, and all its terms have
+    the weight of that class; here each term has the weight of its own class. The focal loss is Lin et al.,
+    "Focal Loss for Dense Object Detection", ICCV 2017, Eq. 4.
 
     Args:
         class_counts: training samples that have each class ``[C]``, such as ``targets.sum(dim=0)``; positive.
-        beta: how fast further samples of a class lose their worth, in ``[0, 1)``: 0 weighs all classes alike,
-            close to 1 inversely to their counts.
+        beta: how fast further samples of a class lose value, in ``[0, 1)``: 0 weighs all classes equally, a
+            value close to 1 by their inverse counts.
         gamma: focusing parameter of the focal loss, at least 0; None means binary cross entropy.
         options: as in :class:`~lgla_losses.losses.multi_label.MultiLabelLoss`.
 
     Attributes:
-        class_weight: the weights, float64 ``[C]``, with mean 1; times ``class_weight`` of yours.
+        class_weight: the weights, float64 ``[C]``, with mean 1; times your own ``class_weight``.
 
     Example:
         >>> criterion = ClassBalancedBCELoss([3, 1], beta=0.5)

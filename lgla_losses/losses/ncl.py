@@ -1,4 +1,4 @@
-"""NCL's loss: balanced softmax over all and over hard classes, and what the experts learn from each other."""
+"""NCL's loss: balanced softmax over all classes and over hard classes, and mutual distillation."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from lgla_losses.losses.between import distillation_of
 
 
 class NCLLoss(BalancedSoftmaxLoss):
-    r"""NCL's loss of K experts: balanced softmax over all and over hard classes, and mutual distillation.
+    r"""Compute NCL's loss of K experts: balanced softmax over all and over hard classes, and distillation.
 
     .. math:: \sum_{S \in \{\text{all}, H\}} \Big( \sum_k -\log p_k^S(y)
         + \frac{\lambda}{K - 1} \sum_{k \ne l} \mathrm{KL}(p_k^S \,\|\, p_l^S) \Big), \qquad
         p_k^S(j) = \frac{n_j \exp(v_k^j)}{\sum_{l \in S} n_l \exp(v_k^l)}
 
-    The hard classes :math:`H` of a sample are its own class and those of the others that the first expert
-    gives the highest logits. The second term is :func:`~lgla_losses.baselines.expert_distillation`. Expect
-    twice the loss of :class:`BalancedSoftmaxLoss`, and more in the beginning. A single model learns from the
-    first term alone. The paper's contrastive branch, which needs two views of every image and a network
-    that follows the trained one, is not part of the loss.
+    The hard classes :math:`H` of a sample are its own class and the other classes with the highest logits of
+    the first expert. The second term is :func:`~lgla_losses.baselines.expert_distillation`. Expect twice the
+    loss of :class:`BalancedSoftmaxLoss`, and more at the start. For a single model only the first term
+    remains. The paper's contrastive branch is not part of the loss: it needs two views of every image and a
+    momentum copy of the network.
 
     ``class_weight`` multiplies all terms of a sample, and ``label_smoothing`` is over the classes of each
     softmax. With both, the smoothed part over all classes weighs each of them by its own weight, as in
-    PyTorch; that over hard classes weighs all by the weight of the sample's class.
+    PyTorch; the part over hard classes weighs all by the weight of the sample's class.
 
     Source: Li et al., "Nested Collaborative Learning for Long-Tailed Visual Recognition", CVPR 2022: nested
     individual learning, nested balanced online distillation, and hard category mining. The softmax over hard
-    classes is that of the paper; the authors' code keeps the other classes in it, with a logit of 0.
+    classes follows the paper; the authors' code keeps the other classes in it, with a logit of 0.
 
     Args:
-        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows.
+        class_counts: training samples per class ``[C]``, positive unless ``zero_counts`` allows 0.
         distillation: :math:`\lambda`, at least 0. The default is that of the authors' configurations.
-        hard_share: what part of the classes that are not masked is hard, in ``(0, 1]``, rounded; at least two
-            classes are. The default is that of the authors' configurations.
+        hard_share: share of the unmasked classes that are hard, in ``(0, 1]``; the number is rounded and at
+            least two. The default is that of the authors' configurations.
         options: as in :class:`FocalLoss`. Targets must be class indices.
 
     Attributes:
@@ -80,8 +80,8 @@ class NCLLoss(BalancedSoftmaxLoss):
     def _added(self, batch: Batch) -> Tensor:
         if batch.is_soft:
             raise ValueError(
-                f"target: expected class indices, of which {type(self).__name__} finds the hard classes, got "
-                "probabilities; add expert_distillation to the loss of BalancedSoftmaxLoss, which takes them"
+                f"target: expected class indices, from which {type(self).__name__} finds the hard classes, "
+                "got probabilities; for these add expert_distillation to the loss of BalancedSoftmaxLoss"
             )
         logits = batch.stacked(self.ignore_index)
         table = self.constant("table").to(logits.dtype)
@@ -89,7 +89,7 @@ class NCLLoss(BalancedSoftmaxLoss):
         own = batch.own_class(logits.shape[-1])
         hard = self._hard_classes(logits[..., 0, :].detach(), own, table)
         of_hard = adjusted.gather(-1, hard[..., None, :].expand(*adjusted.shape[:-1], hard.shape[-1]))
-        if self.zero_counts == "mask":  # on the device, so that no step waits for the number of classes
+        if self.zero_counts == "mask":  # on the device: no step waits for the number of classes
             kept = (table > -math.inf).sum(dtype=widest_dtype(table.device))
             number = (self.hard_share * kept).round().clamp_min(2)
             place = torch.arange(hard.shape[-1], device=hard.device)
@@ -104,7 +104,7 @@ class NCLLoss(BalancedSoftmaxLoss):
         return losses
 
     def _hard_classes(self, logits: Tensor, own: Tensor, table: Tensor) -> Tensor:
-        """Choose the hard classes ``[*B, H]``, hardest first after a sample's own, by logits ``[*B, C]``."""
+        """Choose the hard classes ``[*B, H]`` by logits ``[*B, C]``: first the sample's own class."""
         num_classes = logits.shape[-1]
         number = min(num_classes, max(2, round(self.hard_share * num_classes)))
         scores = torch.where(table == -math.inf, -math.inf, logits).scatter(-1, own[..., None], math.inf)

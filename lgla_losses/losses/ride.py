@@ -1,4 +1,4 @@
-"""RIDE's loss: a margin loss of every expert, and what keeps the experts apart."""
+"""RIDE's loss: a margin loss for every expert, and a term that keeps the experts apart."""
 
 from __future__ import annotations
 
@@ -17,38 +17,39 @@ from lgla_losses.losses.between import diversity_of
 
 
 class RIDELoss(LDAMLoss):
-    r"""RIDE's loss of K experts: LDAM of each, minus their diversity.
+    r"""Compute RIDE's loss of K experts: LDAM of each, minus their diversity.
 
     .. math:: \sum_k L_{LDAM}(v_k, y) - \lambda \bar T^2 \sum_k \mathrm{KL}\Big(\mathrm{softmax}\Big(
         \frac{\bar v}{T}\Big) \Big\| \mathrm{softmax}\Big(\frac{v_k}{T}\Big)\Big), \qquad
         T_j = \frac{t_j}{\max_l t_l}, \quad t_j = \gamma \frac{C n_j}{\sum_l n_l} + 1 - \gamma
 
-    The second term is :func:`~lgla_losses.baselines.expert_diversity`. As in the authors' code all
-    temperatures are 1 until :meth:`~lgla_losses.baselines.LDAMLoss.reweight` switches on those of the
-    classes, together with LDAM's weights of the classes. These do not weigh the second term, which ``"mean"``
-    divides by the number of samples. RIDE's routing of samples and its distillation from a larger model are
-    not part of the loss.
+    The second term is :func:`~lgla_losses.baselines.expert_diversity`. As in the authors' code, all
+    temperatures are 1 until :meth:`~lgla_losses.baselines.LDAMLoss.reweight` switches on the class
+    temperatures, together with LDAM's class weights. These weights do not apply to the second term, which
+    ``"mean"`` divides by the number of samples. RIDE's routing of samples and its distillation from a larger
+    model are not part of the loss.
 
     The first term is bounded below and the second is not: with a large ``diversity`` training diverges.
 
     Source: Wang et al., "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", ICLR 2021,
-    the loss of the first stage, with the temperatures of the authors' code, which divides them by their
+    the loss of the first stage, with the temperatures of the authors' code, which divides them by the
     largest.
 
     Args:
-        class_counts: training samples per class ``[C]``, positive but for what ``zero_counts`` allows.
+        class_counts: training samples per class ``[C]``, positive unless ``zero_counts`` allows 0.
         diversity: :math:`\lambda`, at least 0; 0 is :class:`LDAMLoss`. The default is that of the authors'
-            configuration for CIFAR-100-LT; their code's own is 0.2.
-        max_margin: as in :class:`LDAMLoss`; None is 0.5, and no margin with ``scale=None``.
-        scale: the factor of the cosine head, as in :class:`LDAMLoss`; None is for linear heads, and takes
-            cross entropy in the place of LDAM.
-        gamma: how far the temperatures of rare classes are below that of the most frequent, in ``[0, 1)``.
+            configuration for CIFAR-100-LT; the default of their code is 0.2.
+        max_margin: as in :class:`LDAMLoss`; None means 0.5, or no margin with ``scale=None``.
+        scale: the factor of the cosine head, as in :class:`LDAMLoss`; None is for linear heads, and uses
+            cross entropy instead of LDAM.
+        gamma: how far the temperatures of rare classes lie below that of the most frequent class, in ``[0,
+            1)``.
         beta: as in :class:`LDAMLoss`.
         options: as in :class:`FocalLoss`.
 
     Attributes:
         temperature: :math:`T` after :meth:`~lgla_losses.baselines.LDAMLoss.reweight`, float64 ``[C]``.
-        margins: as in :class:`LDAMLoss`, as are ``class_weight`` and ``reweighting``.
+        margins: as in :class:`LDAMLoss`, like ``class_weight`` and ``reweighting``.
 
     Example:
         >>> criterion = RIDELoss([300, 100], diversity=0.2, gamma=0.5)
@@ -76,9 +77,9 @@ class RIDELoss(LDAMLoss):
         if scale is None:  # without margins it is cross entropy
             if max_margin is not None:
                 raise ValueError(
-                    "max_margin, scale: expected no margin with scale=None, which takes cross entropy in the "
-                    f"place of LDAM, got max_margin={max_margin}; leave it out, or take scale=1 for margins "
-                    "in units of a linear head's logits"
+                    "max_margin, scale: expected no margin with scale=None, which uses cross entropy "
+                    f"instead of LDAM, got max_margin={max_margin}; leave it out, or set scale=1 for "
+                    "margins in units of a linear head's logits"
                 )
             max_margin, scale = 0.0, 1.0
         elif max_margin is None:

@@ -1,22 +1,28 @@
-"""Pictures of the loss on one's own data: groups, adjustments, margins, priors, experts, calibration.
+"""Pictures of your own data: groups, adjustments, margins, priors, experts, calibration.
 
-Needs matplotlib: ``pip install "lgla-losses[plot]"``. A picture of one panel is drawn on ``ax`` and its
-``Axes`` returned, one of several panels on ``figure``, which is returned. Without them a new ``Figure`` is
-made that pyplot does not know: it has ``savefig``, and in a notebook, after ``%matplotlib inline``,
-``plot_groups(grouper).figure`` shows itself; for ``pyplot.show`` pass an ``ax`` or ``figure`` of pyplot.
-Legends stand beside the axes, for which a figure with ``layout="constrained"`` makes room.
+Needs matplotlib: ``pip install matplotlib``.
 
-Experts and groups are counted from 1, group 1 is the head. Colours are Okabe and Ito's, which the
-colour-blind tell apart; line styles and markers tell the same in grey. The rest is the style of the
-caller's matplotlib.
+- **Where.** A picture with one panel is drawn on ``ax`` and returns its ``Axes``. A picture with several
+  panels is drawn on ``figure`` and returns it. Without them the function makes a new ``Figure``, which pyplot
+  does not know. Save it by ``savefig``; in a notebook, after ``%matplotlib inline``,
+  ``plot_groups(grouper).figure`` shows it. For ``pyplot.show`` pass an ``ax`` or ``figure`` of pyplot.
+- **Legends** stand beside the axes. A figure with ``layout="constrained"`` makes room for them.
+- **Names.** ``names=`` writes the names of the classes in place of their indices. Long names lose their
+  middle, and of many names only some are written. Where the font lacks letters, set ``font.family``.
+- **Colours.** A colour means the same in every picture: a group, its local expert and its classes share one;
+  the global expert and the ensemble are black, on a dark background white; grey is what you compare with;
+  many-, medium- and few-shot classes are three tones of pink. Line styles, markers and hatches tell
+  the same in grey.
+- **Numbers.** Experts and groups count from 1; group 1 is the head.
+
+All else is the style of your matplotlib. The background is white and opaque, so pictures are readable on dark
+pages too; ``matplotlib.style.context("dark_background")`` makes dark ones.
 """
 
 try:
     import matplotlib.figure  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        f'lgla_losses.plot needs matplotlib ({error}): pip install "lgla-losses[plot]"'
-    ) from error
+    raise ImportError(f"lgla_losses.plot needs matplotlib ({error}): pip install matplotlib") from error
 
 from lgla_losses.plot.adjustment import plot_margins, plot_table
 from lgla_losses.plot.angles import plot_angles

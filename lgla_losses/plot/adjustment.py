@@ -1,8 +1,9 @@
-"""What a sample's logits get in training: the adjustments of every expert, and the margins they make."""
+"""The adjustments of the logits in training, and the margins that they make."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
@@ -16,23 +17,29 @@ from lgla_losses.plot.class_axis import (
     Indices,
     by_frequency,
     class_axis,
+    class_name,
+    class_names,
     mark_groups,
     refuse_classes_without_samples,
 )
-from lgla_losses.plot.style import Numbers, expert_names, ink, legend, line_styles, numbers, plain_numbers
+from lgla_losses.plot.style import Numbers, expert_names, ink, legend, line_styles, numbers
+from lgla_losses.plot.ticks import plain_number, plain_numbers
 
 
-def plot_table(adjuster: CLALogitAdjuster, *, ax: Axes | None = None) -> Axes:
-    r"""Plot the adjustments :math:`T(k, j)` that every expert's logits get in training: a line an expert.
+def plot_table(
+    adjuster: CLALogitAdjuster, *, names: Sequence[str] | None = None, ax: Axes | None = None
+) -> Axes:
+    r"""Plot the adjustments :math:`T(k, j)` of the logits in training: one line for each expert.
 
-    A local expert's line falls with the frequency inside its own group and is 0 outside; the global
-    expert's falls everywhere, by ``tau`` times as much. A background has 0; classes without samples are not
+    The line of a local expert falls with the frequency inside its group and is 0 outside. The line of the
+    global expert falls everywhere, ``tau`` times as much. A background has 0. Classes without samples are not
     drawn.
 
     Source: Tao et al., ICCV 2023, Eq. 4, shifted as in :class:`~lgla_losses.CLALogitAdjuster`.
 
     Args:
         adjuster: of ``K`` experts and ``C`` classes.
+        names: of the classes ``[C]``, shown in place of their indices; None shows indices.
         ax: where to draw; None makes a figure.
 
     Returns:
@@ -40,6 +47,7 @@ def plot_table(adjuster: CLALogitAdjuster, *, ax: Axes | None = None) -> Axes:
 
     Raises:
         TypeError: an argument is of another type.
+        ValueError: there is not one name for each class.
 
     Example:
         >>> from lgla_losses import ClassGrouper
@@ -48,34 +56,41 @@ def plot_table(adjuster: CLALogitAdjuster, *, ax: Axes | None = None) -> Axes:
         ['local expert 1', 'local expert 2', 'global expert']
     """
     check_adjuster(adjuster)
+    names = class_names(names, adjuster.grouper.num_classes)
     axes = given_axes(ax)
     order, _, group = by_frequency(adjuster.grouper)
     ranks = np.arange(len(order)) + 1
-    names = expert_names(adjuster.num_experts, adjuster.tau is not None)
-    styles = line_styles(axes, names, len(order))
+    experts = expert_names(adjuster.num_experts, adjuster.tau is not None)
+    styles = line_styles(axes, experts, len(order))
     for row, style in zip(numbers(adjuster.table)[:, order], styles, strict=True):
         axes.plot(ranks, row, drawstyle="steps-mid", **style)
     axes.set_ylabel("adjustment T(k, j) (nats)")
     axes.margins(y=0.12)
-    class_axis(axes, order, group)
+    class_axis(axes, order, group, names)
     legend(axes)
     return axes
 
 
-def plot_margins(adjuster: CLALogitAdjuster, target_class: int, *, ax: Axes | None = None) -> Axes:
-    r"""Plot the margins :math:`M(y, j, k)` of a class ``y`` against every rival ``j``: a line an expert.
+def plot_margins(
+    adjuster: CLALogitAdjuster,
+    target_class: int,
+    *,
+    names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    r"""Plot the margins :math:`M(y, j, k)` of a class ``y`` over every rival ``j``: one line for each expert.
 
-    By so much must a sample of the class win over the rival: a positive margin moves the boundary towards
-    the class, a negative one towards the rival. The cases of Eq. 6 are numbered as there: local expert, both
-    classes in its group (1), only the sample's (2), only the rival's (3), neither (4); global expert (5).
-    With two groups or more all five occur if the class shares its group. Classes without samples are no
-    rivals.
+    A margin is how much larger the logit of ``y`` must be. A positive margin moves the boundary towards
+    ``y``, a negative one towards the rival. The cases are those of Eq. 6. Local expert: both classes are in
+    its group (1), only ``y`` (2), only the rival (3), neither (4). Global expert: (5). With two groups or
+    more all five occur if ``y`` is not alone in its group. Classes without samples are no rivals.
 
     Source: Tao et al., ICCV 2023, Eq. 6.
 
     Args:
         adjuster: of ``K`` experts and ``C`` classes, two or more.
         target_class: the class ``y`` of the sample, in ``0..C-1``.
+        names: of the classes ``[C]``; the legend then names ``y``.
         ax: where to draw; None makes a figure.
 
     Returns:
@@ -83,7 +98,8 @@ def plot_margins(adjuster: CLALogitAdjuster, target_class: int, *, ax: Axes | No
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: ``target_class`` is no class, or has no samples or no rival.
+        ValueError: ``target_class`` is no class, or has no samples or no rival; or there is not one name for
+            each class.
 
     Example:
         >>> from lgla_losses import ClassGrouper
@@ -94,6 +110,7 @@ def plot_margins(adjuster: CLALogitAdjuster, target_class: int, *, ax: Axes | No
     """
     check_adjuster(adjuster)
     target_class = class_index("target_class", target_class, adjuster.grouper.num_classes)
+    names = class_names(names, adjuster.grouper.num_classes)
     refuse_classes_without_samples("target_class", [target_class], adjuster.grouper)
     order, counts, group = by_frequency(adjuster.grouper)
     if len(order) == 1:
@@ -110,8 +127,8 @@ def plot_margins(adjuster: CLALogitAdjuster, target_class: int, *, ax: Axes | No
     target = torch.tensor([target_class], device=adjuster.table.device)
     margins = numbers(adjuster.margin(target)[0])[:, rivals]
 
-    names = expert_names(adjuster.num_experts, adjuster.tau is not None)
-    styles = line_styles(axes, names, len(rivals))
+    experts = expert_names(adjuster.num_experts, adjuster.tau is not None)
+    styles = line_styles(axes, experts, len(rivals))
     for row, style in zip(margins, styles, strict=True):
         axes.plot(counts, row, **style)
     axes.set_xscale("log")
@@ -127,7 +144,7 @@ def plot_margins(adjuster: CLALogitAdjuster, target_class: int, *, ax: Axes | No
     inner = np.sqrt(counts[:-1] * counts[1:])
     mark_groups(axes, np.array([counts[0], *inner, counts[-1]]), group)
 
-    legend(axes, f"class {target_class}: {own_count:,.10g} samples")
+    legend(axes, f"{class_name(target_class, names)}: {plain_number(own_count)} samples")
     return axes
 
 

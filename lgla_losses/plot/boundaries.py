@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -15,8 +17,9 @@ from lgla_losses._checks import class_index, describe
 from lgla_losses._counts import ArrayLike, integer_array, to_numpy
 from lgla_losses.adjustment import CLALogitAdjuster, check_adjuster
 from lgla_losses.plot.canvas import describe_panels, panels
-from lgla_losses.plot.class_axis import refuse_classes_without_samples
+from lgla_losses.plot.class_axis import class_name, class_names, refuse_classes_without_samples
 from lgla_losses.plot.style import MARKERS, Numbers, color, expert_names, ink, numbers
+from lgla_losses.plot.ticks import plain_number
 
 
 def plot_boundaries(
@@ -24,22 +27,24 @@ def plot_boundaries(
     classes: ArrayLike,
     centres: ArrayLike | None = None,
     *,
+    names: Sequence[str] | None = None,
     figure: Figure | None = None,
 ) -> Figure:
-    r"""Plot where each class wins in training, with its adjustments and without: a panel an expert.
+    r"""Plot where each class wins in training, with the adjustments and without: one panel for each expert.
 
     The logits of a 2-D feature ``x`` are those of round classes of unit deviation,
-    :math:`v_j = -|x - c_j|^2 / 2`. Areas show the largest of the adjusted logits
-    :math:`v_j + M(y, j, k)`, dashed lines the boundaries of the unadjusted ones. A boundary that has come
-    nearer to a class asks more of its samples, so that what is learned leaves that class more room.
+    :math:`v_j = -|x - c_j|^2 / 2`. Areas show the largest of the adjusted logits :math:`v_j + M(y, j, k)`,
+    in the colour of the class's group. Dashed lines are the boundaries without adjustments. A boundary nearer
+    to a class asks more of its samples, so the trained network leaves that class more room.
 
     Source: Tao et al., ICCV 2023, Fig. 4 and Eqs. 5 and 6.
 
     Args:
         adjuster: of ``K`` experts and ``C`` classes.
-        classes: the classes to compare ``[M]``, two or more; of a pair the titles say the margin.
+        classes: the classes to compare ``[M]``, two or more; with a pair the titles give the margin.
         centres: their centres ``[M, 2]``, in deviations of a class; None puts them on a circle, so far
             apart that no boundary passes a centre.
+        names: of all classes ``[C]``; None shows indices.
         figure: where to draw; None makes one.
 
     Returns:
@@ -48,7 +53,7 @@ def plot_boundaries(
     Raises:
         TypeError: an argument is of another type.
         ValueError: there are fewer than two different classes, one has no samples, or there is not one centre
-            for each.
+            for each; or there is not one name for each class.
 
     Example:
         >>> from lgla_losses import ClassGrouper
@@ -63,6 +68,7 @@ def plot_boundaries(
     if len(set(indices)) < 2 or len(set(indices)) < len(indices):
         raise ValueError(f"classes: expected two or more different classes, got {indices}")
     refuse_classes_without_samples("classes", indices, adjuster.grouper)
+    names = class_names(names, adjuster.grouper.num_classes)
 
     target = torch.tensor(indices, device=adjuster.table.device)
     margins = numbers(adjuster.margin(target))[:, :, indices]
@@ -82,16 +88,16 @@ def plot_boundaries(
     figure, drawn = panels(figure, titles, (3.4, 3.9), square=True)
     black = ink(drawn[0])
     counts = adjuster.grouper.class_counts[target].tolist()
+    tones = ListedColormap(_tones(adjuster, indices, black))
     for axes, shift in zip(drawn, margins[0], strict=True):
         adjusted = logits + shift
         axes.imshow(
             adjusted.argmax(axis=-1),
             extent=(xs[0], xs[-1], ys[0], ys[-1]),
             origin="lower",
-            cmap=ListedColormap([color(m) for m in range(len(indices))]),
+            cmap=tones,
             vmin=-0.5,
             vmax=len(indices) - 0.5,
-            alpha=0.45,
             interpolation="nearest",
         )
 
@@ -106,7 +112,7 @@ def plot_boundaries(
             # Outwards, away from the boundaries.
             right, up = (point - middle) / half
             axes.annotate(
-                f"class {j}\n{count:,.10g} samples",
+                f"{class_name(j, names)}\n{plain_number(count)} samples",
                 point,
                 (0, 8 if up >= 0 else -8),
                 textcoords="offset points",
@@ -128,6 +134,17 @@ def plot_boundaries(
     xlabel, ylabel = (f"feature {i} (deviations of a class)" for i in (1, 2))
     describe_panels(figure, xlabel, ylabel, lines, loc="outside upper center", ncols=2)
     return figure
+
+
+def _tones(adjuster: CLALogitAdjuster, classes: Sequence[int], black: Any) -> list[Any]:
+    """Give every class the colour of its group, the next of the same group a lighter tone."""
+    seen: list[int] = []
+    tones = []
+    for j in classes:
+        g = -1 if j in adjuster.grouper.background else int(adjuster.grouper.group_index[j])
+        tones.append(to_rgba(black if g < 0 else color(g), 0.6 * 0.55 ** seen.count(g)))
+        seen.append(g)
+    return tones
 
 
 def _centres(centres: ArrayLike | None, number: int, margins: Numbers) -> Numbers:

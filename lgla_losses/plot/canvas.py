@@ -23,21 +23,27 @@ def given_axes(ax: Axes | None) -> Axes:
     return ax
 
 
-def panels(
-    figure: Figure | None, titles: Sequence[str], panel_size: tuple[float, float], square: bool = False
-) -> tuple[Figure, list[Axes]]:
-    """Make a panel a title in a figure, four in a row at most, on the same scales."""
-    rows = math.ceil(len(titles) / 4)
-    columns = math.ceil(len(titles) / rows)
+def given_figure(figure: Figure | None, size: tuple[float, float], layout: Any = "constrained") -> Figure:
+    """Check the caller's figure, or make one."""
     if figure is None:
-        width, height = panel_size
-        # Constrained layout would not see how much smaller panels of a fixed aspect get; the other needs air.
-        size = width * columns + 1.2, height * rows + (1.0 if square else 0.3)
-        figure = Figure(figsize=size, layout="compressed" if square else "constrained")
-    elif not isinstance(figure, Figure):
+        return Figure(figsize=size, layout=layout)
+    if not isinstance(figure, Figure):
         raise TypeError(
             f"figure: expected a Figure of matplotlib, or None for a new one, got {describe(figure)}"
         )
+    return figure
+
+
+def panels(
+    figure: Figure | None, titles: Sequence[str], panel_size: tuple[float, float], square: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """Make a panel for each title in a figure, four in a row at most, on the same scales."""
+    rows = math.ceil(len(titles) / 4)
+    columns = math.ceil(len(titles) / rows)
+    width, height = panel_size
+    size = width * columns + 1.2, height * rows + (1.0 if square else 0.3)
+    # Constrained layout would not see how much smaller panels of a fixed aspect get.
+    figure = given_figure(figure, size, "compressed" if square else "constrained")
     drawn: list[Axes] = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     for spare in drawn[len(titles) :]:
         spare.remove()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import unicodedata
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -10,22 +12,27 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from lgla_losses._checks import describe
 from lgla_losses.grouping import ClassGrouper
-from lgla_losses.plot.style import Numbers, ink, numbers, plain_numbers
+from lgla_losses.plot.style import Numbers, ink, numbers
+from lgla_losses.plot.ticks import plain_numbers
 
 Indices = npt.NDArray[np.int64]
 
-#: Up to so many classes every one has its tick.
+#: Up to this many classes, each class has its tick.
 FEW_CLASSES = 20
 #: A group of a smaller share of the classes would be a mere line: ranks then are logarithmic.
 VISIBLE_SHARE = 0.03
+#: Letters of a name that are shown, wide ones counted twice; inches of a number, a slanted name and a letter,
+#: with room for the legend that makes the axes narrower.
+NAME_LENGTH, TICK_INCHES, NAME_INCHES, LETTER_INCHES = 20, 0.22, 0.32, 0.085
 
 
 def by_frequency(grouper: ClassGrouper) -> tuple[Indices, Numbers, Indices]:
     """Sort the classes that have samples from the most to the least frequent, ties by index.
 
     Returns:
-        The classes, their counts, and their groups: -1 for background, which is in none.
+        The classes, their counts, and their groups (-1 for background, which is in none).
     """
     counts, group = grouper.class_counts.cpu(), grouper.group_index.cpu().clone()
     group[list(grouper.background)] = -1
@@ -45,27 +52,95 @@ def refuse_classes_without_samples(name: str, classes: list[int], grouper: Class
             )
 
 
+def class_names(names: Sequence[str] | None, num_classes: int) -> list[str] | None:
+    """Check the caller's names of the classes, and shorten them."""
+    if names is None:
+        return None
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names: expected the names of the classes, texts [C], got {describe(names)}")
+    if len(names) != num_classes:
+        raise ValueError(f"names: expected one for each of {num_classes} classes, got {len(names)}")
+    return [shortened(name) for name in names]
+
+
+def shortened(name: str) -> str:
+    """Leave out the middle of a long name, as its ends tell it from others; dollars are no mathematics.
+
+    Example:
+        >>> shortened("European herring gull, second winter")
+        'European h…nd winter'
+    """
+    if _letters(name) > NAME_LENGTH:
+        begin = end = name
+        while _letters(begin) > NAME_LENGTH // 2:
+            begin = begin[:-1]
+        while _letters(end) >= NAME_LENGTH // 2:
+            end = end[1:]
+        name = f"{begin.rstrip()}…{end.lstrip()}"
+    return name.replace("$", r"\$")
+
+
+def _letters(text: str) -> int:
+    """Count letters, and wide ones, as in Chinese, Japanese and Korean, twice."""
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text)
+
+
+def class_name(index: int, names: Sequence[str] | None) -> str:
+    """Call a class by its name, or by its index."""
+    return f"class {index}" if names is None else names[index]
+
+
 def class_edges(num_classes: int) -> Numbers:
     """Place where the classes meet on the axis, and its ends."""
     return np.linspace(0.5, num_classes + 0.5, num_classes + 1)
 
 
-def class_axis(axes: Axes, order: Indices, group: Indices | None = None) -> None:
-    """Write ranks by frequency, or few classes' indices, and the groups of the classes along the top."""
+def class_axis(
+    axes: Axes, order: Indices, group: Indices | None = None, names: Sequence[str] | None = None
+) -> None:
+    """Write along the axis which class is where, and the groups of the classes along the top.
+
+    Names are written where there are any, and as many as fit; else the indices of few classes, or the ranks
+    of many.
+    """
     axes.set_xlim(0.5, len(order) + 0.5)
-    if len(order) <= FEW_CLASSES:
-        every = math.ceil(len(order) * 0.22 / _inches(axes))  # which the labels need
+    is_narrow = group is not None and np.bincount(group[group >= 0]).min() < VISIBLE_SHARE * len(group)
+    is_log = is_narrow and len(order) > FEW_CLASSES
+    if is_log:
+        axes.set_xscale("log")
+        plain_numbers(axes.xaxis, least=1)
+
+    if names is not None:
+        _write_names(axes, [names[j] for j in order.tolist()])
+        axes.set_xlabel("class, the most frequent first")
+    elif len(order) <= FEW_CLASSES:
+        every = math.ceil(len(order) * TICK_INCHES / _inches(axes))
         axes.set_xticks(np.arange(1, len(order) + 1, every), [str(j) for j in order[::every].tolist()])
         axes.set_xlabel("class index, the most frequent first")
-    elif group is not None and np.bincount(group[group >= 0]).min() < VISIBLE_SHARE * len(group):
-        axes.set_xscale("log")
-        plain_numbers(axes.xaxis)
+    elif is_log:
         axes.set_xlabel("rank of the class, the most frequent first (logarithmic)")
     else:
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
         axes.set_xlabel("rank of the class, the most frequent first")
     if group is not None:
         mark_groups(axes, class_edges(len(order)), group)
+
+
+def _write_names(axes: Axes, names: Sequence[str]) -> None:
+    """Write names level where all fit, else slanted, and leave out those that would touch the one before."""
+    ranks = np.arange(1, len(names) + 1)
+    places = _places(axes, ranks) * _inches(axes)
+    longest = LETTER_INCHES * (1 + max(map(_letters, names)))
+    if np.diff(places).min(initial=np.inf) > longest:
+        axes.set_xticks(ranks, names)
+        return
+
+    shown = [0]
+    for i in range(1, len(names)):
+        if places[i] - places[shown[-1]] >= NAME_INCHES:
+            shown.append(i)
+    kept = [names[i] for i in shown]
+    axes.set_xticks(ranks[shown], kept, rotation=45, ha="right", rotation_mode="anchor")
 
 
 def mark_groups(axes: Axes, edges: Numbers, group: Indices) -> None:
@@ -76,13 +151,11 @@ def mark_groups(axes: Axes, edges: Numbers, group: Indices) -> None:
     cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(group)]
     longest: dict[int, tuple[float, float]] = {}
 
-    axes.get_xlim()  # settles the limits, which matplotlib puts off
-    to_axes = axes.transData + axes.transAxes.inverted()
-    places = to_axes.transform(np.stack([edges, np.ones_like(edges)], axis=1))[:, 0]
+    places = _places(axes, edges)
 
     for i, (start, stop) in enumerate(pairwise(cuts)):
         low, high = sorted((places[start], places[stop]))
-        # Groups of one's own that are scattered over the frequencies would only make stripes.
+        # Your own groups may be scattered over the frequencies: they would only make stripes.
         if i % 2 and len(cuts) <= 2 * FEW_CLASSES:
             axes.axvspan(edges[start], edges[stop], color=ink(axes), alpha=0.07, linewidth=0)
         g = int(group[start])
@@ -105,6 +178,14 @@ def mark_groups(axes: Axes, edges: Numbers, group: Indices) -> None:
             fontsize="small",
             color=ink(axes),
         )
+
+
+def _places(axes: Axes, values: Numbers | Indices) -> Numbers:
+    """Find where values of the x axis are, from 0 at the left end to 1 at the right end."""
+    axes.get_xlim()  # settles the limits, which matplotlib puts off
+    to_axes = axes.transData + axes.transAxes.inverted()
+    placed: Numbers = to_axes.transform(np.stack([values, np.ones_like(values)], axis=1))[:, 0]
+    return placed
 
 
 def _inches(axes: Axes) -> float:

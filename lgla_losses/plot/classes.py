@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,10 @@ from lgla_losses._counts import ArrayLike, as_class_counts
 from lgla_losses.adjustment import CLALogitAdjuster, check_adjuster
 from lgla_losses.grouping import ClassGrouper, check_grouper
 from lgla_losses.plot.canvas import given_axes
-from lgla_losses.plot.class_axis import by_frequency, class_axis, class_edges
+from lgla_losses.plot.class_axis import by_frequency, class_axis, class_edges, class_names
 from lgla_losses.plot.style import (
+    HATCHES,
+    REFERENCE,
     Numbers,
     color,
     expert_names,
@@ -23,23 +26,24 @@ from lgla_losses.plot.style import (
     legend,
     line_styles,
     numbers,
-    plain_numbers,
 )
+from lgla_losses.plot.ticks import plain_number, plain_numbers
 
-#: From so many classes on, noisy curves are smoothed.
+#: From this many classes on, noisy curves are smoothed.
 MANY_CLASSES = 100
 
 
-def plot_groups(grouper: ClassGrouper, *, ax: Axes | None = None) -> Axes:
-    r"""Plot the partition of the classes over their frequencies: one area a group.
+def plot_groups(grouper: ClassGrouper, *, names: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
+    r"""Plot the partition of the classes over their frequencies: one area for each group.
 
-    The legend holds the classes and the mass of every group, which the partition makes as equal as it can.
-    A background has an area of its own; classes without samples are not drawn.
+    The legend gives the number of classes and of samples of every group. The partition makes the samples as
+    equal as it can. A background has its own area. Classes without samples are not drawn.
 
     Source: Tao et al., ICCV 2023, section 3.2.
 
     Args:
         grouper: the groups of the classes.
+        names: of the classes ``[C]``, shown in place of their indices; None shows indices.
         ax: where to draw; None makes a figure.
 
     Returns:
@@ -47,6 +51,7 @@ def plot_groups(grouper: ClassGrouper, *, ax: Axes | None = None) -> Axes:
 
     Raises:
         TypeError: an argument is of another type.
+        ValueError: there is not one name for each class.
 
     Example:
         >>> axes = plot_groups(ClassGrouper([500, 300, 150, 50], num_groups=2))
@@ -54,6 +59,7 @@ def plot_groups(grouper: ClassGrouper, *, ax: Axes | None = None) -> Axes:
         ['group 1: 1 class\n500 samples (50 %)', 'group 2: 3 classes\n500 samples (50 %)']
     """
     check_grouper(grouper)
+    names = class_names(names, grouper.num_classes)
     axes = given_axes(ax)
 
     order, counts, group = by_frequency(grouper)
@@ -64,14 +70,16 @@ def plot_groups(grouper: ClassGrouper, *, ax: Axes | None = None) -> Axes:
     for g, (size, mass) in enumerate(zip(sizes, masses, strict=True)):
         label = (
             f"group {g + 1}: {size:,} {'class' if size == 1 else 'classes'}\n"
-            f"{mass:,.10g} samples ({100 * mass / sum(masses):.0f} %)"
+            f"{plain_number(mass)} samples ({100 * mass / sum(masses):.0f} %)"
         )
         own = np.where(group == g, counts, np.nan)
-        axes.stairs(own, edges, baseline=bottom, fill=True, color=color(g), alpha=0.75, label=label)
+        look: dict[str, Any] = {"facecolor": color(g), "alpha": 0.75, "hatch": HATCHES[g % len(HATCHES)]}
+        look |= {"edgecolor": (1, 1, 1, 0.7), "linewidth": 0}
+        axes.stairs(own, edges, baseline=bottom, fill=True, label=label, **look)
 
     if (group < 0).any():
         left_out = np.where(group < 0, counts, np.nan)
-        label = f"background\n{np.nansum(left_out):,.10g} samples"
+        label = f"background\n{plain_number(np.nansum(left_out))} samples"
         axes.stairs(left_out, edges, baseline=bottom, fill=True, color=ink(axes), alpha=0.25, label=label)
 
     axes.stairs(counts, edges, baseline=None, color=ink(axes), linewidth=1.2)
@@ -79,22 +87,29 @@ def plot_groups(grouper: ClassGrouper, *, ax: Axes | None = None) -> Axes:
     plain_numbers(axes.yaxis)
     axes.set(ylabel="training samples", ylim=(bottom, counts.max() * (counts.max() / bottom) ** 0.12))
 
-    class_axis(axes, order, group)
+    class_axis(axes, order, group, names)
     legend(axes)
     return axes
 
 
-def plot_weight_norms(weight: Tensor, class_counts: ArrayLike, *, ax: Axes | None = None) -> Axes:
-    """Plot the L2 norms of the class weights of linear heads: a line an expert, and their mean.
+def plot_weight_norms(
+    weight: Tensor,
+    class_counts: ArrayLike,
+    *,
+    names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Plot the L2 norms of the class weights of linear heads: one line for each expert, and their mean.
 
-    A larger norm favours its class. Of many classes the norms are drawn faint, and in full the means over
-    neighbours in frequency, a fiftieth of the classes.
+    A larger norm favours its class. With 100 classes or more, the norms are drawn thin, and thick lines show
+    means over neighbours in frequency, a fiftieth of the classes.
 
     Source: Tao et al., ICCV 2023, Fig. 3.
 
     Args:
         weight: class weights of the heads ``[K, C, d]``; one head's also ``[1, C, d]``.
         class_counts: training samples per class ``[C]``, at least 0.
+        names: of the classes ``[C]``, shown in place of their indices; None shows indices.
         ax: where to draw; None makes a figure.
 
     Returns:
@@ -102,7 +117,8 @@ def plot_weight_norms(weight: Tensor, class_counts: ArrayLike, *, ax: Axes | Non
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: shapes do not fit, a weight is not finite, or a count is negative.
+        ValueError: shapes do not fit, a weight is not finite, a count is negative, or there is not one name
+            for each class.
 
     Example:
         >>> axes = plot_weight_norms(torch.eye(3).expand(2, 3, 3), class_counts=[50, 20, 5])
@@ -118,6 +134,7 @@ def plot_weight_norms(weight: Tensor, class_counts: ArrayLike, *, ax: Axes | Non
         )
     if not weight.isfinite().all():
         raise ValueError("weight: expected finite values, got NaN or infinity; training has diverged")
+    names = class_names(names, len(counts))
 
     axes = given_axes(ax)
     order = counts.argsort(descending=True, stable=True).numpy()
@@ -138,24 +155,29 @@ def plot_weight_norms(weight: Tensor, class_counts: ArrayLike, *, ax: Axes | Non
         axes.plot(ranks, _smoothed(row), **style)
 
     axes.set_ylabel("L2 norm of the class weights")
-    class_axis(axes, order)
+    class_axis(axes, order, names=names)
     legend(axes)
     return axes
 
 
 def plot_implied_prior(
-    adjuster: CLALogitAdjuster, fusion: Tensor | Sequence[float] | None = None, *, ax: Axes | None = None
+    adjuster: CLALogitAdjuster,
+    fusion: Tensor | Sequence[float] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
-    """Plot the class prior that fused experts carry, beside that of the training data and the uniform one.
+    """Plot the class prior of the ensemble, beside that of the training data and the uniform one.
 
-    Where it lies above the uniform prior the ensemble leans to a class, below it leans away. Classes without
+    Above the uniform prior the ensemble favours a class, below it the ensemble disfavours it. Classes without
     samples are not drawn.
 
     Source: our derivation, see :meth:`~lgla_losses.CLALogitAdjuster.implied_prior` of the adjuster.
 
     Args:
         adjuster: of ``K`` experts and ``C`` classes.
-        fusion: one non-negative weight an expert ``[K]``; None for equal weights.
+        fusion: one non-negative weight for each expert ``[K]``; None for equal weights.
+        names: of the classes ``[C]``, shown in place of their indices; None shows indices.
         ax: where to draw; None makes a figure.
 
     Returns:
@@ -163,7 +185,8 @@ def plot_implied_prior(
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: a weight is negative or not finite, all are zero, or there are not K.
+        ValueError: a weight is negative or not finite, all are zero, or there are not K; or there is not one
+            name for each class.
 
     Example:
         >>> adjuster = CLALogitAdjuster(ClassGrouper([90, 10], num_groups=2), tau=2.0)
@@ -172,19 +195,22 @@ def plot_implied_prior(
         [[0.9, 0.1], [0.5, 0.5], [0.5, 0.5]]
     """
     check_adjuster(adjuster)
+    names = class_names(names, adjuster.grouper.num_classes)
     implied = numbers(adjuster.implied_prior(fusion))
     axes = given_axes(ax)
     order, counts, group = by_frequency(adjuster.grouper)
     ranks = np.arange(len(order)) + 1
     uniform = np.full(len(order), 1 / len(order))
     priors = counts / counts.sum(), uniform, implied[order]
-    styles = line_styles(axes, ["training data", "uniform", "fused experts"], len(order))
+    labels = ["training data", "uniform", "fused experts"]
+    styles = line_styles(axes, labels, len(order), [REFERENCE])
     for prior, style in zip(priors, styles, strict=True):
         axes.plot(ranks, prior, **style)
     axes.set_yscale("log")
+    plain_numbers(axes.yaxis)
     axes.set_ylabel("prior probability of the class")
     axes.margins(y=0.12)
-    class_axis(axes, order, group)
+    class_axis(axes, order, group, names)
     legend(axes)
     return axes
 

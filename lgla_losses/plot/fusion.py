@@ -1,4 +1,4 @@
-"""What the fusion weights of the experts do to accuracy."""
+"""Accuracy over the fusion weights of the experts."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ def fusion_sweep(
     many: float = 100,
     few: float = 20,
 ) -> Tensor:
-    r"""Compute the ensemble's accuracy by split as one local expert's fusion weight grows.
+    r"""Compute the accuracy of the ensemble by split as the fusion weight of one local expert grows.
 
-    The local experts share a weight of 1, of which one has ``w`` and the others the rest in equal parts. The
-    global expert's is fixed at what a local expert has in the mean, :math:`1 / (K - 1)`; with K = 2 it has
-    the rest.
+    The weights of the local experts sum to 1: one has ``w``, the others share the rest equally. The global
+    expert has :math:`1 / (K - 1)`, the mean of the local ones; with K = 2 it has the rest.
 
     Source: Tao et al., ICCV 2023, section 4.4 and Fig. 6.
 
@@ -46,7 +45,7 @@ def fusion_sweep(
         few: few-shot classes have fewer; at most ``many``.
 
     Returns:
-        Mean per-class recalls, float64 ``[K - 1, W, 4]`` on the CPU: of all, many-, medium- and few-shot
+        Mean per-class recalls, float64 ``[K - 1, W, 4]`` on the CPU, of all, many-, medium- and few-shot
         classes; NaN for a split without test samples.
 
     Raises:
@@ -101,10 +100,10 @@ def plot_fusion_sweep(
     few: float = 20,
     figure: Figure | None = None,
 ) -> Figure:
-    """Plot the accuracy by split as the fusion weight of one local expert grows: a panel an expert.
+    """Plot the accuracy by split as the fusion weight of one local expert grows: one panel for each.
 
-    Test logits of several seeds are pooled by ``torch.cat``, and so are their targets. A split without test
-    samples has no line.
+    To pool several seeds, join their logits and their targets by ``torch.cat``. A split without test samples
+    has no line.
 
     Source: Tao et al., ICCV 2023, section 4.4 and Fig. 6; :func:`fusion_sweep` computes it.
 

@@ -1,4 +1,4 @@
-"""What taking a prior out of the logits does to accuracy."""
+"""Accuracy over the prior that is taken out of the logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lgla_losses.experts.output import ExpertOutput
 from lgla_losses.functional import compute_dtype
 from lgla_losses.plot.canvas import given_axes
 from lgla_losses.plot.recall import all_and_shot_splits, draw_recalls, mean_recalls, number_grid
-from lgla_losses.plot.style import COLORS, ink, legend, numbers
+from lgla_losses.plot.style import REFERENCE, ink, legend, numbers
 
 
 def plot_prior_shift(
@@ -32,8 +32,8 @@ def plot_prior_shift(
 ) -> Axes:
     r"""Plot the accuracy by split as the prior :math:`n^s` is taken out of the logits, over :math:`s`.
 
-    Predicts the largest of :math:`v_j - s \log n_j`. Where "all classes" is highest the logits hold about
-    :math:`n^s`; a line marks 0, the logits as they are, and one the exponent that a calibration found. A
+    The prediction is the largest of :math:`v_j - s \log n_j`. Where "all classes" is highest, the logits hold
+    about :math:`n^s`. One line marks 0, the logits as they are, another the exponent of the calibration. A
     split without test samples has no line. Choose ``s`` on validation data, not on the test set.
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, Eq. 9 of arXiv:2007.07314.
@@ -44,7 +44,7 @@ def plot_prior_shift(
         class_counts: training samples per class ``[C]``, at least 0; a class without samples is few-shot and
             never predicted.
         exponents: the values of ``s`` ``[W]``; None for -1, -0.9 to 2.
-        calibration: of :func:`lgla_losses.calibration.fit`.
+        calibration: the result of :func:`lgla_losses.calibration.fit`.
         many: many-shot classes have more training samples.
         few: few-shot classes have fewer; at most ``many``.
         ax: where to draw; None makes a figure.
@@ -95,11 +95,11 @@ def plot_prior_shift(
     axes = given_axes(ax)
     unused = calibration is not None and not calibration.used
     label = f"logits as they are: s = 0{', calibration not used' if unused else ''}"
-    axes.axvline(0, color=ink(axes), linewidth=0.8, label=label)
+    axes.axvline(0, color=REFERENCE, linewidth=1.5, label=label)
     if calibration is not None and calibration.used:
         found = calibration.exponent
         label = f"found by calibration: s = {found:.2f}"
-        axes.axvline(found, color=COLORS[3], linewidth=1.8, linestyle="dashdot", label=label)
+        axes.axvline(found, color=ink(axes), linewidth=1.2, linestyle="dashdot", label=label)
     draw_recalls(axes, grid, numbers(100 * torch.stack(recalls)))
     axes.set_xlabel("s, where the prior n^s is taken out of the logits")
     axes.set_ylabel("mean per-class accuracy (%)")

@@ -1,4 +1,4 @@
-"""What pictures of accuracy over a number share: mean recalls by split, their lines, and the grid."""
+"""The parts that pictures of accuracy over a number share: mean recalls by split, their lines, the grid."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lgla_losses._checks import finite_float
 from lgla_losses._counts import shot_splits, to_numpy
-from lgla_losses.plot.style import Numbers, line_styles
+from lgla_losses.plot.style import SHOTS, Numbers, line_styles
 
 #: The lines of a panel.
 SPLITS = ("many-shot", "medium-shot", "few-shot", "all classes")
@@ -43,7 +43,7 @@ def draw_recalls(axes: Axes, grid: Sequence[float], percent: Numbers) -> None:
     """
     # The most important line last, above the others.
     rows = np.roll(percent, -1, axis=1).T
-    for accuracies, style in zip(rows, line_styles(axes, SPLITS, len(grid)), strict=True):
+    for accuracies, style in zip(rows, line_styles(axes, SPLITS, len(grid), SHOTS), strict=True):
         if not np.isnan(accuracies).all():
             axes.plot(grid, accuracies, **style)
 

@@ -1,4 +1,4 @@
-"""How often predictions are right, over how sure the network is."""
+"""Accuracy over the confidence of the predictions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lgla_losses._checks import one_of, positive_int
 from lgla_losses._scores import AVERAGES, check_predictions, label_weights, score_sums, scores
 from lgla_losses.plot.canvas import given_axes
-from lgla_losses.plot.style import ink, legend, line_styles, numbers
+from lgla_losses.plot.style import METHODS, REFERENCE, legend, line_styles, numbers
 
 
 def plot_reliability(
@@ -24,17 +24,18 @@ def plot_reliability(
 ) -> Axes:
     """Plot accuracy over confidence, the largest probability: a reliability diagram.
 
-    A point is the mean of a bin's samples. Below the diagonal the network is overconfident. The steps at the
-    bottom are the shares of the samples; a point of few samples says little. The expected calibration error,
-    of :class:`~lgla_losses.metrics.ProbabilityScores`, is the mean distance from the diagonal.
+    A point is the mean over the samples of a bin. Below the diagonal the network is overconfident. The steps
+    at the bottom show the share of the samples in each bin; a point of few samples says little. The expected
+    calibration error is the mean distance from the diagonal, as in
+    :class:`~lgla_losses.metrics.ProbabilityScores`.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 2 and Fig. 1.
 
     Args:
-        probabilities: class probabilities ``[N, C]``, or several such of the same samples by name; the last
-            is drawn as the most important.
+        probabilities: class probabilities ``[N, C]``, or several of the same samples by name; the last is
+            drawn as the most important.
         target: class indices, int64 ``[N]``.
-        average: ``"samples"`` weighs all samples alike, ``"classes"`` all classes that have samples.
+        average: ``"samples"`` weights all samples equally, ``"classes"`` all classes that have samples.
         bins: number of bins of equal width from 0 to 1.
         ax: where to draw; None makes a figure.
 
@@ -43,7 +44,7 @@ def plot_reliability(
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: shapes do not fit, there is no sample, or rows are no probabilities.
+        ValueError: shapes do not fit, there is no sample, or a row is not a probability vector.
 
     Example:
         >>> import torch
@@ -66,9 +67,10 @@ def plot_reliability(
 
     axes = given_axes(ax)
     axes.set_box_aspect(1)
-    axes.plot([0, 100], [0, 100], color=ink(axes), linewidth=0.8, label="perfect calibration")
+    axes.plot([0, 100], [0, 100], color=REFERENCE, linewidth=1.5, label="perfect calibration")
     edges = np.linspace(0, 100, bins + 1)
-    for (name, of_bins), style in zip(sums.items(), line_styles(axes, list(sums), bins), strict=True):
+    styles = line_styles(axes, list(sums), bins, list(METHODS.values())[1:])
+    for (name, of_bins), style in zip(sums.items(), styles, strict=True):
         weights = label_weights(of_bins, average)
         share, correct, confidence = (
             numbers(100 * (weights @ by_label.to(weights.dtype))) for by_label in of_bins[:3]

@@ -23,7 +23,8 @@ def page(name):
     return " ".join((ROOT / name).read_text(encoding="utf-8").split())
 
 
-BENCHMARKS, README, RESULTS = (page(name) for name in ("docs/benchmarks.md", "README.md", "docs/results.md"))
+BENCHMARKS, README = page("docs/benchmarks.md"), page("README.md")
+RESULTS = f"{page('docs/results.md')} {page('docs/results-details.md')}"
 
 
 def told(template, *values, where=BENCHMARKS):
@@ -65,10 +66,6 @@ def test_a_record_says_where_and_of_what_it_was_made(name):
     assert record["device"] == "NVIDIA H200"
     assert record["torch"].startswith("2.11")
     assert re.fullmatch(r"[0-9a-f]{40}", record["commit"])
-
-
-def test_the_page_tells_how_the_commit_came_into_the_record(losses):
-    assert losses["note"] in report.page(losses)
 
 
 @pytest.mark.parametrize("text", [BENCHMARKS, README], ids=["benchmarks", "README"])
@@ -222,10 +219,8 @@ def test_the_speed_of_the_experts_is_the_recorded_one():
     )
     called, graph = rates("ResNet-50", "channels first")
     told(
-        "({:,.0f} and {:,.0f} step by step, {:,.0f} and {:,.0f} from a CUDA graph), in a later run, where "
-        "one by one took {:,.0f} in",
+        "({:,.0f} and {:,.0f} step by step, {:,.0f} and {:,.0f} from a CUDA graph)",
         *(rate[way] for rate in (called, graph) for way in (alone, in_turn)),
-        record["later"][1]["again"][0]["images_per_second_quartiles"][1],
     )
     called, graph = rates("ResNet-32")
     assert max(called, key=called.get) == "hand-grouped"

@@ -342,6 +342,8 @@ def test_the_page_says_what_the_records_hold(monkeypatch):
     assert f"SADE {gain('SADE', budget=long):.1f} and CLA {gain('CLA', budget=long):.1f}" in page
     assert f"For 8 epochs LGLA gains nothing, and SADE loses {-gain('SADE'):.1f}" in page
     assert abs(gain("LGLA")) < 0.1
+    assert f"without calibration it gains {longer[0]:.1f} points in long training" in page
+    assert max(abs(gain("LGLA", budget=budget, way="calibrated")) for budget in (cosine, long)) < 0.15
     assert max(abs(gain(m, budget=long, way="calibrated")) for m in level) < 0.15
     dropout = {name: f"{name}, input dropout" for name in (three, "LGLA")}
     low, high = (gain(own, name, long, "calibrated") for name, own in dropout.items())

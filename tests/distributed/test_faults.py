@@ -91,7 +91,10 @@ def test_a_rank_that_hangs_ends_the_job_when_the_others_lose_patience(data):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch-size", "1"], "--batch-size 1: expected a sample a rank in every step for --norm batch"),
+        (
+            ["--batch-size", "1"],
+            "--batch-size 1: expected at least one sample per rank in every step for --norm batch",
+        ),
         (["--timeout", "0"], "--timeout: expected a number from 1 to 1e+09, got 0"),
         (["--log-dir", __file__], "--log-dir: expected a folder, got the file "),
         (["no.npz"], "unrecognized arguments: no.npz"),
@@ -103,7 +106,7 @@ def test_bad_options_end_every_rank_before_it_waits_for_others(options, message,
 
 
 def test_without_torchrun_there_are_no_ranks(capsys):
-    refused([], "expected a start by torchrun --nproc-per-node 2", capsys)
+    refused([], "expected a start with torchrun --nproc-per-node 2", capsys)
 
 
 def test_what_is_no_checkpoint_of_this_run_is_refused(data, tmp_path, monkeypatch, capsys):
@@ -112,14 +115,14 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(data, tmp_path, monkeypatc
     then = {"norm": "batch", "epochs": 5, "batch_size": 64, "lr": 0.1, "clip_norm": 1.0, "seed": 0}
     then["class_counts"] = [5, 18, 8]
     for content, options, message in (
-        ({"curve": [], "run": then}, [], "--resume continues it, another folder begins one"),
+        ({"curve": [], "run": then}, [], "add --resume to continue it, or choose another folder"),
         (
             {"curve": [], "run": then},
             ["--resume"],
-            "of another run: epochs 5, now 30; take another --log-dir",
+            "to another run: epochs 5, now 30; choose another --log-dir",
         ),
         ({"model": {}}, ["--resume"], "expected a checkpoint of this script, got another file"),
-        ({"curve": [], "run": {}}, ["--resume"], "of another run: norm None, now batch"),
+        ({"curve": [], "run": {}}, ["--resume"], "to another run: norm None, now batch"),
     ):
         torch.save(content, last)
         refused([data, "--log-dir", tmp_path, *options], message, capsys)

@@ -1,5 +1,6 @@
 """What the documentation is checked by finds what is wrong; the map and the reference are whole."""
 
+import ast
 import builtins
 import pkgutil
 import re
@@ -18,6 +19,7 @@ PAGES = [
     *(path for path in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in path.parts),
 ]
 REFERENCE = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+CHECKS = runpy.run_path(str(ROOT / "docs" / "check_links.py"))
 INVENTORIES = sorted((ROOT / "docs" / "inventories").glob("*.inv"))
 
 
@@ -80,8 +82,45 @@ def test_broken_links_are_found(tmp_path):
     (tmp_path / "sub" / "b.html").write_text(
         '<p id="y"><a href="../a.html"><a href="../a.html#z"><img src="no.png">'
     )
-    broken_links = runpy.run_path(str(ROOT / "docs" / "check_links.py"))["broken_links"]
+    broken_links = CHECKS["broken_links"]
     assert sorted(broken_links(tmp_path)) == ["sub/b.html: ../a.html#z", "sub/b.html: no.png"]
+
+
+def test_files_of_other_sites_are_found(tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<link rel="canonical" href="https://a.b/a.html"><a href="https://a.b/c"><link href="https://a.b/c.css">'
+        '<script src="https://a.b/c.js"></script><script src="c.js"></script><img src="//a.b/c.png">'
+    )
+    (tmp_path / "a.css").write_text(
+        '@import "https://a.b/d.css"; @font-face { src: url(https://a.b/c.woff2) }'
+    )
+    assert sorted(CHECKS["outside_files"](tmp_path)) == [
+        "a.css: https://a.b/c.woff2",
+        "a.css: https://a.b/d.css",
+        "a.html: //a.b/c.png",
+        "a.html: https://a.b/c.css",
+        "a.html: https://a.b/c.js",
+    ]
+
+
+def returns_read_as_a_type(docstring):
+    """The first line of a Returns section where Sphinx takes what stands before a colon for a type."""
+    line = re.search(r"^(?:Returns|Yields):\n +(.*)", docstring, re.MULTILINE)
+    text = re.sub(r"(:[\w:]+:)?`+[^`]*`+", "", line[1]) if line else ""
+    return line[1] if ":" in text else None
+
+
+def test_no_prose_reads_as_a_type():
+    assert (
+        returns_read_as_a_type("Do.\n\nReturns:\n    What ``a:b`` is: a tensor.")
+        == "What ``a:b`` is: a tensor."
+    )
+    found = []
+    for path in (ROOT / "lgla_losses").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.append(returns_read_as_a_type(ast.get_docstring(node) or ""))
+    assert [line for line in found if line] == []
 
 
 @pytest.mark.parametrize(

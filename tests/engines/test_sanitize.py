@@ -4,12 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+from scripts import ROOT, load
 
-ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "lgla_losses" / "kernels"
 COMPILER = os.environ.get("CC", "gcc")
 
@@ -31,10 +30,8 @@ def build(folder, rows):
     """Compile as the package is, with sanitizers; ``rows`` is the text of native_rows.h."""
     shutil.copy(KERNELS / "native.c", folder)
     (folder / "native_rows.h").write_text(rows)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    (extension,) = project["tool"]["setuptools"]["ext-modules"]
     sanitizers = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = [COMPILER, *extension["extra-compile-args"], *sanitizers, "-fPIC", "-shared"]
+    command = [COMPILER, *load("setup.py").LIBRARY.extra_compile_args, *sanitizers, "-fPIC", "-shared"]
     subprocess.run([*command, folder / "native.c", "-o", folder / "native.so", "-lm"], check=True)
     return folder / "native.so"
 

@@ -79,9 +79,9 @@ def test_a_dry_run_prints_commands_that_run_a_cell_each(tmp_path, capsys):
             "expected names among digits, cifar10, tiny, got cifar",
         ),
         (["--suite", "cpu", "--files", "cifar10.npz"], "--files: expected NAME=PATH, got cifar10.npz"),
-        (["examples/paper/cpu.toml", "--files", "tiny=a.npz"], "--files: expected a --suite"),
+        (["examples/paper/cpu.toml", "--files", "tiny=a.npz"], "--files: expected --suite as well"),
         (["--suite", "cpu", "--set", "epochs=0"], "--epochs: expected a number from 1 to inf, got 0"),
-        (["--suite", "cpu", "--seeds", "1", "1"], "--seeds: expected each but once, got 1, 1"),
+        (["--suite", "cpu", "--seeds", "1", "1"], "--seeds: expected each only once, got 1, 1"),
         (["--suite", "cpu", "--files", "cifar10=nowhere.npz", "tiny=nowhere.npz"], "nowhere.npz"),
     ],
 )

@@ -22,7 +22,7 @@ def test_a_table_and_a_picture_without_a_terminal(tmp_path):
     picture = tmp_path / "picture.png"
     result = run("--seeds", "2", "--epochs", "1", "--imbalance", "20", "--output", str(picture))
     assert result.returncode == 0, result.stderr
-    for method in ("Softmax", "Softmax x3", "BALMS x3", "CLA", "LGLA"):
+    for method in ("Softmax", "BALMS x1", "Softmax x3", "BALMS x3", "CLA", "LGLA"):
         row = next(line for line in result.stdout.splitlines() if line.startswith(f"│ {method} "))
         assert row.count("±") == 5
     assert max(map(len, result.stdout.splitlines())) <= max(80, len(f"picture: {picture}"))

@@ -187,7 +187,7 @@ def test_rows_too_few_to_hold_one_out_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(few, tmp_path / "run")
     assert stopped.value.code == 2
-    assert "expected a label with 5 rows or more, to hold one out, got 8 rows" in capsys.readouterr().err
+    assert "expected a label with at least 5 rows, to hold one out, got 8 rows" in capsys.readouterr().err
 
 
 def test_the_rate_reaches_its_height_in_a_short_run(data, tmp_path):

@@ -613,7 +613,7 @@ def empty(path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (shutil.rmtree, "there is no such folder or file"),
+        (shutil.rmtree, "expected a folder or file, got none"),
         (
             lambda root: shutil.rmtree(root / "train"),
             "train/ and val/ or test/ in it, got test",
@@ -651,8 +651,8 @@ def test_wrong_folders_are_refused(folder, tmp_path, capsys, spoil, message):
             ["--split-at", "layer9"],
             "--split-at layer9: at: expected the path of a module of ResNet, got 'layer9'",
         ),
-        (["--small-images", "--backbone", "torchvision:squeezenet1_1"], "got a SqueezeNet of another stem"),
-        (["--small-images", "--backbone", "timm:test_resnet"], "got a ResNet of another stem"),
+        (["--small-images", "--backbone", "torchvision:squeezenet1_1"], "got a SqueezeNet with another stem"),
+        (["--small-images", "--backbone", "timm:test_resnet"], "got a ResNet with another stem"),
         (["--cutout", "8"], "--cutout: expected less than --image-size 8, got 8"),
         (["--cutout", "-1"], "--cutout: expected a number from 0 to inf, got -1"),
         (["--epochs", "0"], "--epochs: expected a number from 1 to inf, got 0"),
@@ -705,7 +705,7 @@ def test_a_run_is_neither_overwritten_nor_continued_as_another(npz, tmp_path, ti
     content = (tmp_path / "run" / "last.pt").read_bytes()
     changed = {"train_labels": np.append(LABELS[1:], 2)}
     for changes, options, message in (
-        ({}, [], "--resume continues it, another folder begins one"),
+        ({}, [], "add --resume to continue it, or choose another folder"),
         ({}, ["--resume", "--num-experts", "2"], "num_experts 3, now 2"),
         (
             {},
@@ -761,8 +761,8 @@ def test_a_warm_up_as_long_as_the_run_or_longer_says_so(npz, tmp_path, tiny, cap
 def test_a_wrong_path_is_told_before_what_an_earlier_run_left(npz, tmp_path, tiny, capsys):
     run(npz(), tmp_path / "run", "--epochs", "1")
     for data, message in (
-        (tmp_path / "nowhere.npz", "nowhere.npz: there is no such folder or file"),
-        (npz(), "--log-dir: .*last.pt is of an earlier run; --resume continues it"),
+        (tmp_path / "nowhere.npz", "nowhere.npz: expected a folder or file, got none"),
+        (npz(), "--log-dir: .*last.pt belongs to an earlier run; add --resume to continue it"),
     ):
         with pytest.raises(SystemExit) as stopped:
             run(data, tmp_path / "run", "--epochs", "1")
@@ -789,7 +789,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(npz, tmp_path, 
         run(npz(), tmp_path / "file" / "run")
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"--log-dir: {tmp_path}/file/run cannot be written (Not a directory); give another" in line
+    assert f"--log-dir: {tmp_path}/file/run cannot be written (Not a directory); choose another" in line
 
 
 def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(npz, tmp_path, tiny, monkeypatch, capsys):

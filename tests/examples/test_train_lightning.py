@@ -102,7 +102,7 @@ def test_without_scikit_learn_it_says_what_to_give_or_install(tmp_path, monkeypa
     with pytest.raises(SystemExit) as stopped:
         run(None, tmp_path / "run")
     assert stopped.value.code == 2
-    assert 'give FILE.npz, or pip install "lgla-losses[examples]"' in capsys.readouterr().err
+    assert "pass FILE.npz, or pip install scikit-learn" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -127,7 +127,7 @@ def test_a_killed_run_resumes(digits, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(digits, tmp_path, "--epochs", "3")
     assert stopped.value.code == 2
-    assert "is of an earlier run; --resume continues it" in capsys.readouterr().err
+    assert "belongs to an earlier run; add --resume to continue it" in capsys.readouterr().err
     after = run(digits, tmp_path, "--epochs", "3", "--resume")
     assert after["epoch"] == 2
     assert after["global_step"] == before["global_step"] * 3 // 2
@@ -157,7 +157,7 @@ def test_a_checkpoint_is_a_whole_model(digits, tmp_path):
         (["--devices", "many"], "--devices many"),
         (["--devices", "1" + 400 * "0"], "--devices 1000"),
         (["--resume"], "--resume: there is no "),
-        (["--epochs", "0"], "--epochs: expected a number from 1 on, got 0"),
+        (["--epochs", "0"], "--epochs: expected a number >= 1, got 0"),
     ],
 )
 def test_wrong_input_is_refused(digits, tmp_path, capsys, arguments, message):
@@ -173,8 +173,8 @@ def test_another_run_is_neither_continued_nor_overwritten(digits, tmp_path, caps
     run(digits, tmp_path, "--epochs", "1")
     before = (tmp_path / "last.ckpt").read_bytes()
     for options, message in (
-        ([], "--resume continues it"),
-        (["--resume", "--lr", "0.5"], "of another run: lr differs; take another --log-dir"),
+        ([], "add --resume to continue it"),
+        (["--resume", "--lr", "0.5"], "to another run: lr differs; choose another --log-dir"),
     ):
         with pytest.raises(SystemExit) as stopped:
             run(digits, tmp_path, *options)

@@ -188,11 +188,11 @@ def test_unknown_settings_are_named(settings, message):
         (["table2_places_lt_ic.toml", "--set", "workers=0"], "Places_LT_train.txt"),
         (
             ["table2_places_lt_ic.toml", "--set", "augment_on=device"],
-            "augment_on device: expected augment cifar-weak or cifar-strong, got places; augment_on loader",
+            "augment_on device: expected augment cifar-weak or cifar-strong, got places; use augment_on",
         ),
         (
             ["table5_lgla.toml", "--set", "augment_on=device", "image_size=2"],
-            "augment_on device: image_size: expected at least 3 pixels, got 2; augment_on loader",
+            "augment_on device: image_size: expected at least 3 pixels, got 2; use augment_on loader",
         ),
     ],
 )
@@ -245,7 +245,7 @@ def test_from_recipe_to_record(tmp_path, digits, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run(tmp_path, digits, settings=["lr=7.0", "tau=9.0"])
-    assert re.search("got one of tau None, now 9.0, lr 0.1, now 7.0; name the new", capsys.readouterr().err)
+    assert re.search("got one with tau None, now 9.0, lr 0.1, now 7.0; name the new", capsys.readouterr().err)
 
     page = tmp_path / "page.md"
     page.write_text(
@@ -263,8 +263,10 @@ def test_from_recipe_to_record(tmp_path, digits, capsys):
     paper_results.main(arguments)
     filled = page.read_text()
     mean, deviation = record["summary"]["final"]["balanced"].values()
-    assert f"| LGLA | {mean:.1f} ± {deviation:.1f} |" in filled
-    assert "57.15 (CIFAR-100-LT, ResNet-32, their GC, 400 epochs)" in filled
+    assert f"| LGLA | {mean:.1f}\u00a0±\u00a0{deviation:.1f} |" in filled
+    assert "| paper, with RandAug |" in filled
+    assert "| 57.15 |" in filled
+    assert "over 2 seeds. The paper's numbers: CIFAR-100-LT, ResNet-32, their GC, 400 epochs." in filled
     assert "| uniform | 240 |" in filled
     assert filled.endswith("<!-- end -->\nEnd\n")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
@@ -564,14 +566,60 @@ def test_the_fusion_weight_decides_whom_the_ensemble_follows():
     ]
 
 
-def test_the_results_page_is_made_of_the_records():
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+def test_the_results_pages_are_made_of_the_records():
     folder = ROOT / "benchmarks" / "results" / "paper"
-    assert paper_results.fill(page, folder) == page
-    shown = " ".join(found[3] for found in paper_results.TABLE.finditer(page)).split()
-    assert {path.stem for path in folder.glob("*.json")} <= set(shown)
-    for picture in re.findall(r"!\[.+?\]\((.+?)\)", page):
-        assert (ROOT / "docs" / picture).exists(), picture
+    shown = set()
+    for path in paper_results.PAGES:
+        page = path.read_text(encoding="utf-8")
+        assert paper_results.fill(page, folder) == page
+        shown |= {name for found in paper_results.TABLE.finditer(page) for name in found[3].split()}
+        for picture in re.findall(r"!\[.+?\]\((.+?)\)", page):
+            assert (ROOT / "docs" / picture).exists(), picture
+    assert {path.stem for path in folder.glob("*.json")} <= shown
+
+
+def record_of(row, column="accuracy", seeds=2, paper=None, **final):
+    scores = {split: {"mean": mean, "deviation": 1.0 if seeds > 1 else None} for split, mean in final.items()}
+    summary = {"final": scores, "best": {"balanced": scores["balanced"]}}
+    said = {"row": row, "column": column, "paper": paper, "protocol": "CIFAR-100-LT"}
+    return said | {"summary": summary, "runs": seeds * [None]}
+
+
+def test_a_table_says_which_of_the_papers_numbers_are_with_strong_augmentation():
+    records = [record_of("LGLA", "w/o RandAug", paper=49.58, balanced=50.0), record_of("CLA", balanced=40.0)]
+    header, _, weak, without, *_ = paper_results.cells_table(records).splitlines()
+    assert header == "| method | all | many | medium | paper, with RandAug |"
+    assert weak.endswith("| 49.58 (without) |")
+    assert without.endswith("| - |")
+
+
+def test_a_table_leaves_out_what_no_row_has():
+    records = [record_of("LGLA", seeds=1, balanced=50.0, many=60.0, medium=40.0, few=30.0)]
+    assert paper_results.cells_table(records).splitlines()[0] == "| method | all | many | medium | few |"
+    assert paper_results.cells_table(records).endswith("One seed.")
+    records[0]["summary"]["best"]["balanced"] = {"mean": 51.0, "deviation": None}
+    assert "| few | best epoch |" in paper_results.cells_table(records)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_bars_stand_around_their_tick_and_say_what_their_lines_are(tmp_path, monkeypatch, seeds):
+    drawn = []
+    monkeypatch.setattr(paper_results.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    rows = ["Softmax x3", "BALMS x3", "BALMS x3 + AAW", "LGLA"]
+    records = [record_of(row, seeds=seeds, balanced=50.0, many=60.0) for row in rows]
+    paper_results.draw_cells(records, "a title", tmp_path / "bars.png")
+    (figure,) = drawn
+    (axes,) = figure.axes
+    bars = [c for c in axes.containers if type(c).__name__ == "BarContainer"]
+    centres = np.array([[bar.get_x() + bar.get_width() / 2 for bar in row] for row in bars])
+    np.testing.assert_allclose(centres.mean(axis=0), axes.get_xticks())
+    colors = [row[0].get_facecolor() for row in bars]
+    assert colors[1] == colors[2]
+    assert len(set(colors)) == 3
+    assert len({row[0].get_hatch() for row in bars}) == len(rows)
+    assert len(axes.containers) == len(rows) * (1 if seeds == 1 else 2)
+    assert ("standard deviation, over 3 seeds" in axes.get_xlabel()) == (seeds == 3)
+    assert figure.get_facecolor() == (1, 1, 1, 1)
 
 
 def refused(arguments, capsys):
@@ -587,11 +635,11 @@ def refused(arguments, capsys):
     [
         (
             {"a": 'base = "a.toml"'},
-            "a.toml: expected a base that ends somewhere, got the circle a.toml -> a.toml",
+            "a.toml: expected bases without a circle, got the circle a.toml -> a.toml",
         ),
         (
             {"a": 'base = ["b.toml"]', "b": 'base = "./c.toml"', "c": 'base = "b.toml"'},
-            "b.toml: expected a base that ends somewhere, got the circle b.toml -> c.toml -> b.toml",
+            "b.toml: expected bases without a circle, got the circle b.toml -> c.toml -> b.toml",
         ),
         ({"a": "base = 5"}, "a.toml: expected base to be the name of a recipe, or a list of names, got [5]"),
         ({"a": "base = 'nowhere.toml'"}, "nowhere.toml: there is no such recipe"),
@@ -674,7 +722,7 @@ def test_folders_that_cannot_be_made_are_refused_before_training(option, tmp_pat
 
 
 def test_a_seed_given_twice_is_no_second_run(capsys):
-    assert "--seeds: expected each but once, got 0, 0" in refused([CELLS[0], "--seeds", "0", "0"], capsys)
+    assert "--seeds: expected each only once, got 0, 0" in refused([CELLS[0], "--seeds", "0", "0"], capsys)
 
 
 @pytest.mark.parametrize("content", ["{", "3", "{}", "[1]"])

@@ -364,7 +364,7 @@ def test_a_run_that_diverges_leaves_the_others(tmp_path, monkeypatch, capsys):
     out = run(tmp_path, "--methods", "cla", "lgla")
     assert read(out)["runs"][0]["final"] == whole["runs"][0]["final"]
     assert not (out / "stacked_cla.json").exists()
-    assert "stacked_cla: its loss was not finite" in capsys.readouterr().out
+    assert "stacked_cla: no record, because its loss was not finite" in capsys.readouterr().out
     (seed,) = json.loads((out / "stacked.json").read_text())["seeds"]
     assert list(seed["diverged"]) == ["cla"]
 
@@ -373,7 +373,7 @@ def test_a_run_that_diverges_leaves_the_others(tmp_path, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--forms", "fast"], "--forms: expected some of grouped, .* got 'fast'"),
-        (["--methods", "lgla", "lgla"], "--methods: expected each but once"),
+        (["--methods", "lgla", "lgla"], "--methods: expected each only once"),
         (["--data", "nothing.npz"], "nothing.npz: expected an .npz file"),
     ],
 )
@@ -387,7 +387,7 @@ def test_an_earlier_run_is_not_overwritten(tmp_path, capsys):
     run(tmp_path, "--epochs", "1", "--methods", "balms1")
     with pytest.raises(SystemExit):
         run(tmp_path, "--methods", "balms1")
-    assert "--resume continues it" in capsys.readouterr().err
+    assert "add --resume to continue it" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(tmp_path, "--methods", "lgla", "--resume")
     assert "expected" in capsys.readouterr().err

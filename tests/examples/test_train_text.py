@@ -184,7 +184,7 @@ SHORT = ("--max-length", "16")
         (b"text,topic\na,b\n", [], "expected the columns text and label, got text, topic; --text-column"),
         (b"text,label\na,b\n  ,b\nc,\nd\n", [], "got rows without: 2, 3, 4"),
         (b"text,label\nhello, world,b\n", [], "got rows with more: 1; quote"),
-        (b"text,label\na,b\nc,d\n", [], "expected rows enough to hold some out, got 2; give --val"),
+        (b"text,label\na,b\nc,d\n", [], "expected enough rows to hold some out, got 2; pass --val"),
         (b"text,label\na,b\nc,d\n", ["--val", "VAL"], "expected labels of "),
         (b"text,label\na,b\nc,d\n", ["--val", "VAL"], "got new"),
         ("rows", ["--config", "bart!"], "expected a .json file or a model type, got bart!; close types: "),
@@ -237,7 +237,7 @@ def test_a_wrong_path_is_told_before_what_an_earlier_run_left(rows, config, tmp_
     run(data, tmp_path / "run", "--config", config, "--epochs", "1")
     for path, message in (
         (tmp_path / "nowhere.csv", "nowhere.csv: expected a CSV file"),
-        (data, "--resume continues"),
+        (data, "add --resume to continue"),
     ):
         with pytest.raises(SystemExit):
             run(path, tmp_path / "run", "--config", config, "--epochs", "1")

@@ -428,11 +428,11 @@ CASES = {
     ),
     "auxiliary classifiers of torchvision": (
         lambda: split_backbone(torchvision.models.googlenet(init_weights=False), "inception5a"),
-        ValueError, "first the module 'aux1' in train mode and the module 'inception4b' in eval mode", "switch that off",
+        ValueError, "first the module 'aux1' in train mode and the module 'inception4b' in eval mode", "switch it off",
     ),
     "control flow on values": (
         lambda: split_backbone(Branches(lambda net, y: net.fc(y) if y.sum() > 0 else y), "body"),
-        ValueError, "model", "torch.fx", "Branches", "control flow", "of your own",
+        ValueError, "model", "torch.fx", "Branches", "control flow", "your own modules",
     ),
     "random numbers": (
         lambda: split_backbone(Branches(lambda net, y: net.fc(y * random.random())), "body"), ValueError, "model", "random numbers",
@@ -443,7 +443,7 @@ CASES = {
     "written before the trunk reads": (
         lambda: split_backbone(side_branch(), "unused"), ValueError, "model", "side", "inplace=True",
     ),
-    "a module on both sides": (lambda: split_backbone(Shared(), "b"), ValueError, "at", "both sides", "'a'"),
+    "a module on both sides": (lambda: split_backbone(Shared(), "b"), ValueError, "at", "'a'", "on both sides"),
     "compiled": (lambda: split_backbone(torch.compile(Shared()), "b"), ValueError, "model", "before compiling"),
     "a shifted classifier": (
         lambda: split_backbone(Branches(lambda net, y: net.fc(y) + 1), "body"), ValueError, "head", "'add' of 'fc'", "head=None",

@@ -530,7 +530,7 @@ CASES = {
         make(nn.Sequential(nn.Conv2d(3, 4, 3))),
         ValueError,
         "head",
-        "linear layer's",
+        "linear layer",
         "Sequential",
     ),
     "no classifier in timm": (
@@ -567,7 +567,7 @@ CASES = {
         ValueError,
         "head",
         "SqueezeNet",
-        "'classifier.1' classifies, a Conv2d",
+        "classifier 'classifier.1' is a Conv2d",
         "nn.Linear(512, 5)",
     ),
     "a convolution named as the classifier": (
@@ -579,14 +579,14 @@ CASES = {
     "a split of a network where a convolution classifies": (
         make(torchvision.models.squeezenet1_1(num_classes=CLASSES), at="features.12"),
         ValueError,
-        "'classifier.1' classifies",
+        "'classifier.1' is a Conv2d",
     ),
     "an encoder without head": (
         make(transformers.BertModel(transformers.BertConfig(**SMALL_TEXT, **TOKENS))),
         ValueError,
         "model",
         "BertModel",
-        "get_classifier(), by its code, nor by the names fc, classifier",
+        "get_classifier(), by its code, or by the names fc, classifier",
         "pooler.dense",
         "head=",
     ),
@@ -611,7 +611,7 @@ CASES = {
         lambda: ExpertModel.from_model(Auxiliary())(torch.randn(2, 6)),
         TypeError,
         "model",
-        "logits alone",
+        "only logits",
         "tuple",
         "training mode",
         "auxiliary",
@@ -622,7 +622,7 @@ CASES = {
         "model",
         "the module 'aux' in train mode and the output in eval mode",
         "auxiliary classifier",
-        "switch that off",
+        "switch it off",
     ),
     "a dictionary": (
         make(Ends(lambda y: {"logits": y})),
@@ -687,7 +687,7 @@ CASES = {
         ValueError,
         "model",
         "torch.fx",
-        "of your own",
+        "your own modules",
     ),
     "a head of another size": (
         make(CNN(), num_classes=9, keep_head=True, classifier="linear"),
@@ -895,7 +895,7 @@ def test_what_an_untraceable_network_does_with_its_logits_is_seen_in_the_first_b
         with torch.set_grad_enabled(not no_grad):
             for _ in range(2):  # it is not forgotten
                 assert_raises(
-                    lambda model=model: model(images), ValueError, "'classes'", "NotSeen", "something else"
+                    lambda model=model: model(images), ValueError, "'classes'", "NotSeen", "changes them"
                 )
     model = ExpertModel.from_model(NotSeen(lambda y: y), head="numbers")
     assert_raises(lambda: model.predict(images), ValueError, "'numbers'", "does not call")
@@ -936,20 +936,20 @@ class SoftmaxInEvalMode(nn.Module):
 def test_a_softmax_in_eval_mode_alone_is_refused_there():
     model = ExpertModel.from_model(SoftmaxInEvalMode())
     model(torch.randn(2, 6))
-    assert_raises(lambda: model.eval()(torch.randn(2, 6)), ValueError, "'fc'", "something else")
+    assert_raises(lambda: model.eval()(torch.randn(2, 6)), ValueError, "'fc'", "changes them")
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, partial(torch.autocast, "cpu")])
 def test_no_context_hides_what_a_network_does_with_its_logits(context):
     model = ExpertModel.from_model(NotSeen(lambda y: (y.float() if y.dtype != torch.float32 else y).mul_(2)))
     with context():
-        assert_raises(lambda: model(torch.randn(2, 3, 8, 8)), ValueError, "something else")
+        assert_raises(lambda: model(torch.randn(2, 3, 8, 8)), ValueError, "changes them")
 
 
 def test_an_empty_first_batch_ends_no_watch():
     model = ExpertModel.from_model(NotSeen(lambda y: y.softmax(1)))
     model(torch.randn(0, 3, 8, 8))
-    assert_raises(lambda: model(torch.randn(2, 3, 8, 8)), ValueError, "something else")
+    assert_raises(lambda: model(torch.randn(2, 3, 8, 8)), ValueError, "changes them")
 
 
 class Flattening(nn.Module):

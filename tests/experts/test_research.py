@@ -213,7 +213,7 @@ CASES = {
     ),
     "a normed head that is kept": (
         *(made(normed(), keep_head=True), ValueError),
-        *("keep_head", "no nn.Linear", "NormedLinear", "scale="),
+        *("keep_head", "not an nn.Linear", "NormedLinear", "scale="),
     ),
     "a head without a weight matrix": (
         *(made(normed(), head="bn1"), ValueError),

@@ -389,7 +389,11 @@ def with_options(folder, **options):
 
 @pytest.mark.parametrize("options", [{}, {"routing": "top"}, {"reset": True}, {"scale": None}])
 def test_a_record_of_another_version_is_told(options, tmp_path):
-    told = [next(iter(options)), "written by another version"] if options else ["written by another version"]
+    told = (
+        [next(iter(options)), "another version of lgla_losses wrote it"]
+        if options
+        else ["another version of lgla_losses wrote it"]
+    )
     assert_raises(
         with_options(tmp_path, **options), ValueError, "directory", f"{tmp_path}/experts.json", *told
     )
@@ -398,7 +402,7 @@ def test_a_record_of_another_version_is_told(options, tmp_path):
 @pytest.mark.parametrize("options", [{"at": "body.7"}, {"head": "classifier"}])
 def test_a_network_that_the_record_does_not_fit_is_told_so(options, tmp_path):
     (value,) = options.values()
-    told = f"record '{tmp_path}/experts.json'", value, "of the record", "model="
+    told = f"record '{tmp_path}/experts.json'", value, "from the record", "model="
     assert_raises(with_options(tmp_path, **options), ValueError, "model", *told)
 
 

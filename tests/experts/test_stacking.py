@@ -763,11 +763,17 @@ REFUSED = {
     "keeps a method": (HoldsAMethod, HELD),
     "keeps a module in a list": (HoldsAModule, HELD),
     "keeps a hook": (HoldsItInAHook, HELD.replace("held", "_forward_hooks")),
-    "shares memory": (SharesMemory, r"'encoder\.weight' and 'decoder\.weight', two tensors in one place"),
+    "shares memory": (
+        SharesMemory,
+        r"'encoder\.weight' and 'decoder\.weight', two tensors in the same memory",
+    ),
     "compiled": (lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 4))), r"'0', which is compiled"),
-    "keeps a graph": (lambda: nn.Sequential(KeepsAGraph()), r"'0\.center'; write into it by \.copy_\(\)"),
-    "loses a buffer": (LosesABuffer, r"'center'; write into it"),
-    "makes a parameter": (lambda: MakesAParameter(4, 4), r"'weight'; write into it"),
+    "keeps a graph": (
+        lambda: nn.Sequential(KeepsAGraph()),
+        r"'0\.center' to something else; write into it by \.copy_\(\)",
+    ),
+    "loses a buffer": (LosesABuffer, r"'center' to something else; write into it"),
+    "makes a parameter": (lambda: MakesAParameter(4, 4), r"'weight' to something else; write into it"),
 }
 
 

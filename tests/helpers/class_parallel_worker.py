@@ -191,7 +191,11 @@ def check_mesh(rank, world_size):
         torch.testing.assert_close(total / 2, loss.detach(), **CLOSE)
         criterion = ClassParallelLGLALoss(COUNTS, **groups, **options)
         bad = features[rows] * (float("nan") if of_data else 1.0)
-        told = f"^rank {rank}: features" if of_data else f"on rank {rank + world_size // 2}, whose own error"
+        told = (
+            f"^rank {rank}: features"
+            if of_data
+            else f"on rank {rank + world_size // 2}; see the error of that rank"
+        )
         with pytest.raises(ValueError, match=told):
             criterion(bad, weight[:, mine], target[rows])
         assert criterion(features[rows], weight[:, mine], target[rows]).isfinite()
@@ -344,7 +348,7 @@ def check_place(rank, world_size):
     features, weight, target, _ = batch()
     group = dist.new_group([0])
     if rank > 0:
-        with pytest.raises(ValueError, match="process_group: expected a group that holds this rank"):
+        with pytest.raises(ValueError, match="process_group: expected a group that contains this rank"):
             ClassParallelLGLALoss(COUNTS, process_group=group)
         return
     criterion = ClassParallelLGLALoss(COUNTS, process_group=group)

@@ -1,4 +1,4 @@
-"""Loads the scripts of examples/, which is no package."""
+"""Loads scripts that are in no package."""
 
 import importlib.util
 from pathlib import Path

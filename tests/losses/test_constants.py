@@ -244,7 +244,7 @@ def test_groups_of_the_callers_own_travel_in_a_state_and_stay():
     loaded.load_state_dict(own.state_dict())
     loaded.set_adjustment(OTHER)
     assert loaded.grouper.group_index.tolist() == [0, 1, 0, 1, 0, 1]
-    with pytest.raises(RuntimeError, match="group_index: expected the groups that the loss was given"):
+    with pytest.raises(RuntimeError, match="group_index: expected the groups given to the loss"):
         own.load_state_dict(LGLALoss(COUNTS).state_dict())
     assert own.grouper.group_index.tolist() == [0, 1, 0, 1, 0, 1]
 
@@ -296,7 +296,7 @@ def test_tensors_that_a_loader_puts_in_the_buffers_place_are_taken(tmp_path):
 
     criterion = LGLALoss(COUNTS)
     criterion.adjuster._buffers["tau"] = torch.tensor(1.0, dtype=torch.float64)
-    with pytest.raises(ValueError, match="table: expected that of"):
+    with pytest.raises(ValueError, match="table: expected the table of"):
         criterion.to("cpu")
 
 

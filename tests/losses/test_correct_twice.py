@@ -26,7 +26,7 @@ COUNTS = [400, 200, 60, 20, 10, 4]
 LABELS = torch.arange(6).repeat_interleave(torch.tensor(COUNTS))
 #: Batches after which balanced ones of 32 are told.
 ENOUGH = 150
-TWICE = r"class_counts: the rarer half .* correct twice: .* sampler\.class_counts"
+TWICE = r"class_counts: the rarer half .* correction twice: .* sampler\.class_counts"
 
 
 def batches(sampler, size=32):
@@ -96,7 +96,7 @@ def test_a_loss_of_features_tells_so():
 
 def test_the_message_says_what_was_seen():
     with pytest.warns(
-        UserWarning, match=r"half of the classes makes (4|5)\d% of the labels that came, but 4\.9% of"
+        UserWarning, match=r"half of the classes is (4|5)\d% of the labels seen so far, but 4\.9% of"
     ):
         train(BalancedSoftmaxLoss(COUNTS), balanced())
 

@@ -120,12 +120,16 @@ def test_a_name_like_no_other_lists_all():
     [
         ("focal", {"gama": 1.0}, "gama: expected an option of the loss 'focal' .*did you mean 'gamma'"),
         ("balanced", {"tau": 1.0}, "tau: .*'balanced' .*leave it out"),
-        ("balanced", {"aaw": True}, "aaw: .*give num_experts and class_counts"),
+        ("balanced", {"aaw": True}, "aaw: .*pass num_experts and class_counts"),
         ("balanced", {"num_experts": 3, "adjustment": "logit"}, "adjustment: .*leave it out"),
         ("cla", {"aaw": True}, "aaw: .*leave it out"),
         ("vs", {"num_experts": 3}, "num_experts: .*any number of experts"),
         ("softmax", {"num_experts": "x"}, "num_experts: expected an integer"),
-        ("sigmoid", {}, "num_samples: expected it for the loss 'sigmoid', got none; SigmoidAdjustedLoss"),
+        (
+            "sigmoid",
+            {},
+            "num_samples: expected a value for the loss 'sigmoid', got none; see SigmoidAdjustedLoss",
+        ),
         ("lgla", {"class_weight": [1, 2, 3]}, "class_weight: .*leave it out"),
     ],
 )

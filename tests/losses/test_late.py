@@ -15,7 +15,7 @@ LOGITS = torch.zeros(6, 3, 4)
 GOOD = torch.eye(4)[torch.arange(6) % 4]
 MULTI_HOT = (GOOD + GOOD.roll(1, dims=1)).roll(1, dims=0)
 MULTI_HOT[0] = 0.0  # a sample without a label
-TOLD = "several classes a sample .*SigmoidAdjustedLoss and ClassBalancedBCELoss .*earlier batch"
+TOLD = "several classes per sample .*SigmoidAdjustedLoss and ClassBalancedBCELoss .*earlier batch"
 
 
 class Device:

@@ -71,11 +71,11 @@ def test_training_by_an_ensembles_logits_names_both_ways_out(make):
 def test_no_message_leads_in_a_circle():
     """Every way that a message names is walked: none ends at another message."""
     ensemble = logits().requires_grad_()
-    with pytest.raises(ValueError, match=r"one model take BalancedSoftmaxLoss\(class_counts\)"):
+    with pytest.raises(ValueError, match=r"one model use BalancedSoftmaxLoss\(class_counts\)"):
         LGLALoss(COUNTS)(ensemble[:, None], TARGET)
-    with pytest.raises(ValueError, match=r"one model take BalancedSoftmaxLoss\(class_counts\)"):
+    with pytest.raises(ValueError, match=r"one model use BalancedSoftmaxLoss\(class_counts\)"):
         LGLALoss(COUNTS, 1)
-    with pytest.raises(ValueError, match="predict by them as they are"):
+    with pytest.raises(ValueError, match="predict with them directly"):
         ExpertOutput(ensemble, ensemble, ensemble).ensemble()
     of_one = LGLALoss(COUNTS, 1, adjustment="balanced", aaw=False)
     with pytest.raises(ValueError, match=r"or logits\[:, None\]"):

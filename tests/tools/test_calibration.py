@@ -583,7 +583,7 @@ def test_a_fit_that_does_not_converge_is_not_used(monkeypatch):
     assert fit(logits, target, class_counts=COUNTS).used
     monkeypatch.setattr(fitting, "MOST_STEPS", 1)
     calibration = fit(logits, target, class_counts=COUNTS)
-    assert "does not converge" in calibration.report.reason
+    assert "did not converge" in calibration.report.reason
     assert_leaves_the_order(calibration, logits)
 
 
@@ -592,7 +592,7 @@ def test_a_fold_that_does_not_converge_is_not_used_either(monkeypatch):
     logits = held(likelihood, 2.5, COUNTS.log())
     monkeypatch.setattr(module, "judge", lambda *points: fitting.judge(*points)._replace(converged=False))
     calibration = fit(logits, target, class_counts=COUNTS)
-    assert "does not converge" in calibration.report.reason
+    assert "did not converge" in calibration.report.reason
     assert_leaves_the_order(calibration, logits)
 
 
@@ -601,7 +601,7 @@ def test_logits_beyond_all_numbers_do_not_converge(factor):
     likelihood, target = samples(100, COUNTS)
     calibration = fit(factor * likelihood, target, class_counts=COUNTS)
     assert not calibration.used
-    assert "does not converge" in calibration.report.reason
+    assert "did not converge" in calibration.report.reason
     assert calibration.probabilities(likelihood).isfinite().all()
 
 

@@ -93,14 +93,14 @@ def test_a_prior_by_class_keeps_its_classes():
         (pd.Series([5, 4], index=[0, 0]), r"got \[0, 0\]"),
         (
             LABELS.astype(float).value_counts(),
-            r"got \[1\.0, 2\.0, 0\.0\]; convert the labels by \.astype\(int\)",
+            r"got \[1\.0, 2\.0, 0\.0\]; convert the labels with \.astype\(int\)",
         ),
         (
             pd.Series(["b", "b", "a"]).value_counts(),
-            r"got \['b', 'a'\]; give .* \[class_counts\[key\] for key",
+            r"got \['b', 'a'\]; pass .* \[class_counts\[key\] for key",
         ),
-        (pd.DataFrame({"y": LABELS}).value_counts(), r"got \[\(1,\), \(2,\), \(0,\)\]; give"),
-        ({"0": 3, "1": 2}, r"got \['0', '1'\]; give the values in the order"),
+        (pd.DataFrame({"y": LABELS}).value_counts(), r"got \[\(1,\), \(2,\), \(0,\)\]; pass"),
+        ({"0": 3, "1": 2}, r"got \['0', '1'\]; pass the values in the order"),
         ({False: 3, True: 2}, r"got \[False, True\]"),
         (Counter(torch.tensor([1, 0])), r"got \[tensor\(1\), tensor\(0\)\]"),
     ],

@@ -120,7 +120,12 @@ def test_indices_are_the_conventional_ones(seed):
 @pytest.mark.parametrize(
     ("error", "message", "labels", "counts"),
     [
-        (ValueError, r"got 3 for class 1, which has 2 \(2 such of 3\); lower n_max", [0, 1, 1], [1, 3, 1]),
+        (
+            ValueError,
+            r"got 3 for class 1, which has 2 \(2 of 3 classes are too small\); lower n_max",
+            [0, 1, 1],
+            [1, 3, 1],
+        ),
         (ValueError, "labels: expected class indices 0..1, got 2", [0, 1, 2], [1, 1]),
         (ValueError, "labels: expected class indices 0..1, got -1", [0, 1, -1], [1, 1]),
         (ValueError, r"counts: expected at least 1 of every class .* \[1, 0\]", [0, 1], [1, 0]),
@@ -197,7 +202,7 @@ def test_subsets_share_the_images(images):
 
 @pytest.mark.parametrize("index", [6, -7, 2**40])
 def test_a_subset_of_samples_that_are_not_there_is_refused(index):
-    with pytest.raises(ValueError, match=f"indices: expected those of 6 samples, got {index}"):
+    with pytest.raises(ValueError, match=f"indices: expected indices of 6 samples, got {index}"):
         ImageData(PIXELS, LABELS).subset([0, index])
     assert ImageData(PIXELS, LABELS).subset([-1]).targets == [2]
 
@@ -220,10 +225,12 @@ def test_a_pipe_is_no_image(tmp_path):
 @pytest.mark.parametrize("damage", [lambda content: b"text", lambda content: content[:60]])
 def test_a_damaged_image_is_named(tmp_path, damage):
     (tmp_path / "a.png").write_bytes(damage(png(PIXELS[0])))
-    with pytest.raises(ValueError, match=f"image: expected one that Pillow can decode, got {tmp_path}/a.png"):
+    with pytest.raises(
+        ValueError, match=f"image: expected an image that Pillow can decode, got {tmp_path}/a.png"
+    ):
         read_image(tmp_path / "a.png")
     with pytest.raises(
-        ValueError, match=r"image: expected one that Pillow can decode, got b'.* of type bytes"
+        ValueError, match=r"image: expected an image that Pillow can decode, got b'.* of type bytes"
     ):
         read_image(damage(png(PIXELS[0])))
 
@@ -252,7 +259,7 @@ def test_sixteen_bits_become_eight(tmp_path, encode):
         (ValueError, r"images: .* got uint8 \[6, 3, 4, 5\]", {"images": PIXELS.transpose(0, 3, 1, 2)}),
         (ValueError, r"images: .* got uint8 \[4, 5\]", {"images": PIXELS[0, ..., 0]}),
         (TypeError, "images: expected an array, or a sequence of bytes or paths", {"images": "a.png"}),
-        (ValueError, r"targets: .* for each of 6 images, got 5", {"targets": LABELS[1:]}),
+        (ValueError, r"targets: .* per image, 6, got 5", {"targets": LABELS[1:]}),
         (TypeError, "targets: expected integers, got float64; map names", {"targets": [0.5] * 6}),
         (ValueError, "targets: expected class indices from 0 .*, got -1", {"targets": [-1, *LABELS[1:]]}),
         (ValueError, "less than 2, the number of classes, got 2", {"classes": ["a", "b"]}),
@@ -270,7 +277,7 @@ def test_other_things_are_no_images():
 
 def test_without_pillow_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(ImportError, match=r'pip install "lgla-losses\[vision\]"'):
+    with pytest.raises(ImportError, match="pip install pillow"):
         read_image(PIXELS[0])
 
 
@@ -368,7 +375,7 @@ def test_a_packed_bomb_is_refused_before_it_is_read(tmp_path):
     tracemalloc.start()
     try:
         with pytest.raises(
-            ValueError, match=r"a.npz: expected .* \(train_images takes 314,572,928 bytes, packed"
+            ValueError, match=r"a.npz: expected .* \(train_images takes 314,572,928 bytes, compressed"
         ):
             read_npz(tmp_path / "a.npz")
         assert tracemalloc.get_traced_memory()[1] < 2**24
@@ -432,7 +439,7 @@ def test_other_numbers_of_classes_are_no_cifar(tmp_path):
 
 def test_cifar_needs_torchvision(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    with pytest.raises(ImportError, match=r'pip install "lgla-losses\[vision\]"'):
+    with pytest.raises(ImportError, match="pip install torchvision"):
         read_cifar(tmp_path, 10)
 
 
@@ -506,9 +513,9 @@ def test_inaturalist(root, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({**INATURALIST, "images": [{"id": 3}]}, "got none of the key 'file_name'"),
-        ({"images": [], "categories": []}, "got none of the key 'annotations'; the files of tests have no"),
-        ({**INATURALIST, "annotations": [{"image_id": 3}]}, "got none of the key 'category_id'"),
+        ({**INATURALIST, "images": [{"id": 3}]}, "got no key 'file_name'"),
+        ({"images": [], "categories": []}, "got no key 'annotations'; test files have no"),
+        ({**INATURALIST, "annotations": [{"image_id": 3}]}, "got no key 'category_id'"),
         ({**INATURALIST, "annotations": []}, "expected annotations of its images and categories, got none"),
         ({**INATURALIST, "categories": [{"id": 5, "name": ""}]}, "got image 3 of category 20"),
         ([INATURALIST], "expected iNaturalist's JSON, got another file"),
@@ -522,7 +529,7 @@ def test_inaturalist(root, tmp_path):
         ({**INATURALIST, "categories": [{"id": [5], "name": ""}]}, "another file .unhashable"),
         ({**INATURALIST, "annotations": [{"image_id": {}, "category_id": 5}]}, "another file .unhashable"),
         ({**INATURALIST, "annotations": 7}, "another file .'int' object is not iterable"),
-        ({**INATURALIST, "images": [{"id": 3, "file_name": 5}]}, "another file .a file_name is no text"),
+        ({**INATURALIST, "images": [{"id": 3, "file_name": 5}]}, "another file .a file_name is not a string"),
     ],
 )
 def test_bad_inaturalist(root, tmp_path, content, message):

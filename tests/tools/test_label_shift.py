@@ -313,10 +313,10 @@ ROW = torch.zeros(1, 2)
     [
         (TypeError, "logits: expected a floating-point tensor", ROW.long(), [1, 1]),
         (ValueError, r"logits: expected shape \[N, C\], got \[2\]", ROW[0], [1, 1]),
-        (ValueError, r"logits: expected \[N, C\] with a class or more, got \[1, 0\]", ROW[:, :0], []),
+        (ValueError, r"logits: expected \[N, C\] with at least one class, got \[1, 0\]", ROW[:, :0], []),
         (ValueError, "logits: expected finite values, .*got NaN or infinity", ROW.log().neg(), [1, 1]),
         (ValueError, "logits: expected finite values, .*got NaN or infinity", ROW / 0, [1, 1]),
-        (ValueError, r"prior: expected one .* of 2 classes, .* got \[3\]", ROW, [1, 1, 1]),
+        (ValueError, r"prior: expected one .* per class, shape \[2\], got \[3\]", ROW, [1, 1, 1]),
         (ValueError, r"prior: expected finite, positive values, got \[1.0, 0.0\]", ROW, [1, 0]),
         (ValueError, "prior: expected finite, positive values", ROW, [1, torch.inf]),
         (TypeError, "prior: expected 2 real numbers, got <U1", ROW, ["a", "b"]),

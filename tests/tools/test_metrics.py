@@ -152,7 +152,7 @@ except ImportError as error:
     print(error)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 'pip install "lgla-losses[metrics]"' in result.stdout
+    assert "pip install torchmetrics" in result.stdout
 
 
 LABELS = torch.tensor([0, 1])
@@ -165,8 +165,13 @@ LABELS = torch.tensor([0, 1])
         (ValueError, "target: expected class indices 0..5, got 6", LABELS, LABELS + 5),
         (ValueError, "pred: expected class indices 0..5, got 6", LABELS + 5, LABELS),
         (ValueError, "pred: expected class indices 0..5, got -1", LABELS - 1, LABELS),
-        (ValueError, r"pred: expected one class index a sample, shape \[2\], got \[1\]", LABELS[:1], LABELS),
-        (ValueError, r"pred: expected scores \[2, 6\] .* got \[2, 5\]", torch.zeros(2, 5), LABELS),
+        (
+            ValueError,
+            r"pred: expected one class index per sample, shape \[2\], got \[1\]",
+            LABELS[:1],
+            LABELS,
+        ),
+        (ValueError, r"pred: expected scores \[2, 6\].* got \[2, 5\]", torch.zeros(2, 5), LABELS),
         (ValueError, r"pred: expected shape \[N, C\], got \[2\]", torch.zeros(2), LABELS),
         (TypeError, "pred: expected int64 class indices .* pred.long()", LABELS.int(), LABELS),
         (TypeError, "pred: expected int64 class indices .* got .0, 1.", [0, 1], LABELS),

@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -12,12 +13,14 @@ import matplotlib.style
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_hex
+from matplotlib import image
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from reference import assert_raises
 
 from lgla_losses import CLALogitAdjuster, ClassGrouper, ExpertOutput, functional, plot
 from lgla_losses.metrics import ShotAccuracy
+from lgla_losses.plot import class_axis, style
 
 #: Classes and experts.
 SIZES = [(3, 2), (3, 3), (3, 4), (1000, 2), (1000, 3), (1000, 4), (1000, 5)]
@@ -275,11 +278,18 @@ def test_angles(num_classes, num_experts):
     group = functional.target_groups(target, grouper.group_index, -100)
     statistics = functional.aaw_statistics(angles, group, num_experts - 1)
     references = functional.aaw_references(statistics)
-    assert [axes.get_title() for axes in figure.axes] == expert_names(num_experts)
-    for k, axes in enumerate(figure.axes):
-        present = [g for g in range(num_experts - 1) if (group == g).any()]
-        assert [patch.get_label() for patch in axes.patches] == [f"group {g + 1}" for g in present]
-        for g, patch, line in zip(present, axes.patches, axes.get_lines(), strict=True):
+    present = [g for g in range(num_experts - 1) if (group == g).any()]
+    for k, name in enumerate(expert_names(num_experts)):
+        if num_experts <= 4:
+            axes = figure.axes[k]
+            assert axes.get_title() == name
+            assert [patch.get_label() for patch in axes.patches] == [f"group {g + 1}" for g in present]
+            drawn = zip(axes.patches, axes.get_lines(), strict=True)
+        else:  # a row of panels for each group
+            column = figure.axes[k::num_experts]
+            assert column[0].get_title() == name
+            drawn = [(*axes.patches, *axes.get_lines()) for axes in column]
+        for g, (patch, line) in zip(present, drawn, strict=True):
             shares, edges, _ = patch.get_data()
             assert len(shares) == 17
             own = angles[group == g, k].double().numpy()
@@ -293,6 +303,24 @@ def test_a_group_without_samples_has_no_angles():
     figure = plot.plot_angles(torch.full((2, 3), 0.5), torch.tensor([0, 0]), ClassGrouper([9, 3, 1], 2))
     assert [len(axes.patches) for axes in figure.axes] == [1, 1, 1]
     saved(figure)
+    figure = plot.plot_angles(torch.full((1, 5), 0.5), torch.tensor([0]), ClassGrouper([9, 5, 3, 1], 4))
+    texts = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert texts == [[]] * 5 + [["no samples"]] * 15
+    saved(figure)
+
+
+def test_angles_of_many_groups_are_named_by_row_and_column():
+    groups, experts = 6, 7
+    target = torch.arange(600) % 60
+    figure = saved(plot.plot_angles(torch.rand(600, experts), target, ClassGrouper(range(1, 61), groups)))
+    assert len(figure.axes) == groups * experts
+    assert [axes.get_title() for axes in figure.axes[:experts]] == expert_names(experts)
+    rows = figure.axes[experts - 1 :: experts]
+    assert [axes.get_ylabel() for axes in rows] == [f"group {g + 1}" for g in range(groups)]
+    fills = [to_hex(axes.patches[0].get_facecolor()) for axes in rows]
+    assert fills == [color.lower() for color in style.COLORS]
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    assert not any(a.padded(-2).overlaps(b.padded(-2)) for a, b in itertools.combinations(boxes, 2))
 
 
 def single_panels():
@@ -370,6 +398,185 @@ def test_lines_differ_in_more_than_colour():
     axes = plot.plot_table(adjuster_of(1000, 15))
     looks = {(str(line._unscaled_dash_pattern), line.get_marker()) for line in axes.get_lines()}
     assert len(looks) == 15
+
+
+def line_colors(axes):
+    return {line.get_label(): to_hex(line.get_color()) for line in axes.get_lines()}
+
+
+def test_one_colour_means_one_thing_in_all_pictures():
+    """A group, its local expert and its classes share a colour that nothing else has."""
+    counts = counts_of(60)
+    adjuster = adjuster_of(60, 4)
+    logits, target = samples(60, 4)
+    locals_ = {f"local expert {k + 1}": style.COLORS[k].lower() for k in range(3)}
+    experts = locals_ | {"global expert": "#000000"}
+    pictures = (
+        plot.plot_table(adjuster),
+        plot.plot_margins(adjuster, 0),
+        plot.plot_weight_norms(torch.rand(4, 60, 2), counts),
+    )
+    for axes in pictures:
+        assert experts.items() <= line_colors(axes).items()
+
+    areas = plot.plot_groups(adjuster.grouper).patches[:3]
+    histograms = plot.plot_angles(torch.rand(300, 4), target, adjuster.grouper).axes[0].patches
+    order = by_frequency(counts)
+    (areas_,) = plot.plot_boundaries(adjuster, [order[0], order[-1]]).axes[0].images
+    assert [to_hex(area.get_facecolor()) for area in areas] == list(locals_.values())
+    assert [to_hex(patch.get_edgecolor()) for patch in histograms] == list(locals_.values())
+    assert [to_hex(c) for c in areas_.cmap.colors] == [style.COLORS[0].lower(), style.COLORS[2].lower()]
+
+    shots = dict(zip(("many-shot", "medium-shot", "few-shot"), map(str.lower, style.SHOTS), strict=True))
+    shots["all classes"] = "#000000"
+    sweep = plot.plot_fusion_sweep(logits, target, counts)
+    shift = plot.plot_prior_shift(logits[:, 0], target, counts)
+    for axes in (*sweep.axes, shift):
+        assert shots.items() <= line_colors(axes).items()
+
+    priors = line_colors(plot.plot_implied_prior(adjuster))
+    grey = style.REFERENCE.lower()
+    assert priors == {"training data": grey, "uniform": grey, "fused experts": "#000000"}
+    colors = [*style.COLORS, *style.SHOTS, *style.METHODS.values()]
+    assert len(set(colors)) == len(colors)
+
+
+def luminance(color):
+    """Of WCAG, from 0 for black to 1 for white."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+def test_colours_are_seen_on_white_and_black_and_tell_apart_in_grey():
+    for color in (*style.COLORS, *style.SHOTS, *style.METHODS.values()):
+        assert 1.05 / (luminance(color) + 0.05) > 2, color
+        assert (luminance(color) + 0.05) / 0.05 > 1.9, color
+    for colors in (style.SHOTS, style.METHODS.values()):  # bars and lines of few kinds
+        lightness = sorted(116 * luminance(color) ** (1 / 3) - 16 for color in colors)
+        assert min(np.diff(lightness)) > 12
+    areas = plot.plot_groups(adjuster_of(1000, 7).grouper).patches[:6]
+    assert len({area.get_hatch() for area in areas}) == 6
+
+
+def test_classes_of_one_group_have_tones_of_its_colour():
+    counts = counts_of(60)
+    order, adjuster = by_frequency(counts), adjuster_of(60, 3)
+    (areas_,) = plot.plot_boundaries(adjuster, [order[0], order[1], order[-1]]).axes[0].images
+    first, second, third = areas_.cmap.colors
+    assert first[:3] == second[:3] != third[:3]
+    assert first[3] > second[3]
+
+
+NAMED = {
+    "groups": lambda adjuster, names: plot.plot_groups(adjuster.grouper, names=names),
+    "table": lambda adjuster, names: plot.plot_table(adjuster, names=names),
+    "prior": lambda adjuster, names: plot.plot_implied_prior(adjuster, names=names),
+    "norms": lambda adjuster, names: plot.plot_weight_norms(
+        torch.ones(3, adjuster.grouper.num_classes, 2), adjuster.grouper.class_counts, names=names
+    ),
+}
+
+
+def shown_ticks(axes):
+    return [label for label in axes.get_xticklabels() if label.get_text()]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_classes_have_their_names(name):
+    names = ["owl", "a$b$", "hawk", "kite", "emu"]
+    adjuster = CLALogitAdjuster(ClassGrouper([5, 90, 40, 3, 60], 2))
+    axes = NAMED[name](adjuster, names)
+    assert [label.get_text() for label in shown_ticks(axes)] == [r"a\$b\$", "emu", "hawk", "owl", "kite"]
+    assert axes.get_xlabel() == "class, the most frequent first"
+    saved(axes)
+    assert_raises(lambda: NAMED[name](adjuster, [*names, "x"]), ValueError, "names", "5 classes, got 6")
+    assert_raises(lambda: NAMED[name](adjuster, "abcde"), TypeError, "names", "texts [C]", "'abcde'")
+
+
+def test_margins_and_boundaries_name_their_classes():
+    adjuster, names = adjuster_of(3, 3), ["owl", "hawk", "emu"]
+    title = plot.plot_margins(adjuster, 1, names=names).get_legend().get_title().get_text()
+    assert title.startswith("hawk: ")
+    texts = [text.get_text() for text in plot.plot_boundaries(adjuster, [2, 0], names=names).axes[0].texts]
+    assert [text.splitlines()[0] for text in texts] == ["emu", "owl"]
+    for draw in (plot.plot_margins, plot.plot_boundaries):
+        chosen = 1 if draw is plot.plot_margins else [0, 1]
+        assert_raises(lambda: draw(adjuster, chosen, names=["owl"]), ValueError, "names", "3 classes, got 1")  # noqa: B023
+
+
+@pytest.mark.parametrize("num_classes", [2, 12, 20, 300, 1000])
+@pytest.mark.parametrize("name", NAMED)
+def test_long_names_are_shortened_and_do_not_touch(name, num_classes):
+    names = [f"a species with quite a long name, number {j}" for j in range(num_classes)]
+    axes = NAMED[name](adjuster_of(num_classes, 3), names)
+    figure = saved(axes)
+    labels = shown_ticks(axes)
+    assert 2 <= len(labels) <= 21
+    for label in labels:
+        text = label.get_text()
+        assert re.fullmatch("a species….* [0-9]+", text), text
+        assert len(text) <= 20
+    # Slanted lines of text touch where their distance is less than their height.
+    to_pixels = axes.transData.transform
+    places = np.sort([to_pixels((tick, 1))[0] for tick in axes.get_xticks()])
+    height = labels[0].get_fontsize() / 72 * figure.dpi
+    level = labels[0].get_rotation() == 0
+    room = max(label.get_window_extent().width for label in labels) if level else 1.4 * height
+    assert np.diff(places).min() > room
+    assert figure.get_tightbbox().extents[0] > -0.01
+
+
+def test_wide_letters_count_twice():
+    assert class_axis.shortened("부엉이" * 2) == "부엉이" * 2
+    assert class_axis.shortened("가나다라마바사아자차카타파하") == "가나다라마…카타파하"
+
+
+EXTREME = {
+    "1 to a million": [10**6, 10**5, 4_000, 90, 7, 1],
+    "a million of one": [10**6] + [1] * 40,
+    "all equal": [7] * 30,
+    "all a million": [10**6] * 4,
+    "one class": [1_234_567],
+    "nearly equal": [1001, 1000, 999],
+    "parts": [0.5, 0.05, 0.002],
+}
+
+
+@pytest.mark.parametrize("width", [8.5, 3.4])
+@pytest.mark.parametrize("counts", EXTREME.values(), ids=EXTREME)
+def test_ticks_of_extreme_counts_are_plain_and_do_not_touch(counts, width):
+    adjuster = CLALogitAdjuster(ClassGrouper(counts, min(2, len(counts))))
+    pictures = [lambda ax: plot.plot_groups(adjuster.grouper, ax=ax)]
+    pictures += [lambda ax: plot.plot_implied_prior(adjuster, ax=ax)]
+    if len(counts) > 1:
+        pictures.append(lambda ax: plot.plot_margins(adjuster, 0, ax=ax))
+    for draw in pictures:
+        axes = Figure(figsize=(width, 3), layout="constrained").add_subplot()
+        draw(axes)
+        axes.get_legend().remove()
+        saved(axes)
+        for axis, along in ((axes.xaxis, 0), (axes.yaxis, 1)):
+            low, high = sorted(axis.get_view_interval())
+            shown = [t for t in axis.get_major_ticks() if low <= t.get_loc() <= high and t.label1.get_text()]
+            assert shown
+            assert not [label for label in axis.get_minorticklabels() if label.get_text()]
+            for tick in shown:
+                text = tick.label1.get_text()
+                assert "$" not in text
+                if axis.get_scale() == "log":
+                    assert float(text.replace(",", "")) == pytest.approx(tick.get_loc(), rel=1e-3)
+            boxes = [tick.label1.get_window_extent() for tick in shown]
+            ends = sorted((box.get_points()[0][along], box.get_points()[1][along]) for box in boxes)
+            assert all(a[1] < b[0] for a, b in itertools.pairwise(ends)), [t.label1.get_text() for t in shown]
+
+
+def test_pictures_are_opaque_so_that_dark_pages_do_not_shine_through():
+    file = io.BytesIO()
+    plot.plot_groups(ClassGrouper([9, 3, 1], 2)).figure.savefig(file, format="png", dpi=40)
+    file.seek(0)
+    pixels = image.imread(file, format="png")
+    assert (pixels[..., 3] == 1).all()
+    assert (pixels[0, :, :3] == 1).all()
 
 
 def test_many_classes():
@@ -586,4 +793,4 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert 'pip install "lgla-losses[plot]"' in run(code)
+    assert "pip install matplotlib" in run(code)

@@ -153,7 +153,7 @@ def test_the_counts_that_are_left_are_those_of_a_loss():
         (
             lambda: ClassBalancedSampler([0], power=math.nan),
             ValueError,
-            r"power: expected a number in -16\.\.16: 1 draws the classes as they are, .* got nan",
+            r"power: expected a number in -16\.\.16: 1 keeps the class frequencies, .* got nan",
         ),
         (lambda: ClassBalancedSampler([0], power=17), ValueError, "power: expected a number .* got 17"),
         (lambda: ClassBalancedSampler([0], power="sqrt"), TypeError, "power: expected a number"),
