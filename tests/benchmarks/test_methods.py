@@ -311,7 +311,9 @@ def test_the_page_says_what_the_records_hold(monkeypatch):
         "LDAM-DRW",
         *(m for m in results.methods if "softmax, " in m[:9]),
     ]
-    assert "LDAM-DRW is level ({:.1f} ± {:.1f})".format(*results.gain(linear, "LDAM-DRW", "plain", one)) in page
+    assert (
+        "LDAM-DRW is level ({:.1f} ± {:.1f})".format(*results.gain(linear, "LDAM-DRW", "plain", one)) in page
+    )
     assert all(sum(results.gain(linear, m, "plain", one)) < 0 for m in singles if m != "LDAM-DRW")
     assert f"With cosine heads LDAM-DRW is {gain('LDAM-DRW', one):.1f} ahead" in page
     focal = [gain("focal", "softmax", budget) for budget in (cosine, linear, long)]
@@ -333,7 +335,11 @@ def test_the_page_says_what_the_records_hold(monkeypatch):
     level = ["LGLA", "CLA", "logit adjustment x3, tau = 1.5", "SADE", "softmax x3"]
     largest = max(abs(gain(method, way="calibrated")) for method in level)
     assert f"are within {math.ceil(10 * largest) / 10} of balanced softmax" in page
-    for method, name in (("RIDE", "RIDE"), ("NCL", "NCL"), (f"{three}, twice the loss", "with the loss doubled")):
+    for method, name in (
+        ("RIDE", "RIDE"),
+        ("NCL", "NCL"),
+        (f"{three}, twice the loss", "with the loss doubled"),
+    ):
         assert "{} ({:.1f} ± {:.1f})".format(name, *results.gain(cosine, method, "calibrated")) in page
     for method in ("softmax x3", "RIDE", "SADE"):
         mean_gain, error = results.gain(linear, method, "calibrated")
