@@ -47,7 +47,7 @@ def installed(wheel, site):
     """The names in a wheel, and what says which engine it has."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-        names = archive.namelist()
+        names = [name for name in archive.namelist() if not name.endswith("/")]
     return names, run(sys.executable, "-P", "-c", ENGINE, env={"PYTHONPATH": str(site)}, cwd=site)
 
 
