@@ -269,7 +269,7 @@ def _group_index(
         raise TypeError(f"group_index: expected integers 0..G-1, got {index.dtype}")
     present = np.unique(index[rules.adjusted(counts).numpy()]).tolist()
     if index.min() < 0 or len(present) != int(index.max()) + 1:
-        besides = "" if rules == ClassRules() else " that has samples and is no background"
+        besides = "" if rules == ClassRules() else " that has samples and is not background"
         raise ValueError(
             f"group_index: expected groups 0..G-1 with a class in each{besides}, "
             f"got groups {reprlib.repr(present)}; {way_out}"

@@ -370,9 +370,7 @@ def test_a_state_of_other_options_is_an_error(name, saved, options, message):
 def test_a_state_of_another_background_names_the_options(saved, options):
     counts = [9, 90_000, 5, 3]
     state = LGLALoss(counts, **saved).state_dict()
-    with pytest.raises(
-        RuntimeError, match=r"arguments of the saved one .zero_counts and background"
-    ) as caught:
+    with pytest.raises(RuntimeError, match="zero_counts and background") as caught:
         LGLALoss(counts, **options).load_state_dict(state)
     assert "number them" not in str(caught.value)
 
