@@ -9,13 +9,16 @@ install scikit-learn
 import torch
 from torch import nn
 
-from lgla_losses import GroupConvExperts, LGLALoss
-from lgla_losses.data import long_tailed_counts, long_tailed_indices
-
 try:
     from sklearn.datasets import load_digits
+
+    from lgla_losses import GroupConvExperts, LGLALoss
+    from lgla_losses.data import long_tailed_counts, long_tailed_indices
 except ImportError as error:
-    raise SystemExit(f"plain_loop.py: error: {error}: pip install scikit-learn") from None
+    way_out = "pip install scikit-learn"
+    if error.name == "lgla_losses":
+        way_out = "run `pip install .` in the clone of lgla-losses"
+    raise SystemExit(f"plain_loop.py: error: {error}: {way_out}") from None
 
 torch.manual_seed(0)
 

@@ -48,7 +48,10 @@ except ImportError as error:
         raise
     parser = make_parser()
     parser.parse_known_args()  # which answers --help
-    parser.exit(2, f"{parser.prog}: error: {error}: pip install matplotlib scikit-learn tqdm rich\n")
+    way_out = "pip install matplotlib scikit-learn tqdm rich"
+    if error.name == "lgla_losses":
+        way_out = "run `pip install .` in the clone of lgla-losses"
+    parser.exit(2, f"{parser.prog}: error: {error}: {way_out}\n")
 
 NUM_CLASSES = 10
 LARGEST_CLASS = 150
@@ -281,8 +284,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
     check(options, parser)
-    # One thread is as fast as two for such small batches. On a busy machine two wait for each other.
-    torch.set_num_threads(1)
 
     class_counts = digit_counts(options.imbalance)
     accuracy: dict[str, list[Tensor]] = {method: [] for method in METHODS}
@@ -306,4 +307,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # One thread is as fast as two for such small batches. On a busy machine two wait for each other.
+    torch.set_num_threads(1)
     main()

@@ -61,8 +61,10 @@ except ImportError as error:
         raise
     parser = make_parser()
     parser.parse_known_args()  # answers --help
-    packages = "'transformers>=5' accelerate torchmetrics tqdm rich tensorboard"
-    parser.exit(2, f"{parser.prog}: error: {error}: pip install {packages}\n")
+    way_out = "pip install 'transformers>=5' accelerate torchmetrics tqdm rich tensorboard"
+    if error.name == "lgla_losses":
+        way_out = "run `pip install .` in the clone of lgla-losses"
+    parser.exit(2, f"{parser.prog}: error: {error}: {way_out}\n")
 
 SMALL_BERT = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
 

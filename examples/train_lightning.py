@@ -72,8 +72,10 @@ except ImportError as error:
         raise
     parser = make_parser()
     parser.parse_known_args()  # answers --help
-    packages = "'lightning>=2.4' torchmetrics tqdm rich tensorboard"
-    parser.exit(2, f"{parser.prog}: error: {error}: pip install {packages}\n")
+    way_out = "pip install 'lightning>=2.4' torchmetrics tqdm rich tensorboard"
+    if error.name == "lgla_losses":
+        way_out = "run `pip install .` in the clone of lgla-losses"
+    parser.exit(2, f"{parser.prog}: error: {error}: {way_out}\n")
 
 
 class LongTailedClassifier(LightningModule):

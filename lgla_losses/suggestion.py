@@ -45,8 +45,8 @@ def suggest(
     ============================== ================================================================
     what is known                  tau
     ============================== ================================================================
-    linear heads ``K - 1`` for any temperature: they do not follow the law a measured ``temperature`` ``K *
-    temperature - 1``, the temperature taken as 1 if it is
+    linear heads                   ``K - 1`` for any temperature: they do not follow the law
+    a measured ``temperature``     ``K * temperature - 1``, the temperature taken as 1 if it is
                                    lower and as 2 if it is higher
     label smoothing                ``K - 1``
     an underfit network            ``K - 1``

@@ -363,8 +363,8 @@ def _check_initialised(module: nn.Module) -> None:
         if parameter.is_floating_point() and not parameter.is_meta and parameter.isnan().any():
             layer = type(module.get_submodule(path.rpartition(".")[0])).__name__
             raise ValueError(
-                f"stage: parameter {path!r} of a {layer} is initialised by no reset_parameters(); pass an "
-                "init_fn= that sets it, or keep the weights with reset=False"
+                f"stage: parameter {path!r} of a {layer} is initialised by no reset_parameters(); "
+                "pass an init_fn= that sets it, or keep the weights of a module or a factory with reset=False"
             )
 
 

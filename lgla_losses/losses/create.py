@@ -98,10 +98,10 @@ def create_loss(name: str, class_counts: ArrayLike | None = None, **options: Unp
     ``"vs"``                     :class:`~lgla_losses.baselines.VSLoss`
     ``"ride"``                   :class:`~lgla_losses.baselines.RIDELoss` of K experts
     ``"ncl"``                    :class:`~lgla_losses.baselines.NCLLoss` of K experts
-    ``"sade"`` SADE's three experts: :class:`LGLALoss` with that adjustment, ``tau=2`` ``"sigmoid"``
-    :class:`~lgla_losses.baselines.SigmoidAdjustedLoss` ``"class_balanced_bce"``
-    :class:`~lgla_losses.baselines.ClassBalancedBCELoss` ============================
-    ========================================================================
+    ``"sade"``                   SADE's three experts: :class:`LGLALoss` with that adjustment, ``tau=2``
+    ``"sigmoid"``                :class:`~lgla_losses.baselines.SigmoidAdjustedLoss`
+    ``"class_balanced_bce"``     :class:`~lgla_losses.baselines.ClassBalancedBCELoss`
+    ============================ ========================================================================
 
     With ``num_experts`` and class counts ``"softmax"``, ``"balanced"`` and ``"logit"`` make an
     :class:`LGLALoss` with that adjustment, by default with ``aaw=False``.

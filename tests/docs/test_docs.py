@@ -39,6 +39,20 @@ def test_the_map_names_every_file():
     assert named == Counter([*files, *folders])
 
 
+def test_tables_in_docstrings_are_aligned():
+    """Three equal borders, and every row is blank between the columns; Sphinx needs minutes to say so."""
+    sources = [path.read_text() for path in (ROOT / "lgla_losses").rglob("*.py")]
+    tables = [t for source in sources for t in re.findall(r"(?:^ *=.*\n)(?:.*\S.*\n)*", source, re.MULTILINE)]
+    assert len(tables) > 1
+    for table in tables:
+        lines = table.splitlines()
+        gaps = [match.start() for match in re.finditer("(?<==) ", lines[0])]
+        assert gaps, table
+        assert [line for line in lines if "====" in line] == lines[:1] * 3, table
+        assert lines[-1] == lines[0], table
+        assert not any(line[gap : gap + 1].strip() for line in lines for gap in gaps), table
+
+
 def test_the_architecture_page_names_what_there_is():
     diagram = PAGE.partition("```text\n")[2].partition("```")[0]
     named = {*re.findall(r"`([\w./]+)`", PAGE), *re.findall(r"[A-Za-z_][\w./]*\w", diagram)}

@@ -50,6 +50,20 @@ def test_wrong_arguments_end_before_any_training(arguments, message):
     assert "Traceback" not in result.stderr
 
 
+def test_a_caller_of_main_keeps_its_threads(tmp_path, monkeypatch):
+    quickstart = load("examples/quickstart.py")
+    monkeypatch.setattr(
+        quickstart, "train", lambda method, *_: torch.ones(1 + quickstart.METHODS[method][0], 10)
+    )
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        quickstart.main(["--seeds", "1", "--output", str(tmp_path / "picture.png")])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 def test_lgla_gains_on_the_rarest_classes(device):
     """What the demo is there to show, on seeds that its table does not use."""

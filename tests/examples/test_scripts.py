@@ -35,15 +35,26 @@ MADE_OF_NOTHING = ("make_data",)  # but of torch and numpy
 #: Short ones, to be copied as they are.
 ALONE = ("quickstart", "plain_loop", "train_lightning", "train_hf_trainer")
 
-#: Runs a script where nothing but torch and numpy is installed.
-IN_A_CORE_INSTALL = """
-import runpy, sys
+#: Nothing but torch, numpy and the library is installed.
+CORE_INSTALL = """
 from importlib.metadata import packages_distributions
 
 CORE = {"torch", "numpy", "lgla-losses", "setuptools", "sympy", "networkx", "mpmath", "jinja2", "markupsafe"}
 CORE |= {"typing_extensions", "filelock", "fsspec"}
 EXTRA = {name for name, owners in packages_distributions().items() if not CORE & {o.lower() for o in owners}}
 EXTRA -= {"torchgen", "functorch", "triton"}  # the last is looked for, not imported
+"""
+#: All is installed but the library.
+NO_LIBRARY = """
+import sys
+sys.path.append("tests/helpers")
+import torchvision_shim
+EXTRA = {"lgla_losses"}
+"""
+
+#: Runs a script where the packages EXTRA are missing.
+WITHOUT = """
+import runpy, sys
 
 
 class Missing:
@@ -62,6 +73,7 @@ for sys.argv in ([script, "--help"], [script, *arguments]):
     except SystemExit as stopped:
         print("exit code", stopped.code)
 """
+IN_A_CORE_INSTALL, WITHOUT_THE_LIBRARY = CORE_INSTALL + WITHOUT, NO_LIBRARY + WITHOUT
 
 
 def run(name, *arguments, code=None):
@@ -141,6 +153,17 @@ def test_the_plain_loop_without_scikit_learn_says_what_to_install():
     assert not done.stderr
 
 
+@pytest.mark.parametrize("name", ALONE)
+def test_a_copied_script_without_the_library_says_how_to_install_it(name):
+    done = run(name, *["data"] * name.startswith("train"), code=WITHOUT_THE_LIBRARY)
+    told = f"{name}.py: error: No module named 'lgla_losses': run `pip install .` in the clone of lgla-losses"
+    if name == "plain_loop":  # it has no options
+        assert done.stdout.splitlines() == [f"exit code {told}"] * 2
+    else:
+        assert re.findall("exit code (.*)", done.stdout) == ["0", "2"]
+        assert done.stderr.splitlines() == [told]
+
+
 def test_a_package_that_is_too_old_is_named(capsys, monkeypatch):
     """Whether its import fails, as that of a name which it lacks, or not."""
     old = types.ModuleType("timm")
@@ -158,21 +181,21 @@ def test_a_package_that_is_too_old_is_named(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "package", "version", "oldest"),
+    ("name", "package", "version", "oldest", "others"),
     [
-        ("train_hf_trainer", "transformers", "4.57.1", "5"),
-        ("train_lightning", "lightning", "2.0.9.post0", "2.4"),
+        ("train_hf_trainer", "transformers", "4.57.1", "5", "accelerate torchmetrics tqdm rich tensorboard"),
+        ("train_lightning", "lightning", "2.0.9.post0", "2.4", "torchmetrics tqdm rich tensorboard"),
     ],
 )
-def test_a_framework_that_is_too_old_is_named(tmp_path, name, package, version, oldest):
+def test_a_framework_that_is_too_old_is_named(tmp_path, name, package, version, oldest, others):
     shadow = tmp_path / package / "__init__.py"
     shadow.parent.mkdir()
     shadow.write_text(f"__version__ = {version!r}\n")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); del sys.argv[0]; import runpy\n"
     done = run(name, "data", code=code + "runpy.run_path(sys.argv[0], run_name='__main__')")
     assert done.returncode == 2
-    told = f"expected {package} {oldest} or newer, got {version}: pip install '{package}>={oldest}'"
-    assert done.stderr.startswith(f"{name}.py: error: {told}")
+    told = f"expected {package} {oldest} or newer, got {version}: pip install '{package}>={oldest}' {others}"
+    assert done.stderr.splitlines() == [f"{name}.py: error: {told}"]
 
 
 def test_the_packages_are_those_of_the_extras():

@@ -575,7 +575,7 @@ CASES = {
     ),
     "layer without reset": (
         lambda: experts(stage=nn.Sequential(nn.Conv2d(2, 4, 3), NoReset())),
-        ValueError, "stage", "'1.scale'", "NoReset", "init_fn=", "reset=False",
+        ValueError, "stage", "'1.scale'", "NoReset", "init_fn=", "factory", "reset=False",
     ),
     "linear: sparse weight": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4).to_sparse(), torch.zeros(2).long()), TypeError, "weight", "dense", "weight.to_dense()"),
     "linear: bias of 8 bits": (lambda: LinearLGLALoss([3, 2])(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4), torch.zeros(2).long(), torch.zeros(3, 2).to(FLOAT8)), TypeError, "bias", "16 bits", "float8"),
