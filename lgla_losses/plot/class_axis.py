@@ -115,7 +115,7 @@ def class_axis(
         _write_names(axes, [names[j] for j in order.tolist()])
         axes.set_xlabel("class, the most frequent first")
     elif len(order) <= FEW_CLASSES:
-        longest = text_inches(axes.xaxis, str(order.max()))
+        longest = text_inches(axes.xaxis, f"{order.max()} ")
         every = math.ceil(len(order) * longest / axis_inches(axes.xaxis))
         axes.set_xticks(np.arange(1, len(order) + 1, every), [str(j) for j in order[::every].tolist()])
         axes.set_xlabel("class index, the most frequent first")
@@ -132,7 +132,7 @@ def _write_names(axes: Axes, names: Sequence[str]) -> None:
     """Write names level where all fit, else slanted, and leave out those that would touch the one before."""
     ranks = np.arange(1, len(names) + 1)
     places = _places(axes, ranks) * axis_inches(axes.xaxis)
-    longest = max(text_inches(axes.xaxis, name) for name in names)
+    longest = max(text_inches(axes.xaxis, name + " ") for name in names)
     if np.diff(places).min(initial=np.inf) > longest:
         axes.set_xticks(ranks, names)
         return

@@ -43,8 +43,8 @@ def letters(text: str) -> int:
 
 
 def text_inches(axis: Axis, text: str) -> float:
-    """Estimate the width of a text in the font of the ticks, with a gap to the next."""
-    return LETTER * (1 + letters(text)) * _font_inches(axis)
+    """Estimate the width of a text in the font of the ticks; add a space for a gap to the next."""
+    return LETTER * letters(text) * _font_inches(axis)
 
 
 def line_inches(axis: Axis) -> float:
@@ -95,7 +95,7 @@ class _LogTicks(Locator):
     def _fit(self, ticks: list[float], inches: float) -> bool:
         """Say whether the labels fit where the axis has so many inches for a factor of e."""
         if _is_horizontal(self.axis):
-            sizes = np.array([text_inches(self.axis, _label(tick)) for tick in ticks])
+            sizes = np.array([text_inches(self.axis, _label(tick) + " ") for tick in ticks])
         else:
             sizes = np.full(len(ticks), line_inches(self.axis))
         return bool(np.all(inches * np.diff(np.log(ticks)) >= (sizes[:-1] + sizes[1:]) / 2))
