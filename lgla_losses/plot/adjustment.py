@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import product
 
 import numpy as np
@@ -27,7 +27,7 @@ from lgla_losses.plot.ticks import plain_number, plain_numbers
 
 
 def plot_table(
-    adjuster: CLALogitAdjuster, *, names: Sequence[str] | None = None, ax: Axes | None = None
+    adjuster: CLALogitAdjuster, *, names: Iterable[str] | None = None, ax: Axes | None = None
 ) -> Axes:
     r"""Plot the adjustments :math:`T(k, j)` of the logits in training: one line for each expert.
 
@@ -75,7 +75,7 @@ def plot_margins(
     adjuster: CLALogitAdjuster,
     target_class: int,
     *,
-    names: Sequence[str] | None = None,
+    names: Iterable[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     r"""Plot the margins :math:`M(y, j, k)` of a class ``y`` over every rival ``j``: one line for each expert.

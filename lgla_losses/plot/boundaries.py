@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ def plot_boundaries(
     classes: ArrayLike,
     centres: ArrayLike | None = None,
     *,
-    names: Sequence[str] | None = None,
+    names: Iterable[str] | None = None,
     figure: Figure | None = None,
 ) -> Figure:
     r"""Plot where each class wins in training, with the adjustments and without: one panel for each expert.

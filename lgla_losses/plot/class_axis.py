@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from lgla_losses._checks import describe
 from lgla_losses.grouping import ClassGrouper
 from lgla_losses.plot.style import Numbers, ink, numbers
-from lgla_losses.plot.ticks import plain_numbers
+from lgla_losses.plot.ticks import axis_inches, letters, line_inches, plain_numbers, text_inches
 
 Indices = npt.NDArray[np.int64]
 
@@ -23,9 +22,8 @@ Indices = npt.NDArray[np.int64]
 FEW_CLASSES = 20
 #: A group of a smaller share of the classes would be a mere line: ranks then are logarithmic.
 VISIBLE_SHARE = 0.03
-#: Letters of a name that are shown, wide ones counted twice; inches of a number, a slanted name and a letter,
-#: with room for the legend that makes the axes narrower.
-NAME_LENGTH, TICK_INCHES, NAME_INCHES, LETTER_INCHES = 20, 0.22, 0.32, 0.085
+#: Letters of a name that are shown, wide ones counted twice.
+NAME_LENGTH = 20
 
 
 def by_frequency(grouper: ClassGrouper) -> tuple[Indices, Numbers, Indices]:
@@ -52,15 +50,23 @@ def refuse_classes_without_samples(name: str, classes: list[int], grouper: Class
             )
 
 
-def class_names(names: Sequence[str] | None, num_classes: int) -> list[str] | None:
+def class_names(names: Iterable[str] | None, num_classes: int) -> list[str] | None:
     """Check the caller's names of the classes, and shorten them."""
     if names is None:
         return None
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"names: expected the names of the classes, texts [C], got {describe(names)}")
-    if len(names) != num_classes:
-        raise ValueError(f"names: expected one for each of {num_classes} classes, got {len(names)}")
-    return [shortened(name) for name in names]
+    try:
+        given = None if isinstance(names, str) else list(names)
+    except TypeError:
+        given = None
+    if given is None or not all(isinstance(name, str) for name in given):
+        raise TypeError(
+            "names: expected the names of the classes, texts [C], "
+            f"got {describe(names if given is None else given)}; "
+            "pass them in the order of the class indices, as in dataset.classes"
+        )
+    if len(given) != num_classes:
+        raise ValueError(f"names: expected one for each of {num_classes} classes, got {len(given)}")
+    return [shortened(name) for name in given]
 
 
 def shortened(name: str) -> str:
@@ -70,19 +76,14 @@ def shortened(name: str) -> str:
         >>> shortened("European herring gull, second winter")
         'European h…nd winter'
     """
-    if _letters(name) > NAME_LENGTH:
+    if letters(name) > NAME_LENGTH:
         begin = end = name
-        while _letters(begin) > NAME_LENGTH // 2:
+        while letters(begin) > NAME_LENGTH // 2:
             begin = begin[:-1]
-        while _letters(end) >= NAME_LENGTH // 2:
+        while letters(end) >= NAME_LENGTH // 2:
             end = end[1:]
         name = f"{begin.rstrip()}…{end.lstrip()}"
     return name.replace("$", r"\$")
-
-
-def _letters(text: str) -> int:
-    """Count letters, and wide ones, as in Chinese, Japanese and Korean, twice."""
-    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text)
 
 
 def class_name(index: int, names: Sequence[str] | None) -> str:
@@ -114,7 +115,8 @@ def class_axis(
         _write_names(axes, [names[j] for j in order.tolist()])
         axes.set_xlabel("class, the most frequent first")
     elif len(order) <= FEW_CLASSES:
-        every = math.ceil(len(order) * TICK_INCHES / _inches(axes))
+        longest = text_inches(axes.xaxis, f"{order.max()} ")
+        every = math.ceil(len(order) * longest / axis_inches(axes.xaxis))
         axes.set_xticks(np.arange(1, len(order) + 1, every), [str(j) for j in order[::every].tolist()])
         axes.set_xlabel("class index, the most frequent first")
     elif is_log:
@@ -129,15 +131,16 @@ def class_axis(
 def _write_names(axes: Axes, names: Sequence[str]) -> None:
     """Write names level where all fit, else slanted, and leave out those that would touch the one before."""
     ranks = np.arange(1, len(names) + 1)
-    places = _places(axes, ranks) * _inches(axes)
-    longest = LETTER_INCHES * (1 + max(map(_letters, names)))
+    places = _places(axes, ranks) * axis_inches(axes.xaxis)
+    longest = max(text_inches(axes.xaxis, name + " ") for name in names)
     if np.diff(places).min(initial=np.inf) > longest:
         axes.set_xticks(ranks, names)
         return
 
+    distance = math.sqrt(2) * line_inches(axes.xaxis)
     shown = [0]
     for i in range(1, len(names)):
-        if places[i] - places[shown[-1]] >= NAME_INCHES:
+        if places[i] - places[shown[-1]] >= distance:
             shown.append(i)
     kept = [names[i] for i in shown]
     axes.set_xticks(ranks[shown], kept, rotation=45, ha="right", rotation_mode="anchor")
@@ -165,13 +168,14 @@ def mark_groups(axes: Axes, edges: Numbers, group: Indices) -> None:
             longest[g] = (low, high)
 
     for g, (low, high) in longest.items():
-        room = (high - low) * _inches(axes)
-        if room < 0.1 * len(str(g + 1)):
-            continue  # too narrow for its number
+        room = (high - low) * axis_inches(axes.xaxis)
+        fitting = [text for text in (f"group {g + 1}", str(g + 1)) if text_inches(axes.xaxis, text) <= room]
+        if not fitting:
+            continue
         axes.text(
             (low + high) / 2,
             0.985,
-            f"group {g + 1}" if room > 0.65 else str(g + 1),
+            fitting[0],
             transform=axes.transAxes,
             ha="center",
             va="top",
@@ -186,8 +190,3 @@ def _places(axes: Axes, values: Numbers | Indices) -> Numbers:
     to_axes = axes.transData + axes.transAxes.inverted()
     placed: Numbers = to_axes.transform(np.stack([values, np.ones_like(values)], axis=1))[:, 0]
     return placed
-
-
-def _inches(axes: Axes) -> float:
-    """Measure the width of the axes, before a layout makes room for legends."""
-    return float(axes.bbox.width / axes.figure.dpi)

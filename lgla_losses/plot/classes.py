@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from lgla_losses.plot.ticks import plain_number, plain_numbers
 MANY_CLASSES = 100
 
 
-def plot_groups(grouper: ClassGrouper, *, names: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
+def plot_groups(grouper: ClassGrouper, *, names: Iterable[str] | None = None, ax: Axes | None = None) -> Axes:
     r"""Plot the partition of the classes over their frequencies: one area for each group.
 
     The legend gives the number of classes and of samples of every group. The partition makes the samples as
@@ -96,7 +96,7 @@ def plot_weight_norms(
     weight: Tensor,
     class_counts: ArrayLike,
     *,
-    names: Sequence[str] | None = None,
+    names: Iterable[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Plot the L2 norms of the class weights of linear heads: one line for each expert, and their mean.
@@ -164,7 +164,7 @@ def plot_implied_prior(
     adjuster: CLALogitAdjuster,
     fusion: Tensor | Sequence[float] | None = None,
     *,
-    names: Sequence[str] | None = None,
+    names: Iterable[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Plot the class prior of the ensemble, beside that of the training data and the uniform one.

@@ -708,6 +708,12 @@ CASES = {
         lambda: plot.plot_table(LGLALoss(COUNTS)), TypeError, "adjuster: expected a CLALogitAdjuster", "got LGLALoss", "criterion.adjuster",
     ),
     "plot: adjuster as grouper": (lambda: plot.plot_groups(ADJUSTER), TypeError, "grouper: expected a ClassGrouper", "got CLALogitAdjuster"),
+    "plot: a number as names": (
+        lambda: plot.plot_groups(ADJUSTER.grouper, names=5), TypeError, "names: expected the names of the classes, texts [C]", "got 5 of type int", "order of the class indices", "dataset.classes",
+    ),
+    "plot: text as names": (lambda: plot.plot_table(ADJUSTER, names="abcd"), TypeError, "names: expected", "texts [C]", "got 'abcd' of type str", "dataset.classes"),
+    "plot: numbers of a generator as names": (lambda: plot.plot_table(ADJUSTER, names=(j for j in range(4))), TypeError, "names: expected", "got [0, 1, 2, 3]", "dataset.classes"),
+    "plot: too few names of a generator": (lambda: plot.plot_table(ADJUSTER, names=(name for name in "abc")), ValueError, "names: expected one for each of 4 classes", "got 3"),
     "plot: class out of range": (lambda: plot.plot_margins(ADJUSTER, 4), ValueError, "target_class: expected class indices 0..3", "got 4", "from 0"),
     "plot: class not an integer": (lambda: plot.plot_margins(ADJUSTER, 1.5), TypeError, "target_class: expected an integer", "got 1.5"),
     "plot: no rival": (lambda: plot.plot_margins(CLALogitAdjuster(ClassGrouper([1], 1)), 0), ValueError, "expected two classes or more", "got one"),

@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from reference import assert_raises
 from lgla_losses import CLALogitAdjuster, ClassGrouper, ExpertOutput, functional, plot
 from lgla_losses.metrics import ShotAccuracy
 from lgla_losses.plot import class_axis, style
+from lgla_losses.plot.ticks import plain_number, plain_numbers
 
 #: Classes and experts.
 SIZES = [(3, 2), (3, 3), (3, 4), (1000, 2), (1000, 3), (1000, 4), (1000, 5)]
@@ -393,6 +395,16 @@ def test_the_style_is_the_callers(name):
     assert "#000000" not in colors
 
 
+@pytest.mark.parametrize("name", [*single_panels(), *several_panels()])
+def test_figures_can_be_pickled(name):
+    figure = saved((single_panels() | several_panels())[name]())
+    copy = saved(pickle.loads(pickle.dumps(figure)))
+    for axes, again in zip(figure.axes, copy.axes, strict=True):
+        for labels in ("get_xticklabels", "get_yticklabels"):
+            texts = [[text.get_text() for text in getattr(of, labels)()] for of in (axes, again)]
+            assert texts[0] == texts[1]
+
+
 def test_lines_differ_in_more_than_colour():
     """Fourteen experts: each pair by line style or marker, whatever a printer makes of the colours."""
     axes = plot.plot_table(adjuster_of(1000, 15))
@@ -489,6 +501,10 @@ def test_classes_have_their_names(name):
     assert [label.get_text() for label in shown_ticks(axes)] == [r"a\$b\$", "emu", "hawk", "owl", "kite"]
     assert axes.get_xlabel() == "class, the most frequent first"
     saved(axes)
+    again = NAMED[name](adjuster, (each for each in names))
+    assert [label.get_text() for label in shown_ticks(again)] == [
+        label.get_text() for label in shown_ticks(axes)
+    ]
     assert_raises(lambda: NAMED[name](adjuster, [*names, "x"]), ValueError, "names", "5 classes, got 6")
     assert_raises(lambda: NAMED[name](adjuster, "abcde"), TypeError, "names", "texts [C]", "'abcde'")
 
@@ -539,6 +555,9 @@ EXTREME = {
     "one class": [1_234_567],
     "nearly equal": [1001, 1000, 999],
     "parts": [0.5, 0.05, 0.002],
+    "a billionth": [10**9, 300, 20, 1],
+    "nearly equal millions": [1_000_001, 1_000_000, 999_999],
+    "parts of a billion": [0.7, 3e-7, 1.5e-9],
 }
 
 
@@ -567,7 +586,75 @@ def test_ticks_of_extreme_counts_are_plain_and_do_not_touch(counts, width):
                     assert float(text.replace(",", "")) == pytest.approx(tick.get_loc(), rel=1e-3)
             boxes = [tick.label1.get_window_extent() for tick in shown]
             ends = sorted((box.get_points()[0][along], box.get_points()[1][along]) for box in boxes)
-            assert all(a[1] < b[0] for a, b in itertools.pairwise(ends)), [t.label1.get_text() for t in shown]
+            texts = [tick.label1.get_text() for tick in shown]
+            assert all(a[1] < b[0] for a, b in itertools.pairwise(ends)), texts
+            assert len(set(texts)) == len(texts), texts
+
+
+@pytest.mark.parametrize("middle", [1e-12, 1e-8, 1e-6, 1e-3, 0.1, 1.0, 1e6, 1e12])
+@pytest.mark.parametrize("ratio", [1.001, 1.2, 4, 30, 1e6])
+def test_labels_of_a_logarithmic_axis_are_true_and_differ(middle, ratio):
+    """The axis of the prior of a million classes for one: 1e-6, hardly more or less."""
+    axes = Figure().add_subplot()
+    axes.set(yscale="log", ylim=(middle / ratio, middle * ratio))
+    plain_numbers(axes.yaxis)
+    ticks = axes.get_yticks()
+    texts = [label.get_text() for label in axes.get_yticklabels()]
+    assert texts
+    assert len(set(texts)) == len(texts)
+    assert [float(text.replace(",", "")) for text in texts] == pytest.approx(ticks, rel=1e-9)
+
+
+def test_the_prior_of_a_million_classes_has_true_labels():
+    axes = plot.plot_implied_prior(CLALogitAdjuster(ClassGrouper([1] * 10**6, 2)))
+    axes.figure.draw_without_rendering()
+    texts = [label.get_text() for label in axes.get_yticklabels() if label.get_text()]
+    assert "0.000001" in texts
+    assert len(set(texts)) == len(texts)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (1.5e-8, "1.5e-08"),
+        (1.5e-6, "0.0000015"),
+        (1 / 3, "0.3333"),
+        (0.9999999, "1"),
+        (1, "1"),
+        (1234.5, "1,234.5"),
+        (12345678901.2, "12,345,678,901"),
+    ],
+)
+def test_numbers_are_plain(value, text):
+    assert plain_number(value) == text
+
+
+def test_ticks_know_the_size_of_their_letters():
+    """Also where it is chosen after drawing."""
+    axes = Figure(figsize=(10, 3)).add_subplot()
+    plot.plot_margins(adjuster_of(1000, 3), 5, ax=axes)
+    axes.tick_params(labelsize=24)
+    saved(axes)
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    boxes = [tick.label1.get_window_extent() for tick in ticks]
+    assert len(boxes) > 1
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize("size", [6, 24])
+@pytest.mark.parametrize("names", [None, ["an eagle owl", "a red kite", "a hen harrier", "an emu"] * 5])
+def test_names_and_indices_know_the_size_of_their_letters(size, names):
+    axes = Figure(figsize=(8.5, 5), layout="constrained").add_subplot()
+    axes.tick_params(labelsize=size)
+    plot.plot_table(adjuster_of(20, 3), names=names, ax=axes)
+    saved(axes)
+    labels = shown_ticks(axes)
+    assert len(labels) == 20 if size == 6 else 2 < len(labels) < 20
+    ends = [label.get_window_extent() for label in labels]
+    room = np.diff([box.x1 for box in ends]).min()
+    assert room > (max(box.width for box in ends) if names is None else 1.4 * size / 72 * axes.figure.dpi)
 
 
 def test_pictures_are_opaque_so_that_dark_pages_do_not_shine_through():
