@@ -234,8 +234,8 @@ def draw_methods(axes: Axes, accuracy: dict[str, Tensor], class_counts: list[int
     ):
         for row, (method, per_class) in enumerate(accuracy.items()):
             mean, deviation = mean_and_deviation(100 * per_class[:, 0, columns[column]].mean(-1))
-            look = {"fmt": marker, "color": method_color(method), "mfc": inside}
-            axes.errorbar(mean, row - above, xerr=deviation, **look)
+            tone = method_color(method)
+            axes.errorbar(mean, row - above, xerr=deviation, fmt=marker, color=tone, mfc=inside or tone)
         axes.plot([], [], marker, color=ink(axes), mfc=inside or ink(axes), label=label)  # for the legend
     axes.set(title="Accuracy of each method", xlabel="accuracy (%)", ylim=(len(accuracy) - 0.4, -0.6))
     axes.set_yticks(range(len(accuracy)), accuracy)
