@@ -205,7 +205,7 @@ def draw(results: Results, path: Path) -> None:
     panels[0].set_yticks(range(len(methods)), [method.replace(", ", ",\n", 1) for method in methods])
     panels[0].set(xlim=(FARTHEST - 0.3, 2), ylim=(len(methods) - 0.5, -0.5))
     panels[0].set_xticks(range(FARTHEST, 3, 2))
-    looks = {
+    looks: dict[str, dict[str, Any]] = {
         "calibrated": {"marker": "o"},
         "plain": {"marker": "o", "mfc": "white"},
         f"more than {-FARTHEST} points behind": {"marker": "<"},
