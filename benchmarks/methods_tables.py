@@ -176,28 +176,53 @@ def all_of(results: Results) -> str:
     return "\n\n".join([*parts, "cost", costs(results)])
 
 
+def color(method: str) -> str:
+    """Give the colour of a method's family; methods of other families are black."""
+    from lgla_losses.plot.style import METHODS
+
+    colors = METHODS | {"CLA": METHODS["LGLA"]}
+    return next((colors[family] for family in colors if method.startswith(family)), "black")
+
+
 def draw(results: Results, path: Path) -> None:
     """Draw the differences from the yardstick with two standard errors: a panel a budget."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     budgets = [budget for budget in BUDGETS if results.compared(budget)]
-    methods = [method for method in reversed(results.methods) if method != YARDSTICK]
-    figure = Figure(figsize=(3.6 * len(budgets) + 2.5, 6.5), layout="constrained")
+    methods = [method for method in results.methods if method != YARDSTICK]
+    figure = Figure(figsize=(9, 9.2), layout="constrained")  # its text can be read at 800 pixels
     panels = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
     for panel, budget in zip(panels, budgets, strict=True):
-        compared = [place for place, method in enumerate(methods) if method in results.compared(budget)]
-        for way, shape, offset in (("plain", "o", 0.15), ("calibrated", "s", -0.15)):
-            found = {place + offset: results.gain(budget, methods[place], way) for place in compared}
-            near = {place: gain for place, gain in found.items() if gain[0] > FARTHEST}
-            means, bars = [mean for mean, _ in near.values()], [2 * error for _, error in near.values()]
-            line = panel.errorbar(means, list(near), xerr=bars, fmt=shape, markersize=4, label=way)[0]
-            # What is far behind would squeeze the others: an arrow stands at the edge.
-            far = [place for place in found if place not in near]
-            panel.plot([FARTHEST] * len(far), far, "<", color=line.get_color(), markersize=5)
-        panel.axvline(0, color="grey", linewidth=0.8)
-        panel.set_title(budget_name(results, budget), fontsize=10)
-    panels[0].set_yticks(range(len(methods)), methods, fontsize=8)
-    panels[0].set_xlim(FARTHEST - 0.2, 2)
-    panels[0].legend(loc="lower left", fontsize=8)
-    figure.supxlabel(f"balanced accuracy in points, less that of {YARDSTICK}", fontsize=9)
-    figure.savefig(path, dpi=110)
+        compared = results.compared(budget)
+        for row, method in enumerate(methods):
+            for way, below in (("plain", -0.15), ("calibrated", 0.15)):
+                if method in compared:
+                    _mark(panel, row + below, results.gain(budget, method, way), method, way)
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.grid(axis="y", alpha=0.4)
+        panel.set_title(budget_name(results, budget).replace(", ", "\n"), fontsize=11)
+    panels[0].set_yticks(range(len(methods)), [method.replace(", ", ",\n", 1) for method in methods])
+    panels[0].set(xlim=(FARTHEST - 0.3, 2), ylim=(len(methods) - 0.5, -0.5))
+    panels[0].set_xticks(range(FARTHEST, 3, 2))
+    looks: dict[str, dict[str, Any]] = {
+        "calibrated": {"marker": "o"},
+        "plain": {"marker": "o", "mfc": "white"},
+        f"more than {-FARTHEST} points behind": {"marker": "<"},
+    }
+    handles = [
+        Line2D([], [], color="black", linestyle="", label=name, **look) for name, look in looks.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.supxlabel(f"balanced accuracy in points, less that of {YARDSTICK}", fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def _mark(panel: Any, place: float, gain: tuple[float, float], method: str, way: str) -> None:
+    """Draw a difference with two standard errors; far behind it would squeeze the others, and is an arrow."""
+    mean, error = gain
+    look = {"color": color(method), "mfc": color(method) if way == "calibrated" else "white", "markersize": 5}
+    if mean > FARTHEST:
+        panel.errorbar(mean, place, xerr=2 * error, fmt="o", **look)
+    else:
+        panel.plot(FARTHEST, place, "<", **look)

@@ -298,24 +298,35 @@ def estimate_table(record: Record) -> str:
 
 
 def draw(runs: dict[str, Run], path: Path) -> None:
-    """Draw reliability, and accuracy over the exponent: a row a data set."""
+    """Draw reliability, and accuracy over the exponent: a row a data set, and a legend above each column."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     from lgla_losses.plot import plot_prior_shift, plot_reliability
 
-    # Between the panels there is room for labels and legends.
-    layout = ConstrainedLayoutEngine(wspace=0.12)
-    figure = Figure(figsize=(12, 3 * len(runs)), layout=layout)
-    panels = figure.subplots(len(runs), 2, squeeze=False)
+    # Its text can be read at 800 pixels.
+    figure = Figure(figsize=(9, 1.2 + 2.7 * len(runs)), layout=ConstrainedLayoutEngine(hspace=0.06))
+    panels = figure.subplots(len(runs), 2, sharex="col", squeeze=False, width_ratios=(1, 1.7))
     for (name, run), (left, right) in zip(runs.items(), panels, strict=True):
         calibration, logits, target = calibrate(run), run["test_logits"], run["test_target"]
         predictions = {"plain mean": logits.softmax(1), "calibrated": calibration.probabilities(logits)}
         plot_reliability(predictions, target, average="classes", ax=left)
         plot_prior_shift(logits, target, run["class_counts"], calibration=calibration, ax=right)
-        left.set_title(name)
-        right.set_title(name)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+        errors = [scores_of(probabilities, target)["ece"] for probabilities in predictions.values()]
+        left.set_title(f"{name}\ncalibration error: {errors[0]:.1f} → {errors[1]:.1f} %", fontsize=10)
+        found = f"finds s = {calibration.exponent:.2f}" if calibration.used else "is not used"
+        right.set_title(f"{name}\ncalibration {found}", fontsize=10)
+    for column in panels.T:
+        # Not every data set has few-shot classes. What a label says of one data set alone is in its title.
+        handles, labels = max((axes.get_legend_handles_labels() for axes in column), key=lambda h: len(h[1]))
+        names = [label if "as they are" in label else label.partition(":")[0] for label in labels]
+        look = {"ncols": 2, "frameon": False, "handlelength": 3.0}
+        for axes in column:
+            axes.get_legend().remove()
+        column[0].legend(handles, names, loc="lower center", bbox_to_anchor=(0.5, 1.22), **look)
+        for axes in column[:-1]:
+            axes.set_xlabel("")
+    figure.savefig(path, dpi=150)
 
 
 def main(arguments: list[str] | None = None) -> None:

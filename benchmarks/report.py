@@ -347,21 +347,23 @@ def _text(row: Row, quantity: str) -> str:
     return _percent(row[quantity]) if quantity == "share_of_limit" else _figure(row[quantity])
 
 
-#: C0 to C5 are the colours of lgla_losses.plot; its blues and greens are ours.
-_COLOURS = {
-    "LGLALoss": "C0",
-    "LinearLGLALoss": "C0",
-    "LGLALoss, compiled": "C5",
-    "LinearLGLALoss, compiled": "C5",
-    "LGLALoss, reference": "C2",
-    "head + LGLALoss": "C2",
-    "LGLALoss, fused": "#00614a",
-    "plain loop, compiled": "C1",
-    "paper's formula": "C3",
-    "F.linear_cross_entropy": "C3",
-    "liger-kernel": "C4",
-    "cut-cross-entropy": "#F0E442",
-    CLONE: "#999999",
+#: Hatches of the bars, first of ours, then of others. All bars of a picture have another colour or hatch.
+_OURS = {
+    "LGLALoss": "",
+    "LinearLGLALoss": "",
+    "LGLALoss, compiled": "///",
+    "LinearLGLALoss, compiled": "///",
+    "LGLALoss, reference": "...",
+    "head + LGLALoss": "...",
+    "LGLALoss, fused": "xxx",
+}
+_OTHERS = {
+    "plain loop, compiled": "///",
+    "paper's formula": "...",
+    "F.linear_cross_entropy": "...",
+    "liger-kernel": "xxx",
+    "cut-cross-entropy": "---",
+    CLONE: "",
 }
 
 
@@ -383,12 +385,10 @@ def rows_to_draw(record: Record) -> list[Row]:
 def plot(record: Record, path: Path) -> None:
     """Forward + backward beside the plain loop: a panel a suite and dtype, down is faster."""
     import matplotlib as mpl
-    from matplotlib.rcsetup import cycler
 
-    from lgla_losses.plot.style import COLORS
+    from lgla_losses.plot.style import METHODS, REFERENCE
 
     mpl.use("agg")
-    mpl.rcParams["axes.prop_cycle"] = cycler(color=COLORS)
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -396,12 +396,12 @@ def plot(record: Record, path: Path) -> None:
     where = " on the device" if record["kind"] == "cuda" else ""
     panels = list(dict.fromkeys((row["suite"], row["dtype"]) for row in rows))
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(11, 3.6 * len(panels)), layout="constrained", squeeze=False
+        len(panels), 1, figsize=(9, 4.6 * len(panels)), layout="constrained", squeeze=False
     )
     for axis, (suite, dtype) in zip(axes[:, 0], panels, strict=True):
         here = [row for row in rows if (row["suite"], row["dtype"]) == (suite, dtype)]
         shapes = list(dict.fromkeys(row["shape"] for row in here))
-        names = [name for name in _COLOURS if any(row["column"] == name for row in here)]
+        names = [name for name in _OURS | _OTHERS if any(row["column"] == name for row in here)]
         width = 0.84 / len(names)
         for place, name in enumerate(names):
             of_shape = {row["shape"]: row["ratio_to_plain"] for row in here if row["column"] == name}
@@ -411,7 +411,10 @@ def plot(record: Record, path: Path) -> None:
                 [ratio - 1 for ratio in of_shape.values()],
                 width=0.92 * width,
                 bottom=1,
-                color=_COLOURS[name],
+                color=METHODS["LGLA"] if name in _OURS else REFERENCE,
+                hatch=(_OURS | _OTHERS)[name],
+                edgecolor="white",
+                linewidth=0,
                 label=name,
             )
             for bar, ratio in zip(bars, of_shape.values(), strict=True):
@@ -422,7 +425,8 @@ def plot(record: Record, path: Path) -> None:
                     textcoords="offset points",
                     ha="center",
                     va="bottom" if ratio >= 1 else "top",
-                    fontsize=6.5,
+                    rotation=90,
+                    fontsize=8,
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
                 )
         floors = [
@@ -443,15 +447,16 @@ def plot(record: Record, path: Path) -> None:
         )
         axis.axhline(1, color="black", linewidth=1)
         axis.set_yscale("log")
-        axis.margins(y=0.12)
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.margins(y=0.16)
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_xticks(range(len(shapes)), [shape.replace(" ", "\n", 1) for shape in shapes])
         axis.set_xlabel("size: samples x experts x classes")
         axis.set_ylabel("time / time of the plain loop")
-        axis.set_title(f"{suite}, {dtype}: forward + backward{where} (1 = plain loop, lower is faster)")
-        axis.legend(fontsize=7, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.27))
+        axis.set_title(f"{suite}, {dtype}: forward + backward{where}, lower is faster")
+        axis.legend(fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.24), frameon=False)
     figure.suptitle(f"{record['device']}, threads: {record['threads']}, torch {record['torch']}")
     figure.savefig(path, dpi=130)
     plt.close(figure)

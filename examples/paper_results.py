@@ -42,10 +42,11 @@ with needs("plot", make_parser, __name__):
     import numpy as np
     from matplotlib.figure import Figure
 
+    from lgla_losses import suggest
     from lgla_losses.data import long_tailed_counts, long_tailed_indices
     from lgla_losses.label_shift import estimate_prior, shift_prior
     from lgla_losses.plot import fusion_sweep, plot_fusion_sweep, plot_weight_norms
-    from lgla_losses.plot.style import HATCHES, METHODS
+    from lgla_losses.plot.style import METHODS
 
     mpl.use("Agg")
 
@@ -58,13 +59,22 @@ SMOOTHING = 3.0  # of the prior that is fitted to a test set
 SPLITS = ("all", "many", "medium", "few")
 #: Their names in a record.
 COLUMNS = ("balanced", *SPLITS[1:])
-#: Colors by the first word of a method; CLA is LGLA without its weights. Hatches tell the bars apart.
+#: Colors by the first word of a method; CLA is LGLA without its weights.
 COLORS = {
     "Softmax": METHODS["softmax"],
     "BALMS": METHODS["balanced softmax"],
     "CLA": METHODS["LGLA"],
     "LGLA": METHODS["LGLA"],
     "Ours": METHODS["LGLA"],
+}
+#: They tell the bars of one color apart, and all bars without color.
+METHOD_HATCHES = {
+    "BALMS x1": "---",
+    "BALMS x3": "...",
+    "BALMS x3 + AAW": "///",
+    "CLA": "\\\\\\",
+    "LGLA": "xxx",
+    "LGLA, tau = K - 1": "|||",
 }
 
 
@@ -76,9 +86,34 @@ def cell_text(score: dict[str, float | None] | None) -> str:
     return f"{score['mean']:.1f}" + ("" if deviation is None else f"\u00a0±\u00a0{deviation:.1f}")
 
 
-def label(record: dict[str, Any]) -> str:
-    """The method, and what else distinguishes the cell."""
-    return record["row"] if record["column"] in (None, "accuracy") else f"{record['row']}, {record['column']}"
+def labels(records: list[dict[str, Any]]) -> list[str]:
+    """The methods, and what else distinguishes the cells: tau where there are several."""
+    taus = [tau_of(record) for record in records]
+    several = len({*taus} - {None}) > 1
+    return [
+        f"{record['row']}, {record['column']}"
+        if record["column"] not in (None, "accuracy")
+        else f"{record['row']}, tau = {tau:g}"
+        if several and tau is not None
+        else record["row"]
+        for record, tau in zip(records, taus, strict=True)
+    ]
+
+
+def tau_of(record: dict[str, Any]) -> float | None:
+    """The tau of LGLA and CLA; None for other methods."""
+    said = record["configuration"]
+    if said["adjustment"] != "lgla":
+        return None
+    tau: float | None = said["tau"]
+    return suggest(said["num_experts"]).tau if tau is None else tau
+
+
+def hatch(record: dict[str, Any]) -> str:
+    """The hatch of a method's bars, the same in every picture."""
+    tau = tau_of(record)
+    uniform = tau is not None and tau == record["configuration"]["num_experts"] - 1
+    return METHOD_HATCHES.get(record["row"] + (", tau = K - 1" if uniform else ""), "")
 
 
 def cells_table(records: list[dict[str, Any]]) -> str:
@@ -86,7 +121,7 @@ def cells_table(records: list[dict[str, Any]]) -> str:
     scores = [[record["summary"]["final"].get(column) for column in COLUMNS] for record in records]
     best = [cell_text(record["summary"]["best"]["balanced"]) for record in records]
     columns = {
-        "method": [label(record) for record in records],
+        "method": labels(records),
         **dict(
             zip(SPLITS, ([cell_text(s) for s in column] for column in zip(*scores, strict=True)), strict=True)
         ),
@@ -118,7 +153,8 @@ def protocol_text(records: list[dict[str, Any]]) -> list[str]:
     found: dict[str, list[str]] = {}
     for record in records:
         if record["paper"] is not None:
-            found.setdefault(record["protocol"], []).append(label(record))
+            (name,) = labels([record])  # the paper's number is of the paper's tau
+            found.setdefault(record["protocol"], []).append(name)
     told = [
         f"{', '.join(rows)}: {protocol}" if i else protocol
         for i, (protocol, rows) in enumerate(found.items())
@@ -316,16 +352,16 @@ def draw_cells(records: list[dict[str, Any]], title: str, path: Path) -> None:
     figure = Figure(figsize=(8.5, 4.2), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     width = 0.85 / len(records)
-    for i, (record, final) in enumerate(zip(records, finals, strict=True)):
+    for i, (record, label, final) in enumerate(zip(records, labels(records), finals, strict=True)):
         scores = [final.get(column) or {"mean": 0.0, "deviation": None} for column in splits]
         places = np.arange(len(splits)) + width * (i - (len(records) - 1) / 2)
         axes.bar(
             places,
             [score["mean"] for score in scores],
             width,
-            label=label(record),
+            label=label,
             color=COLORS[record["row"].split()[0]],
-            hatch=HATCHES[i % len(HATCHES)],
+            hatch=hatch(record),
             edgecolor="white",
             linewidth=0.5,
         )

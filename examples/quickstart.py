@@ -43,6 +43,7 @@ try:
     from lgla_losses import ClassGrouper, ExpertOutput, GroupConvExperts, LGLALoss
     from lgla_losses.data import long_tailed_counts
     from lgla_losses.plot.style import COLORS, color, ink, line_styles
+    from lgla_losses.plot.style import METHODS as METHOD_COLORS
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -221,29 +222,39 @@ def draw_images(axes: Axes, class_counts: list[int]) -> None:
     axes.legend()
 
 
+def method_color(method: str) -> str:
+    """Give the color of a method; CLA is LGLA without its weights, and has the same."""
+    names = {"softmax": "softmax", "balanced": "balanced softmax", "lgla": "LGLA"}
+    return METHOD_COLORS[names[METHODS[method][1]["adjustment"]]]
+
+
 def draw_methods(axes: Axes, accuracy: dict[str, Tensor], class_counts: list[int]) -> None:
-    """Draw the accuracy of all digits and of the rarest: a row for each method, without colors."""
-    rows = np.arange(len(accuracy))
+    """Draw the accuracy of all digits and of the rarest: a row for each method, in its color."""
     columns = shot_columns(class_counts)
-    for column, label, marker, fill, above in (
+    for column, label, marker, inside, above in (
         ("balanced", "all digits", "o", "white", 0.1),
-        ("3 rarest", "3 rarest digits", "D", "black", -0.1),
+        ("3 rarest", "3 rarest digits", "D", None, -0.1),
     ):
-        scores = [100 * per_class[:, 0, columns[column]].mean(-1) for per_class in accuracy.values()]
-        mean, deviation = mean_and_deviation(torch.stack(scores, dim=1))
-        axes.errorbar(mean, rows - above, xerr=deviation, fmt=marker, color="black", mfc=fill, label=label)
-    axes.set(title="Accuracy of each method", xlabel="accuracy (%)", ylim=(len(rows) - 0.4, -0.6))
-    axes.set_yticks(rows, accuracy)
+        for row, (method, per_class) in enumerate(accuracy.items()):
+            mean, deviation = mean_and_deviation(100 * per_class[:, 0, columns[column]].mean(-1))
+            tone = method_color(method)
+            axes.errorbar(mean, row - above, xerr=deviation, fmt=marker, color=tone, mfc=inside or tone)
+        axes.plot([], [], marker, color=ink(axes), mfc=inside or ink(axes), label=label)  # for the legend
+    axes.set(title="Accuracy of each method", xlabel="accuracy (%)", ylim=(len(accuracy) - 0.4, -0.6))
+    axes.set_yticks(range(len(accuracy)), accuracy)
     axes.grid(axis="y", alpha=0.4)
     axes.legend(loc="lower left")
 
 
 def draw_experts(axes: Axes, per_class: Tensor) -> None:
-    """Draw what each expert is good at; a local one has the color of its group, the global one is black."""
+    """Draw what each expert is good at; a local one has the color of its group, the others are black."""
     mean, deviation = mean_and_deviation(100 * per_class[:, [1, 2, 3, 0]])
     names = ("local expert, head group", "local expert, tail group", "global expert", "ensemble")
     colors = (*COLORS[:2], ink(axes))
-    for k, look in enumerate(line_styles(axes, names, NUM_CLASSES, colors)):
+    looks = line_styles(axes, names, NUM_CLASSES, colors)
+    looks[2] |= {"linewidth": 1.3, "markersize": 6, "mfc": "white"}  # apart from the ensemble, also black
+    looks[3] |= {"linewidth": 2.6, "markersize": 7}
+    for k, look in enumerate(looks):
         digits = np.arange(NUM_CLASSES) + 0.08 * (k - 1.5)  # side by side, for the bars
         axes.errorbar(digits, mean[k], yerr=deviation[k], elinewidth=1.0, **look)
     axes.set(title="LGLA: what each expert is good at", xticks=range(NUM_CLASSES), ylim=(0, 108))

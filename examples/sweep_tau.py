@@ -48,10 +48,11 @@ with needs("examples", make_parser, __name__):
 
     from lgla_losses import count_classes
     from lgla_losses.data import read_npz
-    from lgla_losses.plot.style import COLORS
+    from lgla_losses.plot.style import LINES, MARKERS, METHODS
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.colors import LinearSegmentedColormap
 
 
 def read_split(path: Path) -> Split:
@@ -90,22 +91,26 @@ def measure(num_experts: int, tau: float, split: Split, epochs: int) -> dict[str
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Draw accuracy and slope by tau / (K - 1), one line per K."""
-    figure, panels = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    """Draw accuracy and slope by tau / (K - 1), a line for each K: the larger, the darker."""
+    figure, panels = plt.subplots(3, 1, figsize=(9, 10), sharex=True, layout="constrained")
+    tones = LinearSegmentedColormap.from_list("LGLA", ["#BBAEE6", METHODS["LGLA"], "black"])
+    shades = tones(np.linspace(0, 0.9, len(record["experts"])))
     titles = {
         "balanced": "balanced accuracy (%)",
         "rarest": "accuracy of the three rarest classes (%)",
         "slope": "lean to the head (slope over log n)",
     }
     for axes, (column, title) in zip(panels, titles.items(), strict=True):
-        for num_experts, color in zip(record["experts"], ["black", *COLORS], strict=False):
+        for k, num_experts in enumerate(record["experts"]):
             cells = [cell for cell in record["cells"] if cell["experts"] == num_experts]
             ratios = [cell["ratio"] for cell in cells]
             means = [statistics.mean(cell[column]) for cell in cells]
-            axes.plot(ratios, means, "o-", color=color, label=f"K = {num_experts}", markersize=4)
-        axes.set(title=title, xlabel="tau / (K - 1)")
+            look = {"linestyle": ["solid", *LINES][k % 6], "marker": MARKERS[k % len(MARKERS)]}
+            axes.plot(ratios, means, color=shades[k], label=f"K = {num_experts}", **look)
+        axes.set_title(title)
         axes.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
-        axes.legend()
+    panels[-1].set_xlabel("tau / (K - 1)")
+    panels[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, handlelength=3.5)
     panels[2].axhline(0.0, color="grey", linewidth=0.8, linestyle=":")
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
     plt.close(figure)

@@ -79,7 +79,7 @@ def _bars(axes: Axes, results: Results, score: str) -> None:
         mean = statistics.mean(seeds)
         axes.barh(place, mean, height=0.8, color=fill)
         axes.plot([min(seeds), max(seeds)], [place, place], color="black", linewidth=1.4, marker="|")
-        axes.text(max(seeds) + 2, place, f"{mean:.1f}", va="center")
+        axes.text(max(seeds) + 2, place, f"{mean:.0f}", va="center")
     axes.set_yticks(PLACES, [name for _, name, _ in ROWS])
     axes.set(xlim=(0, 80), ylim=(PLACES[-1] + 0.6, -1.0))
     axes.set_xticks([0, 20, 40, 60])
@@ -107,7 +107,7 @@ def _adjustments(axes: Axes, adjuster: CLALogitAdjuster) -> None:
     axes.set_xlabel("classes, from frequent to rare")
     for place, text, ink in (
         ((42, 0.5), "local expert 1: group 1", color(0)),
-        ((42, -1.5), "local expert 2: group 2", "#8F6200"),
+        ((68.5, -7.05), "local expert 2:\ngroup 2", "#8F6200"),
         ((4, -9.5), "global expert:\nall classes", "black"),
     ):
         axes.text(*place, text, color=ink, fontweight="bold", fontsize=9.5)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lgla_losses._checks import one_of, positive_int
 from lgla_losses._scores import AVERAGES, check_predictions, label_weights, score_sums, scores
 from lgla_losses.plot.canvas import given_axes
-from lgla_losses.plot.style import METHODS, REFERENCE, legend, line_styles, numbers
+from lgla_losses.plot.style import REFERENCE, legend, line_styles, numbers
 
 
 def plot_reliability(
@@ -67,9 +67,9 @@ def plot_reliability(
 
     axes = given_axes(ax)
     axes.set_box_aspect(1)
-    axes.plot([0, 100], [0, 100], color=REFERENCE, linewidth=1.5, label="perfect calibration")
+    axes.plot([0, 100], [0, 100], color=REFERENCE, linewidth=1.0, label="perfect calibration")
     edges = np.linspace(0, 100, bins + 1)
-    styles = line_styles(axes, list(sums), bins, list(METHODS.values())[1:])
+    styles = line_styles(axes, list(sums), bins, [REFERENCE])
     for (name, of_bins), style in zip(sums.items(), styles, strict=True):
         weights = label_weights(of_bins, average)
         share, correct, confidence = (

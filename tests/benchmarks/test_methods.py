@@ -116,6 +116,21 @@ def test_units_that_are_kept_are_not_repeated_and_tables_and_picture_are_made(
     assert not (units / unit.file).exists()
 
 
+def test_a_method_has_the_colour_of_its_family_in_every_picture(script):
+    from methods_tables import color
+
+    from lgla_losses.plot.style import METHODS
+
+    families = {
+        "softmax": ["softmax", "softmax x3", "softmax, cRT"],
+        "balanced softmax": ["balanced softmax", "balanced softmax x3, twice the loss"],
+        "LGLA": ["LGLA", "LGLA, input dropout", "CLA"],
+    }
+    for family, names in families.items():
+        assert {color(name) for name in names} == {METHODS[family]}
+    assert {color(name) for name in ("class-balanced", "logit adjustment x3, tau = 1.5", "NCL")} == {"black"}
+
+
 def test_networks_side_by_side_are_what_each_is_alone(script):
     """In a group or alone a method gives the same network."""
     from real_data import split_of

@@ -5,7 +5,10 @@ import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from scripts import ROOT, load
+
+from lgla_losses.plot.style import COLORS, METHODS
 
 
 def run(*arguments):
@@ -62,6 +65,22 @@ def test_a_caller_of_main_keeps_its_threads(tmp_path, monkeypatch):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_its_picture_has_the_colours_of_all_pictures():
+    """A method and an expert have a colour; the global expert and the ensemble, both black, look apart."""
+    quickstart = load("examples/quickstart.py")
+    accuracy = {name: torch.rand(2, 1 + experts, 10) for name, (experts, _) in quickstart.METHODS.items()}
+    methods, experts = Figure().subplots(1, 2)
+    quickstart.draw_methods(methods, accuracy, quickstart.digit_counts(50.0))
+    colors = [bars.lines[0].get_color() for bars in methods.containers]
+    softmax, balanced, lgla = METHODS.values()
+    assert colors == 2 * [softmax, balanced, softmax, balanced, lgla, lgla]
+    quickstart.draw_experts(experts, accuracy["LGLA"])
+    lines = [bars.lines[0] for bars in experts.containers]
+    assert [line.get_color() for line in lines] == [*COLORS[:2], "black", "black"]
+    assert lines[2].get_markerfacecolor() == "white" != lines[3].get_markerfacecolor()
+    assert lines[2].get_linewidth() < lines[3].get_linewidth()
 
 
 @pytest.mark.slow

@@ -578,11 +578,13 @@ def test_the_results_pages_are_made_of_the_records():
     assert {path.stem for path in folder.glob("*.json")} <= shown
 
 
-def record_of(row, column="accuracy", seeds=2, paper=None, **final):
+def record_of(row, column="accuracy", seeds=2, paper=None, tau=None, **final):
     scores = {split: {"mean": mean, "deviation": 1.0 if seeds > 1 else None} for split, mean in final.items()}
     summary = {"final": scores, "best": {"balanced": scores["balanced"]}}
     said = {"row": row, "column": column, "paper": paper, "protocol": "CIFAR-100-LT"}
-    return said | {"summary": summary, "runs": seeds * [None]}
+    adjustment = "lgla" if row in ("CLA", "LGLA") else "balanced"
+    configuration = {"adjustment": adjustment, "num_experts": 3, "tau": tau}
+    return said | {"summary": summary, "runs": seeds * [None], "configuration": configuration}
 
 
 def test_a_table_says_which_of_the_papers_numbers_are_with_strong_augmentation():
@@ -599,6 +601,18 @@ def test_a_table_leaves_out_what_no_row_has():
     assert paper_results.cells_table(records).endswith("One seed.")
     records[0]["summary"]["best"]["balanced"] = {"mean": 51.0, "deviation": None}
     assert "| few | best epoch |" in paper_results.cells_table(records)
+
+
+def test_rows_name_tau_where_there_are_several_and_a_method_has_its_hatch_everywhere():
+    rows = [("BALMS x3", None, None), ("CLA", None, 3.0), ("LGLA", None, 3.0), ("LGLA", "tau = K - 1", 2.0)]
+    records = [record_of(row, column, tau=tau, balanced=50.0) for row, column, tau in rows]
+    assert paper_results.labels(records) == ["BALMS x3", "CLA, tau = 3", "LGLA, tau = 3", "LGLA, tau = K - 1"]
+    assert paper_results.labels(records[:3]) == ["BALMS x3", "CLA", "LGLA"]
+    records[2]["configuration"]["tau"] = None
+    assert paper_results.labels(records[2:])[0] == "LGLA, tau = 2.5"
+    hatches = [paper_results.hatch(record) for record in records]
+    assert len(set(hatches)) == 4
+    assert paper_results.hatch(record_of("LGLA", "tau = 2", tau=2.0, balanced=50.0)) == hatches[3]
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

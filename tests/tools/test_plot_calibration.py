@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lgla_losses import ExpertOutput, plot
 from lgla_losses.calibration import fit
 from lgla_losses.metrics import ProbabilityScores, ShotAccuracy
+from lgla_losses.plot.style import REFERENCE
 
 COUNTS = [900, 300, 90, 40, 8]
 AVERAGES = ["samples", "classes"]
@@ -79,6 +80,8 @@ def test_several_networks_in_a_reliability_diagram(average, device):
     assert not axes.get_title()
     looks = {(str(line._unscaled_dash_pattern), line.get_marker()) for line in axes.get_lines()[1:]}
     assert len(looks) == 3  # told apart in grey
+    colors = [line.get_color() for line in axes.get_lines()]
+    assert colors == [REFERENCE] * 3 + ["black"]  # the last is the most important
 
 
 def test_a_calibrated_network_lies_on_the_diagonal():
