@@ -15,13 +15,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 
 # Optional: without a compiler the installation goes on, and the loss runs in PyTorch. -g0: Python's own flags
-# may ask for debug information, which is four fifths of the file. The library is not linked with OpenMP:
-# PyTorch brings one, which native.py finds, and a second one would start threads of its own.
+# may ask for debug information, which is four fifths of the file. The library is not linked with OpenMP: it
+# uses the one that PyTorch has loaded (native.py), because a second one would start threads of its own.
 LIBRARY = Extension(
     "lgla_losses.kernels._native",
     sources=["lgla_losses/kernels/native.c"],
     depends=["lgla_losses/kernels/native_rows.h"],
     extra_compile_args=["-O3", "-g0", "-std=gnu11", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
+    libraries=["m"],
     optional=True,
 )
 
@@ -73,12 +74,12 @@ def main() -> None:
     version = re.search(r'^__version__ = "(.*)"$', package, re.MULTILINE)[1]
     repository = project.get("urls", {}).get("Repository")
     # The library is tested on Linux only. LGLA_LOSSES_PURE=1 leaves it out, for the wheel of other systems.
-    with_library = sys.platform == "linux" and os.environ.get("LGLA_LOSSES_PURE", "0") == "0"
+    pure = os.environ.get("LGLA_LOSSES_PURE", "") not in ("", "0")
     setup(
         version=version,
         long_description=readme((ROOT / "README.md").read_text(encoding="utf-8"), repository, version),
         long_description_content_type="text/markdown",
-        ext_modules=[LIBRARY] if with_library else [],
+        ext_modules=[LIBRARY] if sys.platform == "linux" and not pure else [],
         cmdclass={"build_ext": BuildLibrary, "bdist_wheel": BuildWheel},
     )
 

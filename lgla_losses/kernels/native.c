@@ -15,6 +15,19 @@
 #include <sys/mman.h>
 #endif
 
+/* glibc gave some of these functions new versions, which older systems lack. The first version does the same
+ * here, so a wheel that is built on a new system runs on an old one. (Zig links for an old glibc as well, but
+ * its clang calls LLVM's OpenMP, and PyTorch brings GNU's.) */
+#if defined(__x86_64__) && defined(__GLIBC__)
+#define FIRST_VERSION(function) __asm__(".symver " #function "," #function "@GLIBC_2.2.5")
+FIRST_VERSION(acos);
+FIRST_VERSION(acosf);
+FIRST_VERSION(exp);
+FIRST_VERSION(expm1);
+FIRST_VERSION(log);
+FIRST_VERSION(pow);
+#endif
+
 /* Loops whose strides or outputs are constants of the caller. */
 #ifdef __GNUC__
 #define INLINE static inline __attribute__((always_inline))

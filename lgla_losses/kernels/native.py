@@ -7,6 +7,7 @@ first checks that the tensor is what C expects.
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,9 +53,7 @@ def load(path: str) -> ctypes.CDLL:
         OSError: it does not load, or was compiled from other sources.
         AttributeError: it lacks a function.
     """
-    # The library is linked with no OpenMP. This one torch has loaded, unless its wheel gave it another name.
-    ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(path)
+    library = _open(path)
     for function in (
         library.lgla_cross_entropy,
         library.lgla_statistics,
@@ -67,6 +66,25 @@ def load(path: str) -> ctypes.CDLL:
     if library.lgla_layout() != _layout():
         raise OSError("it was compiled from other sources; install the package again")
     return library
+
+
+def _open(path: str) -> ctypes.CDLL:
+    """Open a library that is not linked with OpenMP and shares PyTorch's."""
+    try:
+        return ctypes.CDLL(path)  # where import torch made its OpenMP visible to all libraries
+    except OSError as error:
+        try:
+            ctypes.CDLL(_openmp(), mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            reason = f"{error}; it needs GNU OpenMP, on Debian and Ubuntu: apt install libgomp1"
+            raise OSError(reason) from error
+    return ctypes.CDLL(path)
+
+
+def _openmp() -> str:
+    """Find the OpenMP that is loaded already, under any name: a second one would start its own threads."""
+    loaded = re.search(r"/.*/libgomp[^/\n]*$", Path("/proc/self/maps").read_text(), re.MULTILINE)
+    return loaded[0] if loaded else "libgomp.so.1"
 
 
 def _layout() -> int:

@@ -1,5 +1,7 @@
 """The C library takes no memory for something else, and computes what it is asked for."""
 
+import ctypes
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -312,3 +314,45 @@ def test_a_divisor_of_0_stands_for_1():
     by_zero = run(logits, rows._replace(divisor=torch.zeros((), dtype=torch.bfloat16)))
     for got, expected in zip(by_zero, run(logits, rows), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.fixture
+def open_with(monkeypatch):
+    """Open a library where the first loads fail; give what was loaded, and whether for all libraries."""
+
+    def opened(failures):
+        loaded = []
+
+        def load(path, mode=ctypes.DEFAULT_MODE):
+            loaded.append((path, mode == ctypes.RTLD_GLOBAL))
+            if len(loaded) <= failures:
+                raise OSError("undefined symbol: GOMP_parallel")
+
+        monkeypatch.setattr(ctypes, "CDLL", load)
+        native._open("_native.so")
+        return loaded
+
+    return opened
+
+
+def test_the_openmp_that_pytorch_shows_is_used(open_with):
+    assert open_with(failures=0) == [("_native.so", False)]
+
+
+def test_the_openmp_that_pytorch_hides_is_used_and_no_second_one(open_with):
+    first, (openmp, for_all), last = open_with(failures=1)
+    assert first == last == ("_native.so", False)
+    assert for_all
+    with open("/proc/self/maps") as maps:
+        assert any(line.endswith(f"{openmp}\n") for line in maps)
+
+
+def test_without_openmp_the_reason_says_what_to_install(open_with):
+    with pytest.raises(OSError, match=r"GOMP_parallel; it needs GNU OpenMP.*apt install libgomp1"):
+        open_with(failures=2)
+
+
+def test_what_a_broken_library_lacks_is_told(tmp_path):
+    (tmp_path / "_native.so").write_text("text")
+    with pytest.raises(OSError, match=r"_native\.so: (?!.*libgomp1)"):
+        native.load(str(tmp_path / "_native.so"))
