@@ -98,7 +98,7 @@ gpu:                       ## tests, benchmarks and training on a GPU; all that 
 
 # On Linux: the source archive, and from it a wheel without the C library for every system and one with it. The latter
 # gets the oldest tag that its needs allow; an index refuses the tag linux_x86_64 that it has before.
-DIST ?= dist
+DIST = dist
 dist: $(VENV)/.test        ## wheels and source archive, checked for upload
 	rm -rf "$(DIST)"
 	LGLA_LOSSES_PURE=1 $(RUN) -m build --outdir "$(DIST)"

@@ -2,10 +2,12 @@
 
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE, CHANGELOG, CITATION = "lgla_losses/__init__.py", "CHANGELOG.md", "CITATION.cff"
+PROJECT = "pyproject.toml"
 #: How a file states version and date; of the changelog it is the newest release.
 PATTERNS = {
     PACKAGE: r'^__version__ = "(?P<version>.+)"$',
@@ -29,11 +31,27 @@ def faults(tag=None, root=ROOT):
         "date": stated(CITATION, root).get("date"),
     }
     lines = [
-        f"{file}: expected {want}, got {stated(file, root)}"
+        f"{file}: expected {_said(want)}, got {_said(stated(file, root))}"
         for file, want in expected.items()
         if stated(file, root) != want
     ]
-    return lines if tag in (None, f"v{version}") else [*lines, f"tag: expected v{version}, got {tag}"]
+    return lines if tag is None else [*lines, *_faults_of_a_release(tag, version, root)]
+
+
+def _said(found):
+    return ", ".join(f"{name} {value}" for name, value in found.items()) or "nothing"
+
+
+def _faults_of_a_release(tag, version, root):
+    if tag != f"v{version}":
+        yield f"tag: expected v{version}, got {tag}"
+    # Without it README's links and pictures lead nowhere on a package index.
+    urls = tomllib.loads((root / PROJECT).read_text(encoding="utf-8"))["project"].get("urls", {})
+    if "Repository" not in urls:
+        yield f"{PROJECT}: expected Repository in [project.urls], got {_said(urls)}"
+    unreleased = (root / CHANGELOG).read_text(encoding="utf-8").partition("## [Unreleased]\n")[2]
+    if unreleased.partition("\n## [")[0].strip():
+        yield f"{CHANGELOG}: expected nothing under [Unreleased]; move it to [{version}]"
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from scripts import ROOT, load
 
 @pytest.fixture
 def project(tmp_path):
-    """A copy of the files that state the version."""
+    """A copy of the files that state the version, and an address."""
     for file in release.PATTERNS:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, tmp_path / file)
+    address = '[project.urls]\nRepository = "https://code.example/lgla"\n'
+    (tmp_path / release.PROJECT).write_text(address)
     return tmp_path
 
 
@@ -25,6 +27,18 @@ def test_the_tag_is_the_version(project):
     version = release.stated(release.PACKAGE)["version"]
     assert release.faults(f"v{version}", project) == []
     assert release.faults("v0.0.1", project) == [f"tag: expected v{version}, got v0.0.1"]
+
+
+def test_a_release_without_an_address_or_with_changes_of_no_version_is_refused(project):
+    tag = f"v{release.stated(release.PACKAGE)['version']}"
+    changelog = project / release.CHANGELOG
+    changelog.write_text(
+        changelog.read_text().replace("## [Unreleased]\n", "## [Unreleased]\n\n- A change.\n")
+    )
+    (project / release.PROJECT).write_text("[project]\n")
+    address, changes = release.faults(tag, project)
+    assert "Repository in [project.urls], got nothing" in address
+    assert "[Unreleased]" in changes
 
 
 @pytest.mark.parametrize(
