@@ -17,7 +17,7 @@ demo: $(VENV)/.examples    ## train LGLA beside its baselines on long-tailed dig
 test: $(VENV)/.test        ## all but the slow tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
-test-slow: $(VENV)/.test   ## compilers, four processes, killed runs, built wheels
+test-slow: $(VENV)/.test $(VENV)/.release  ## compilers, four processes, killed runs, built wheels
 	$(RUN) -m pytest -m slow
 
 # Any version from 2.6 on. Most have no wheel for CPUs alone: what is installed is a build for CUDA, several GB.
@@ -97,15 +97,22 @@ gpu:                       ## tests, benchmarks and training on a GPU; all that 
 		$(if $(DATA),--data "$(DATA)")
 
 # On Linux: the source archive, and from it a wheel without the C library for every system and one with it. The latter
-# gets the oldest tag that its needs allow; an index refuses the tag linux_x86_64 that it has before.
+# gets the oldest tag that its needs allow; an index refuses the tag linux_x86_64 that it has before. DIST is not taken
+# from the environment, because the folder is removed.
 DIST = dist
-dist: $(VENV)/.test        ## wheels and source archive, checked for upload
+dist: $(VENV)/.release     ## wheels and source archive, checked for upload
 	rm -rf "$(DIST)"
 	LGLA_LOSSES_PURE=1 $(RUN) -m build --outdir "$(DIST)"
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir "$(DIST)/linux" "$(DIST)"/*.tar.gz
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m auditwheel repair --wheel-dir "$(DIST)" "$(DIST)"/linux/*.whl
 	rm -r "$(DIST)/linux"
 	$(RUN) -m twine check --strict "$(DIST)"/*
+
+# Without PyTorch: packages are built in environments of their own.
+REQUIRED := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["release"], sep="\n")
+$(VENV)/.release: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(RUN) -c '$(REQUIRED)' | $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -r /dev/stdin
+	@touch $@
 
 $(VENV)/.%: $(SOURCES) | $(VENV)/bin/python
 	@echo "Installing lgla-losses[$*] and PyTorch into $(VENV), about a minute ..."
