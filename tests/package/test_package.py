@@ -9,6 +9,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from platform import machine
 
 import pytest
 from scripts import ROOT

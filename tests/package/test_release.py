@@ -10,7 +10,7 @@ from scripts import ROOT, load
 ADDRESS = "https://code.example/lgla"
 READY = {
     release.PACKAGE: '__version__ = "1.2.0"\n',
-    release.CHANGELOG: "# Changelog\n\n## [Unreleased]\n\n## [1.2.0] - 2030-01-02\n\n## [1.1.0] - 2029-01-01\n",
+    release.CHANGELOG: "## [Unreleased]\n\n## [1.2.0] - 2030-01-02\n\n## [1.1.0] - 2029-01-01\n",
     release.CITATION: 'version: 1.2.0\ndate-released: "2030-01-02"\n',
     release.PROJECT: f'[project]\n[project.urls]\nRepository = "{ADDRESS}"\nDocumentation = "{ADDRESS}"\n',
 }
