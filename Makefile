@@ -18,7 +18,7 @@ test: $(VENV)/.test        ## all but the slow tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.test $(VENV)/.release  ## compilers, four processes, killed runs, built wheels
-	$(RUN) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n 2 --dist load
 
 # Any version from 2.6 on. Most have no wheel for CPUs alone: what is installed is a build for CUDA, several GB.
 TORCH ?= 2.11.0

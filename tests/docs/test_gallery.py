@@ -1,13 +1,11 @@
 """The gallery's notebooks open by themselves; the index shows each one.
 
-The site's build runs them, and so does the slow test here.
+The site's build runs them, where an assertion that fails stops it.
 """
 
 import ast
 import json
-import os
 import re
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -99,20 +97,3 @@ def test_training_clips_its_gradients_and_code_fits_its_column(path):
         assert ("optimizer.step()" in cell) == ("clip_grad_norm_(" in cell)
     lines = "\n".join(code(path)[:-1]).splitlines()
     assert [line for line in lines if len(line) > 86] == []
-
-
-@pytest.mark.slow
-@of_each_notebook
-def test_a_notebook_runs_and_its_text_holds(path, tmp_path):
-    script = tmp_path / "notebook.py"
-    script.write_text("\n\n".join(code(path)), encoding="utf-8")
-    settings = {"MPLBACKEND": "agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, script.name],
-        cwd=tmp_path,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
