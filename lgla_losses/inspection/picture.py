@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from lgla_losses.grouping import ClassGrouper
@@ -19,7 +20,7 @@ def draw_groups(
     """Draw the groups over the class frequencies, and the shot split as lines.
 
     The classes have their names, or else the numbers of the source, which also numbers classes without
-    samples. A class keeps its number where the font lacks a letter of its name. Many classes without names
+    samples. A class keeps its number where the fonts lack a letter of its name. Many classes without names
     have ranks.
 
     Returns:
@@ -34,7 +35,7 @@ def draw_groups(
 
     shown: list[str] | None = None
     if names is not None:
-        letters = _letters_of_the_font()
+        letters = _letters_of_the_fonts()
         pairs = zip(names, class_numbers, strict=True)
         shown = [name if letters.issuperset(map(ord, name)) else str(number) for name, number in pairs]
     elif grouper.num_classes <= FEW_CLASSES:
@@ -52,7 +53,13 @@ def draw_groups(
     return axes.figure
 
 
-def _letters_of_the_font() -> set[int]:
+def _letters_of_the_fonts() -> set[int]:
+    """Collect the letters of all families of ``font.family``; matplotlib falls back from one to the next."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    return set(get_font(findfont(FontProperties())).get_charmap())
+    found = []
+    for family in FontProperties().get_family():
+        with suppress(ValueError):  # not installed
+            found.append(findfont(FontProperties(family=family), fallback_to_default=False))
+    paths = found or [findfont(FontProperties())]
+    return {letter for path in paths for letter in get_font(path).get_charmap()}

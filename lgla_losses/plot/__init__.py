@@ -9,6 +9,8 @@ Needs matplotlib: ``pip install matplotlib``.
 - **Legends** stand beside the axes. A figure with ``layout="constrained"`` makes room for them.
 - **Names.** ``names=`` writes the names of the classes in place of their indices. Long names lose their
   middle, and of many names only some are written. Where the font lacks letters, set ``font.family``.
+  ``plot_angles``, ``plot_fusion_sweep``, ``plot_prior_shift`` and ``plot_reliability`` show no classes, so
+  they have no ``names=``.
 - **Colours.** A colour means the same in every picture: a group, its local expert and its classes share one;
   the global expert and the ensemble are black, on a dark background white; grey is what you compare with;
   many-, medium- and few-shot classes are three tones of pink. Line styles, markers and hatches tell

@@ -11,7 +11,7 @@ from torch import Tensor
 from lgla_losses._checks import one_of, positive_int
 from lgla_losses._scores import AVERAGES, check_predictions, label_weights, score_sums, scores
 from lgla_losses.plot.canvas import given_axes
-from lgla_losses.plot.style import REFERENCE, legend, line_styles, numbers
+from lgla_losses.plot.style import METHODS, REFERENCE, legend, line_styles, numbers
 
 
 def plot_reliability(
@@ -32,8 +32,9 @@ def plot_reliability(
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 2 and Fig. 1.
 
     Args:
-        probabilities: class probabilities ``[N, C]``, or several of the same samples by name; the last is
-            drawn as the most important.
+        probabilities: class probabilities ``[N, C]``, or several of the same samples by name. The last is
+            drawn as the most important, the others are grey; but ``"softmax"``, ``"balanced softmax"`` and
+            ``"LGLA"`` have the colours of these methods.
         target: class indices, int64 ``[N]``.
         average: ``"samples"`` weights all samples equally, ``"classes"`` all classes that have samples.
         bins: number of bins of equal width from 0 to 1.
@@ -75,6 +76,7 @@ def plot_reliability(
         share, correct, confidence = (
             numbers(100 * (weights @ by_label.to(weights.dtype))) for by_label in of_bins[:3]
         )
+        style["color"] = METHODS.get(name, style["color"])
         error = f"{100 * scores(of_bins, average)['ece']:.1f} %"
         seen = share > 0
         if len(sums) == 1:

@@ -13,6 +13,7 @@ import tracemalloc
 import zipfile
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import reference
@@ -394,6 +395,23 @@ def test_the_picture_has_the_names_of_the_classes(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.stderr
     labels = [text.get_text() for text in drawn["figure"].axes[0].get_xticklabels()]
     assert labels == ["2", "owl", "a rook"]
+
+
+@pytest.mark.parametrize(
+    ("families", "shown"),
+    [
+        (["cmr10"], ["owl", "1"]),
+        (["cmr10", "DejaVu Sans"], ["owl", "сова"]),
+        (["DejaVu Sans", "cmr10"], ["owl", "сова"]),
+        (["No Such Font", "DejaVu Sans"], ["owl", "сова"]),
+        (["No Such Font"], ["owl", "сова"]),  # matplotlib then takes DejaVu Sans
+    ],
+)
+def test_the_picture_has_the_names_that_any_font_of_the_family_can_write(families, shown):
+    with matplotlib.rc_context({"font.family": families, "axes.formatter.use_mathtext": True}):
+        axes = draw_groups(ClassGrouper([90, 10], 2), [0, 1], 100, 11, "", ["owl", "сова"]).axes[0]
+        axes.figure.savefig(io.BytesIO())  # a letter that no font has is a warning, which is an error
+    assert [text.get_text() for text in axes.get_xticklabels()] == shown
 
 
 def test_a_picture_that_cannot_be_drawn_is_refused(tmp_path, counts_file, monkeypatch):

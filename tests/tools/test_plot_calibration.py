@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgba
 
 from lgla_losses import ExpertOutput, plot
 from lgla_losses.calibration import fit
 from lgla_losses.metrics import ProbabilityScores, ShotAccuracy
-from lgla_losses.plot.style import REFERENCE
+from lgla_losses.plot.style import METHODS, REFERENCE
 
 COUNTS = [900, 300, 90, 40, 8]
 AVERAGES = ["samples", "classes"]
@@ -82,6 +83,20 @@ def test_several_networks_in_a_reliability_diagram(average, device):
     assert len(looks) == 3  # told apart in grey
     colors = [line.get_color() for line in axes.get_lines()]
     assert colors == [REFERENCE] * 3 + ["black"]  # the last is the most important
+
+
+def test_methods_have_their_colours_in_a_reliability_diagram():
+    """Wherever they stand; other curves, five here, differ by line style or marker."""
+    logits, target = samples()
+    names = ["LGLA", "first", "softmax", "second", "third", "balanced softmax", "fourth", "fifth"]
+    axes = plot.plot_reliability({name: logits.softmax(1) for name in names}, target)
+    lines = axes.get_lines()[1:]
+    colors = dict(zip(names, [line.get_color() for line in lines], strict=True))
+    assert {name: colors[name] for name in METHODS} == METHODS
+    assert [area.get_edgecolor() for area in axes.patches] == [to_rgba(color) for color in colors.values()]
+    assert len({(str(line._unscaled_dash_pattern), line.get_marker()) for line in lines}) == len(names)
+    axes = plot.plot_reliability({name: logits.softmax(1) for name in ("softmax", "LGLA")}, target)
+    assert [line.get_color() for line in axes.get_lines()[1:]] == [METHODS["softmax"], METHODS["LGLA"]]
 
 
 def test_a_calibrated_network_lies_on_the_diagonal():
