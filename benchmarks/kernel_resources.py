@@ -120,6 +120,9 @@ def loss_launches(
     yield from recorded(kernels.statistics, angles, samples)
     given = angles if soft else Angles(angles=weights)
     yield from recorded(kernels.weights, given, samples, empty(2, 2, 4, dtype=torch.float64))
+    if form == "usual":  # a batch of few samples
+        few = samples._replace(target=target[:256])
+        yield from recorded(kernels.weights, Angles(cosines=[logits[0][:256]], scale=30.0), few)
     yield from recorded(kernels.count, target, samples.sample_weight, rows.class_weight, -100)
     yield from recorded(kernels.forward, logits, rows, logits)
     yield from recorded(kernels.backward, logits, rows, of_samples, state, logits)

@@ -106,11 +106,12 @@ class Engine(Protocol):
         """
 
     def weights(
-        self, angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1
+        self, angles: Angles, samples: Samples, parts: Tensor | None = None, num_ranks: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Compute Eq. 8 times the samples' weights, ``A [N, K]``.
 
-        Also give the number of samples, divided by ``num_ranks``.
+        Also give the number of samples, divided by ``num_ranks``. Without ``parts`` the reference angles are
+        those of this batch alone.
         """
 
     def count(

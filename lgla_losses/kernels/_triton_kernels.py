@@ -144,14 +144,11 @@ def _statistics(
 
 
 @triton.jit
-def _mean_angles(
+def _sums_of_parts(
     parts, num_blocks, g, k, last,
     num_groups: tl.constexpr, num_experts: tl.constexpr, all_experts: tl.constexpr,
 ):  # fmt: skip
-    """Compute a group's mean angle for every expert, and its number of samples.
-
-    The last column of ``parts`` counts the samples.
-    """
+    """Sum a group's angles for every expert; the column after the experts counts the samples."""
     # With few experts take many blocks at a time, because each turn waits for memory.
     together: tl.constexpr = 256 // k.shape[0] if k.shape[0] < 16 else 16
     sums = tl.zeros(k.shape, tl.float64)
@@ -161,6 +158,12 @@ def _mean_angles(
         address = parts + (b * num_groups + g)[:, None] * (all_experts + 1) + column[None, :]
         mask = (b < num_blocks)[:, None] & (k <= num_experts)[None, :]
         sums += tl.sum(tl.load(address, mask=mask, other=0.0), axis=0)
+    return sums
+
+
+@triton.jit
+def _mean_angles(sums, k, num_experts: tl.constexpr):
+    """Compute a group's mean angle for every expert, and its number of samples."""
     count = tl.sum(tl.where(k == num_experts, sums, 0.0), axis=0)
     return sums / tl.where(count == 0.0, 1.0, count), count
 
@@ -168,11 +171,15 @@ def _mean_angles(
 @triton.jit
 def _weights(
     source, target, sample_weight, group_index, parts, weights, divisor,
-    num_samples, num_blocks, stride_n, stride_k, target_n, sample_n,
+    num_samples, num_blocks, stride_n, stride_k, stride_c, target_n, sample_n,
     num_groups: tl.constexpr, num_experts: tl.constexpr, num_classes: tl.constexpr,
-    ignore_index: tl.constexpr, num_ranks: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
+    ignore_index: tl.constexpr, num_ranks: tl.constexpr, scale: tl.constexpr,
+    rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Compute the weights of a block of samples from their angles."""
+    """Compute the weights of a block of samples from their angles.
+
+    Without ``parts`` the block has all samples, and the program sums their angles itself.
+    """
     n = tl.program_id(0) * rows + tl.arange(0, rows)
     k = tl.arange(0, block)
     y = tl.load(target + n.to(tl.int64) * target_n, mask=n < num_samples, other=ignore_index)
@@ -180,19 +187,25 @@ def _weights(
     group = _group_of(group_index, y, valid, num_classes)
 
     read = (group >= 0)[:, None] & (k < num_experts)[None, :]
-    address = source + (n.to(tl.int64) * stride_n)[:, None] + (k.to(tl.int64) * stride_k)[None, :]
-    angles = _angles(address, read, None)
+    row = n.to(tl.int64) * stride_n + y * stride_c
+    angles = _angles(source + row[:, None] + (k.to(tl.int64) * stride_k)[None, :], read, scale)
+    factor = tl.full([rows], 1.0, tl.float64)
+    if sample_weight is not None:
+        factor = _sample_weight(sample_weight, n, sample_n, n < num_samples)
     reference = tl.zeros([rows, block], tl.float64)
     samples = tl.sum(tl.zeros([block], tl.float64), axis=0)
+    counted = tl.where((k < num_experts)[None, :], angles, 1.0).to(tl.float64) * factor[:, None]
     for g in range(num_groups):
-        mean, count = _mean_angles(parts, num_blocks, g, k, num_experts, num_groups, num_experts, num_experts)
+        if parts is None:
+            sums = tl.sum(tl.where((group == g)[:, None], counted, 0.0), axis=0)
+        else:
+            sums = _sums_of_parts(parts, num_blocks, g, k, num_experts, num_groups, num_experts, num_experts)
+        mean, count = _mean_angles(sums, k, num_experts)
         samples += count
         reference = tl.where((group == g)[:, None], mean[None, :], reference)
 
     excess = angles.to(tl.float64) - reference
-    values = tl.where(valid[:, None], 1.0 + tl.where(excess < 0.0, 0.0, excess), 0.0)
-    if sample_weight is not None:
-        values *= _sample_weight(sample_weight, n, sample_n, n < num_samples)[:, None]
+    values = tl.where(valid[:, None], 1.0 + tl.where(excess < 0.0, 0.0, excess), 0.0) * factor[:, None]
     out = weights + n.to(tl.int64)[:, None] * num_experts + k[None, :]
     tl.store(out, values, mask=(n < num_samples)[:, None] & (k < num_experts)[None, :])
     if tl.program_id(0) == 0:
@@ -255,7 +268,8 @@ def _soft_weights(
     references = tl.zeros([groups, block], tl.float64)
     samples = tl.sum(tl.zeros([block], tl.float64), axis=0)
     for one in range(num_groups):
-        mean, count = _mean_angles(parts, num_blocks, one, k, last, num_groups, num_experts, all_experts)
+        sums = _sums_of_parts(parts, num_blocks, one, k, last, num_groups, num_experts, all_experts)
+        mean, count = _mean_angles(sums, k, num_experts)
         samples += count
         references = tl.where((g == one)[:, None], mean[None, :], references)
 

@@ -40,9 +40,11 @@ class Blockwise:
         return Angles(angles=torch.cat([own.angles for own, _ in found if own.angles is not None])), parts
 
     def weights(
-        self, angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1
+        self, angles: Angles, samples: Samples, parts: Tensor | None = None, num_ranks: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Compute Eq. 8 for all samples ``[*B, K]``, and count them."""
+        if parts is None:
+            angles, parts = self.statistics(angles, samples)
         target, parts = samples.target, parts.sum(dim=0, keepdim=True)
         if not target.is_floating_point():
             flat = _samples_of(samples, (slice(None),))

@@ -34,8 +34,12 @@ def statistics(angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
     return angles, sums[None]
 
 
-def weights(angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1) -> tuple[Tensor, Tensor]:
+def weights(
+    angles: Angles, samples: Samples, parts: Tensor | None = None, num_ranks: int = 1
+) -> tuple[Tensor, Tensor]:
     """Compute Eq. 8 times the samples' weights; also give the number of samples over ``num_ranks``."""
+    if parts is None:
+        angles, parts = statistics(angles, samples)
     sums = parts.sum(dim=0)
     if angles.angles is not None:
         result = functional.aaw_weights(angles.angles, _groups(samples), sums)

@@ -116,8 +116,12 @@ def statistics(angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
     return (angles if found is None else Angles(angles=found)), parts
 
 
-def weights(angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1) -> tuple[Tensor, Tensor]:
+def weights(
+    angles: Angles, samples: Samples, parts: Tensor | None = None, num_ranks: int = 1
+) -> tuple[Tensor, Tensor]:
     """Compute Eq. 8 and the number of samples per rank."""
+    if parts is None:
+        angles, parts = statistics(angles, samples)
     found, number = _run_angles("lgla_weights", angles, samples, parts, num_ranks)
     return cast(Tensor, found), number
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -218,6 +218,9 @@ SHARED = ("shared", "shared focal")
 #: Elements that a program sums, or rescales, at a time.
 FLAT_TILE = Tile(1, 1024, 4)
 
+#: Most samples by experts whose weights one program computes alone: sums in float64 are slow on many GPUs.
+AT_ONCE = 1024
+
 #: Most targets that one program counts alone.
 COUNTED_AT_ONCE = 16_384
 
@@ -296,6 +299,24 @@ def statistics(angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
     return Angles(angles=made), parts
 
 
+def _fits_one_program(angles: Angles, samples: Samples) -> bool:
+    """Say whether one program can compute Eqs. 7 and 8: for class indices, of few samples.
+
+    Features are too many for one, and so are the classes of probabilities.
+    """
+    if samples.target.dim() != 1 or angles.features is not None or len(angles.cosines) > 1:
+        return False
+    tile = _one_tile(_num_experts(angles), len(samples.target))
+    return tile.rows * tile.block <= AT_ONCE
+
+
+@lru_cache(maxsize=256)
+def _one_tile(num_experts: int, num_samples: int) -> Tile:
+    """Give the tile of all samples by experts; one more column counts the samples."""
+    rows, block = _power_of_two(num_samples), _power_of_two(num_experts + 1)
+    return Tile(rows, block, max(1, min(8, rows * block // 128)))
+
+
 def _soft_statistics(angles: Angles, samples: Samples) -> Tensor:
     target, num_groups = samples.target, samples.num_groups
     num_samples, num_classes = target.shape
@@ -319,29 +340,39 @@ def _soft_statistics(angles: Angles, samples: Samples) -> Tensor:
     return parts
 
 
-def weights(angles: Angles, samples: Samples, parts: Tensor, num_ranks: int = 1) -> tuple[Tensor, Tensor]:
-    """Compute Eq. 8 from what :func:`statistics` returns; see :class:`lgla_losses.kernels.Engine`."""
+def weights(
+    angles: Angles, samples: Samples, parts: Tensor | None = None, num_ranks: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Compute Eq. 8 from what :func:`statistics` returns; see :class:`lgla_losses.kernels.Engine`.
+
+    Without ``parts`` one launch computes a small batch, where launches are most of the time.
+    """
     target, num_groups = samples.target, samples.num_groups
     num_samples, num_experts = len(target), _num_experts(angles)
+    if parts is None and not _fits_one_program(angles, samples):
+        angles, parts = statistics(angles, samples)
     source = _first(angles)
     result = _empty(source, (num_samples, num_experts), _angle_dtype(angles))
     divisor = _empty(source, (), torch.float64)
-    parts, group_index = parts.contiguous(), samples.group_index.contiguous()
+    parts, group_index = _filled(parts), samples.group_index.contiguous()
     shared = {
         "num_groups": num_groups, "num_classes": len(group_index), "num_ranks": num_ranks,
     }  # fmt: skip
     # An empty batch also needs a program: the divisor counts the samples of all ranks.
     if target.dim() == 1:
-        tile = sample_tile(num_experts, num_samples)
+        scale = angles.scale if angles.angles is None else None
+        tile = _one_tile(num_experts, num_samples) if parts is None else sample_tile(num_experts, num_samples)
         _launch(
             kernels._weights, max(1, -(-num_samples // tile.rows)), tile,
             source, target, samples.sample_weight, group_index, parts, result, divisor,
-            num_samples, len(parts), *source.stride(), target.stride(0), _stride(samples.sample_weight),
-            num_experts=num_experts, ignore_index=samples.ignore_index, rows=tile.rows, block=tile.block,
-            **shared,
+            num_samples, 0 if parts is None else len(parts), *_three(source.stride()),
+            target.stride(0), _stride(samples.sample_weight),
+            num_experts=num_experts, ignore_index=samples.ignore_index, scale=scale,
+            rows=tile.rows, block=tile.block, **shared,
         )  # fmt: skip
         return result, divisor
 
+    parts = cast(Tensor, parts)
     tile = class_tile(num_experts, len(group_index))
     for first, cosines in _by_expert(angles.cosines):
         _launch(

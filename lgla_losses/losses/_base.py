@@ -589,12 +589,14 @@ class ExpertLoss(Loss):
         if batch.is_soft and batch.features is not None:  # angles to all classes take much memory
             engine = Blockwise(engine)
 
+        is_own = not batch.is_soft and (is_watched(self.weighter) or type(self.weighter) is not AAWWeighter)
+        if ranks.number == 1 and not is_own:
+            return engine.weights(angles, samples)  # Eqs. 7 and 8
+
         angles, parts = engine.statistics(angles, samples)  # Eq. 7
         parts = self._summed(parts, ranks) if ranks.number > 1 else parts
         weights, number = engine.weights(angles, samples, parts, ranks.number)  # Eq. 8
-        if angles.angles is not None and (
-            is_watched(self.weighter) or type(self.weighter) is not AAWWeighter
-        ):
+        if is_own and angles.angles is not None:
             own = self.weighter(angles.angles, batch.target.flatten(), parts.sum(dim=0))
             # A hook may give one column for all experts.
             weights = own.reshape(*batch.target.shape, own.shape[-1]).expand_as(weights)

@@ -277,9 +277,9 @@ class LDAMLoss(AdjustedLoss):
             "max_margin", numbers["max_margin"], low=0.0, high=math.inf, expected="a finite number >= 0"
         )
         numbers["beta"] = _check_beta(numbers["beta"])
+        self.scale = positive_float("scale", scale, "1 for a linear head")
         AdjustedLoss.__init__(self, _given(class_counts), numbers, **options)
         self._keep("reweighting", scalar(0.0))  # not a bool: weight averaging cannot average bools
-        self.scale = positive_float("scale", scale, "1 for a linear head")
 
     @property
     def _cosine_scale(self) -> float | None:  # type: ignore[override]
@@ -310,6 +310,22 @@ class LDAMLoss(AdjustedLoss):
                 "criterion.reweight(epoch >= 160)"
             )
         self._keep("reweighting", scalar(enabled))
+        self._keep("weight_in_use", _weight_in_use(self.on_cpu("class_weight"), enabled))
+
+    def _all_constants(self, counts: Tensor, numbers: Mapping[str, float]) -> dict[str, Tensor]:
+        constants = super()._all_constants(counts, numbers)
+        enabled = "reweighting" in self._exact and bool(self.on_cpu("reweighting"))
+        return self._with_terms(constants, enabled)
+
+    def _with_terms(self, constants: dict[str, Tensor], enabled: bool) -> dict[str, Tensor]:
+        """Add what the loss reads in every step: constants too, so that no step computes them."""
+        return constants | {
+            "weight_in_use": _weight_in_use(constants["class_weight"], enabled),
+            "logit_margins": self.scale * constants["margins"],
+        }
+
+    def _inferred(self) -> frozenset[str]:
+        return super()._inferred() | _TERMS
 
     def _restored(
         self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
@@ -317,19 +333,27 @@ class LDAMLoss(AdjustedLoss):
         enabled = self._current(state, "reweighting")
         if enabled not in (0, 1):
             raise ValueError(f"reweighting: expected 0 or 1, got {float(enabled):.4g}")
-        return super()._restored(state, state_dict, prefix)
+        given = {name: value for name, value in state.items() if name not in _TERMS}
+        return self._with_terms(super()._restored(given, state_dict, prefix), bool(enabled))
 
     def _terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        # The flag stays on its device: no step waits for it, and a compiled step sees it change.
         table = self.constant("table") if "table" in self._exact else None
-        weight = torch.where(self.constant("reweighting") > 0, self.constant("class_weight"), 1.0)
+        weight = self.constant("weight_in_use")
         if "own_class_weight" in self._exact:
             weight = weight * self.constant("own_class_weight")
-        return table, weight, self.scale * self.constant("margins")
+        return table, weight, self.constant("logit_margins")
 
     def extra_repr(self) -> str:
         """Show the configuration."""
         return f"{super().extra_repr()}, max_margin={self._numbers['max_margin']}, scale={self.scale}"
+
+
+#: The constants of LDAM that follow from its others; states of version 0.2.0 and before have none.
+_TERMS = frozenset({"weight_in_use", "logit_margins"})
+
+
+def _weight_in_use(weight: Tensor, enabled: bool) -> Tensor:
+    return weight if enabled else torch.ones_like(weight)
 
 
 def _given(class_counts: ArrayLike | None) -> ArrayLike:

@@ -507,8 +507,8 @@ def test_a_target_that_is_no_class_is_nan(full, close):
     features, weight = torch.randn(num_samples, 2, 3), torch.randn(2, 40, 3)
     for angles in (Angles([logits], 30.0), Angles(features=features, weight=weight)):
         own, parts = kernels.statistics(angles, samples)
-        weights, _ = kernels.weights(own, samples, parts)
-        assert weights.shape == (num_samples, 2)
+        for weights, _ in (kernels.weights(own, samples, parts), kernels.weights(angles, samples)):
+            assert weights.shape == (num_samples, 2)
     assert kernels.count(target, None, constants.get("class_weight"), IGNORE).shape == ()
 
 
@@ -637,14 +637,15 @@ def check_weights(close, angles, samples, num_experts):
     close(parts.sum(0)[:, :-1], sums, dtype=exact)
     close(parts.sum(0)[:, -1], amounts, dtype=exact)
 
+    found = [(kernels.weights(angles, samples), 1)]  # both equations at once
     for each in (parts, parts.sum(0, keepdim=True)):
-        for num_ranks in (1, 2):
-            weights, divisor = kernels.weights(given, samples, each, num_ranks)
-            assert weights.dtype == exact
-            assert weights.shape == (len(q), num_experts)
-            close(weights, expected)
-            assert divisor.dtype == torch.float64
-            close(divisor, amounts.sum() / num_ranks, dtype=exact)
+        found += [(kernels.weights(given, samples, each, num_ranks), num_ranks) for num_ranks in (1, 2)]
+    for (weights, divisor), num_ranks in found:
+        assert weights.dtype == exact
+        assert weights.shape == (len(q), num_experts)
+        close(weights, expected)
+        assert divisor.dtype == torch.float64
+        close(divisor, amounts.sum() / num_ranks, dtype=exact)
 
 
 # On a GPU each type and each number of experts is compiled anew, for all memory: not every pair of them.

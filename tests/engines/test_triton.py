@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lgla_losses import functional
-from lgla_losses.kernels import Angles, Rows, Samples
+from lgla_losses import ExpertOutput, LGLALoss, _batch, baselines, functional
+from lgla_losses.kernels import Angles, Rows, Samples, autograd
+from lgla_losses.losses import _base
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 from lgla_losses.kernels import triton as kernels  # noqa: E402
@@ -107,7 +108,7 @@ def test_a_count_of_several_programs(kind, monkeypatch, close):
 class Launches(TorchDispatchMode):
     """Notes kernels instead of running them, and PyTorch's operations, but not memory and views."""
 
-    FREE = ("empty", "empty_like", "expand", "promote_types", "slice", "unsqueeze", "view")
+    FREE = ("empty", "empty_like", "promote_types")
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -115,7 +116,9 @@ class Launches(TorchDispatchMode):
         monkeypatch.setattr(kernels, "_launch", lambda kernel, *_, **__: self.names.append(kernel.__name__))
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation.overloadpacket.__name__ not in self.FREE:
+        alias = operation._schema.returns and operation._schema.returns[0].alias_info
+        is_view = alias and not alias.is_write
+        if operation.overloadpacket.__name__ not in self.FREE and not is_view:
             self.names.append(str(operation))
         return operation(*args, **(kwargs or {}))
 
@@ -136,6 +139,51 @@ def step(rows, samples, angles, logits):
     )
     kernels.rescale_(gradient, number)
     return total, gradient
+
+
+def leaf(tensor):
+    return tensor.detach().clone().requires_grad_()
+
+
+def of_one(logits, target):
+    return leaf(logits[:, 0]), target
+
+
+def with_features(logits, target):
+    return ExpertOutput(leaf(logits), logits[..., :8], logits[:100].movedim(0, 1)[..., :8]), target
+
+
+#: A loss, what it is called with, and the launches of a step, with PyTorch's own at the start of `backward`.
+LOSSES = {
+    "stacked": (LGLALoss, lambda logits, target: (leaf(logits), target), 5),
+    "K tensors": (LGLALoss, lambda logits, target: (list(map(leaf, logits.unbind(1))), target), 6),
+    "probabilities": (LGLALoss, lambda logits, target: (leaf(logits), mixed(target, 100)), 6),
+    "ExpertOutput": (LGLALoss, with_features, 6),
+    "balanced softmax": (baselines.BalancedSoftmaxLoss, of_one, 5),
+    "focal": (baselines.FocalLoss, of_one, 5),
+    "class-balanced": (baselines.ClassBalancedLoss, of_one, 5),
+    "LDAM": (baselines.LDAMLoss, of_one, 5),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_launches_of_a_whole_step(name, weighted, monkeypatch):
+    """At most 6, whatever a user passes: with 100 classes they are most of the time of a step."""
+    make, inputs, number = LOSSES[name]
+    counts = () if make is baselines.FocalLoss else (torch.arange(100, 0, -1),)
+    criterion = make(*counts, validate_args=False).to(DEVICE)
+    logits, target = batch(128, 100, torch.float32)
+    given = inputs(logits, target)
+    more = {"sample_weight": torch.rand(128, device=DEVICE)} if weighted else {}
+    monkeypatch.setattr(autograd, "engine_for", lambda *_: kernels)
+    monkeypatch.setattr(_batch, "_WORTH_JOINING", {DEVICE: 1 << 22})
+    for module in (autograd, _base):  # which see the notes taken below as a trace
+        monkeypatch.setattr(module, "unfit", lambda *_: None)
+
+    with Launches(monkeypatch) as launches:
+        criterion(*given, **more).backward()
+    assert len(launches.names) == number, launches.names
 
 
 @pytest.mark.parametrize("target", ["indices", "probabilities"])
@@ -477,6 +525,25 @@ def test_samples_are_shared_by_up_to_128_programs(num_samples, tile):
     """Or by as many as it takes with the largest tiles."""
     assert kernels.sample_tile(3, num_samples) == tile
     assert -(-num_samples // tile.rows) <= max(128, num_samples // 1024 + 1)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("num_samples", "launches"), [(0, 1), (1, 1), (256, 1), (257, 2)])
+def test_weights_of_few_samples_take_one_launch(num_samples, launches, monkeypatch, close):
+    logits, target = batch(num_samples, 6, torch.float32)
+    samples = Samples(
+        target, torch.randint(2, (6,), device=DEVICE), 2, torch.rand(num_samples, device=DEVICE)
+    )
+    angles, run, names = Angles(cosines=[logits], scale=30.0), kernels._launch, []
+    monkeypatch.setattr(
+        kernels, "_launch", lambda kernel, *a, **k: (names.append(kernel), run(kernel, *a, **k))
+    )
+    weights, number = kernels.weights(angles, samples)
+    assert len(names) == launches
+    own, parts = kernels.statistics(angles, samples)
+    expected = kernels.weights(own, samples, parts)
+    close(weights, expected[0])
+    close(number, expected[1])
 
 
 @pytest.mark.cuda
