@@ -46,10 +46,18 @@ def test_a_table_and_a_picture_without_a_terminal(tmp_path):
         (["--device", "cuda:99"], "--device cuda:99: "),
     ],
 )
-def test_wrong_arguments_end_before_any_training(arguments, message):
-    result = run(*arguments)
+def test_wrong_arguments_end_before_any_training(arguments, message, capsys):
+    quickstart = load("examples/quickstart.py")
+    with pytest.raises(SystemExit) as stopped:
+        quickstart.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_wrong_argument_ends_the_script_without_a_traceback():
+    result = run("--seeds", "0")
     assert result.returncode == 2
-    assert message in result.stderr
+    assert "--seeds: expected a number from 1 on, got 0" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -88,6 +88,12 @@ def run(name, *arguments, code=None):
     )
 
 
+def one_fast(cases):
+    """Mark all cases but the first as slow: each begins a Python and imports PyTorch."""
+    first, *others = ([case] if isinstance(case, str) else case for case in cases)
+    return [pytest.param(*first), *(pytest.param(*case, marks=pytest.mark.slow) for case in others)]
+
+
 def test_all_scripts_are_tried_here():
     programs = {path.stem for path in EXAMPLES.glob("*.py") if '__name__ == "__main__"' in path.read_text()}
     assert programs == {*EXTRAS, *MADE_OF_NOTHING}
@@ -135,7 +141,7 @@ def packages_of(extra):
     return packages
 
 
-@pytest.mark.parametrize(("name", "extra"), EXTRAS.items())
+@pytest.mark.parametrize(("name", "extra"), one_fast(EXTRAS.items()))
 def test_a_core_install_shows_the_options_and_says_what_to_install(name, extra):
     takes_data = name in ("train_images", "train_text", "train_lightning", "train_hf_trainer")
     done = run(name, *["data"] * takes_data, code=IN_A_CORE_INSTALL)
@@ -153,7 +159,7 @@ def test_the_plain_loop_without_scikit_learn_says_what_to_install():
     assert not done.stderr
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", one_fast(ALONE))
 def test_a_copied_script_without_the_library_says_how_to_install_it(name):
     done = run(name, *["data"] * name.startswith("train"), code=WITHOUT_THE_LIBRARY)
     told = f"{name}.py: error: No module named 'lgla_losses': run `pip install .` in the clone of lgla-losses"

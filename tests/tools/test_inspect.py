@@ -33,8 +33,8 @@ NAMES = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse"]
 LABELS = np.repeat(np.arange(len(COUNTS)), COUNTS)
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, ["inspect", *map(str, arguments)])
+def run(*arguments, **options):
+    return CliRunner().invoke(app, ["inspect", *map(str, arguments)], **options)
 
 
 def record(*arguments):
@@ -318,8 +318,8 @@ NUMBERS = [9_000_000, 6_400_000, 812_345, 4_096, 312, 101, 17]
 def test_no_number_is_cut_or_broken_in_a_narrow_terminal(tmp_path, columns, name):
     """In a pipe too: names give way."""
     path = write(tmp_path / "a.csv", "\n".join(f"{name.strip()} {j},{n}" for j, n in enumerate(NUMBERS)))
-    shown = python("-m", "lgla_losses", "inspect", path, env={**os.environ, "COLUMNS": str(columns)})
-    assert shown.returncode == 0, shown.stderr
+    shown = run(path, env={"COLUMNS": str(columns)})
+    assert shown.exit_code == 0, shown.stderr
     table = shown.stdout.partition("Warning:")[0].splitlines()
     found = inspect_counts(NUMBERS, [f"{name.strip()} {j}" for j in range(len(NUMBERS))])
     for grouping in found.groupings:
