@@ -151,13 +151,22 @@ def _rivals(rows: list[Row], row: Row) -> list[Row]:
     ]
 
 
+def _quantity_of_time(rows: list[Row]) -> str:
+    """By what to compare times: by the ratios to the plain loop, if all rows have one.
+
+    Compiled columns may come from another process, which has its own plain loop.
+    """
+    return "median_ms" if any(row["ratio_to_plain"] is None for row in rows) else "ratio_to_plain"
+
+
 def verdict(rows: list[Row], row: Row) -> str:
     """How a way of ours stands against the fastest peer of its cell and phase, in one word or two."""
     rivals = _rivals(rows, row)
     if not row["ours"] or not rivals or row["median_ms"] is None:
         return ""
-    best = min(rivals, key=lambda other: float(other["median_ms"]))
-    factor = row["median_ms"] / best["median_ms"]
+    quantity = _quantity_of_time([row, *rivals])
+    best = min(rivals, key=lambda other: float(other[quantity]))
+    factor = row[quantity] / best[quantity]
     if factor > 1:
         return f"LOSES to {best['column']}, x {factor:.2f}"
     return f"wins, x {factor:.2f} of {best['column']}"
@@ -332,10 +341,12 @@ def _table_of_type(dtype: str, sizes: dict[str, list[Row]], quantity: str) -> st
     better = max if quantity == "share_of_limit" else min
     for place, cell in enumerate(sizes.values()):
         measured = [row for row in cell if row.get(quantity) is not None]
-        best = better((row[quantity] for row in measured if row["equal"]), default=None)
+        whole = [row for row in measured if row["equal"]]
+        compared = _quantity_of_time(whole) if quantity == "median_ms" else quantity
+        best = better((row[compared] for row in whole), default=None)
         for row in measured:
             text = _text(row, quantity)
-            bold = row["equal"] and row[quantity] == best
+            bold = row["equal"] and row[compared] == best
             line = lines.setdefault(row["column"], [""] * len(sizes))
             line[place] = f"**{text}**" if bold else text
     return grid([dtype, *sizes], ([way, *texts] for way, texts in lines.items()))
