@@ -25,6 +25,8 @@ DEFAULTS = (
     *("LGLALoss", "LinearLGLALoss"),
     *("BalancedSoftmaxLoss", "FocalLoss", "ClassBalancedLoss", "LDAMLoss"),
 )
+#: Sizes that only compare what the kernels may do: the fastest peers are missing, so nothing is won there.
+APART = ("iNaturalist 4096 x 3 x 8192",)
 
 _NUMBER = (int, float)
 _HEAD: dict[str, tuple[type, ...]] = {
@@ -153,7 +155,7 @@ def _rivals(rows: list[Row], row: Row) -> list[Row]:
 
 def verdict(rows: list[Row], row: Row) -> str:
     """How a way of ours stands against the fastest peer of its cell and phase, in one word or two."""
-    rivals = _rivals(rows, row)
+    rivals = [] if row["shape"] in APART else _rivals(rows, row)
     if not row["ours"] or not rivals or row["median_ms"] is None:
         return ""
     best = min(rivals, key=lambda other: float(other["median_ms"]))
@@ -369,7 +371,8 @@ _OTHERS = {
 
 def rows_to_draw(record: Record) -> list[Row]:
     """Training steps of logits as they are mostly given, beside the plain loop; of a GPU without the host."""
-    rows = [row for row in record["rows"] if not kind_of(row)]  # a table has these
+    # Tables have the others.
+    rows = [row for row in record["rows"] if not kind_of(row) and row["shape"] not in APART]
     if record["kind"] != "cuda":
         return [row for row in rows if row["phase"] == PHASES[1] and row["ratio_to_plain"]]
     steps = [row for row in rows if row["phase"] == DEVICE and row["ratio_to_plain"]]
