@@ -270,6 +270,27 @@ def test_a_cpu_measures_every_kind_at_the_sizes_of_the_targets():
     }
 
 
+def test_a_gpu_measures_aligned_rows_right_after_those_of_inaturalist(report):
+    """By the default, its plans, the plain loop and a copy alone; a size without peers is no victory."""
+    *large, aligned = benchmark.SUITES["cuda"][:3]
+    assert [job.cells[0].shape for job in large] == [benchmark.LARGE] * 2
+    (cell,) = aligned.cells
+    assert cell.shape == benchmark.LARGE._replace(classes=8192)
+    assert set(cell.dtypes) == {torch.float32, torch.bfloat16}
+    columns = [column.name for column in benchmark._columns(cell, aligned.part, "cuda", "inductor")]
+    plans = [f"LGLALoss, plan {plan}" for plan in choices.other_plans(8192)]
+    assert columns == ["LGLALoss", *plans, contestants.PLAIN, contestants.CLONE]
+
+    like = {"suite": "logits", "dtype": "float32", "phase": "device time", "equal": True}
+    for shape, summary in ((benchmark.LARGE, "1 wins, 0 losses"), (cell.shape, "0 wins, 0 losses")):
+        ours = like | {"shape": shape.label, "column": "LGLALoss", "ours": True, "median_ms": 1.0}
+        plain = ours | {"column": contestants.PLAIN, "ours": False, "median_ms": 2.0, "ratio_to_plain": 1.0}
+        rows = [ours | {"ratio_to_plain": 0.5}, plain]
+        record = {"kind": "cuda", "rows": rows}
+        assert report.balance(record)[0].endswith(summary)
+        assert report.rows_to_draw(record) == (rows if shape == benchmark.LARGE else [])
+
+
 class _Event:
     """Of a GPU that does everything at once."""
 
