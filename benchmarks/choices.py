@@ -43,7 +43,10 @@ small_chunks: Choice = _chunks_of(1)
 
 
 #: Plans of Triton's kernels beside the default, and the numbers of classes for which each differs from it.
-OTHER_PLANS = {"resident": range(2_049, 16_385)}
+OTHER_PLANS = {
+    "resident": range(2_049, 16_385),
+    "two-rows": range(16_385, 1 << 31),
+}
 
 
 def other_plans(num_classes: int) -> list[str]:

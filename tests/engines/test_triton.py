@@ -501,7 +501,9 @@ def test_every_plan_is_measured_where_it_differs(monkeypatch):
 
 
 def test_a_plan_that_does_not_exist():
-    with pytest.raises(ValueError, match=r"plan: expected one of 'wide', 'resident', got 'fastest'"):
+    with pytest.raises(
+        ValueError, match=r"plan: expected one of 'wide', 'resident', 'two-rows', got 'fastest'"
+    ):
         kernels.use("fastest")
 
 
