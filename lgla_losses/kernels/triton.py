@@ -43,9 +43,9 @@ __all__ = [
 #:   float32 and of 64 in 16 bits. Longer rows are those of ``"resident"``.
 #: - ``"resident"`` is the older plan: threads of 16 elements; a multiprocessor runs 32 warps of them. Longer
 #:   rows take a program of 32 warps, one at a time (``_forward_streamed``). AMD has only this plan.
-#: - ``"two-rows"``, which no GPU has run yet: as ``"wide"``, but a program takes two longer rows at a time. It
-#:   reads the table, as many bytes as a float32 row, once for both. But more rows wait in the caches for their
-#:   second read.
+#: - ``"two-rows"``, which no GPU has run yet: as ``"wide"``, but a program takes two longer rows at a time.
+#:   It reads the table, as many bytes as a float32 row, once for both. But more rows wait in the caches for
+#:   their second read.
 #:
 #: An H200 took, at 4,096 x 3 x 8,142 in float32, 0.24 ms by either, and a copy 0.19; in bfloat16 0.134 by
 #: ``"wide"``, 0.173 by ``"resident"``, and a copy 0.096. In float32 three or four programs on a
