@@ -338,10 +338,13 @@ class LDAMLoss(AdjustedLoss):
 
     def _terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         table = self.constant("table") if "table" in self._exact else None
-        weight = self.constant("weight_in_use")
+        weight, margin = self.constant("weight_in_use"), self.constant("logit_margins")
+        if self._are_replaced("class_weight", "reweighting", "margins"):
+            weight = torch.where(self.constant("reweighting") > 0, self.constant("class_weight"), 1.0)
+            margin = self.scale * self.constant("margins")
         if "own_class_weight" in self._exact:
             weight = weight * self.constant("own_class_weight")
-        return table, weight, self.constant("logit_margins")
+        return table, weight, margin
 
     def extra_repr(self) -> str:
         """Show the configuration."""
