@@ -65,7 +65,7 @@ class ConstantBuffers(nn.Module):
 
     def _are_replaced(self, *names: str) -> bool:
         """Say whether :func:`torch.func.functional_call` has replaced any of these constants."""
-        return any([self._buffers[name] is not self._shown[name] for name in names])
+        return any(self._buffers[name] is not self._shown[name] for name in names)
 
     def on_cpu(self, name: str) -> Tensor:
         """Give a constant on the CPU, for reading. This also works for a module on the meta device."""
