@@ -448,14 +448,16 @@ def check_logits(logits: object, num_experts: int, num_classes: int, maps: bool 
         experts = [_expert_tensor(f"logits[{k}]", v, "[N, C]", maps) for k, v in enumerate(logits)]
         got = f"{len(experts)} tensors of shapes {[list(v.shape) for v in experts]}"
         # Do not use a set of shapes: hashing a dynamic size would make torch.compile specialise on it.
-        alike = all(
-            (v.shape, v.dtype, v.device) == (experts[0].shape, experts[0].dtype, experts[0].device)
-            for v in experts
-        )
+        alike = all(v.shape == experts[0].shape for v in experts)
         if len(experts) != num_experts or not alike or experts[0].shape[1] != num_classes:
             raise ValueError(
-                f"logits: expected {num_experts} tensors [N, {num_classes}] of one dtype and device, one "
-                f"per expert, got {got}; num_experts and class_counts set their number and width"
+                f"logits: expected {num_experts} tensors [N, {num_classes}], one per expert, got {got}; "
+                "num_experts and class_counts set their number and width"
+            )
+        if any((v.dtype, v.device) != (experts[0].dtype, experts[0].device) for v in experts):
+            raise ValueError(
+                "logits: expected tensors of one dtype on one device, got "
+                f"{', '.join(f'{v.dtype} on {v.device}' for v in experts)}; convert them with .to()"
             )
         return experts
     shape = f"[N, {num_experts}, {num_classes}]"

@@ -317,7 +317,7 @@ class Loss(nn.Module):
             return
         seen = self._batches + 1
         self.__dict__["_batches"] = seen  # setting an attribute of a module takes longer
-        if seen & (seen - 1) or is_tracing():
+        if seen & (seen - 1) or is_tracing() or not batch.target.numel():
             return
 
         if isinstance(output, ExpertOutput):

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -248,6 +249,8 @@ class LDAMLoss(AdjustedLoss):
         class_weight: the weights after :meth:`reweight`, float64 ``[C]``, with mean 1; times your own
             ``class_weight``.
         reweighting: whether the weights are on, a bool scalar tensor, saved in the ``state_dict``.
+        weight_in_use: ``class_weight`` if the weights are on, else ones, without your own, float64 ``[C]``.
+        logit_margins: :math:`s \Delta_j`, float64 ``[C]``.
 
     Example:
         >>> criterion = LDAMLoss([160_000, 10_000])
@@ -302,13 +305,24 @@ class LDAMLoss(AdjustedLoss):
         """Whether the weights are on."""
         return self._read("reweighting") > 0
 
+    @property
+    def weight_in_use(self) -> Tensor:
+        """The weights that are on ``[C]``, without your own."""
+        return self._read("weight_in_use")
+
+    @property
+    def logit_margins(self) -> Tensor:
+        """The margins, in logits ``[C]``."""
+        return self._read("logit_margins")
+
     def reweight(self, enabled: bool = True) -> None:
         """Switch the re-weighting on or off. Call it before any epoch or step, as often as you like."""
-        if not isinstance(enabled, bool):
+        if not isinstance(enabled, bool | np.bool_):
             raise TypeError(
                 f"enabled: expected True or False, got {describe(enabled)}; compare the epoch, as in "
                 "criterion.reweight(epoch >= 160)"
             )
+        enabled = bool(enabled)
         self._keep("reweighting", scalar(enabled))
         self._keep("weight_in_use", _weight_in_use(self.on_cpu("class_weight"), enabled))
 

@@ -344,6 +344,9 @@ CASES = {
     "uneven list": (
         lambda: criterion()([LOGITS[:, 0], LOGITS[:, 0], LOGITS[:1, 0]], TARGET), ValueError, "logits", "[2, 4]", "[1, 4]",
     ),
+    "list of two dtypes": (
+        lambda: criterion()([LOGITS[:, 0], LOGITS[:, 1].double(), LOGITS[:, 2]], TARGET), ValueError, "logits", "one dtype", "torch.float64 on cpu", ".to()",
+    ),
     "list of arrays": (lambda: criterion()([LOGITS.numpy()] * 3, TARGET), TypeError, "logits[0]", "floating", "array"),
     "NaN logits": (lambda: criterion()(LOGITS * math.nan, TARGET), ValueError, "logits", "NaN", "expert 0", "validate_args"),
     "infinite logits": (lambda: criterion()(LOGITS + math.inf, TARGET), ValueError, "logits", "+inf", "expert 0"),

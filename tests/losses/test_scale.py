@@ -157,6 +157,19 @@ def test_a_batch_without_samples_tells_nothing_of_the_head():
     silent(lambda: LGLALoss(COUNTS)(empty, TARGET[:0]))
 
 
+@pytest.mark.parametrize("size", [(0, 4, 4), (0, 2), (3, 0, 2)])
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_map_without_samples_tells_nothing_of_the_head(size, soft):
+    n, *maps = size
+    logits = torch.zeros(n, 3, 6, *maps, requires_grad=True)
+    target = torch.zeros(n, 6, *maps) if soft else torch.zeros(size, dtype=torch.int64)
+    features, weight = torch.zeros(n, 3, 8, *maps), torch.zeros(3, 6, 8)
+    loss = LGLALoss(COUNTS)(logits, target, features=features, weight=weight)
+    loss.backward()
+    assert loss == 0
+    assert logits.grad.shape == logits.shape
+
+
 def test_nobody_is_told_where_values_cannot_be_read():
     features, weight = inputs()
     output = ExpertOutput(head(features, weight, None), features, weight)
