@@ -154,11 +154,12 @@ def _rivals(rows: list[Row], row: Row) -> list[Row]:
 
 
 def _quantity_of_time(rows: list[Row]) -> str:
-    """By what to compare times: by the ratios to the plain loop, if all rows have one.
+    """By what to compare times: with the host's time by the ratios to the plain loop, if all rows have one.
 
-    Compiled columns may come from another process, which has its own plain loop.
+    Compiled columns may come from another process, whose host may be faster or slower. Its plain loop tells.
     """
-    return "median_ms" if any(row["ratio_to_plain"] is None for row in rows) else "ratio_to_plain"
+    by_ratio = all(row["phase"] in PHASES and row["ratio_to_plain"] is not None for row in rows)
+    return "ratio_to_plain" if by_ratio else "median_ms"
 
 
 def verdict(rows: list[Row], row: Row) -> str:
@@ -343,12 +344,12 @@ def _table_of_type(dtype: str, sizes: dict[str, list[Row]], quantity: str) -> st
     better = max if quantity == "share_of_limit" else min
     for place, cell in enumerate(sizes.values()):
         measured = [row for row in cell if row.get(quantity) is not None]
-        whole = [row for row in measured if row["equal"]]
+        whole = [row for row in measured if row["equal"] and row["shape"] not in APART]
         compared = _quantity_of_time(whole) if quantity == "median_ms" else quantity
         best = better((row[compared] for row in whole), default=None)
         for row in measured:
             text = _text(row, quantity)
-            bold = row["equal"] and row[compared] == best
+            bold = row in whole and row[compared] == best
             line = lines.setdefault(row["column"], [""] * len(sizes))
             line[place] = f"**{text}**" if bold else text
     return grid([dtype, *sizes], ([way, *texts] for way, texts in lines.items()))

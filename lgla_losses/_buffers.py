@@ -63,10 +63,6 @@ class ConstantBuffers(nn.Module):
                 self._exact[name] = exact = _fixed(exact)
         return exact
 
-    def _are_replaced(self, *names: str) -> bool:
-        """Say whether :func:`torch.func.functional_call` has replaced any of these constants."""
-        return any(self._buffers[name] is not self._shown[name] for name in names)
-
     def on_cpu(self, name: str) -> Tensor:
         """Give a constant on the CPU, for reading. This also works for a module on the meta device."""
         self._take_from_outside(name)

@@ -222,7 +222,8 @@ SHARED = ("shared", "shared focal")
 #: Elements that a program sums, or rescales, at a time.
 FLAT_TILE = Tile(1, 1024, 4)
 
-#: Most samples by experts whose weights one program computes alone: sums in float64 are slow on many GPUs.
+#: Most elements of a tile whose weights one program computes alone, which is 256 samples of three experts:
+#: sums in float64 are slow on many GPUs.
 AT_ONCE = 1024
 
 #: Most targets that one program counts alone.

@@ -249,8 +249,6 @@ class LDAMLoss(AdjustedLoss):
         class_weight: the weights after :meth:`reweight`, float64 ``[C]``, with mean 1; times your own
             ``class_weight``.
         reweighting: whether the weights are on, a bool scalar tensor, saved in the ``state_dict``.
-        weight_in_use: ``class_weight`` if the weights are on, else ones, without your own, float64 ``[C]``.
-        logit_margins: :math:`s \Delta_j`, float64 ``[C]``.
 
     Example:
         >>> criterion = LDAMLoss([160_000, 10_000])
@@ -280,9 +278,9 @@ class LDAMLoss(AdjustedLoss):
             "max_margin", numbers["max_margin"], low=0.0, high=math.inf, expected="a finite number >= 0"
         )
         numbers["beta"] = _check_beta(numbers["beta"])
-        self.scale = positive_float("scale", scale, "1 for a linear head")
         AdjustedLoss.__init__(self, _given(class_counts), numbers, **options)
         self._keep("reweighting", scalar(0.0))  # not a bool: weight averaging cannot average bools
+        self.scale = positive_float("scale", scale, "1 for a linear head")
 
     @property
     def _cosine_scale(self) -> float | None:  # type: ignore[override]
@@ -305,16 +303,6 @@ class LDAMLoss(AdjustedLoss):
         """Whether the weights are on."""
         return self._read("reweighting") > 0
 
-    @property
-    def weight_in_use(self) -> Tensor:
-        """The weights that are on ``[C]``, without your own."""
-        return self._read("weight_in_use")
-
-    @property
-    def logit_margins(self) -> Tensor:
-        """The margins, in logits ``[C]``."""
-        return self._read("logit_margins")
-
     def reweight(self, enabled: bool = True) -> None:
         """Switch the re-weighting on or off. Call it before any epoch or step, as often as you like."""
         if not isinstance(enabled, bool | np.bool_):
@@ -322,24 +310,7 @@ class LDAMLoss(AdjustedLoss):
                 f"enabled: expected True or False, got {describe(enabled)}; compare the epoch, as in "
                 "criterion.reweight(epoch >= 160)"
             )
-        enabled = bool(enabled)
         self._keep("reweighting", scalar(enabled))
-        self._keep("weight_in_use", _weight_in_use(self.on_cpu("class_weight"), enabled))
-
-    def _all_constants(self, counts: Tensor, numbers: Mapping[str, float]) -> dict[str, Tensor]:
-        constants = super()._all_constants(counts, numbers)
-        enabled = "reweighting" in self._exact and bool(self.on_cpu("reweighting"))
-        return self._with_terms(constants, enabled)
-
-    def _with_terms(self, constants: dict[str, Tensor], enabled: bool) -> dict[str, Tensor]:
-        """Add what the loss reads in every step: constants too, so that no step computes them."""
-        return constants | {
-            "weight_in_use": _weight_in_use(constants["class_weight"], enabled),
-            "logit_margins": self.scale * constants["margins"],
-        }
-
-    def _inferred(self) -> frozenset[str]:
-        return super()._inferred() | _TERMS
 
     def _restored(
         self, state: dict[str, Tensor], state_dict: Mapping[str, Any], prefix: str
@@ -347,30 +318,19 @@ class LDAMLoss(AdjustedLoss):
         enabled = self._current(state, "reweighting")
         if enabled not in (0, 1):
             raise ValueError(f"reweighting: expected 0 or 1, got {float(enabled):.4g}")
-        given = {name: value for name, value in state.items() if name not in _TERMS}
-        return self._with_terms(super()._restored(given, state_dict, prefix), bool(enabled))
+        return super()._restored(state, state_dict, prefix)
 
     def _terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        # The flag stays on its device: no step waits for it, and a compiled step sees it change.
         table = self.constant("table") if "table" in self._exact else None
-        weight, margin = self.constant("weight_in_use"), self.constant("logit_margins")
-        if self._are_replaced("class_weight", "reweighting", "margins"):
-            weight = torch.where(self.constant("reweighting") > 0, self.constant("class_weight"), 1.0)
-            margin = self.scale * self.constant("margins")
+        weight = self.constant("class_weight") ** self.constant("reweighting")  # one kernel: w or 1
         if "own_class_weight" in self._exact:
             weight = weight * self.constant("own_class_weight")
-        return table, weight, margin
+        return table, weight, self.scale * self.constant("margins")
 
     def extra_repr(self) -> str:
         """Show the configuration."""
         return f"{super().extra_repr()}, max_margin={self._numbers['max_margin']}, scale={self.scale}"
-
-
-#: The constants of LDAM that follow from its others; states of version 0.2.0 and before have none.
-_TERMS = frozenset({"weight_in_use", "logit_margins"})
-
-
-def _weight_in_use(weight: Tensor, enabled: bool) -> Tensor:
-    return weight if enabled else torch.ones_like(weight)
 
 
 def _given(class_counts: ArrayLike | None) -> ArrayLike:

@@ -49,7 +49,7 @@ class RIDELoss(LDAMLoss):
 
     Attributes:
         temperature: :math:`T` after :meth:`~lgla_losses.baselines.LDAMLoss.reweight`, float64 ``[C]``.
-        margins: as in :class:`LDAMLoss`, like the other attributes.
+        margins: as in :class:`LDAMLoss`, like ``class_weight`` and ``reweighting``.
 
     Example:
         >>> criterion = RIDELoss([300, 100], diversity=0.2, gamma=0.5)
