@@ -35,7 +35,7 @@ def _fresh_compiler():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["tensor", "list", "features"])
 def test_criterion_compiles_with_a_dynamic_batch(backend, form, reduction):
     scale = None if form == "features" else 30.0
@@ -76,7 +76,7 @@ def test_a_number_as_normalizer_compiles_and_may_change(backend, of_logits, numb
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["tensor", "list"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
 def test_many_classes_compile_to_the_operator(backend, form, reduction):
     """From 512 classes on the fused operator stands in the graph, in both directions."""
     counts = list(range(600, 0, -1))

@@ -420,7 +420,9 @@ def test_autocast_changes_nothing(case, close):
     close(loss, criterion(logits.double(), target.double(), sample_weight=torch.ones(7) / 3))
 
 
-@pytest.mark.parametrize("name", ["class-balanced focal", "ldam-drw", "lgla"])
+@pytest.mark.parametrize(
+    "name", ["class-balanced focal", pytest.param("ldam-drw", marks=pytest.mark.slow), "lgla"]
+)
 @pytest.mark.parametrize("num_classes", [5, 600])
 def test_it_compiles_with_all_inputs_at_once(name, num_classes):
     """Probabilities, weights and smoothing; from 512 classes on to the operator, for any batch size."""

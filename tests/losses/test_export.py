@@ -11,6 +11,10 @@ from lgla_losses import GroupConvExperts, split_backbone
 
 NAMES = ("torchvision-resnet18", "timm-vit_tiny_patch16_224", "transformers-bert")
 EXPORTED = [pytest.param(family, id=family.id) for family in FAMILIES if family.id in NAMES]
+ONE_FAST = [
+    pytest.param(*case.values, id=case.id, marks=[pytest.mark.slow] if case is not EXPORTED[0] else [])
+    for case in EXPORTED
+]
 
 
 pytestmark = pytest.mark.skipif(not NEW_TORCH, reason="2.6 exports independent experts of networks alone")
@@ -68,7 +72,7 @@ GROUPED = pytest.param(
 
 
 @pytest.mark.parametrize("layout", [GROUPED, pytest.param("independent", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", EXPORTED)
+@pytest.mark.parametrize("family", ONE_FAST)
 def test_a_compiled_ensemble_is_one_graph_for_all_batch_sizes(family, layout):
     network, inputs = ensemble(family, layout), inputs_of(family, torch.float32)
     graphs = []

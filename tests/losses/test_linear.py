@@ -292,7 +292,7 @@ def test_meta_tensors_pass_through():
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scale", [None, 30.0])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
 def test_it_compiles_with_a_dynamic_batch(backend, scale, reduction):
     torch.compiler.reset()
     criterion = LinearLGLALoss(COUNTS, scale=scale, reduction=reduction)

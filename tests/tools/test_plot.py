@@ -698,7 +698,15 @@ def test_counts_are_written_out():
     assert not any("$" in label for label in labels)
 
 
-@pytest.mark.parametrize(("num_classes", "num_experts"), [(3, 4), (20, 3), (20, 7), (1000, 16), (8142, 7)])
+@pytest.mark.parametrize(
+    ("num_classes", "num_experts"),
+    [
+        (3, 4),
+        (20, 3),
+        (8142, 7),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(20, 7), (1000, 16)]),
+    ],
+)
 def test_nothing_is_cut_off_or_written_over(num_classes, num_experts):
     adjuster = adjuster_of(num_classes, num_experts)
     order = by_frequency(counts_of(num_classes))
