@@ -81,8 +81,8 @@ LOGITS = [
     Shape("words", 256, 3, 50_000),
 ]
 LARGE = Shape("iNaturalist", 4096, 3, 8142)
-#: The same with rows that begin at multiples of 128 bytes: what those of other lengths cost. In bfloat16 the
-#: plan "wide" then passes its table through shared memory, with 16 more barriers a row.
+#: The same with aligned rows, to see what unaligned ones cost. In bfloat16 the plan "wide" passes its table
+#: through shared memory here, with 16 more barriers a row.
 ALIGNED = Shape("iNaturalist", 4096, 3, 8192)
 #: What is left out for the sake of time.
 _COMPILED_LINEAR = ("LinearLGLALoss, compiled", "plain loop, compiled")

@@ -154,9 +154,9 @@ def _rivals(rows: list[Row], row: Row) -> list[Row]:
 
 
 def _quantity_of_time(rows: list[Row]) -> str:
-    """By what to compare times: with the host's time by the ratios to the plain loop, if all rows have one.
+    """What to compare: the ratios to the plain loop where times include the host's, if all rows have one.
 
-    Compiled columns may come from another process, whose host may be faster or slower. Its plain loop tells.
+    Compiled columns may come from another process, whose host is faster or slower; so is its plain loop.
     """
     by_ratio = all(row["phase"] in PHASES and row["ratio_to_plain"] is not None for row in rows)
     return "ratio_to_plain" if by_ratio else "median_ms"

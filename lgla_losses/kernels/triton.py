@@ -195,6 +195,13 @@ def sample_tile(num_experts: int, num_samples: int) -> Tile:
 
 
 @lru_cache(maxsize=256)
+def batch_tile(num_experts: int, num_samples: int) -> Tile:
+    """Choose a tile of all samples by experts; one more column counts the samples."""
+    rows, block = _power_of_two(num_samples), _power_of_two(num_experts + 1)
+    return Tile(rows, block, max(1, min(8, rows * block // 128)))
+
+
+@lru_cache(maxsize=256)
 def feature_tile(num_experts: int) -> Tile:
     """Choose a tile of a few samples by experts; one more column counts the samples.
 
@@ -304,24 +311,6 @@ def statistics(angles: Angles, samples: Samples) -> tuple[Angles, Tensor]:
     return Angles(angles=made), parts
 
 
-def _fits_one_program(angles: Angles, samples: Samples) -> bool:
-    """Say whether one program can compute Eqs. 7 and 8: for class indices, of few samples.
-
-    Features are too many for one, and so are the classes of probabilities.
-    """
-    if samples.target.dim() != 1 or angles.features is not None or len(angles.cosines) > 1:
-        return False
-    tile = _one_tile(_num_experts(angles), len(samples.target))
-    return tile.rows * tile.block <= AT_ONCE
-
-
-@lru_cache(maxsize=256)
-def _one_tile(num_experts: int, num_samples: int) -> Tile:
-    """Give the tile of all samples by experts; one more column counts the samples."""
-    rows, block = _power_of_two(num_samples), _power_of_two(num_experts + 1)
-    return Tile(rows, block, max(1, min(8, rows * block // 128)))
-
-
 def _soft_statistics(angles: Angles, samples: Samples) -> Tensor:
     target, num_groups = samples.target, samples.num_groups
     num_samples, num_classes = target.shape
@@ -366,7 +355,9 @@ def weights(
     # An empty batch also needs a program: the divisor counts the samples of all ranks.
     if target.dim() == 1:
         scale = angles.scale if angles.angles is None else None
-        tile = _one_tile(num_experts, num_samples) if parts is None else sample_tile(num_experts, num_samples)
+        tile = (
+            batch_tile(num_experts, num_samples) if parts is None else sample_tile(num_experts, num_samples)
+        )
         _launch(
             kernels._weights, max(1, -(-num_samples // tile.rows)), tile,
             source, target, samples.sample_weight, group_index, parts, result, divisor,
@@ -390,6 +381,17 @@ def weights(
             groups=_power_of_two(num_groups), rows=tile.rows, block=tile.block, **shared,
         )  # fmt: skip
     return result, divisor
+
+
+def _fits_one_program(angles: Angles, samples: Samples) -> bool:
+    """Say whether one program can compute Eqs. 7 and 8: for class indices, of few samples.
+
+    Features are too many for one, and so are the classes of probabilities.
+    """
+    if samples.target.dim() != 1 or angles.features is not None or len(angles.cosines) > 1:
+        return False
+    tile = batch_tile(_num_experts(angles), len(samples.target))
+    return tile.rows * tile.block <= AT_ONCE
 
 
 def count(
